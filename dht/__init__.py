@@ -1,0 +1,1 @@
+"""What the swarm knows together: Kademlia lookups and signed records."""

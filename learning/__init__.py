@@ -1,0 +1,1 @@
+"""What the swarm computes together: tasks, rounds, the group reduce, strategies."""

@@ -1,0 +1,1 @@
+"""One running node: configuration, daemon, command line, tickets, control socket."""

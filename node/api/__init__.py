@@ -1,0 +1,1 @@
+"""Shoal: train one model on many machines that nobody owns together."""

@@ -1,0 +1,1 @@
+"""Many nodes on one machine: local processes, virtual time, faults, reports."""

@@ -1,0 +1,93 @@
+"""Addresses, and the signed record in which a peer publishes its own."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+import attrs
+
+from . import defaults
+from .errors import ConfigError, DecodeError
+from .identity import Identity, PeerId
+from .wire import pack, unpack
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
+_KINDS = ("tcp", "mem")
+
+
+@attrs.frozen(order=True)
+class Address:
+    """One place a peer may be reached: ``tcp://127.0.0.1:4001``, ``tcp://[::1]:4001``, ``mem://n7:1``.
+
+    ``host`` of a ``tcp`` address is an IP literal (names are resolved before they become addresses).
+    """
+
+    kind: str
+    host: str
+    port: int
+
+    def __attrs_post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"unknown kind of address {self.kind!r}")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port {self.port} is not in 0..65535")
+        if self.kind == "tcp":
+            ipaddress.ip_address(self.host)
+        elif not _HOST_NAME.fullmatch(self.host):
+            raise ValueError(f"bad host name {self.host!r}")
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.kind}://{host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Read the text form; ``HOST:PORT`` without a scheme means tcp. Raises :class:`ConfigError`."""
+        match = re.fullmatch(r"(?:(?P<kind>[a-z]+)://)?(?:\[(?P<six>[0-9A-Fa-f:.%]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d{1,5})", text)
+        if match is None:
+            raise ConfigError(f"{text!r} is not an address; expected HOST:PORT, [IPV6]:PORT or tcp://HOST:PORT")
+        try:
+            return cls(match["kind"] or "tcp", match["six"] or match["host"], int(match["port"]))
+        except ValueError as error:
+            raise ConfigError(f"{text!r} is not an address: {error}") from None
+
+
+@attrs.frozen
+class PeerRecord:
+    """Where a peer says it can be reached; the newest ``seq`` wins. Times are Unix seconds."""
+
+    peer: PeerId
+    seq: int
+    expires: float
+    addresses: tuple[Address, ...]
+
+
+@attrs.frozen
+class SignedPeerRecord:
+    """A packed :class:`PeerRecord` and its author's signature. Only :meth:`open` gives the content."""
+
+    record: bytes
+    signature: bytes
+
+    _LABEL = b"shoal peer record v1\0"
+
+    @classmethod
+    def sign(cls, identity: Identity, addresses: tuple[Address, ...], *, seq: int, expires: float) -> SignedPeerRecord:
+        if len(addresses) > defaults.MAX_ADDRESSES:
+            addresses = addresses[: defaults.MAX_ADDRESSES]
+        record = pack(PeerRecord(identity.peer_id, seq, expires, addresses))
+        return cls(record, identity.sign(cls._LABEL + record))
+
+    def open(self, wall: float) -> PeerRecord:
+        """Verify and return the record. ``wall``: now, Unix seconds. Raises :class:`DecodeError`."""
+        if len(self.record) > defaults.MAX_PEER_RECORD:
+            raise DecodeError(f"peer record of {len(self.record)} bytes, at most {defaults.MAX_PEER_RECORD} allowed")
+        record = unpack(PeerRecord, self.record)
+        if not record.peer.verify(self._LABEL + self.record, self.signature):
+            raise DecodeError("peer record with a wrong signature", peer=record.peer.short)
+        if len(record.addresses) > defaults.MAX_ADDRESSES:
+            raise DecodeError(f"peer record with {len(record.addresses)} addresses", peer=record.peer.short)
+        if record.expires < wall - defaults.CLOCK_SKEW:
+            raise DecodeError("peer record has expired", peer=record.peer.short)
+        return record

@@ -1,0 +1,115 @@
+"""Who a peer is: an Ed25519 key, the PeerId that is its public half, and the key file."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+import nacl.bindings as sodium
+import nacl.exceptions
+
+from .errors import ConfigError
+
+_KEY_HEADER = "shoal-key-v1 "
+
+
+@attrs.frozen(order=True, repr=False)
+class PeerId:
+    """A peer's public key (32 bytes). Text form: base32 in lower case; short form: its first 8 characters."""
+
+    key: bytes
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.key, bytes) or len(self.key) != 32:
+            raise ValueError("a PeerId is 32 bytes")
+
+    @property
+    def text(self) -> str:
+        return base64.b32encode(self.key).decode().rstrip("=").lower()
+
+    @property
+    def short(self) -> str:
+        return self.text[:8]
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"PeerId({self.short})"
+
+    @classmethod
+    def parse(cls, text: str) -> PeerId:
+        """Read the text form. Raises :class:`ConfigError`."""
+        try:
+            return cls(base64.b32decode(text.strip().upper() + "====", casefold=True))
+        except (binascii.Error, ValueError):
+            raise ConfigError(f"{text!r} is not a peer id: expected 52 letters and digits 2-7") from None
+
+    def verify(self, message: bytes, signature: bytes) -> bool:
+        """True when ``signature`` (64 bytes) is this peer's over ``message``."""
+        if len(signature) != sodium.crypto_sign_BYTES:
+            return False
+        try:
+            sodium.crypto_sign_open(signature + message, self.key)
+        except (nacl.exceptions.BadSignatureError, nacl.exceptions.CryptoError, ValueError):
+            return False
+        return True
+
+
+class Identity:
+    """A peer's signing key, held in memory. ``seed`` is 32 secret bytes."""
+
+    def __init__(self, seed: bytes) -> None:
+        if len(seed) != 32:
+            raise ValueError("an identity seed is 32 bytes")
+        self._seed = seed
+        public, self._secret = sodium.crypto_sign_seed_keypair(seed)
+        self.peer_id = PeerId(public)
+
+    def sign(self, message: bytes) -> bytes:
+        """64-byte Ed25519 signature. Callers prefix ``message`` with a label of their own (domain separation)."""
+        return sodium.crypto_sign(message, self._secret)[:64]
+
+    @classmethod
+    def load_or_create(cls, path: Path, entropy: Callable[[int], bytes]) -> Identity:
+        """Read the key file, or make one with mode 0600.
+
+        Raises :class:`ConfigError` naming the file when it is unreadable, malformed, or readable by others.
+        """
+        if path.exists():
+            return cls._load(path)
+        seed = entropy(32)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        text = _KEY_HEADER + base64.b32encode(seed).decode() + "\n"
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(fd, "w") as file:
+                file.write(text)
+        except OSError as error:
+            raise ConfigError(f"cannot write the key file {path}: {error.strerror}") from error
+        return cls(seed)
+
+    @classmethod
+    def _load(cls, path: Path) -> Identity:
+        try:
+            mode = path.stat().st_mode
+            text = path.read_text("ascii", errors="replace")
+        except OSError as error:
+            raise ConfigError(f"cannot read the key file {path}: {error.strerror}") from error
+        if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise ConfigError(
+                f"the key file {path} can be read by others (mode {stat.S_IMODE(mode):04o}); run: chmod 600 {path}"
+            )
+        try:
+            if not text.startswith(_KEY_HEADER):
+                raise ValueError
+            return cls(base64.b32decode(text[len(_KEY_HEADER) :].strip()))
+        except (binascii.Error, ValueError):
+            raise ConfigError(
+                f"the key file {path} is damaged; restore it from a backup, or delete it to become a new peer"
+            ) from None
