@@ -1,0 +1,74 @@
+"""What a run tells those who watch it: events, one report per round, and the status of the moment."""
+
+from __future__ import annotations
+
+import attrs
+
+#: The steps of a round in the order in which they happen.
+PHASES = ("train", "convene", "scatter", "combine", "gather", "commit")
+
+
+@attrs.frozen
+class Event:
+    """One thing that happened. ``t``: seconds on the host's monotonic clock since the run began here.
+
+    ``phase`` is one of :data:`PHASES`, or ``run`` for what concerns no round (join, branch, leave, state).
+    ``what`` is one word or two for machines (``begin``, ``kill``, ``joined``, ``dropped``, ``late``,
+    ``loss`` …), ``detail`` is for people. ``peer``: text form of the peer concerned, or empty.
+    """
+
+    t: float
+    round: int
+    phase: str
+    what: str
+    peer: str = ""
+    detail: str = ""
+
+
+@attrs.frozen
+class RoundReport:
+    """What one committed round was, as this peer saw it.
+
+    ``members``: text ids whose contributions the mean holds, in canonical order. ``dropped``: voters of
+    the round that are not in the next roster. ``joined``: peers of the next roster that were not voters.
+    ``retries``: attempts and epochs beyond the first. ``reason``: why members were chosen or dropped.
+    ``t``: seconds since the run began here; ``wall_s``: from the end of training to the commit.
+    ``loss``: mean training loss of this peer in this round; ``metric``: of the task's main metric on
+    held-out data, evaluated after this round, or None when this round was not evaluated.
+    """
+
+    round: int
+    t: float
+    wall_s: float
+    members: tuple[str, ...]
+    retries: int
+    dropped: tuple[str, ...]
+    joined: tuple[str, ...]
+    reason: str
+    samples: int
+    loss: float | None
+    metric: float | None
+    digest: str
+
+
+@attrs.frozen
+class RunStatus:
+    """The moment, for ``shoal status``. ``reason``: why the run is in this phase (a pure decision's reason)."""
+
+    run: str
+    task: str
+    strategy: str
+    mode: str
+    round: int
+    phase: str
+    reason: str
+    leader: str
+    members: tuple[str, ...]
+    samples: int
+    total_samples: int
+    loss: float | None
+    metric_name: str
+    metric: float | None
+    digest: str
+    branch: int
+    finished: bool

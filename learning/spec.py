@@ -1,0 +1,78 @@
+"""What a run is: the founder's signed spec, from which every joiner builds the same thing."""
+
+from __future__ import annotations
+
+import hashlib
+
+import attrs
+
+from ..transport.errors import DecodeError
+from ..transport.identity import Identity, PeerId
+from ..transport.wire import pack, unpack
+
+MODES = ("available", "strict")
+
+
+@attrs.frozen
+class ParameterSpec:
+    """One named tensor of the model: ``dtype`` as in ``float32``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@attrs.frozen
+class RunSpec:
+    """Everything that must be equal on all peers of a run.
+
+    ``task``: the name of a task, never code to import. ``task_hash``: BLAKE2b-256 of its source (a
+    difference is a warning). ``strategy_args``: ``(name, value)`` pairs. ``group``: peers in one group
+    reduce, 0 for all of them. ``min_peers``: rounds begin once the roster has this many. ``rounds``: 0
+    for endless. ``created``: Unix seconds.
+    """
+
+    task: str
+    task_hash: bytes
+    strategy: str
+    strategy_args: tuple[tuple[str, float], ...]
+    seed: int
+    mode: str
+    group: int
+    min_peers: int
+    rounds: int
+    parameters: tuple[ParameterSpec, ...]
+    founder: PeerId
+    created: float
+
+
+@attrs.frozen
+class SignedSpec:
+    """A packed :class:`RunSpec` and the founder's signature; the run id is the hash of the bytes."""
+
+    spec: bytes
+    signature: bytes
+
+    _LABEL = b"shoal run spec v1\0"
+
+    @classmethod
+    def sign(cls, identity: Identity, spec: RunSpec) -> SignedSpec:
+        data = pack(spec)
+        return cls(data, identity.sign(cls._LABEL + data))
+
+    @property
+    def run_id(self) -> bytes:
+        """32 bytes that name the run."""
+        return hashlib.blake2b(self._LABEL + self.spec, digest_size=32).digest()
+
+    def open(self) -> RunSpec:
+        """Verify and decode. Raises :class:`DecodeError` naming what is wrong."""
+        spec = unpack(RunSpec, self.spec)
+        if not spec.founder.verify(self._LABEL + self.spec, self.signature):
+            raise DecodeError("run spec with a wrong signature", peer=spec.founder.short)
+        if spec.mode not in MODES:
+            raise DecodeError(f"run spec with unknown mode {spec.mode!r}", peer=spec.founder.short)
+        if ":" in spec.task or "." in spec.task or "/" in spec.task:
+            # A spec only ever carries a display name. A name that looks importable is refused outright.
+            raise DecodeError(f"run spec names a module ({spec.task!r}); the network never names code", peer=spec.founder.short)
+        return spec
