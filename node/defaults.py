@@ -36,6 +36,9 @@ BOOTSTRAP_RETRY_MAX = 15.0
 #: Seconds `join` tries the addresses of a ticket before it gives up. A founder that boots needs about 10.
 JOIN_TIMEOUT = 60.0
 
+#: Contacts kept in the data directory. Any one that still answers brings a restarted node back.
+MAX_CONTACTS = 256
+
 #: Seconds between two writes of the contacts to the data directory.
 CONTACTS_INTERVAL = 60.0
 

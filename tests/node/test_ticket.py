@@ -19,7 +19,9 @@ TEXT = TICKET.encode()
 ports = st.integers(0, 65535)
 addresses = st.one_of(
     st.builds(lambda ip, port: Address("tcp", str(ip), port), st.ip_addresses(), ports),
-    st.builds(lambda name, port: Address("mem", name, port), st.from_regex(r"[a-z][a-z0-9]{0,40}", fullmatch=True), ports),
+    st.builds(
+        lambda name, port: Address("mem", name, port), st.from_regex(r"[a-z][a-z0-9]{0,40}", fullmatch=True), ports
+    ),
 )
 keys = st.binary(min_size=32, max_size=32)
 tickets = st.builds(

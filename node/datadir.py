@@ -1,0 +1,189 @@
+"""The folder in which a node keeps its key, its place in a run and its contacts; one node at a time may use it.
+
+::
+
+    DIR/key        the identity, mode 0600
+    DIR/lock       held while a node runs; holds its pid
+    DIR/control    where the control socket of the running node is
+    DIR/node       what the node was doing: ticket, task, port (msgpack)
+    DIR/contacts   peers it knew (msgpack); helps it back into the swarm when the founder is gone
+    DIR/run/       the run's last commit, weights and outer state (written by learning)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import attrs
+
+from ..transport.address import SignedPeerRecord
+from ..transport.errors import ConfigError, DecodeError
+from ..transport.identity import Identity
+from ..transport.wire import pack, unpack
+from . import defaults
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class NodeRecord:
+    """What a node was doing when it last ran, so that it resumes without being told again.
+
+    ``ticket``: text form. ``task``: as named on the command line here (a name or ``module:Class``).
+    ``port``: the one it listened on; taken again if it is free, so old tickets keep working.
+    ``founder``: whether this node founded the run.
+    """
+
+    ticket: str
+    task: str
+    port: int
+    founder: bool
+
+
+@attrs.frozen
+class Contacts:
+    """Signed records of peers, newest links first."""
+
+    records: tuple[SignedPeerRecord, ...]
+
+
+def default_path() -> Path:
+    """``$SHOAL_HOME``, or ``~/.local/share/shoal`` (``$XDG_DATA_HOME/shoal`` where that is set)."""
+    home = os.environ.get("SHOAL_HOME")
+    if home:
+        return Path(home).expanduser()
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "shoal"
+
+
+class DataDir:
+    """Paths and files of one data directory. Nothing is created before :meth:`create`."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = (default_path() if path is None else path).expanduser().absolute()
+        self.key_path = self.path / "key"
+        self.lock_path = self.path / "lock"
+        self.node_path = self.path / "node"
+        self.contacts_path = self.path / "contacts"
+        self.run_path = self.path / "run"
+        self.control_path = self.path / "control"
+
+    def create(self) -> None:
+        """Make the folder (mode 0700). Raises :class:`ConfigError` naming what is in the way."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make the data directory {self.path}: {error.strerror}; choose another with --data-dir"
+            ) from error
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise ConfigError(f"the data directory {self.path} is not writable; choose another with --data-dir")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process, however the process ends.
+
+        Raises :class:`ConfigError` with the pid of the node that holds it already.
+        """
+        fd = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        try:
+            if not _try_lock(fd):
+                pid = os.read(fd, 32).decode("ascii", "replace").strip()
+                raise ConfigError(
+                    f"a node (pid {pid or 'unknown'}) already runs in {self.path}; "
+                    "stop it with `shoal stop`, or give this one a directory of its own with --data-dir"
+                )
+            os.ftruncate(fd, 0)
+            os.write(fd, f"{os.getpid()}\n".encode())
+            yield
+            os.ftruncate(fd, 0)
+        finally:
+            os.close(fd)
+
+    def holder(self) -> int | None:
+        """The pid of the node that runs here, or None."""
+        try:
+            fd = os.open(self.lock_path, os.O_RDWR)
+        except OSError:
+            return None
+        try:
+            if _try_lock(fd):
+                return None
+            text = os.read(fd, 32).decode("ascii", "replace").strip()
+            return int(text) if text.isdigit() else 0
+        finally:
+            os.close(fd)
+
+    def identity(self, entropy: Callable[[int], bytes]) -> Identity:
+        """The node's key, made on first use. Raises :class:`ConfigError` (readable by others, damaged)."""
+        return Identity.load_or_create(self.key_path, entropy)
+
+    def read_record(self) -> NodeRecord | None:
+        """What ran here before, or None. Raises :class:`ConfigError` when the file is damaged."""
+        return self._read(self.node_path, NodeRecord)
+
+    def write_record(self, record: NodeRecord) -> None:
+        self._write(self.node_path, pack(record))
+
+    def read_contacts(self) -> tuple[SignedPeerRecord, ...]:
+        contacts = self._read(self.contacts_path, Contacts)
+        return () if contacts is None else contacts.records
+
+    def write_contacts(self, records: tuple[SignedPeerRecord, ...]) -> None:
+        self._write(self.contacts_path, pack(Contacts(records[: defaults.MAX_CONTACTS])))
+
+    def _read(self, path: Path, kind: type[T]) -> T | None:
+        try:
+            return unpack(kind, path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except DecodeError as error:
+            raise ConfigError(
+                f"{path} is damaged ({error.message}); delete it to begin anew in this directory"
+            ) from None
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """Replace ``path`` whole: a reader, or a restart after a crash, sees the old file or the new one."""
+        fd, name = tempfile.mkstemp(dir=self.path, prefix=f".{path.name}-")
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except OSError as error:
+            Path(name).unlink(missing_ok=True)
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(fd: int) -> bool:
+        # Byte 1 GiB is locked, not byte 0: Windows locks are mandatory and the pid must stay readable.
+        os.lseek(fd, 1 << 30, os.SEEK_SET)
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        finally:
+            os.lseek(fd, 0, os.SEEK_SET)
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(fd: int) -> bool:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
