@@ -13,6 +13,11 @@ from .identity import Identity, PeerId
 from .wire import pack, unpack
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
+#: ``%eth0`` of a link-local IPv6 address. ipaddress takes any text there, line breaks included.
+_SCOPE = re.compile(r"[A-Za-z0-9_.-]{1,32}")
+_TEXT = re.compile(
+    r"(?:(?P<kind>[a-z]+)://)?(?:\[(?P<six>[^\[\]]*:[^\[\]]*)\]|(?P<host>[^:\[\]]+)):(?P<port>[0-9]{1,5})"
+)
 _KINDS = ("tcp", "mem")
 
 
@@ -33,7 +38,9 @@ class Address:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port {self.port} is not in 0..65535")
         if self.kind == "tcp":
-            ipaddress.ip_address(self.host)
+            scope = getattr(ipaddress.ip_address(self.host), "scope_id", None)
+            if scope is not None and not _SCOPE.fullmatch(scope):
+                raise ValueError(f"bad IPv6 scope {scope!r}")
         elif not _HOST_NAME.fullmatch(self.host):
             raise ValueError(f"bad host name {self.host!r}")
 
@@ -44,11 +51,12 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> Address:
         """Read the text form; ``HOST:PORT`` without a scheme means tcp. Raises :class:`ConfigError`."""
-        match = re.fullmatch(r"(?:(?P<kind>[a-z]+)://)?(?:\[(?P<six>[0-9A-Fa-f:.%]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d{1,5})", text)
+        match = _TEXT.fullmatch(text)
         if match is None:
             raise ConfigError(f"{text!r} is not an address; expected HOST:PORT, [IPV6]:PORT or tcp://HOST:PORT")
         try:
-            return cls(match["kind"] or "tcp", match["six"] or match["host"], int(match["port"]))
+            kind, host = match["kind"] or "tcp", match["six"] or match["host"]
+            return cls(kind, str(ipaddress.ip_address(host)) if kind == "tcp" else host, int(match["port"]))
         except ValueError as error:
             raise ConfigError(f"{text!r} is not an address: {error}") from None
 
@@ -74,9 +82,10 @@ class SignedPeerRecord:
 
     @classmethod
     def sign(cls, identity: Identity, addresses: tuple[Address, ...], *, seq: int, expires: float) -> SignedPeerRecord:
-        if len(addresses) > defaults.MAX_ADDRESSES:
-            addresses = addresses[: defaults.MAX_ADDRESSES]
-        record = pack(PeerRecord(identity.peer_id, seq, expires, addresses))
+        """Sign where ``identity`` can be reached: the first addresses, as many as a record may hold."""
+        addresses = addresses[: defaults.MAX_ADDRESSES]
+        while len(record := pack(PeerRecord(identity.peer_id, seq, expires, addresses))) > defaults.MAX_PEER_RECORD:
+            addresses = addresses[:-1]
         return cls(record, identity.sign(cls._LABEL + record))
 
     def open(self, wall: float) -> PeerRecord:

@@ -8,6 +8,15 @@ WIRE_VERSION = 1
 #: Bytes of one RPC message or other control message. Bulk data never travels in messages.
 MAX_MESSAGE = 1 << 20
 
+#: Values (numbers, texts, containers, keys) in one message. Bounds the work of decoding: about 50 ms at most.
+MAX_ITEMS = 1 << 16
+
+#: Containers within each other in one message. Ours go to 6; a bound far below every recursion limit.
+MAX_DEPTH = 24
+
+#: Characters of an error text that may quote bytes of a peer: enough to understand, too little to flood a log.
+MAX_ERROR_TEXT = 300
+
 #: Bytes of a packed peer record: 16 addresses of 64 bytes and change.
 MAX_PEER_RECORD = 2048
 

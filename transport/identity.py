@@ -45,10 +45,14 @@ class PeerId:
     @classmethod
     def parse(cls, text: str) -> PeerId:
         """Read the text form. Raises :class:`ConfigError`."""
+        plain = text.strip().lower()
         try:
-            return cls(base64.b32decode(text.strip().upper() + "====", casefold=True))
+            peer = cls(base64.b32decode(plain.upper() + "===="))
         except (binascii.Error, ValueError):
-            raise ConfigError(f"{text!r} is not a peer id: expected 52 letters and digits 2-7") from None
+            peer = None
+        if peer is None or peer.text != plain:  # 52 characters hold 4 bits more than a key: only one text is the peer's
+            raise ConfigError(f"{text!r} is not a peer id: expected 52 letters and digits 2-7")
+        return peer
 
     def verify(self, message: bytes, signature: bytes) -> bool:
         """True when ``signature`` (64 bytes) is this peer's over ``message``."""
@@ -81,15 +85,24 @@ class Identity:
 
         Raises :class:`ConfigError` naming the file when it is unreadable, malformed, or readable by others.
         """
-        if path.exists():
-            return cls._load(path)
-        seed = entropy(32)
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        text = _KEY_HEADER + base64.b32encode(seed).decode() + "\n"
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(fd, "w") as file:
-                file.write(text)
+            if path.exists():
+                return cls._load(path)
+            seed = entropy(32)
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Complete before it has its name: a crash in between must not leave half a key that stops later starts.
+            draft = path.with_name(f"{path.name}.{os.getpid()}.new")
+            draft.unlink(missing_ok=True)
+            try:
+                with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                    file.write(_KEY_HEADER + base64.b32encode(seed).decode() + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(draft, path)  # unlike a rename it never replaces the key of a process that was faster
+            except FileExistsError:
+                return cls._load(path)
+            finally:
+                draft.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot write the key file {path}: {error.strerror}") from error
         return cls(seed)

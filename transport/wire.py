@@ -1,84 +1,262 @@
-"""Strict messages: attrs classes to msgpack and back, with no coercion, no unknown fields, bounded depth.
+"""Strict messages: attrs classes to msgpack and back; no coercion, no unknown fields, bounded size, depth and counts.
 
-Two rules beyond msgpack: a class travels as a map of its field names (so a missing or an unknown field
-is refused by name), and an :class:`int` is never taken for a :class:`float` or the reverse.
+Rules beyond msgpack:
+
+- a class travels as a map of its field names, so a missing or an unknown field is refused by name;
+- a value has exactly the declared type: no int for a float, no text or bytes for a tuple, no 1.0 for an enum's 1;
+- floats are finite; keys are unique; extension types do not exist.
+
+Field types: int, float, bool, str, bytes, None, Any (unchecked), :class:`PeerId`, enums, ``Literal``, ``X | None``,
+``tuple[X, ...]``, ``tuple[X, Y]``, ``list[X]``, ``dict[K, V]``, attrs classes, and unions of attrs classes
+that each have a required field of their own.
 """
 
 from __future__ import annotations
 
+import enum
+import functools
 import math
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
+import attrs
 import cattrs
 import msgpack
-from cattrs.errors import ClassValidationError
 
 from . import defaults
-from .errors import DecodeError
+from .errors import DecodeError, ProtocolMisuse
 from .identity import PeerId
 
 T = TypeVar("T")
+Hook = Callable[[Any, Any], Any]
 
 converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=False)
 
 
-def _strict(kind: type) -> Any:
-    def structure(value: Any, _: Any) -> Any:
-        if type(value) is not kind:
-            raise ValueError(f"expected {kind.__name__}, got {type(value).__name__}")
-        return value
-
-    return structure
-
-
-for _kind in (int, str, bytes, bool):
-    converter.register_structure_hook(_kind, _strict(_kind))
-
-
-def _structure_float(value: Any, _: Any) -> float:
-    if type(value) is not float:
-        raise ValueError(f"expected float, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError("expected a finite float")
-    return value
-
-
-converter.register_structure_hook(float, _structure_float)
-# msgpack tells bytes from text by itself; cattrs would otherwise base64 bytes.
-converter.register_unstructure_hook(bytes, lambda value: value)
-converter.register_structure_hook(PeerId, lambda value, _: PeerId(_strict(bytes)(value, bytes)))
-converter.register_unstructure_hook(PeerId, lambda value: value.key)
-
-
 def pack(message: Any) -> bytes:
-    """Encode an attrs instance."""
+    """Encode an attrs instance. Raises :class:`ProtocolMisuse` for a float that is not finite: no peer takes it."""
     return cast(bytes, msgpack.packb(converter.unstructure(message, unstructure_as=type(message)), use_bin_type=True))
 
 
 def unpack(kind: type[T], data: bytes | bytearray | memoryview, *, limit: int = defaults.MAX_MESSAGE) -> T:
     """Decode ``data`` strictly into ``kind``.
 
-    Raises :class:`DecodeError` that names the message and what is wrong. Allocates at most in
-    proportion to ``len(data)``, which is refused above ``limit`` bytes before anything is decoded.
+    Raises :class:`DecodeError` that names the message and what is wrong, and nothing else whatever the bytes. Allocates
+    in proportion to ``len(data)``, which is refused above ``limit`` bytes before anything is decoded.
     """
     name = getattr(kind, "__name__", str(kind))
     if len(data) > limit:
         raise DecodeError(f"{name} of {len(data)} bytes, at most {limit} allowed")
     try:
-        raw = msgpack.unpackb(data, raw=False, strict_map_key=True, use_list=True)
-    except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
-        raise DecodeError(f"{name} is not valid msgpack: {error or type(error).__name__}") from None
+        _survey(data)
+        raw = msgpack.unpackb(data, raw=False, strict_map_key=False, use_list=True, object_pairs_hook=_unique)
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+        raise DecodeError(f"{name} is not a valid message: {_printable(error)}") from None
     try:
         return converter.structure(raw, kind)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        ClassValidationError,
-        cattrs.errors.ForbiddenExtraKeysError,
-        cattrs.errors.StructureHandlerNotFoundError,
-        RecursionError,
-    ) as error:
-        reason = f"missing field {error}" if isinstance(error, KeyError) else str(error)
-        raise DecodeError(f"{name} does not decode: {reason}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, cattrs.errors.StructureHandlerNotFoundError) as error:
+        raise DecodeError(f"{name} does not decode: {_printable(error)}") from None
+
+
+def _printable(error: Exception) -> str:
+    """The error's text, which may quote the peer: of bounded length, without control characters."""
+    text = str(error) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text[: defaults.MAX_ERROR_TEXT])
+
+
+# --- before decoding: what the headers announce ------------------------------------------------------------------
+
+#: First byte → bytes after it, of types that hold no length.
+_FIXED = {
+    **dict.fromkeys((0xC0, 0xC2, 0xC3), 0),  # nil, false, true
+    **dict.fromkeys((0xCC, 0xD0), 1),
+    **dict.fromkeys((0xCD, 0xD1), 2),
+    **dict.fromkeys((0xCA, 0xCE, 0xD2), 4),
+    **dict.fromkeys((0xCB, 0xCF, 0xD3), 8),
+}
+#: First byte → width of the length in bytes, of binary and text.
+_SIZED = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
+#: First byte → width of the count and values per item, of arrays and maps.
+_COUNTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
+
+
+def _survey(data: bytes | bytearray | memoryview) -> None:
+    """Walk the headers and refuse what would make the decoder allocate or recurse out of proportion.
+
+    msgpack allocates an announced array before its items arrive, nested ones one inside the other: some kB of headers
+    could otherwise take gigabytes. Raises ValueError.
+    """
+    end = len(data)
+    at = 0
+    items = 0
+    open_counts = [1]  # values still to come, per open container
+    while open_counts:
+        if open_counts[-1] == 0:
+            open_counts.pop()
+            continue
+        open_counts[-1] -= 1
+        items += 1
+        if items > defaults.MAX_ITEMS:
+            raise ValueError(f"more than {defaults.MAX_ITEMS} values")
+        if at >= end:
+            raise ValueError("ends early")
+        first = data[at]
+        at += 1
+        if first < 0x80 or first >= 0xE0:
+            continue
+        if first < 0xA0:
+            count = (first & 0x0F) * (2 if first < 0x90 else 1)
+        elif first < 0xC0:
+            at += first & 0x1F
+            continue
+        elif first in _FIXED:
+            at += _FIXED[first]
+            continue
+        elif first in _SIZED:
+            width = _SIZED[first]
+            at += width + int.from_bytes(data[at : at + width], "big")
+            continue
+        elif first in _COUNTED:
+            width, each = _COUNTED[first]
+            count = int.from_bytes(data[at : at + width], "big") * each
+            at += width
+        else:
+            raise ValueError(f"type byte 0x{first:02x} (extension or unused) is not allowed")
+        if count > end - at:
+            raise ValueError(f"announces {count} values with {max(end - at, 0)} bytes left")
+        if len(open_counts) >= defaults.MAX_DEPTH:
+            raise ValueError(f"nested deeper than {defaults.MAX_DEPTH}")
+        open_counts.append(count)
+    if at != end:
+        raise ValueError("ends early" if at > end else f"{end - at} bytes too many")
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key stands twice in a map")
+    return result
+
+
+# --- after decoding: exactly the declared types ------------------------------------------------------------------
+
+
+def _expect(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"expected {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _structure_float(value: Any, _: Any) -> float:
+    if not math.isfinite(_expect(float, value)):
+        raise ValueError("expected a finite float")
+    return cast(float, value)
+
+
+def _unstructure_float(value: Any) -> float:
+    number = float(value)  # an int is a float to the type checker, but not on the wire
+    if not math.isfinite(number):
+        raise ProtocolMisuse(f"{number} cannot travel in a message: floats are finite on the wire")
+    return number
+
+
+def _one_of(choices: dict[tuple[type, Any], Any]) -> Hook:
+    def structure(value: Any, _: Any) -> Any:
+        try:
+            return choices[type(value), value]
+        except (KeyError, TypeError):  # TypeError: an unhashable value
+            allowed = ", ".join(repr(choice) for _, choice in choices)
+            raise ValueError(f"expected one of {allowed}, got {value!r:.50}") from None
+
+    return structure
+
+
+@functools.cache
+def _enum_hook(kind: Any) -> Hook:
+    return _one_of({(type(member.value), member.value): member for member in kind})
+
+
+def _literal_hook(kind: Any) -> Hook:
+    return _one_of({(type(choice), choice): choice for choice in get_args(kind)})
+
+
+def _sequence_hook(kind: Any) -> Hook:
+    origin, inner = get_origin(kind), get_args(kind)
+
+    def structure(value: Any, _: Any) -> Any:
+        _expect(list, value)
+        if origin is tuple and inner[-1:] != (Ellipsis,):
+            if len(value) != len(inner):
+                raise ValueError(f"expected {len(inner)} values, got {len(value)}")
+            return tuple(converter.structure(v, k) for v, k in zip(value, inner, strict=True))
+        hook = converter.get_structure_hook(inner[0])
+        return origin(hook(v, inner[0]) for v in value)
+
+    return structure
+
+
+def _dict_hook(kind: Any) -> Hook:
+    keys, values = get_args(kind)
+
+    def structure(value: Any, _: Any) -> Any:
+        _expect(dict, value)
+        return {converter.structure(k, keys): converter.structure(v, values) for k, v in value.items()}
+
+    return structure
+
+
+def _class_hook(kind: Any) -> Hook:
+    attrs.resolve_types(kind)
+    fields = [field for field in attrs.fields(kind) if field.init]
+
+    def structure(value: Any, _: Any) -> Any:
+        _expect(dict, value)
+        arguments = {}
+        for field in fields:
+            if field.name in value:
+                try:
+                    arguments[field.alias] = converter.structure(value[field.name], field.type)
+                except ValueError as error:
+                    raise ValueError(f"{field.name}: {error}") from None
+            elif field.default is attrs.NOTHING:
+                raise ValueError(f"missing field {field.name!r}")
+        if len(arguments) != len(value):
+            unknown = next(key for key in value if key not in [field.name for field in fields])
+            raise ValueError(f"unknown field {unknown!r:.50}")
+        return kind(**arguments)
+
+    return structure
+
+
+def _refused_type(kind: Any) -> Hook:
+    raise cattrs.errors.StructureHandlerNotFoundError(f"{kind} is not a type for a field", type_=kind)
+
+
+def _structure_exact(value: Any, kind: Any) -> Any:
+    # cattrs gives an IntEnum or StrEnum the hook of the type beneath
+    return _enum_hook(kind)(value, kind) if isinstance(kind, enum.EnumMeta) else _expect(kind, value)
+
+
+def _origin_in(*origins: Any) -> Callable[[Any], bool]:
+    return lambda kind: get_origin(kind) in origins
+
+
+_VAGUE = (list, tuple, dict, set, frozenset)  # without element types, or without an order
+
+# The last one registered that fits is taken.
+converter.register_structure_hook_factory(lambda kind: kind in _VAGUE, _refused_type)
+converter.register_structure_hook_factory(_origin_in(set, frozenset), _refused_type)
+converter.register_structure_hook_factory(_origin_in(tuple, list), _sequence_hook)
+converter.register_structure_hook_factory(_origin_in(dict), _dict_hook)
+converter.register_structure_hook_factory(_origin_in(Literal), _literal_hook)
+converter.register_structure_hook_factory(lambda kind: isinstance(kind, type) and attrs.has(kind), _class_hook)
+converter.register_structure_hook_factory(lambda kind: isinstance(kind, enum.EnumMeta), _enum_hook)
+converter.register_structure_hook_func(lambda kind: kind in (None, type(None)), lambda v, _: _expect(type(None), v))
+for _kind in (int, str, bytes, bool):
+    converter.register_structure_hook(_kind, _structure_exact)
+converter.register_structure_hook(float, _structure_float)
+converter.register_structure_hook(PeerId, lambda value, _: PeerId(_expect(bytes, value)))
+converter.register_unstructure_hook(PeerId, lambda value: value.key)
+converter.register_unstructure_hook(float, _unstructure_float)
+# msgpack tells bytes from text by itself; cattrs would otherwise base64 bytes.
+converter.register_unstructure_hook(bytes, lambda value: value)
