@@ -1,0 +1,118 @@
+"""What the sans-IO cores of a round ask their driver to do."""
+
+from __future__ import annotations
+
+import attrs
+
+from ...transport.identity import PeerId
+from .messages import Accepted, Commit, CommitRecord, Message
+
+
+@attrs.frozen
+class Send:
+    """Deliver ``message`` to ``to``, in order with earlier ones; ``to`` may be ourselves."""
+
+    to: PeerId
+    message: Message
+
+
+@attrs.frozen
+class Push:
+    """Send our contribution's elements ``start..stop`` to their owner (ourselves: just keep them)."""
+
+    owner: PeerId
+    start: int
+    stop: int
+
+
+@attrs.frozen
+class Combine:
+    """Combine exactly ``members`` with ``weights``, in this order, for the slices ``indices`` that we own."""
+
+    attempt: int
+    epoch: int
+    members: tuple[PeerId, ...]
+    weights: tuple[int, ...]
+    indices: tuple[int, ...]
+
+
+@attrs.frozen
+class Share:
+    """Send combined slice ``index`` to ``receiver``."""
+
+    receiver: PeerId
+    attempt: int
+    epoch: int
+    index: int
+
+
+@attrs.frozen
+class Pull:
+    """Get combined slice ``index`` from ``holder``."""
+
+    holder: PeerId
+    attempt: int
+    epoch: int
+    index: int
+
+
+@attrs.frozen
+class Fingerprint:
+    """Compute the result's fingerprint under a key from ``nonces`` (leader)."""
+
+    attempt: int
+    epoch: int
+    nonces: tuple[bytes, ...]
+
+
+@attrs.frozen
+class Verify:
+    """Check that our result has the record's fingerprint; get the result from ``holders`` first if need be."""
+
+    attempt: int
+    record: CommitRecord
+    holders: tuple[PeerId, ...]
+
+
+@attrs.frozen
+class Persist:
+    """Store promise and accept durably before any later action of the same batch is carried out."""
+
+    promised: int
+    accepted: Accepted | None
+
+
+@attrs.frozen
+class Done:
+    """The round is decided."""
+
+    commit: Commit
+
+
+@attrs.frozen
+class Note:
+    """Something worth an event: ``phase`` of the round, ``what`` in a word, ``detail`` for people."""
+
+    phase: str
+    what: str
+    detail: str = ""
+    peer: PeerId | None = None
+
+
+Action = Send | Push | Combine | Share | Pull | Fingerprint | Verify | Persist | Done | Note
+
+
+@attrs.frozen
+class Pace:
+    """The waits of one round, seconds; computed by the driver from measured links (transport/deadlines.py).
+
+    ``grace``: stragglers are waited for this long after a quorum is ready. ``suspect``: silence after which
+    a leader is suspected. ``scatter``, ``gather``: a phase of bulk transfers. ``accept``: the wait for the
+    last accepts once a quorum has accepted.
+    """
+
+    grace: float
+    suspect: float
+    scatter: float
+    gather: float
+    accept: float

@@ -1,0 +1,117 @@
+"""Every choice a round makes, as pure functions that return the choice and its reason."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+
+from ...transport.identity import PeerId
+from .messages import quorum
+
+
+def candidates(prev: bytes, round: int, voters: Sequence[PeerId]) -> tuple[PeerId, ...]:
+    """Voters in the order in which they may lead: rendezvous hashing of (digest of commit r-1, r, peer).
+
+    The digest is known only once round r-1 is over, so nobody can grind an id for a seat.
+    """
+    seed = prev + round.to_bytes(8, "big")
+    return tuple(
+        sorted(voters, key=lambda peer: hashlib.blake2b(seed + peer.key, digest_size=16, person=b"shoal candidate").digest())
+    )
+
+
+def may_begin(
+    voters: Sequence[PeerId],
+    ready: Collection[PeerId],
+    lost: Collection[PeerId],
+    needed: int,
+    now: float,
+    grace_until: float | None,
+) -> tuple[bool, str]:
+    """Whether a leader may fix the members now. ``grace_until``: when stragglers are no longer waited for."""
+    missing = [voter for voter in voters if voter not in ready]
+    waiting = [voter for voter in missing if voter not in lost]
+    if len(ready) < needed:
+        return False, f"{len(ready)} of {len(voters)} ready, {needed} needed"
+    if not missing:
+        return True, "all voters are ready"
+    if not waiting:
+        return True, "all but lost voters are ready; lost: " + short(missing)
+    if grace_until is not None and now >= grace_until:
+        return True, "a quorum is ready and the time for stragglers is over; missing: " + short(missing)
+    return False, "waiting for " + short(waiting)
+
+
+def next_roster(
+    voters: Sequence[PeerId],
+    present: Collection[PeerId],
+    leaving: Collection[PeerId],
+    wishes: Sequence[PeerId],
+    limit: int,
+) -> tuple[tuple[PeerId, ...], str]:
+    """The voters of the next round: who is present and stays, then who wishes to join, up to ``limit``."""
+    stay = [voter for voter in voters if voter in present and voter not in leaving]
+    gone = [voter for voter in voters if voter not in stay]
+    room = max(0, limit - len(stay))
+    new = [peer for peer in sorted(wishes) if peer not in stay and peer not in leaving][:room]
+    parts = []
+    left = [peer for peer in gone if peer in leaving]
+    silent = [peer for peer in gone if peer not in leaving]
+    if left:
+        parts.append("left: " + short(left))
+    if silent:
+        parts.append("lost: " + short(silent))
+    if new:
+        parts.append("joined: " + short(new))
+    return tuple(sorted([*stay, *new])), "; ".join(parts) or "unchanged"
+
+
+def may_branch(mode: str, voters: int, alive: int, stalled_s: float, lease_s: float) -> tuple[bool, str]:
+    """Whether survivors without a majority may go on as a branch (DESIGN.md section 6).
+
+    In ``strict`` mode never, but for runs of up to 3 voters, for which a majority is too easily lost.
+    """
+    need = quorum(voters)
+    if alive >= need:
+        return False, f"{alive} of {voters} voters alive, a majority of {need} can go on"
+    if mode == "strict":
+        return False, f"strict: {alive} of {voters} voters alive, waiting for a majority of {need}"
+    if stalled_s < lease_s:
+        return False, f"{alive} of {voters} voters alive; going on as a branch in {lease_s - stalled_s:.0f} s"
+    return True, f"{alive} of {voters} voters alive for {stalled_s:.0f} s: going on as a branch"
+
+
+def better(total_a: int, digest_a: bytes, total_b: int, digest_b: bytes) -> bool:
+    """True when branch a wins over b: more committed samples, then the larger digest."""
+    return (total_a, digest_a) > (total_b, digest_b)
+
+
+def group_of(seed: int, round: int, peer: PeerId, view: Sequence[PeerId], size: int) -> tuple[tuple[PeerId, ...], str]:
+    """The gossip group of ``peer`` in ``round``: a shared-seed shuffle of the view, cut into even groups of at most ``size``.
+
+    For ``size`` 2 these are NoLoCo's random pairs (one peer is left alone when the view is odd).
+    """
+    label = seed.to_bytes(16, "big", signed=True) + round.to_bytes(8, "big")
+    order = sorted(view, key=lambda p: hashlib.blake2b(label + p.key, digest_size=16, person=b"shoal group").digest())
+    count = -(-len(order) // size)
+    at = order.index(peer)
+    base, extra = divmod(len(order), count)
+    start = 0
+    for group in range(count):
+        width = base + (1 if group < extra else 0)
+        if at < start + width:
+            return tuple(sorted(order[start : start + width])), f"group {group + 1} of {count}"
+        start += width
+    raise AssertionError("unreachable: every position lies in a group")
+
+
+def proposal_of(promises: Mapping[PeerId, object]) -> object | None:
+    """The accepted value with the highest ballot among ``promises`` (each an ``Accepted`` or None)."""
+    accepted = [promise for promise in promises.values() if promise is not None]
+    return max(accepted, key=lambda item: item.attempt, default=None)  # type: ignore[attr-defined]
+
+
+def short(peers: Sequence[PeerId]) -> str:
+    """Names for people, a few and a count."""
+    names = [peer.short for peer in peers[:4]]
+    return ", ".join(names) + (f" and {len(peers) - 4} more" if len(peers) > 4 else "")

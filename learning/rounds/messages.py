@@ -1,0 +1,291 @@
+"""What peers say to each other in a round. Every message names the instance (``key``) it belongs to.
+
+One instance is one round of one roster after one commit: its key is a hash over all three, so a message
+of another branch, another roster or another round can never be taken for one of ours. ``attempt`` is the
+ballot of single-decree Paxos; ``epoch`` counts the freezes within one attempt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import attrs
+
+from ...transport.identity import Identity, PeerId
+from ...transport.wire import pack
+from ..reduce.slices import Slice
+
+
+@attrs.frozen
+class CommitRecord:
+    """What a round agreed on. Its digest chains the rounds: ``prev`` is the digest of the one before.
+
+    ``kind``: ``genesis`` (the founder's first record), ``enrol`` (roster change without training),
+    ``reduce`` (a round), ``branch`` (survivors of a lost majority go on). ``members`` contributed, in
+    PeerId order, with ``samples`` each and ``weights`` in the mean. ``roster``: the voters of the next
+    round. ``state``: digest of the state after the round before (empty in gossip groups). ``fingerprint``:
+    keyed MAC of the result, key derived from ``nonces``. ``total``: samples committed since genesis.
+    """
+
+    run: bytes
+    round: int
+    kind: str
+    prev: bytes
+    members: tuple[PeerId, ...]
+    samples: tuple[int, ...]
+    weights: tuple[int, ...]
+    roster: tuple[PeerId, ...]
+    total: int
+    branch: int
+    state: bytes
+    nonces: tuple[bytes, ...]
+    algorithm: str
+    fingerprint: bytes
+    reason: str
+
+    @property
+    def digest(self) -> bytes:
+        return hashlib.blake2b(pack(self), digest_size=32, person=b"shoal commit v1").digest()
+
+
+@attrs.frozen
+class Signed:
+    """One voter's signature."""
+
+    peer: PeerId
+    signature: bytes
+
+
+@attrs.frozen
+class Certificate:
+    """Signed accepts of one ballot. Valid when they come from a quorum of the instance's voters."""
+
+    key: bytes
+    attempt: int
+    accepts: tuple[Signed, ...]
+
+
+@attrs.frozen
+class Accepted:
+    """The value a voter last accepted, and at which ballot."""
+
+    attempt: int
+    record: CommitRecord
+
+
+@attrs.frozen
+class Ready:
+    """A voter is done training and promises to follow no ballot below ``attempt`` (Paxos phase 1b).
+
+    ``contributes`` is False when it has nothing to give this round; ``why`` then says why not.
+    """
+
+    key: bytes
+    round: int
+    attempt: int
+    contributes: bool
+    samples: int
+    weight: int
+    length: int
+    accepted: Accepted | None
+    why: str
+
+
+@attrs.frozen
+class Waiting:
+    """The leader is alive and waits for ``missing``; ``reason`` is for people."""
+
+    key: bytes
+    attempt: int
+    missing: tuple[PeerId, ...]
+    reason: str
+
+
+@attrs.frozen
+class Convene:
+    """A candidate asks idle voters to come to its ballot."""
+
+    key: bytes
+    round: int
+    attempt: int
+
+
+@attrs.frozen
+class Plan:
+    """Who contributes (``members``, PeerId order, with weights), who receives, and who owns what."""
+
+    key: bytes
+    attempt: int
+    epoch: int
+    members: tuple[PeerId, ...]
+    samples: tuple[int, ...]
+    weights: tuple[int, ...]
+    receivers: tuple[PeerId, ...]
+    slices: tuple[Slice, ...]
+    length: int
+    reason: str
+
+
+@attrs.frozen
+class Held:
+    """An owner names the members whose part of its slices it holds in full. Signed: owners may be audited."""
+
+    key: bytes
+    attempt: int
+    epoch: int
+    holds: tuple[PeerId, ...]
+    signature: bytes
+
+
+@attrs.frozen
+class Freeze:
+    """``members`` is the set whose contributions the owners combine, exactly, in this order."""
+
+    key: bytes
+    attempt: int
+    epoch: int
+    members: tuple[PeerId, ...]
+
+
+@attrs.frozen
+class Ask:
+    """The leader asks which combined slices a receiver holds."""
+
+    key: bytes
+    attempt: int
+    epoch: int
+
+
+@attrs.frozen
+class Progress:
+    """Which combined slices (indices into the plan's) the sender holds; with all of them, its ``nonce``."""
+
+    key: bytes
+    attempt: int
+    epoch: int
+    have: tuple[int, ...]
+    nonce: bytes
+
+
+@attrs.frozen
+class Fetch:
+    """The leader tells a receiver to get combined slice ``index`` from ``holder``."""
+
+    key: bytes
+    attempt: int
+    epoch: int
+    index: int
+    holder: PeerId
+
+
+@attrs.frozen
+class Propose:
+    """Paxos phase 2a. ``holders`` have the result whose fingerprint the record names."""
+
+    key: bytes
+    attempt: int
+    record: CommitRecord
+    holders: tuple[PeerId, ...]
+
+
+@attrs.frozen
+class Accept:
+    """Paxos phase 2b: a signed accept of the record with ``digest`` at this ballot."""
+
+    key: bytes
+    attempt: int
+    digest: bytes
+    signature: bytes
+
+
+@attrs.frozen
+class Reject:
+    """The sender promised a higher ballot, or the proposal contradicts what it holds (``reason``)."""
+
+    key: bytes
+    attempt: int
+    promised: int
+    reason: str
+
+
+@attrs.frozen
+class Commit:
+    """A record and the proof that it was agreed."""
+
+    key: bytes
+    record: CommitRecord
+    certificate: Certificate
+
+
+Message = (
+    Ready | Waiting | Convene | Plan | Held | Freeze | Ask | Progress | Fetch | Propose | Accept | Reject | Commit
+)
+MESSAGES: tuple[type, ...] = (
+    Ready,
+    Waiting,
+    Convene,
+    Plan,
+    Held,
+    Freeze,
+    Ask,
+    Progress,
+    Fetch,
+    Propose,
+    Accept,
+    Reject,
+    Commit,
+)
+
+_ACCEPT = b"shoal accept v1\0"
+_HELD = b"shoal held v1\0"
+
+
+def instance_key(run: bytes, round: int, prev: bytes, voters: tuple[PeerId, ...]) -> bytes:
+    """The 32-byte name of one instance."""
+    h = hashlib.blake2b(digest_size=32, person=b"shoal instance 1")
+    h.update(run + round.to_bytes(8, "big") + prev)
+    for voter in voters:
+        h.update(voter.key)
+    return h.digest()
+
+
+def members_hash(members: tuple[PeerId, ...]) -> bytes:
+    """16 bytes that name a frozen set of members."""
+    return hashlib.blake2b(b"".join(member.key for member in members), digest_size=16).digest()
+
+
+def accept_bytes(key: bytes, attempt: int, digest: bytes) -> bytes:
+    """The bytes an accept signs."""
+    return _ACCEPT + key + attempt.to_bytes(8, "big") + digest
+
+
+def sign_accept(identity: Identity, key: bytes, attempt: int, digest: bytes) -> Accept:
+    return Accept(key, attempt, digest, identity.sign(accept_bytes(key, attempt, digest)))
+
+
+def sign_held(identity: Identity, key: bytes, attempt: int, epoch: int, holds: tuple[PeerId, ...]) -> Held:
+    return Held(key, attempt, epoch, holds, identity.sign(held_bytes(key, attempt, epoch, holds)))
+
+
+def held_bytes(key: bytes, attempt: int, epoch: int, holds: tuple[PeerId, ...]) -> bytes:
+    """The bytes a Held report signs."""
+    return _HELD + key + attempt.to_bytes(8, "big") + epoch.to_bytes(8, "big") + members_hash(holds)
+
+
+def quorum(voters: int) -> int:
+    """The smallest majority of ``voters``."""
+    return voters // 2 + 1
+
+
+def verify_certificate(record: CommitRecord, certificate: Certificate, voters: tuple[PeerId, ...], needed: int) -> str | None:
+    """None when at least ``needed`` distinct ``voters`` signed ``record``; else what is wrong."""
+    digest, allowed, seen = record.digest, set(voters), set()
+    for accept in certificate.accepts[: len(voters)]:
+        if accept.peer not in allowed:
+            return f"an accept by {accept.peer.short}, who is no voter"
+        if not accept.peer.verify(accept_bytes(certificate.key, certificate.attempt, digest), accept.signature):
+            return f"a wrong signature in the name of {accept.peer.short}"
+        seen.add(accept.peer)
+    if len(seen) < needed:
+        return f"{len(seen)} accepts, {needed} needed"
+    return None

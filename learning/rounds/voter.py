@@ -1,0 +1,449 @@
+"""A voter of one round, sans-IO: promises, contributes, owns slices, accepts, and learns the commit.
+
+Theory of operation. A voter follows one attempt at a time, led by ``candidates[attempt % n]``::
+
+    training --begin--> ready --Plan--> scattering --Freeze--> gathering --all slices--> full
+       |                  |                                                                |
+       +------------------+------- Propose: verify fingerprint, persist, Accept <---------+
+                                   Commit (from anyone, proven by its certificate): done
+
+A leader that is lost or silent is left by moving to the next attempt: a higher promise, sent with the
+value accepted so far, so that the next leader must re-propose what may already be decided. Contributions
+that owners hold stay valid over attempts and epochs; only ranges with a new owner travel again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...transport.identity import Identity, PeerId
+from ..reduce.slices import covers
+from .actions import Action, Combine, Done, Note, Pace, Persist, Pull, Push, Send, Share, Verify
+from .decisions import candidates
+from .messages import (
+    Accepted,
+    Ask,
+    Commit,
+    CommitRecord,
+    Convene,
+    Fetch,
+    Freeze,
+    Plan,
+    Progress,
+    Propose,
+    Ready,
+    Reject,
+    Waiting,
+    members_hash,
+    sign_accept,
+    sign_held,
+)
+
+
+class Voter:
+    """One peer's part in one instance. Every method takes ``now`` (seconds) and returns actions, in order."""
+
+    def __init__(
+        self,
+        *,
+        key: bytes,
+        round: int,
+        prev: bytes,
+        voters: tuple[PeerId, ...],
+        identity: Identity,
+        pace: Pace,
+        nonce: Callable[[int, int], bytes],
+        check: Callable[[CommitRecord], str | None],
+        max_length: int,
+        promised: int = 0,
+        accepted: Accepted | None = None,
+    ) -> None:
+        self.key, self.round, self.voters, self.pace = key, round, voters, pace
+        self.me, self._identity = identity.peer_id, identity
+        self.order = candidates(prev, round, voters)
+        self._nonce, self._check, self._max_length = nonce, check, max_length
+        self.promised, self.accepted = promised, accepted
+        self.attempt = promised
+        self.offer: Ready | None = None  # our Ready, less attempt and accepted; None while training
+        self.plan: Plan | None = None
+        self.frozen: Freeze | None = None
+        self.phase = "train"
+        self.reason = "training"
+        self.decided = False
+        self.full = False
+        self.lost: dict[PeerId, str] = {}
+        self._holds: dict[tuple[int, int], dict[PeerId, None]] = {}
+        self._pushed: dict[tuple[PeerId, int, int], None] = {}
+        self._combined: dict[int, None] = {}
+        self._early: dict[tuple[int, int, int], tuple[bytes, PeerId]] = {}
+        self._reported: tuple[PeerId, ...] | None = None
+        self._heard = 0.0
+        self._resend = 0.0
+        self._phase_until: float | None = None
+        self._verifying: tuple[int, bytes] | None = None
+
+    # -- what happens at this peer ------------------------------------------------------------------
+
+    def leader(self, attempt: int | None = None) -> PeerId:
+        return self.order[(self.attempt if attempt is None else attempt) % len(self.order)]
+
+    def begin(self, now: float, offer: Ready) -> list[Action]:
+        """Training is over; ``offer`` says what we contribute (its attempt and accepted are ours to fill)."""
+        self.offer = offer
+        if self.decided:
+            return []
+        self.phase, self.reason = "convene", "ready"
+        if self.leader() in self.lost:
+            return [Note("convene", "begin"), *self._advance(now, "the leader is lost")]
+        return [Note("convene", "begin"), *self._ready(now)]
+
+    def slice_received(self, now: float, contributor: PeerId, start: int, stop: int) -> list[Action]:
+        """We hold ``contributor``'s elements ``start..stop`` in full."""
+        self._holds.setdefault((start, stop), {})[contributor] = None
+        return self._report_held(now, force=False)
+
+    def push_failed(self, now: float, owner: PeerId, start: int, stop: int) -> list[Action]:
+        """Our slice did not reach its owner; a later plan may send it again."""
+        self._pushed.pop((owner, start, stop), None)
+        return []
+
+    def combined(self, now: float, attempt: int, epoch: int, indices: tuple[int, ...]) -> list[Action]:
+        """We combined the slices we own."""
+        if self.plan is None or self.frozen is None or (attempt, epoch) != (self.plan.attempt, self.plan.epoch):
+            return []
+        actions: list[Action] = []
+        for index in indices:
+            self._combined[index] = None
+        for receiver in self.plan.receivers:
+            if receiver != self.me:
+                actions.extend(Share(receiver, attempt, epoch, index) for index in indices)
+        return actions + self._check_full(now)
+
+    def combined_received(
+        self, now: float, sender: PeerId, attempt: int, epoch: int, index: int, members: bytes, *, pulled: bool = False
+    ) -> list[Action]:
+        """Combined slice ``index`` of (attempt, epoch, hash of members) arrived in full."""
+        plan, frozen = self.plan, self.frozen
+        if plan is None or (attempt, epoch) > (plan.attempt, plan.epoch) or frozen is None:
+            # The owner was told of the freeze before us.
+            if len(self._early) < 4 * len(self.voters) + 16:
+                self._early[(attempt, epoch, index)] = (members, sender)
+            return []
+        if (attempt, epoch) != (plan.attempt, plan.epoch) or not 0 <= index < len(plan.slices):
+            return []
+        if members != members_hash(frozen.members) or not (pulled or plan.slices[index].owner == sender):
+            return []
+        self._combined[index] = None
+        return self._check_full(now)
+
+    def verified(self, now: float, attempt: int, record: CommitRecord, wrong: str | None) -> list[Action]:
+        """The driver compared our result with the record's fingerprint: ``wrong`` is None when equal."""
+        if self.decided or attempt != self.promised or self._verifying != (attempt, record.digest):
+            return []
+        self._verifying = None
+        if wrong is not None:
+            self.reason = f"cannot accept: {wrong}"
+            return [
+                Note("commit", "refused", wrong),
+                Send(self.leader(attempt), Reject(self.key, attempt, self.promised, wrong[:200])),
+            ]
+        self.accepted = Accepted(attempt, record)
+        self._heard = now
+        return [
+            Persist(self.promised, self.accepted),
+            Send(self.leader(attempt), sign_accept(self._identity, self.key, attempt, record.digest)),
+        ]
+
+    def peer_lost(self, now: float, peer: PeerId, why: str) -> list[Action]:
+        """No way to ``peer`` at the moment."""
+        if peer == self.me or peer in self.lost:
+            return []
+        self.lost[peer] = why
+        if self.decided:
+            return []
+        actions: list[Action] = []
+        if self.plan is not None and self.frozen is None:
+            actions += self._report_held(now, force=False)
+        if self.offer is not None and peer == self.leader():
+            return actions + self._advance(now, f"the leader {peer.short} is lost ({why})")
+        if self.plan is not None and self.frozen is not None and not self.full and self._misses(peer):
+            actions.append(Send(self.leader(), self._progress(self.plan)))
+        return actions
+
+    def peer_alive(self, now: float, peer: PeerId) -> list[Action]:
+        """``peer`` can be reached again."""
+        self.lost.pop(peer, None)
+        return []
+
+    # -- what peers say -----------------------------------------------------------------------------
+
+    def receive(self, now: float, sender: PeerId, message: object) -> list[Action]:
+        """Handle a message addressed to a voter."""
+        if self.decided:
+            return []
+        if sender == self.leader() and not isinstance(message, Commit):
+            self._heard = now
+        match message:
+            case Commit():
+                return self._on_commit(message)
+            case Waiting() if message.attempt == self.attempt and sender == self.leader():
+                self.reason = message.reason
+                return []
+            case Convene():
+                return self._on_convene(now, sender, message)
+            case Plan():
+                return self._on_plan(now, sender, message)
+            case Freeze():
+                return self._on_freeze(now, sender, message)
+            case Ask():
+                if self.plan is not None and (message.attempt, message.epoch) == (self.plan.attempt, self.plan.epoch):
+                    return [Send(sender, self._progress(self.plan))]
+                return []
+            case Fetch():
+                plan = self.plan
+                current = plan is not None and (message.attempt, message.epoch) == (plan.attempt, plan.epoch)
+                if plan is None or not current or sender != self.leader(message.attempt):
+                    return []
+                if not 0 <= message.index < len(plan.slices) or message.index in self._combined:
+                    return []
+                return [Pull(message.holder, message.attempt, message.epoch, message.index)]
+            case Propose():
+                return self._on_propose(now, sender, message)
+            case Reject() if message.promised > self.attempt:
+                # We lead and others have moved on: follow them.
+                return self._move(now, message.promised, f"{sender.short} is at attempt {message.promised}")
+            case _:
+                return []
+
+    def tick(self, now: float) -> list[Action]:
+        """Let time pass; call at :meth:`deadline`."""
+        if self.decided or self.offer is None:
+            return []
+        actions: list[Action] = []
+        if self._phase_until is not None and now >= self._phase_until:
+            if self.frozen is None:
+                self._phase_until = None
+                actions += self._report_held(now, force=True)
+            elif self.plan is not None and not self.full:
+                self._phase_until = now + self.pace.gather
+                actions.append(Send(self.leader(), self._progress(self.plan)))
+            else:
+                self._phase_until = None
+        if now >= self._heard + self._patience():
+            why = f"no word from the leader {self.leader().short} for {self._patience():.0f} s"
+            return actions + self._advance(now, why)
+        if self.phase == "convene" and now >= self._resend:
+            actions += self._ready(now, again=True)
+        return actions
+
+    def deadline(self) -> float | None:
+        """When :meth:`tick` is due."""
+        if self.decided or self.offer is None:
+            return None
+        times = [self._heard + self._patience()]
+        if self.phase == "convene":
+            times.append(self._resend)
+        if self._phase_until is not None:
+            times.append(self._phase_until)
+        return min(times)
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _patience(self) -> float:
+        # Doubles with every full turn of candidates, so that slow swarms settle.
+        return self.pace.suspect * float(2 ** min(4, self.attempt // len(self.order)))
+
+    def _ready(self, now: float, *, again: bool = False) -> list[Action]:
+        assert self.offer is not None
+        if not again:
+            self._heard = now
+        self._resend = now + self.pace.suspect / 2
+        offer = self.offer
+        message = Ready(
+            self.key,
+            self.round,
+            self.attempt,
+            offer.contributes,
+            offer.samples,
+            offer.weight,
+            offer.length,
+            self.accepted,
+            offer.why,
+        )
+        persist: list[Action] = [] if again else [Persist(self.promised, self.accepted)]
+        return [*persist, Send(self.leader(), message)]
+
+    def _advance(self, now: float, why: str) -> list[Action]:
+        """Leave the present leader for the next candidate that is not lost (in the end: ourselves)."""
+        attempt = self.attempt + 1
+        while self.leader(attempt) in self.lost and self.leader(attempt) != self.me:
+            attempt += 1
+        return self._move(now, attempt, why)
+
+    def _move(self, now: float, attempt: int, why: str) -> list[Action]:
+        self.attempt = self.promised = attempt
+        self._verifying = None
+        self._phase_until = None
+        self.reason = why
+        if self.offer is None:
+            return []
+        self.phase = "convene"
+        return [Note("convene", "attempt", f"attempt {attempt}: {why}", self.leader()), *self._ready(now)]
+
+    def _on_convene(self, now: float, sender: PeerId, message: Convene) -> list[Action]:
+        # A leader that gives up its own attempt is believed; anybody else only by those with nothing to do.
+        idle = self.plan is None or self.plan.attempt < self.attempt or now - self._heard > self._patience() / 2
+        idle = idle or sender == self.leader()
+        if message.attempt <= self.attempt or self.offer is None or not idle:
+            return []
+        return self._move(now, message.attempt, "another candidate convenes")
+
+    def _on_plan(self, now: float, sender: PeerId, plan: Plan) -> list[Action]:
+        if plan.attempt < self.promised:
+            return [Send(sender, Reject(self.key, plan.attempt, self.promised, "promised a later attempt"))]
+        if sender != self.leader(plan.attempt):
+            return []
+        if self.plan is not None and (plan.attempt, plan.epoch) <= (self.plan.attempt, self.plan.epoch):
+            return []
+        wrong = self._wrong_plan(plan)
+        if wrong is not None:
+            return [Send(sender, Reject(self.key, plan.attempt, self.promised, wrong))]
+        actions: list[Action] = []
+        if plan.attempt > self.promised:
+            self.promised = self.attempt = plan.attempt
+            actions.append(Persist(self.promised, self.accepted))
+        self.plan, self.frozen, self.full = plan, None, False
+        self._combined, self._reported, self._verifying = {}, None, None
+        self._heard = now
+        self._phase_until = now + self.pace.scatter
+        self.phase, self.reason = "scatter", plan.reason
+        actions.append(Note("scatter", "begin", f"attempt {plan.attempt}, epoch {plan.epoch}: {plan.reason}"))
+        if self.me in plan.members:
+            for piece in plan.slices:
+                item = (piece.owner, piece.start, piece.stop)
+                if item not in self._pushed:
+                    self._pushed[item] = None
+                    actions.append(Push(*item))
+        return actions + self._report_held(now, force=False)
+
+    def _wrong_plan(self, plan: Plan) -> str | None:
+        """What is wrong with a plan, None when it may be followed. A leader is a peer like any other."""
+        if not len(plan.members) == len(plan.samples) == len(plan.weights):
+            return "members, samples and weights differ in number"
+        if list(plan.members) != sorted(set(plan.members)) or any(p not in self.voters for p in plan.members):
+            return "members are not voters in order"
+        if any(p not in self.voters for p in plan.receivers) or len(plan.receivers) > len(self.voters):
+            return "receivers are not voters"
+        if any(w < 0 for w in plan.weights) or any(s < 0 for s in plan.samples):
+            return "negative weights"
+        if plan.members and not any(plan.weights):
+            return "all weights are zero"
+        if not 0 < plan.length <= self._max_length:
+            return f"a vector of {plan.length} elements"
+        if len(plan.slices) > 4 * len(self.voters) ** 2 or not covers(plan.slices, plan.length):
+            return "slices do not cover the vector"
+        if any(piece.owner not in plan.receivers for piece in plan.slices):
+            return "an owner that is no receiver"
+        offer = self.offer
+        if self.me in plan.members and (offer is None or not offer.contributes or offer.length != plan.length):
+            return "we contribute nothing of that length"
+        return None
+
+    def _my_slices(self, plan: Plan) -> tuple[int, ...]:
+        return tuple(i for i, piece in enumerate(plan.slices) if piece.owner == self.me)
+
+    def _report_held(self, now: float, *, force: bool) -> list[Action]:
+        plan = self.plan
+        if plan is None or self.frozen is not None or plan.attempt != self.attempt:
+            return []
+        mine = self._my_slices(plan)
+        if not mine:
+            return []
+        pieces = [plan.slices[i].range for i in mine]
+        held = tuple(m for m in plan.members if all(m in self._holds.get(piece, {}) for piece in pieces))
+        pending = [m for m in plan.members if m not in held and m not in self.lost]
+        if pending and not force and self._reported is None:
+            return []
+        if held == self._reported:
+            return []
+        self._reported = held
+        return [Send(self.leader(), sign_held(self._identity, self.key, plan.attempt, plan.epoch, held))]
+
+    def _on_freeze(self, now: float, sender: PeerId, message: Freeze) -> list[Action]:
+        plan = self.plan
+        if plan is None or self.frozen is not None or sender != self.leader(message.attempt):
+            return []
+        if (message.attempt, message.epoch) != (plan.attempt, plan.epoch) or plan.attempt != self.attempt:
+            return []
+        weights = dict(zip(plan.members, plan.weights, strict=True))
+        if list(message.members) != sorted(m for m in plan.members if m in set(message.members)):
+            return [Send(sender, Reject(self.key, plan.attempt, self.promised, "frozen members are not the plan's"))]
+        mine = self._my_slices(plan)
+        for index in mine:
+            missing = [m for m in message.members if m not in self._holds.get(plan.slices[index].range, {})]
+            if missing:
+                why = f"{missing[0].short}'s slice is not held here"
+                return [Send(sender, Reject(self.key, plan.attempt, self.promised, why))]
+        self.frozen = message
+        self.phase, self.reason = "combine", f"combining {len(message.members)} contributions"
+        self._phase_until = now + self.pace.gather
+        actions: list[Action] = [Note("combine", "begin", self.reason)]
+        if mine:
+            actions.append(
+                Combine(plan.attempt, plan.epoch, message.members, tuple(weights[m] for m in message.members), mine)
+            )
+        self.phase = "gather"
+        actions.append(Note("gather", "begin"))
+        early, self._early = self._early, {}
+        for (attempt, epoch, index), (members, owner) in early.items():
+            actions += self.combined_received(now, owner, attempt, epoch, index, members)
+        return actions
+
+    def _misses(self, owner: PeerId) -> bool:
+        assert self.plan is not None
+        return any(p.owner == owner and i not in self._combined for i, p in enumerate(self.plan.slices))
+
+    def _progress(self, plan: Plan) -> Progress:
+        nonce = self._nonce(plan.attempt, plan.epoch) if self.full else b""
+        return Progress(self.key, plan.attempt, plan.epoch, tuple(sorted(self._combined)), nonce)
+
+    def _check_full(self, now: float) -> list[Action]:
+        plan = self.plan
+        assert plan is not None
+        if self.full or len(self._combined) < len(plan.slices):
+            return []
+        self.full = True
+        self.phase, self.reason = "commit", "holding the result, waiting for the commit"
+        self._phase_until = None
+        if plan.attempt != self.attempt:
+            return []
+        return [Note("commit", "begin"), Send(self.leader(), self._progress(plan))]
+
+    def _on_propose(self, now: float, sender: PeerId, message: Propose) -> list[Action]:
+        if message.attempt < self.promised:
+            return [Send(sender, Reject(self.key, message.attempt, self.promised, "promised a later attempt"))]
+        if sender != self.leader(message.attempt):
+            return []
+        wrong = self._check(message.record)
+        if wrong is not None:
+            self.reason = f"cannot accept: {wrong}"
+            return [
+                Note("commit", "refused", wrong),
+                Send(sender, Reject(self.key, message.attempt, self.promised, wrong[:200])),
+            ]
+        actions: list[Action] = []
+        if message.attempt > self.promised:
+            self.promised = self.attempt = message.attempt
+            actions.append(Persist(self.promised, self.accepted))
+        self._heard = now
+        if self._verifying == (message.attempt, message.record.digest):
+            return actions
+        self._verifying = (message.attempt, message.record.digest)
+        holders = tuple(h for h in message.holders if h in self.voters and h != self.me)
+        return [*actions, Verify(message.attempt, message.record, holders)]
+
+    def _on_commit(self, message: Commit) -> list[Action]:
+        # The driver has verified the certificate before it hands a commit to us.
+        self.decided = True
+        self.phase, self.reason = "commit", "committed"
+        return [Done(message)]

@@ -1,0 +1,317 @@
+"""Peers of one round around a table: real voters and leaders, messages as events, no network, no clock but ours."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+
+import numpy as np
+
+from shoal.learning.rounds.actions import (
+    Action,
+    Combine,
+    Done,
+    Fingerprint,
+    Note,
+    Pace,
+    Persist,
+    Pull,
+    Push,
+    Send,
+    Share,
+    Verify,
+)
+from shoal.learning.rounds.leader import Leader, Terms, accepts_needed
+from shoal.learning.rounds.messages import (
+    Accept,
+    Accepted,
+    Commit,
+    CommitRecord,
+    Convene,
+    Held,
+    Progress,
+    Ready,
+    Reject,
+    instance_key,
+    members_hash,
+    verify_certificate,
+)
+from shoal.learning.rounds.voter import Voter
+from shoal.transport.identity import Identity, PeerId
+
+PACE = Pace(grace=3.0, suspect=5.0, scatter=4.0, gather=4.0, accept=0.25)
+LEADER_MESSAGES = (Ready, Held, Progress, Accept, Reject)
+
+
+class Seat:
+    """One peer: its voter, the leaders it has been, and the numbers it holds."""
+
+    def __init__(self, table: Table, identity: Identity) -> None:
+        self.table, self.identity, self.me = table, identity, identity.peer_id
+        self.alive, self.frozen_until = True, 0.0
+        self.vector = np.random.default_rng(identity.peer_id.key[0]).integers(-8, 8, table.length).astype(np.float32)
+        self.parts: dict[tuple[PeerId, int, int], np.ndarray] = {}
+        self.result: dict[tuple[int, int], dict[int, np.ndarray]] = {}
+        self.commit: Commit | None = None
+        self.final: np.ndarray | None = None
+        self.stored: tuple[int, Accepted | None] = (0, None)
+        self.leader: Leader | None = None
+        self.notes: list[Note] = []
+        self.voter = Voter(
+            key=table.key,
+            round=1,
+            prev=table.prev,
+            voters=table.voters,
+            identity=identity,
+            pace=PACE,
+            nonce=lambda attempt, epoch: self.me.key[:14] + bytes([attempt % 256, epoch % 256]),
+            check=lambda record: None,
+            max_length=10_000,
+        )
+
+    def do(self, actions: list[Action]) -> None:
+        for action in actions:
+            if not self.alive:
+                return
+            self.table.trace(self, action)
+            if self.alive:
+                self._do(action)
+
+    def _do(self, action: Action) -> None:
+        table = self.table
+        match action:
+            case Send():
+                table.post(self.me, action.to, lambda seat: seat.hear(self.me, action.message))
+            case Push():
+                piece = self.vector[action.start : action.stop].copy()
+                key = (self.me, action.start, action.stop)
+                table.post(self.me, action.owner, lambda seat: seat.take(key, piece))
+            case Combine():
+                plan = self.voter.plan
+                assert plan is not None
+                out = self.result.setdefault((action.attempt, action.epoch), {})
+                total = np.float32(sum(action.weights))
+                for index in action.indices:
+                    start, stop = plan.slices[index].range
+                    value = np.zeros(stop - start, np.float32)
+                    for member, weight in zip(action.members, action.weights, strict=True):
+                        value += self.parts[member, start, stop] * np.float32(weight)
+                    out[index] = value / total if action.members else value
+                table.post(
+                    self.me,
+                    self.me,
+                    lambda seat: seat.do(seat.voter.combined(table.now, action.attempt, action.epoch, action.indices)),
+                )
+            case Share():
+                self._offer(action.receiver, action.attempt, action.epoch, action.index, pulled=False)
+            case Pull():
+                me = self.me
+                table.post(
+                    me,
+                    action.holder,
+                    lambda seat: seat._offer(me, action.attempt, action.epoch, action.index, pulled=True),
+                )
+            case Fingerprint():
+                value = self._print(self._whole(action.attempt, action.epoch), action.nonces)
+                assert self.leader is not None
+                leader = self.leader
+                table.post(
+                    self.me,
+                    self.me,
+                    lambda seat: seat.do(leader.fingerprint(table.now, action.attempt, action.epoch, value, "test")),
+                )
+            case Verify():
+                self._verify(action)
+            case Persist():
+                self.stored = (action.promised, action.accepted)
+            case Done():
+                self._done(action.commit)
+            case Note():
+                self.notes.append(action)
+
+    def _whole(self, attempt: int, epoch: int) -> np.ndarray:
+        parts = self.result[attempt, epoch]
+        return np.concatenate([parts[i] for i in sorted(parts)])
+
+    def _print(self, whole: np.ndarray, nonces: tuple[bytes, ...]) -> bytes:
+        return whole.tobytes()[:4096] + b"".join(nonces)
+
+    def _mine(self, record: CommitRecord) -> np.ndarray | None:
+        plan, frozen = self.voter.plan, self.voter.frozen
+        if plan is None or frozen is None or not self.voter.full or frozen.members != record.members:
+            return None
+        whole = self._whole(plan.attempt, plan.epoch)
+        return whole if self._print(whole, record.nonces) == record.fingerprint else None
+
+    def _verify(self, action: Verify) -> None:
+        whole = self._mine(action.record)
+        if whole is not None:
+            self.final = whole
+            self.table.post(
+                self.me,
+                self.me,
+                lambda seat: seat.do(seat.voter.verified(self.table.now, action.attempt, action.record, None)),
+            )
+            return
+        for holder in action.holders:
+            self.table.post(self.me, holder, lambda seat: seat._give(self.me, action))
+
+    def _give(self, to: PeerId, action: Verify) -> None:
+        whole = self._mine(action.record)
+        if whole is None:
+            whole = self.final
+        if whole is not None and self._print(whole, action.record.nonces) == action.record.fingerprint:
+            self.table.post(self.me, to, lambda seat: seat._got(action, whole))
+
+    def _got(self, action: Verify, whole: np.ndarray) -> None:
+        self.final = whole
+        self.do(self.voter.verified(self.table.now, action.attempt, action.record, None))
+
+    def _done(self, commit: Commit) -> None:
+        self.commit = commit
+        mine = self._mine(commit.record)
+        if mine is not None:
+            self.final = mine
+        elif self.final is None or self._print(self.final, commit.record.nonces) != commit.record.fingerprint:
+            self.final = None
+            for accept in commit.certificate.accepts:
+                verify = Verify(0, commit.record, ())
+                self.table.post(self.me, accept.peer, lambda seat: seat._give(self.me, verify))
+
+    def _offer(self, to: PeerId, attempt: int, epoch: int, index: int, *, pulled: bool) -> None:
+        part = self.result.get((attempt, epoch), {}).get(index)
+        frozen = self.voter.frozen
+        if part is None or frozen is None:
+            return
+        hashed, me = members_hash(frozen.members), self.me
+        self.table.post(me, to, lambda seat: seat.gather(me, attempt, epoch, index, hashed, part, pulled))
+
+    def take(self, key: tuple[PeerId, int, int], piece: np.ndarray) -> None:
+        self.parts[key] = piece
+        self.do(self.voter.slice_received(self.table.now, *key))
+
+    def gather(
+        self, sender: PeerId, attempt: int, epoch: int, index: int, hashed: bytes, part: np.ndarray, pulled: bool
+    ) -> None:
+        self.result.setdefault((attempt, epoch), {})[index] = part
+        self.do(self.voter.combined_received(self.table.now, sender, attempt, epoch, index, hashed, pulled=pulled))
+
+    def hear(self, sender: PeerId, message: object) -> None:
+        now = self.table.now
+        if self.commit is not None:
+            if isinstance(message, Ready | Convene):
+                commit = self.commit
+                self.table.post(self.me, sender, lambda seat: seat.hear(self.me, commit))
+            return
+        if isinstance(message, Commit):
+            needed = accepts_needed(len(self.table.voters), len(message.record.members), self.table.gossip)
+            assert verify_certificate(message.record, message.certificate, self.table.voters, needed) is None
+        if isinstance(message, Ready) and self.voter.leader(message.attempt) == self.me:
+            if self.leader is None or self.leader.attempt < message.attempt:
+                self.lead(message.attempt)
+        if isinstance(message, LEADER_MESSAGES) and self.leader is not None:
+            self.do(self.leader.receive(now, sender, message))
+        if not isinstance(message, LEADER_MESSAGES) or isinstance(message, Reject):
+            self.do(self.voter.receive(now, sender, message))
+
+    def start(self) -> None:
+        self.do(self.voter.begin(self.table.now, Ready(self.table.key, 1, 0, True, 10, 1, self.table.length, None, "")))
+
+    def lose(self, who: PeerId) -> None:
+        if self.commit is None:
+            self.do(self.voter.peer_lost(self.table.now, who, "killed"))
+            if self.leader is not None:
+                self.do(self.leader.peer_lost(self.table.now, who, "killed"))
+
+    def lead(self, attempt: int) -> None:
+        self.leader = Leader(
+            key=self.table.key,
+            round=1,
+            voters=self.table.voters,
+            attempt=attempt,
+            identity=self.identity,
+            pace=PACE,
+            terms=self.table.terms(),
+            now=self.table.now,
+            lost=self.voter.lost,
+        )
+
+    def tick(self) -> None:
+        if self.commit is None:
+            self.do(self.voter.tick(self.table.now))
+            if self.leader is not None:
+                self.do(self.leader.tick(self.table.now))
+
+    def due(self) -> float | None:
+        times = [self.voter.deadline(), self.leader.deadline() if self.leader else None]
+        return min((t for t in times if t is not None), default=None)
+
+
+class Table:
+    """Runs one round of ``n`` peers to its end. ``hook`` sees every action before it is carried out."""
+
+    def __init__(self, n: int, *, seed: int = 0, length: int = 100, gossip: bool = False) -> None:
+        self.random, self.length, self.gossip = random.Random(seed), length, gossip
+        self.now, self._counter = 0.0, itertools.count()
+        self._queue: list[tuple[float, int, PeerId, PeerId, Callable[[Seat], None]]] = []
+        identities = [Identity(bytes([seed % 256, i]) * 16) for i in range(n)]
+        self.voters = tuple(sorted(i.peer_id for i in identities))
+        self.prev = bytes([seed % 256]) * 32
+        self.key = instance_key(b"r" * 32, 1, self.prev, self.voters)
+        self.seats = {i.peer_id: Seat(self, i) for i in identities}
+        self.hook: Callable[[Seat, Action], None] = lambda seat, action: None
+        self._fifo: dict[tuple[PeerId, PeerId], float] = {}
+
+    def terms(self) -> Terms:
+        def draft(members, samples, weights, roster, nonces, reason):  # type: ignore[no-untyped-def]
+            return CommitRecord(
+                b"r" * 32, 1, "reduce", self.prev, members, samples, weights, roster, sum(samples), 0, b"", nonces, "", b"", reason
+            )
+
+        return Terms(draft, lambda: (), lambda: (), self.gossip, 64, lambda peer: 1.0)
+
+    def trace(self, seat: Seat, action: Action) -> None:
+        self.hook(seat, action)
+
+    def post(self, sender: PeerId, to: PeerId, deliver: Callable[[Seat], None]) -> None:
+        if to not in self.seats:
+            return
+        delay = 0.0001 if sender == to else self.random.uniform(0.01, 0.1)
+        at = max(self.now + delay, self._fifo.get((sender, to), 0.0))
+        self._fifo[sender, to] = at
+        heapq.heappush(self._queue, (at, next(self._counter), sender, to, deliver))
+
+    def kill(self, seat: Seat) -> None:
+        """SIGKILL: what it sent is on its way, nothing more; the others' links break after a moment."""
+        seat.alive = False
+        for other in self.seats.values():
+            if other is not seat:
+                at = self.now + self.random.uniform(0.1, 0.3)
+                entry = (at, next(self._counter), other.me, other.me, lambda s, who=seat.me: s.lose(who))
+                heapq.heappush(self._queue, entry)
+
+    def run(self, *, begin: dict[PeerId, float] | None = None, limit: float = 300.0) -> None:
+        for peer, seat in self.seats.items():
+            at = (begin or {}).get(peer, self.random.uniform(0.0, 1.0))
+            heapq.heappush(self._queue, (at, next(self._counter), peer, peer, lambda s: s.start()))
+            if seat.voter.leader(0) == peer:
+                seat.lead(0)
+        while self.now < limit:
+            live = [s for s in self.seats.values() if s.alive]
+            if all(s.commit is not None and s.final is not None for s in live) or not live:
+                return
+            ticks = [(due, seat) for seat in live if seat.commit is None and (due := seat.due()) is not None]
+            due, ticking = min(ticks, key=lambda item: (item[0], item[1].me), default=(limit, None))
+            if self._queue and self._queue[0][0] <= due:
+                at, _, _, to, deliver = heapq.heappop(self._queue)
+                self.now = max(self.now, at)
+                seat = self.seats[to]
+                if seat.alive:
+                    deliver(seat)
+            elif ticking is not None:
+                self.now = max(self.now, due)
+                ticking.tick()
+            else:
+                return
