@@ -49,6 +49,14 @@ class Host(ABC):
         Not cancellable once begun: cancellation is delivered after ``fn`` returns.
         """
 
+    async def compute(self, modelled: float, fn: Callable[..., T], *args: object) -> T:
+        """:meth:`run_blocking` for work that is modelled to take ``modelled`` seconds.
+
+        Real hosts take the time it takes. A host in virtual time runs ``fn`` inline and then sleeps for
+        ``modelled`` seconds, or what that is on the machine it plays.
+        """
+        return await self.run_blocking(fn, *args)
+
 
 class RealHost(Host):
     """The machine we run on: trio's clock, the system's random generator, kernel TCP, worker threads."""
