@@ -1,0 +1,127 @@
+"""Constants of the dht floor, each with unit, reason and source."""
+
+from __future__ import annotations
+
+#: Peers in a bucket, peers that hold a record, peers in an answer. Kademlia (Maymounkov & Mazières 2002,
+#: section 2.2) chooses k such that any k peers very unlikely all fail within an hour; 20 there and in IPFS.
+K = 20
+
+#: Queries in flight when a lookup begins. Kademlia section 2.3 uses 3.
+ALPHA = 3
+
+#: Queries in flight at most. A lookup rises to this while answers fail or bring nothing closer: beyond 10 the
+#: extra queries measurably only add messages (Stutzbach & Rejaie 2006, "Improving Lookup Performance").
+ALPHA_MAX = 10
+
+#: Disjoint paths of a write. S/Kademlia (Baumgart & Mies 2007, figure 5): with 20 % adversarial peers
+#: success rises from 0.6 to 0.9 within the first few paths; each path costs about one more round of queries.
+WRITE_PATHS = 3
+
+#: Holders whose answers settle a read of a record that can change: a holder that was away may be one version behind.
+READ_QUORUM = 3
+
+#: Queries of one lookup at most. An honest lookup among 10,000 peers needs about 30; liars can force no more than this.
+MAX_QUERIES = 240
+
+#: Candidates one lookup remembers at most; the closest stay.
+MAX_CANDIDATES = 400
+
+#: Failures among the peers that one peer named, after which its other suggestions are believed last: honest
+#: tables that lost 30 % of their peers name 6 dead of 20; three standard deviations more are 12.
+DISCREDIT_FAILURES = 12
+
+#: Seconds a whole lookup may take. At ALPHA_MAX parallel dead addresses this covers all dials of 30 dead peers.
+LOOKUP_DEADLINE = 60.0
+
+#: Seconds one query may take including the dial to a peer that we have no link to: two round trips of a
+#: satellite link for TCP, three for the handshake, one for the call, at 0.7 s each, rounded up.
+QUERY_DEADLINE = 5.0
+
+#: Newcomers remembered per full bucket. Kademlia section 4.1 (replacement cache); twice the usual loss of a bucket.
+REPLACEMENTS = 10
+
+#: Peers of one /24 (IPv4) or /48 (IPv6) in a bucket: one rented network cannot fill a bucket. As in go-libp2p.
+MAX_PER_NETWORK = 2
+
+#: Failed queries in a row after which a contact leaves its bucket even without a replacement: one may be a lost link.
+MAX_FAILURES = 2
+
+#: Seconds after which a silent contact is pinged. Half of the mean session of 10 minutes that remains
+#: of a peer seen once in published churn traces (Stutzbach & Rejaie 2006, "Understanding Churn").
+LIVENESS_INTERVAL = 300.0
+
+#: Seconds between lookups in a bucket that saw none. Kademlia section 2.3: one hour.
+REFRESH_INTERVAL = 3600.0
+
+#: Seconds between two looks at what is due. Half a minute of delay is nothing to intervals of minutes.
+TICK = 15.0
+
+#: Seconds between two attempts to reach lost peers and bootstrap addresses again: partitions heal in about a minute.
+REJOIN_INTERVAL = 60.0
+
+#: Peers remembered after they left the table, to try again.
+MAX_LOST = 128
+
+#: Peers tried per rejoin attempt.
+REJOIN_BATCH = 3
+
+#: Seconds after which holders hand a record on to the peers now closest to it (Kademlia section 2.5: one hour).
+#: A holder that was given the record by another one in that time skips its turn.
+REPLICATE_INTERVAL = 3600.0
+
+#: Seconds a record may live. A day, so that a run whose author left is found until its members publish anew.
+RECORD_LIFETIME = 86400.0
+
+#: Bytes of a record's value. One run spec; larger things are blobs, whose hash goes here.
+MAX_VALUE = 4096
+
+#: Bytes of a record's key and of a provider topic: a public key and a hash.
+MAX_KEY = 64
+
+#: Characters of a namespace.
+MAX_NAMESPACE = 32
+
+#: Records held for others: about 60 MiB at full size, 15 MiB at the usual 1 KiB.
+MAX_RECORDS = 16384
+
+#: Records of one author held here. An author's records spread over the whole key space, so this is plenty.
+MAX_RECORDS_PER_AUTHOR = 128
+
+#: Seconds a provider announcement lives unless the provider says otherwise: a dead provider is forgotten within this.
+PROVIDE_LIFETIME = 1800.0
+
+#: Seconds an announcement may live at most. The peer record inside lives no longer (transport PEER_RECORD_LIFETIME).
+MAX_PROVIDE_LIFETIME = 7200.0
+
+#: Part of its lifetime after which an announcement is renewed: two renewals may fail.
+RENEW_FRACTION = 1 / 3
+
+#: Providers held per topic. Beyond it the one that expires first gives way.
+MAX_PROVIDERS = 256
+
+#: Topics one provider may announce here.
+MAX_TOPICS_PER_PROVIDER = 256
+
+#: Announcements held in all: about 30 MiB.
+MAX_ANNOUNCEMENTS = 65536
+
+#: Providers in one answer: 64 of about 450 bytes.
+MAX_PROVIDERS_ANSWER = 64
+
+#: Requests per second, and at once, from one peer of our routing table. A request costs about 0.3 ms here.
+FRIEND_RATE, FRIEND_BURST = 1000.0, 2000.0
+
+#: Requests per second, and at once, from one stranger. A joining peer sends each other peer a handful.
+STRANGER_RATE, STRANGER_BURST = 50.0, 200.0
+
+#: Requests per second, and at once, from all strangers together: at most about a third of one core.
+STRANGERS_RATE, STRANGERS_BURST = 1000.0, 4000.0
+
+#: Strangers whose rate is remembered.
+MAX_STRANGERS = 4096
+
+#: Contacts in a snapshot. Half of them would be enough to rejoin.
+SNAPSHOT_CONTACTS = 200
+
+#: Bytes of a snapshot that is read back.
+MAX_SNAPSHOT = 1 << 28

@@ -1,0 +1,274 @@
+"""The iterative Kademlia lookup as a pure state machine: answers and failures in, peers to query next out.
+
+A lookup ends when the ``k`` closest candidates that did not fail have all answered. Two things go beyond
+the paper (Maymounkov & Mazières 2002, section 2.3):
+
+* Adaptive parallelism. It begins with ``alpha`` queries in flight; each failure, and each answer that brings
+  nothing closer, raises that by one up to ``alpha_max``, progress lowers it again. A quick lookup stays
+  cheap and one among dead peers does not wait for them one by one.
+* Disjoint paths (S/Kademlia, Baumgart & Mies 2007, section 4.3). With ``paths`` > 1 the first candidates are
+  dealt to that many paths; a peer is queried on one path only, and a path hears only of the peers its own
+  answers name. One liar misleads the path that met it. When every path has its share of ``k``, what they
+  found is merged and finished as one.
+
+No randomness and no clock: the same events give the same queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import Enum
+
+import attrs
+
+from ..transport.errors import ProtocolMisuse
+from ..transport.identity import PeerId
+from . import defaults
+from .keys import node_key
+
+
+@attrs.frozen
+class Answered:
+    """``peer`` answered and named ``closer`` (at most k of them count)."""
+
+    peer: PeerId
+    closer: tuple[PeerId, ...]
+
+
+@attrs.frozen
+class Failed:
+    """``peer`` gave no usable answer."""
+
+    peer: PeerId
+
+
+Event = Answered | Failed
+
+
+class State(Enum):
+    NEW = "new"
+    ASKED = "asked"
+    ANSWERED = "answered"
+    FAILED = "failed"
+
+
+@attrs.define(eq=False)
+class Candidate:
+    """A peer that was named. ``sources``: who named it (empty for our own contacts); ``hops``: answers it took."""
+
+    peer: PeerId
+    distance: int
+    hops: int
+    sources: list[PeerId] = attrs.field(factory=list)
+    state: State = State.NEW
+
+
+@attrs.define(eq=False)
+class Path:
+    """One disjoint path: its candidates by distance, and how many of its queries are in flight."""
+
+    width: int
+    alpha: int
+    candidates: dict[PeerId, Candidate] = attrs.field(factory=dict)
+    in_flight: int = 0
+    best: int | None = None
+    #: The candidates in order of distance; None when it must be sorted anew.
+    order: list[Candidate] | None = None
+
+    def ordered(self) -> list[Candidate]:
+        if self.order is None:
+            self.order = sorted(self.candidates.values(), key=lambda candidate: candidate.distance)
+        return self.order
+
+
+class Lookup:
+    """One lookup for ``target``. Drive it with :meth:`start`, then :meth:`receive` until :attr:`done`.
+
+    ``seeds``: our own closest contacts. ``own`` is never queried. Queries in flight when :attr:`done` becomes
+    True are no longer needed.
+    """
+
+    def __init__(
+        self,
+        target: int,
+        seeds: Iterable[PeerId],
+        *,
+        own: PeerId | None = None,
+        k: int = defaults.K,
+        alpha: int = defaults.ALPHA,
+        alpha_max: int = defaults.ALPHA_MAX,
+        paths: int = 1,
+        max_queries: int = defaults.MAX_QUERIES,
+    ) -> None:
+        if min(k, alpha, paths, max_queries) < 1 or alpha_max < alpha:
+            raise ProtocolMisuse("a lookup needs k, alpha, paths, max_queries >= 1 and alpha_max >= alpha")
+        self.target = target
+        self.k, self._alpha_min, self._alpha_max = k, alpha, alpha_max
+        self._own, self._max_queries = own, max_queries
+        self.queries = 0
+        self.done = False
+        self._claimed: dict[PeerId, Path] = {}
+        self._named: dict[PeerId, list[int]] = {}  # source -> [answered, failed] among the peers it named
+        candidates = [self._candidate(peer) for peer in dict.fromkeys(seeds) if peer != own]
+        candidates.sort(key=lambda candidate: candidate.distance)
+        paths = max(1, min(paths, len(candidates)))
+        self._paths = [Path(width=-(-k // paths), alpha=max(1, -(-alpha // paths))) for _ in range(paths)]
+        for index, candidate in enumerate(candidates):
+            self._paths[index % paths].candidates[candidate.peer] = candidate
+
+    def _candidate(self, peer: PeerId, hops: int = 0) -> Candidate:
+        return Candidate(peer, node_key(peer) ^ self.target, hops)
+
+    # -- events ----------------------------------------------------------------------------------------------
+
+    def start(self) -> tuple[PeerId, ...]:
+        """The first queries; none, and :attr:`done`, when there was nobody to ask."""
+        return self._due()
+
+    def receive(self, event: Event) -> tuple[PeerId, ...]:
+        """Feed what became of one query; returns the queries to send now.
+
+        Raises :class:`ProtocolMisuse` for a peer that was not asked or has answered already.
+        """
+        path = self._claimed.get(event.peer)
+        candidate = None if path is None else path.candidates.get(event.peer)
+        if path is None or candidate is None or candidate.state is not State.ASKED:
+            raise ProtocolMisuse(f"{event.peer.short} has no query in flight")
+        path.in_flight -= 1
+        match event:
+            case Failed():
+                candidate.state = State.FAILED
+                progress = False
+            case Answered(closer=closer):
+                candidate.state = State.ANSWERED
+                self._learn(path, candidate, closer)
+                progress = path.best is None or candidate.distance < path.best
+                if progress:
+                    path.best = candidate.distance
+        for source in candidate.sources:
+            self._named.setdefault(source, [0, 0])[isinstance(event, Failed)] += 1
+        path.alpha = max(path.alpha - 1, self._floor()) if progress else min(path.alpha + 1, self._ceiling())
+        return () if self.done else self._due()
+
+    def stop(self) -> None:
+        """The caller has what it wants: no further queries."""
+        self.done = True
+
+    def _floor(self) -> int:
+        return max(1, -(-self._alpha_min // len(self._paths)))
+
+    def _ceiling(self) -> int:
+        return max(1, -(-self._alpha_max // len(self._paths)))
+
+    def _learn(self, path: Path, source: Candidate, closer: tuple[PeerId, ...]) -> None:
+        for peer in dict.fromkeys(closer[: self.k]):
+            if peer == self._own or peer == source.peer:
+                continue
+            known = path.candidates.get(peer)
+            if known is None:
+                if peer in self._claimed:  # another path's
+                    continue
+                known = path.candidates[peer] = self._candidate(peer, source.hops + 1)
+                known.sources.append(source.peer)
+            elif known.sources and source.peer not in known.sources:
+                known.sources.append(source.peer)
+        path.order = None
+        if len(path.candidates) > defaults.MAX_CANDIDATES:
+            for candidate in reversed(path.ordered()):
+                if candidate.state is State.NEW:
+                    del path.candidates[candidate.peer]
+                if len(path.candidates) <= defaults.MAX_CANDIDATES:
+                    break
+            path.order = None
+
+    # -- decisions -------------------------------------------------------------------------------------------
+
+    def _believed(self, candidate: Candidate) -> bool:
+        """False when everybody who named ``candidate`` has mostly named peers that do not answer."""
+        if not candidate.sources:
+            return True
+        for source in candidate.sources:
+            answered, failed = self._named.get(source, (0, 0))
+            if failed < defaults.DISCREDIT_FAILURES or failed < 2 * answered:
+                return True
+        return False
+
+    def _askable(self, path: Path, candidate: Candidate) -> bool:
+        """True when ``candidate`` is new and may be queried on ``path``."""
+        free = candidate.state is State.NEW and self._claimed.get(candidate.peer, path) is path
+        return free and self.queries < self._max_queries and self._believed(candidate)
+
+    def _wanted(self, path: Path) -> list[PeerId]:
+        """Queries that ``path`` sends now: new ones among its ``width`` closest that live, up to alpha in flight."""
+        wanted: list[PeerId] = []
+        alive = 0
+        for candidate in path.ordered():
+            if path.in_flight + len(wanted) >= path.alpha or alive >= path.width:
+                break
+            if candidate.state is State.FAILED:
+                continue
+            if candidate.state is State.NEW:
+                if not self._askable(path, candidate):
+                    continue
+                self.queries += 1
+                self._claimed[candidate.peer] = path
+                candidate.state = State.ASKED
+                wanted.append(candidate.peer)
+            alive += 1
+        path.in_flight += len(wanted)
+        return wanted
+
+    def _finished(self, path: Path) -> bool:
+        """True when the ``width`` closest live candidates have answered, or nobody is left to ask."""
+        answered = 0
+        for candidate in path.ordered():
+            if candidate.state is State.ANSWERED:
+                answered += 1
+                if answered >= path.width:
+                    return True
+            elif candidate.state is State.ASKED or self._askable(path, candidate):
+                return False
+        return True
+
+    def _due(self) -> tuple[PeerId, ...]:
+        wanted = [peer for path in self._paths for peer in self._wanted(path)]
+        if not wanted and all(self._finished(path) for path in self._paths):
+            if len(self._paths) > 1:
+                self._merge()
+                return self._due()
+            self.done = True
+        return tuple(wanted)
+
+    def _merge(self) -> None:
+        """All paths have their share: go on as one path over everything they found."""
+        merged = Path(width=self.k, alpha=self._alpha_max)
+        for path in self._paths:
+            merged.in_flight += path.in_flight
+            for peer, candidate in path.candidates.items():
+                held = merged.candidates.get(peer)
+                if held is None or held.state is State.NEW:
+                    merged.candidates[peer] = candidate
+        for peer in self._claimed:
+            self._claimed[peer] = merged
+        self._paths = [merged]
+
+    # -- results ---------------------------------------------------------------------------------------------
+
+    @property
+    def closest(self) -> tuple[PeerId, ...]:
+        """The up to ``k`` closest peers that answered, by rising distance."""
+        return tuple(candidate.peer for candidate in self._answered()[: self.k])
+
+    @property
+    def hops(self) -> int:
+        """Answers in a row that led to the closest peer that answered, its own included; 0 when nobody did."""
+        answered = self._answered()
+        return answered[0].hops + 1 if answered else 0
+
+    def states(self) -> Mapping[PeerId, State]:
+        """Every candidate and what became of it."""
+        return {c.peer: c.state for path in self._paths for c in path.ordered()}
+
+    def _answered(self) -> list[Candidate]:
+        answered = [c for path in self._paths for c in path.candidates.values() if c.state is State.ANSWERED]
+        return sorted(answered, key=lambda candidate: candidate.distance)
