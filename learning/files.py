@@ -1,0 +1,81 @@
+"""A model's state on disk: safetensors files that are whole or not there, and checked when read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ..transport.errors import ConfigError
+from .digest import tree_digest
+from .state import bytes_view
+
+#: Metadata key that holds the digest of the tensors, in hex.
+_DIGEST = "shoal.digest"
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write named tensors (any device) and text to ``path``, replacing what was there in one step. Blocking.
+
+    Written beside ``path``, flushed to the disk, then renamed: after a crash ``path`` is the old file or the new one.
+    Raises :class:`ConfigError` naming the file when the disk refuses.
+    """
+    # Copies of views: safetensors refuses tensors that share memory, and tied ones are the caller's to leave out.
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    notes = {**metadata, _DIGEST: _digest(whole, metadata)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            safetensors.torch.save_file(whole, temporary, notes)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what :func:`save_state` wrote: CPU tensors by name, and the metadata. Blocking.
+
+    Raises :class:`ConfigError` naming the file when it is missing, truncated, altered or of another kind.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            notes = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged or no safetensors file ({error}); restore or delete it") from error
+    expected = notes.pop(_DIGEST, None)
+    if expected is None:
+        raise ConfigError(f"{path} was not written by Shoal: it carries no digest")
+    if _digest(tensors, notes) != expected:
+        raise ConfigError(f"{path} is damaged: its content does not match its digest; restore or delete it")
+    return tensors, notes
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    header = repr((sorted(metadata.items()), [(n, tuple(t.shape), str(t.dtype)) for n, t in sorted(tensors.items())]))
+    parts = [("header", memoryview(header.encode())), *((n, bytes_view(t)) for n, t in sorted(tensors.items()))]
+    return tree_digest(parts).hex()
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself must reach the disk. Windows cannot open a folder and does not need it.
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Tasks that come with Shoal: ``digits`` and ``stdlib``. Resolved by name in :mod:`shoal.learning.task`."""

@@ -1,0 +1,247 @@
+"""Trains a task's model on one device, in slices short enough that the node stays responsive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import attrs
+import torch
+import trio
+from torch import Tensor
+
+from ..transport.errors import ConfigError, ProtocolMisuse
+from ..transport.host import Host
+from . import defaults, exact
+from .shard import Shard
+from .state import Layout, flatten, flatten_model, unflatten, unflatten_into
+from .task import Batch, Task, title
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class TrainResult:
+    """What a stretch of training did. ``loss_mean`` is weighted by samples; NaN when a loss was, or without steps."""
+
+    steps: int
+    samples: int
+    loss_mean: float
+    seconds: float
+
+
+@attrs.define
+class _Tally:
+    """Sums over slices."""
+
+    steps: int = 0
+    samples: int = 0
+    loss: float = 0.0
+
+
+class Worker:
+    """Owns a task's model, optimiser and stream of batches.
+
+    All methods that touch the model run it through ``host.compute`` (a worker thread on real hosts, inline in virtual
+    time) and hold a lock for the length of one slice, so weights may be read or loaded between two slices of a running
+    :meth:`train`. Errors that the user's hooks raise pass through.
+
+    Batches: ``task.batches(shard)`` is drawn to its end, then asked again with ``shard.epoch`` one higher. A new shard
+    that names the same samples (:meth:`Shard.same_part`: only the round moved on) does not disturb the running epoch.
+    """
+
+    def __init__(self, host: Host, task: Task, shard: Shard, device: str | torch.device = "cpu") -> None:
+        """Builds model and optimiser at once (blocking); initial weights are drawn from ``shard.seed``."""
+        exact.flush_denormals()
+        self.task = task
+        self.device = torch.device(device)
+        self._host = host
+        self._shard = shard
+        self._wanted = shard
+        self._batches: Iterator[Batch] | None = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(shard.seed % (1 << 63))
+            self.model = task.model().to(self.device)
+        self.layout = Layout.of(self.model)
+        self.optimizer = task.optimizer(self.model)
+        self._lock = trio.Lock()
+        self._training = False
+        #: Measured (or modelled) seconds of a step, smoothed; None before the first.
+        self.step_seconds: float | None = None
+
+    @property
+    def shard(self) -> Shard:
+        """The shard that the next batch comes from, with the epoch it has reached."""
+        return self._shard if self._shard.same_part(self._wanted) else self._wanted
+
+    def set_shard(self, shard: Shard) -> None:
+        """Take batches from ``shard`` from the next slice on. Starts its first epoch unless it is the same part."""
+        # Only noted here: the worker thread may be drawing from the old one at this moment.
+        self._wanted = shard
+
+    async def train(self, steps: int | None = None, seconds: float | None = None) -> TrainResult:
+        """Take ``steps`` optimiser steps, or as many as begin within ``seconds``, or whichever ends first.
+
+        A loss that is NaN or infinite is reported in the result, not raised. Cancelled, it stops at the end of the
+        running slice (about ``defaults.TRAIN_SLICE`` seconds, at least one step); the steps taken stay taken.
+        """
+        if steps is None and seconds is None:
+            raise ProtocolMisuse("train() needs a number of steps or of seconds")
+        if self._training:
+            raise ProtocolMisuse("train() is already running on this worker")
+        self._training = True
+        tally = _Tally()
+        start = self._host.now()
+        try:
+            while True:
+                left = math.inf if steps is None else steps - tally.steps
+                time_left = math.inf if seconds is None else start + seconds - self._host.now()
+                if left <= 0 or time_left <= 0:
+                    break
+                await self._train_slice(tally, min(left, self._slice_steps(time_left)))
+        finally:
+            self._training = False
+        mean = tally.loss / tally.samples if tally.samples else math.nan
+        return TrainResult(tally.steps, tally.samples, mean, self._host.now() - start)
+
+    async def gradient(self) -> tuple[Tensor, TrainResult]:
+        """The gradient at one batch as a flat float32 CPU vector (0 for buffers); takes no step."""
+
+        def work() -> tuple[Tensor, _Tally]:
+            tally = _Tally()
+            self._accumulate([self._backward(tally)], tally)
+            gradient = self._flat_gradient()
+            self.optimizer.zero_grad(set_to_none=True)
+            return gradient, tally
+
+        start = self._host.now()
+        gradient, tally = await self._compute(self.task.step_seconds, work)
+        return gradient, TrainResult(1, tally.samples, tally.loss / tally.samples, self._host.now() - start)
+
+    async def apply(self, gradient: Tensor) -> None:
+        """One step of the optimiser with this flat gradient, as :meth:`gradient` gives it; buffers are not touched."""
+
+        def work() -> None:
+            values = unflatten(self.layout, gradient)
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.grad = values[name].to(parameter.device, parameter.dtype, copy=True)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        await self._compute(0.0, work)
+
+    async def weights(self, out: Tensor | None = None) -> Tensor:
+        """A copy of the state: float32 CPU vector ``(layout.size,)``, into ``out`` when given."""
+        return await self._compute(0.0, flatten_model, self.layout, self.model, out)
+
+    async def load(self, vector: Tensor) -> None:
+        """Take the state from a vector as :meth:`weights` gives it. The optimiser's own state stays."""
+        await self._compute(0.0, unflatten_into, self.layout, vector, self.model)
+
+    async def evaluate(self, vector: Tensor | None = None) -> dict[str, float]:
+        """The task's held-out metrics for the model as it is, or for ``vector`` (the model is put back afterwards)."""
+
+        def work() -> dict[str, float]:
+            own = None if vector is None else flatten_model(self.layout, self.model)
+            if vector is not None:
+                unflatten_into(self.layout, vector, self.model)
+            self.model.eval()
+            try:
+                with torch.no_grad():
+                    return {name: float(value) for name, value in self.task.evaluate(self.model).items()}
+            finally:
+                self.model.train()
+                if own is not None:
+                    unflatten_into(self.layout, own, self.model)
+
+        return await self._compute(0.0, work)
+
+    # --- slices -------------------------------------------------------------------------------------------------------
+
+    def _slice_steps(self, time_left: float) -> int:
+        if not self.step_seconds:
+            return 1
+        return max(1, int(min(defaults.TRAIN_SLICE, time_left) / self.step_seconds))
+
+    async def _train_slice(self, tally: _Tally, steps: float) -> None:
+        count = int(steps)
+        start = self._host.now()
+        await self._compute(count * self.task.step_seconds, self._steps, count, tally)
+        measured = (self._host.now() - start) / count
+        # The first step pays for allocations and loading the data; a mean that started there would recover slowly.
+        self.step_seconds = (
+            measured if tally.steps <= 1 or not self.step_seconds else (0.5 * self.step_seconds + 0.5 * measured)
+        )
+
+    async def _compute(self, modelled: float, fn: Callable[..., T], *args: object) -> T:
+        async with self._lock:
+            return await self._host.compute(modelled, self._on_thread, fn, *args)
+
+    @staticmethod
+    def _on_thread(fn: Callable[..., T], *args: object) -> T:
+        exact.flush_denormals()
+        return fn(*args)
+
+    def _steps(self, count: int, tally: _Tally) -> None:
+        self.model.train()
+        losses: list[Tensor] = []
+        for _ in range(count):
+            self.optimizer.zero_grad(set_to_none=True)
+            losses.append(self._backward(tally))
+            self.optimizer.step()
+        self._accumulate(losses, tally)
+
+    def _backward(self, tally: _Tally) -> Tensor:
+        """Gradients of one batch; returns loss × samples, still on the device: reading it would wait for the device."""
+        batch = to_device(self._next_batch(), self.device)
+        samples = self.task.batch_size(batch)
+        loss = self.task.loss(self.model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        tally.steps += 1
+        tally.samples += samples
+        return loss.detach() * samples
+
+    @staticmethod
+    def _accumulate(losses: list[Tensor], tally: _Tally) -> None:
+        tally.loss += float(torch.stack(losses).double().sum())
+
+    def _flat_gradient(self) -> Tensor:
+        parameters = dict(self.model.named_parameters())
+        zero = torch.zeros(())
+        gradients = []
+        for name, shape in zip(self.layout.names, self.layout.shapes, strict=True):
+            gradient = parameters[name].grad if name in parameters else None
+            gradients.append(zero.expand(shape) if gradient is None else gradient)
+        return flatten(self.layout, gradients)
+
+    def _next_batch(self) -> Batch:
+        if not self._shard.same_part(self._wanted):
+            self._shard = self._wanted
+            self._batches = None
+        fresh = self._batches is None
+        if self._batches is None:
+            self._batches = iter(self.task.batches(self._shard))
+        for batch in self._batches:
+            return batch
+        if fresh:
+            raise ConfigError(f"task {title(self.task)}: batches() yielded nothing for {self._shard}")
+        self._shard = attrs.evolve(self._shard, epoch=self._shard.epoch + 1)
+        self._batches = None
+        return self._next_batch()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """``batch`` with every tensor in its tuples, lists and dicts on ``device``."""
+    match batch:
+        case Tensor():
+            return batch.to(device, non_blocking=True)
+        case dict():
+            return {key: to_device(value, device) for key, value in batch.items()}
+        case tuple() if hasattr(batch, "_fields"):
+            return type(batch)(*(to_device(value, device) for value in batch))
+        case tuple() | list():
+            return type(batch)(to_device(value, device) for value in batch)
+        case _:
+            return batch
