@@ -1,0 +1,276 @@
+"""The `shoal` command: arguments and exit codes. Imports nothing heavy; each command imports what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..transport.errors import ConfigError, ShoalError
+
+#: Exit codes, also in `shoal --help`.
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+#: A command's arguments after its name, and what runs it: returns the exit code.
+AddCommand = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], None]
+
+DESCRIPTION = """\
+Shoal trains one model on many machines that nobody owns together: no server, no coordinator.
+"""
+
+EPILOG = """\
+examples:
+  shoal sim                              a whole swarm on this machine: 8 processes, real sockets, one is killed
+  shoal start digits                     found a run here; prints a ticket and trains until you stop it
+  shoal join shoal1aaq…                  join it from another machine, or from another terminal with --data-dir
+  shoal start my_task:MyTask             train a model of your own: a subclass of shoal.Task in my_task.py
+  shoal status                           what the node of this machine is doing, and why
+  shoal export model.safetensors         the weights as they are now
+
+A node keeps its key and its place in the run in its data directory (--data-dir, $SHOAL_HOME, or
+~/.local/share/shoal): start it again after a crash or a reboot and it goes on. Two nodes on one machine need
+two data directories.
+
+exit codes:
+  0    done: finished, or stopped by Ctrl-C, SIGTERM or `shoal stop` with a goodbye to the others
+  1    the run, or a claim that `sim` checks, failed
+  2    wrong usage or bad input: the message says what to change
+  130  interrupted at once (a second Ctrl-C)
+"""
+
+START_EPILOG = """\
+examples:
+  shoal start digits --rounds 50                  a built-in task, 50 rounds
+  shoal start stdlib --strategy noloco            another strategy: see --strategy
+  shoal start my_task:MyTask --set inner_steps=50 your own task, an argument of the strategy
+  shoal start                                     go on with the run in the data directory
+
+Started in a data directory that already holds a run, it resumes that run, with the same key and ticket.
+"""
+
+JOIN_EPILOG = """\
+examples:
+  shoal join shoal1aaq…                            a run of a built-in task
+  shoal join shoal1aaq… --task my_task:MyTask      a run of your own task: the network never names code to import
+  shoal join shoal1aaq… --data-dir /tmp/second     a second node on the same machine
+  shoal join - < ticket.txt                        the ticket from a file: it does not show in the list of processes
+"""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=min(112, _terminal_width()))
+
+
+def _terminal_width() -> int:
+    try:
+        return os.get_terminal_size().columns
+    except OSError:
+        return 112
+
+
+def main(argv: Sequence[str] | None = None, *, extra: Sequence[AddCommand] = ()) -> int:
+    """Run one command and return its exit code. ``extra``: commands of the floors above."""
+    options = build_parser(extra).parse_args(argv)
+    try:
+        return int(options.run(options))
+    except ConfigError as error:
+        complain(str(error))
+        return USAGE
+    except ShoalError as error:
+        complain(f"{type(error).__name__}: {error}")
+        return FAILED
+    except BrokenPipeError:
+        # `shoal peers | head`: the reader has seen enough. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def complain(message: str) -> None:
+    sys.stderr.write(f"shoal: error: {message}\n")
+
+
+def build_parser(extra: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shoal", description=DESCRIPTION, epilog=EPILOG, formatter_class=_Formatter, allow_abbrev=False
+    )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (*extra, _add_start, _add_join, _add_status, _add_peers, _add_stop, _add_export):
+        add(commands)
+    return parser
+
+
+class _ShowVersion(argparse.Action):
+    """Reads the installed version only when it is asked for: importlib.metadata costs 30 ms."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        parser.exit(0, f"shoal {version('shoal')}\n")
+
+
+def command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    target: str,
+    *,
+    package: str = __package__ or "",
+    description: str = "",
+    epilog: str = "",
+) -> argparse.ArgumentParser:
+    """Add a command whose ``target`` (``.module:function``) is imported only when it runs."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=description or summary[0].upper() + summary[1:] + ".",
+        epilog=epilog,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    module, _, function = target.partition(":")
+
+    def run(options: argparse.Namespace) -> int:
+        return int(getattr(importlib.import_module(module, package), function)(options))
+
+    parser.set_defaults(run=run)
+    return parser
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = command(
+        commands, "start", "found a run (or resume one) on this machine; prints a ticket for others",
+        ".launch:start", epilog=START_EPILOG,
+    )  # fmt: skip
+    parser.add_argument("task", nargs="?", metavar="TASK", help="a built-in task (digits, stdlib) or module:Class")
+    run = parser.add_argument_group("the run (fixed once it is founded)")
+    run.add_argument("--strategy", metavar="NAME", help="diloco (default), noloco, allreduce or local")
+    run.add_argument(
+        "--set", metavar="NAME=VALUE", action="append", default=[], dest="strategy_args", type=_assignment,
+        help="an argument of the strategy, for instance inner_steps=50; may be repeated",
+    )  # fmt: skip
+    run.add_argument(
+        "--mode", choices=("available", "strict"),
+        help="available (default): survivors of a split go on as branches; strict: a minority waits",
+    )  # fmt: skip
+    run.add_argument("--rounds", type=_count, metavar="N", help="end after N rounds (default: go on until stopped)")
+    run.add_argument("--min-peers", type=_positive, metavar="N", help="begin once N peers are there (default 1)")
+    run.add_argument("--group", type=_count, metavar="N", help="peers in one group reduce (default 0: all of them)")
+    run.add_argument("--seed", type=_count, metavar="N", help="seed of the split of the data (default 0)")
+    _add_node_options(parser)
+
+
+def _add_join(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = command(
+        commands, "join", "join a run through a ticket: fetch its state, check it, train with it",
+        ".launch:join", epilog=JOIN_EPILOG,
+    )  # fmt: skip
+    parser.add_argument("ticket", metavar="TICKET", help="what `shoal start` printed; - reads it from standard input")
+    parser.add_argument("--task", metavar="MODULE:CLASS", help="the run's task where it is not a built-in one")
+    _add_node_options(parser)
+
+
+def _add_node_options(parser: argparse.ArgumentParser) -> None:
+    node = parser.add_argument_group("this node")
+    _add_data_dir(node)
+    node.add_argument("--host", metavar="IP", help="address to listen on (default 0.0.0.0: every interface)")
+    node.add_argument("--port", type=_port, metavar="N", help="port to listen on (default: the last one used, or any)")
+    node.add_argument("--device", metavar="DEVICE", default="cpu", help="cpu (default), cuda, cuda:1, mps …")
+    node.add_argument(
+        "--time-budget", type=_seconds, metavar="SECONDS",
+        help="train at most this long per round; the mean is weighted by samples, so slow machines take part",
+    )  # fmt: skip
+    node.add_argument("--evaluate-every", type=_count, metavar="N", default=1, help="rounds between two evaluations")
+    node.add_argument("--export", metavar="FILE", type=Path, help="write the weights to FILE when the node ends")
+    node.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="of the log on stderr"
+    )
+    # For tests and the simulator: announce a phase of a round, then wait there to be killed.
+    node.add_argument("--fault", action="append", default=[], help=argparse.SUPPRESS)
+
+
+def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = command(commands, "status", "what the running node is doing, and why", ".commands:status")
+    _add_data_dir(parser)
+    _add_json(parser)
+
+
+def _add_peers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = command(commands, "peers", "the peers the running node has a link to", ".commands:peers")
+    _add_data_dir(parser)
+    _add_json(parser)
+
+
+def _add_stop(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = command(commands, "stop", "stop the running node: goodbye to the others, state saved", ".commands:stop")
+    _add_data_dir(parser)
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = command(
+        commands, "export", "write the run's weights to a file, from the running node or its saved state",
+        ".commands:export",
+    )  # fmt: skip
+    parser.add_argument("file", metavar="FILE", type=Path, help="a safetensors file; replaced if it exists")
+    _add_data_dir(parser)
+
+
+def _add_data_dir(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR",
+        help="the node's key and state (default: $SHOAL_HOME or ~/.local/share/shoal)",
+    )  # fmt: skip
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="for programs: one JSON object")
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: expected 0 to 65535")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+def _assignment(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        if not name.isidentifier():
+            raise ValueError
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER") from None

@@ -1,0 +1,130 @@
+"""The commands that talk to a running node: status, peers, stop, export. None of them needs torch or trio."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+
+from ..transport.errors import ConfigError
+from . import defaults
+from .control import ControlClient, NodeStatus
+from .datadir import DataDir
+
+
+def status(options: argparse.Namespace) -> int:
+    found = ControlClient(DataDir(options.data_dir)).status()
+    if options.json:
+        _say(json.dumps(attrs.asdict(found), indent=2))
+    else:
+        _say(render_status(found))
+    return 0
+
+
+def peers(options: argparse.Namespace) -> int:
+    found = ControlClient(DataDir(options.data_dir)).peers()
+    if options.json:
+        _say(json.dumps(attrs.asdict(found), indent=2))
+    elif not found.peers:
+        _say("no links: this node is alone so far (`shoal status` shows its ticket)")
+    else:
+        rows = [("PEER", "ADDRESS", "LINK", "CIPHER", "RTT", "SENT", "RECEIVED", "ROUND")]
+        rows += [
+            (
+                peer.peer[:8], peer.address, peer.direction, peer.cipher, f"{peer.rtt_ms:.1f} ms",
+                size(peer.bytes_sent), size(peer.bytes_received), "member" if peer.member else "-",
+            )
+            for peer in found.peers
+        ]  # fmt: skip
+        _say(table(rows))
+    return 0
+
+
+def stop(options: argparse.Namespace) -> int:
+    data = DataDir(options.data_dir)
+    client = ControlClient(data)
+    pid = data.holder()
+    client.stop()
+    give_up = time.monotonic() + defaults.SHUTDOWN + defaults.CONTROL_TIMEOUT
+    while data.holder() is not None:
+        if time.monotonic() > give_up:
+            raise ConfigError(f"the node (pid {pid}) said it would stop but is still there; end it with: kill {pid}")
+        time.sleep(0.02)
+    _say(f"stopped the node in {data.path}; `shoal start` there goes on where it was")
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    data = DataDir(options.data_dir)
+    target = Path(options.file).expanduser().absolute()
+    if not target.parent.is_dir():
+        raise ConfigError(f"cannot write {target}: there is no folder {target.parent}")
+    if data.holder() is not None:
+        detail = ControlClient(data, timeout=60.0).export(str(target)).detail
+    else:
+        from .saved import export_saved
+
+        detail = export_saved(data, target)
+    _say(f"wrote {target}: {detail}" if detail else f"wrote {target}")
+    return 0
+
+
+def render_status(found: NodeStatus) -> str:
+    rows = [
+        ("node", f"{found.peer[:8]}  pid {found.pid}, up {duration(found.t)}"),
+        ("data directory", found.data_dir),
+        ("listening on", ", ".join(found.addresses) or "nothing yet"),
+        ("reach", found.reach),
+        ("links", f"{found.links}, sent {size(found.bytes_sent)}, received {size(found.bytes_received)}"),
+    ]
+    run = found.run
+    if run is None:
+        rows.append(("run", "none yet: still looking for it"))
+    else:
+        rows += [
+            ("run", f"{run.run[:8]}  {run.task}, {run.strategy}, {run.mode} mode"),
+            ("round", f"{run.round}  {run.phase}" + (f": {run.reason}" if run.reason else "")),
+            ("members", f"{len(run.members)}: {' '.join(member[:8] for member in run.members)}"),
+        ]
+        if run.leader:
+            rows.append(("leader", run.leader[:8]))
+        rows.append(("samples", f"{run.samples:,} here, {run.total_samples:,} in the swarm"))
+        if run.loss is not None:
+            rows.append(("training loss", f"{run.loss:.4f}"))
+        if run.metric is not None:
+            rows.append((run.metric_name or "metric", f"{run.metric:.4f}"))
+        rows.append(("state", run.digest[:16] + (f"  branch {run.branch}" if run.branch else "")))
+    if found.ticket:
+        rows.append(("join with", f"shoal join {found.ticket}"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def size(count: float) -> str:
+    """``1.4 MB``: decimal units, as networks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
