@@ -60,3 +60,66 @@ SMALL_CHUNK = 4096
 
 #: Refusals queued for a peer that does not read them, before that counts as an attack.
 MAX_PENDING_ANSWERS = 1024
+
+# Waiting (deadlines.py, link.py)
+
+#: Seconds without a byte from the peer after which a link is pinged. With PING_FLOOR: a frozen or silently vanished
+#: peer is found after about 10 s.
+KEEPALIVE_IDLE = 5.0
+
+#: Least seconds for the answer to a ping: covers a lost packet's retransmissions (1 + 2 s) and a busy peer.
+PING_FLOOR = 5.0
+
+#: Most seconds that bytes queued before a ping may add to its deadline.
+MAX_QUEUE_ALLOWANCE = 60.0
+
+#: Overshoot in seconds of our own sleep above which an expired wait says more about us (suspended, starved) than
+#: about the peer; it gets another go.
+LAG_TOLERANCE = 1.0
+
+#: Seconds: half-life of the loop lag that is added to deadlines.
+LAG_HALF_LIFE = 30.0
+
+#: Seconds of loop lag that count at most. A laptop that slept a night must not wait a night for an answer.
+MAX_LAG = 10.0
+
+#: Bytes per second assumed on a line not measured yet: a slow home uplink (1 Mbit/s).
+ASSUMED_BANDWIDTH = 125_000.0
+
+#: Bytes per second below which a measurement is not believed.
+MIN_BANDWIDTH = 10_000.0
+
+#: Seconds for one attempt to open a byte stream: a SYN is repeated after 1, 3 and 7 s.
+DIAL_FLOOR = 10.0
+
+#: Seconds for a handshake: a peer that connects and says nothing is shut out after this.
+HANDSHAKE_FLOOR = 8.0
+
+#: Seconds between two dials of one race; RFC 8305 (happy eyeballs) recommends 0.25.
+DIAL_HEAD_START = 0.25
+
+#: Seconds for a call whose caller names no timeout.
+CALL_FLOOR = 30.0
+
+#: Seconds for the head of a request after its stream was opened.
+HEADER_FLOOR = 10.0
+
+#: Seconds a stopping node spends on saying goodbye.
+GOODBYE_TIME = 0.8
+
+#: Bytes of data that a stream takes over by copy instead of making its sender wait.
+SMALL_SEND = 16 << 10
+
+#: Bytes of such copies queued on one stream at most.
+SMALL_QUEUE = 64 << 10
+
+#: Bytes asked of the kernel at once: one record and its header mostly arrive in one piece.
+READ_SIZE = 256 << 10
+
+# Kernel sockets (tcp.py)
+
+#: Connections the kernel completes while we are busy; the system's own limit applies too (Linux: 4096).
+TCP_BACKLOG = 1024
+
+#: Seconds until the next try while accept() fails for want of sockets.
+ACCEPT_RETRY = 0.1

@@ -1,0 +1,193 @@
+"""The kernel's TCP as a :class:`Network`: IPv4 and IPv6 sockets under trio."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import os
+import socket
+
+import trio
+
+from . import defaults
+from .address import Address
+from .errors import ConfigError, PeerUnreachable
+from .interfaces import local_addresses
+from .network import ByteStream, Listener, Network
+
+log = logging.getLogger(__name__)
+
+#: What ``accept`` answers while this process or machine is out of sockets; it passes when others close theirs.
+_OUT_OF_SOCKETS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+
+_REASONS = {
+    errno.ECONNREFUSED: "connection refused (nobody listens there)",
+    errno.ETIMEDOUT: "timed out (no answer at all: host down, or a firewall drops it)",
+    errno.EHOSTUNREACH: "no route to host",
+    errno.ENETUNREACH: "no route to that network from here",
+    errno.ECONNRESET: "connection reset",
+    errno.EADDRNOTAVAIL: "no local address or port is left to connect from",
+    errno.EAFNOSUPPORT: "this machine does not speak that IP version",
+    errno.EMFILE: "this process has too many open files (see ulimit -n)",
+    errno.ENFILE: "this machine has too many open files",
+}
+
+
+def _family(address: Address) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address.host else socket.AF_INET
+
+
+def _sockaddr(address: Address) -> tuple[str, int] | tuple[str, int, int, int]:
+    """What ``bind`` and ``connect`` take. Raises OSError for the scope of an interface that is not here."""
+    if ":" not in address.host:
+        return address.host, address.port
+    host, _, scope = address.host.partition("%")
+    # A number is an interface's index, everything else its name.
+    index = 0 if not scope else int(scope) if scope.isdecimal() else socket.if_nametoindex(scope)
+    return host, address.port, 0, index
+
+
+def _address(sockaddr: tuple[str, int] | tuple[str, int, int, int]) -> Address:
+    host, port = sockaddr[0], sockaddr[1]
+    # A link-local address reaches nobody without its interface. Some systems append it themselves.
+    if len(sockaddr) == 4 and sockaddr[3] and "%" not in host:
+        host = f"{host}%{sockaddr[3]}"
+    return Address("tcp", host, port)
+
+
+class TcpStream(ByteStream):
+    """One TCP connection. Nagle is off: the link above batches its writes itself."""
+
+    def __init__(self, connected: trio.socket.SocketType) -> None:
+        """Takes a connected socket. Raises OSError if it is not connected any more."""
+        self.remote = _address(connected.getpeername())
+        self.local = _address(connected.getsockname())
+        self._stream = trio.SocketStream(connected)  # sets TCP_NODELAY, and keeps little unsent in the kernel
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        return bytes(await self._stream.receive_some(defaults.READ_SIZE if max_bytes is None else max_bytes))
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+class TcpListener(Listener):
+    """A listening socket that survives a shortage of sockets and clients that vanish while they connect."""
+
+    def __init__(self, listening: trio.socket.SocketType) -> None:
+        self.address = _address(listening.getsockname())
+        self._listener = trio.SocketListener(listening)
+        self._short = False
+
+    async def accept(self) -> TcpStream:
+        """The next connection. Raises :class:`trio.ClosedResourceError` once the listener is closed.
+
+        Out of file descriptors or buffers it waits and tries again, and logs when that begins and ends.
+        Cancellation loses no connection.
+        """
+        while True:
+            try:
+                accepted = (await self._listener.accept()).socket
+            except OSError as error:
+                if error.errno not in _OUT_OF_SOCKETS:
+                    raise
+                if not self._short:
+                    log.warning("%s: cannot accept connections for now: %s", self.address, error.strerror)
+                self._short = True
+                await trio.sleep(defaults.ACCEPT_RETRY)
+                continue
+            if self._short:
+                log.warning("%s: accepts connections again", self.address)
+                self._short = False
+            try:
+                return TcpStream(accepted)
+            except OSError:  # reset by the peer while it waited for us
+                accepted.close()
+
+    async def aclose(self) -> None:
+        await self._listener.aclose()
+
+
+class TcpNetwork(Network):
+    """Kernel TCP of this machine."""
+
+    async def listen(self, bind: Address) -> TcpListener:
+        """Listen at an IP literal; ``0.0.0.0`` and ``[::]`` mean all interfaces of that IP version.
+
+        Raises :class:`ConfigError` if the port is taken or the address is not one of ours.
+        """
+        _require_tcp(bind)
+        await trio.lowlevel.checkpoint()
+        listening: trio.socket.SocketType | None = None
+        try:
+            listening = trio.socket.socket(_family(bind), socket.SOCK_STREAM)
+            if os.name != "nt":  # on Windows it would let two processes share the port
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if _family(bind) == socket.AF_INET6:
+                # so that [::]:4001 and 0.0.0.0:4001 can both be ours, and no peer looks like ::ffff:1.2.3.4
+                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            await listening.bind(_sockaddr(bind))
+            listening.listen(defaults.TCP_BACKLOG)
+            return TcpListener(listening)
+        except OSError as error:
+            if listening is not None:
+                listening.close()
+            raise ConfigError(_bind_trouble(bind, error)) from error
+        except BaseException:
+            if listening is not None:
+                listening.close()
+            raise
+
+    async def dial(self, address: Address) -> TcpStream:
+        """Connect. Raises :class:`PeerUnreachable`; the kernel gives up by itself after about two minutes."""
+        _require_tcp(address)
+        connecting: trio.socket.SocketType | None = None
+        try:
+            connecting = trio.socket.socket(_family(address), socket.SOCK_STREAM)
+            await connecting.connect(_sockaddr(address))
+            if connecting.getsockname() == connecting.getpeername():
+                # A dial to a dead port of this machine may be given that very port as its own, and meet itself.
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "met itself")
+            return TcpStream(connecting)
+        except OSError as error:
+            if connecting is not None:
+                connecting.close()
+            reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+            raise PeerUnreachable("cannot connect", attempts=((str(address), reason),)) from error
+        except BaseException:
+            if connecting is not None:
+                connecting.close()
+            raise
+
+    def reachable_addresses(self, listener: Listener) -> tuple[Address, ...]:
+        address = listener.address
+        if not ipaddress.ip_address(address.host).is_unspecified:
+            return (address,)
+        return tuple(Address("tcp", host, address.port) for host in local_addresses(_family(address)))
+
+
+def _require_tcp(address: Address) -> None:
+    if address.kind != "tcp":
+        raise ConfigError(f"{address} is not a TCP address; expected HOST:PORT or tcp://HOST:PORT")
+
+
+def _bind_trouble(bind: Address, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"{bind} is in use by another program; choose another port with --port (0 picks a free one)"
+    if error.errno == errno.EACCES:
+        return f"{bind} may not be opened by this user; choose a port above 1023 with --port (0 picks a free one)"
+    if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.ENXIO):
+        return f"{bind.host} is not an address of this machine; listen at 0.0.0.0 or [::] for all its interfaces"
+    if error.errno == errno.EAFNOSUPPORT:
+        return f"{bind}: this machine does not speak that IP version; listen at 0.0.0.0 or [::], whichever it does"
+    return f"cannot listen at {bind}: {error.strerror or error}"
