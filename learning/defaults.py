@@ -35,3 +35,67 @@ FINGERPRINT_PIECE = 4 << 20
 
 #: Bytes per second above which AEGIS must be running on AES instructions (5 GB/s with them, 10 MB/s without).
 AEGIS_MIN_RATE = 200e6
+
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+#: Seconds between two dials to a lost peer, first and at most: a restarted peer is back within a round, a dead one
+#: costs a dial every ten seconds.
+REDIAL_FIRST = 0.5
+REDIAL_LAST = 10.0
+
+#: Messages that wait for one peer. A round sends a few dozen per peer and attempt.
+MAX_QUEUED_MESSAGES = 256
+
+#: Seconds after which the task of an empty queue ends.
+IDLE_QUEUE = 60.0
+
+#: Seconds a message for a round that we have not reached yet waits for us to get there. Peers that commit at once differ
+#: by a round trip and the outer step; anything later is answered as refused and sent again.
+EARLY_MESSAGE = 5.0
+
+#: Messages for rounds not reached yet that may wait at the same time, all peers together.
+MAX_EARLY_MESSAGES = 256
+
+#: Seconds stragglers are waited for after a quorum is ready: at least this, or this share of the time the round took so
+#: far. Twice as slow as the median is still in; slower peers use a time budget.
+GRACE_FLOOR = 3.0
+GRACE_SHARE = 1.0
+
+#: Seconds of silence after which a leader is suspected. It sends word four times in this while.
+SUSPECT = 6.0
+
+#: Seconds of a bulk phase at least; on top comes the time the bytes need on the measured link.
+TRANSFER_FLOOR = 4.0
+
+#: Bytes per second assumed for a link that was not measured yet: a home uplink.
+ASSUMED_RATE = 1.25e6
+
+#: Seconds the last accepts are waited for once a quorum has accepted.
+ACCEPT_WAIT = 0.25
+
+#: Committed rounds that are remembered, with the result of the last two: peers that missed a commit ask for it.
+REMEMBERED_COMMITS = 8
+REMEMBERED_RESULTS = 2
+
+#: Peers in one roster. Larger swarms use gossip groups.
+MAX_ROSTER = 256
+
+#: Seconds without a majority after which survivors of an ``available`` run go on as a branch. Longer than a restart of a
+#: node (about 5 s) and than the detection of a frozen peer (about 10 s).
+LEASE = 15.0
+
+#: Seconds between two looks for peers of the run outside the roster, and between two wishes of a joiner.
+SCOUT_EVERY = 5.0
+WISH_EVERY = 1.0
+
+#: Seconds a wish counts after it was last repeated.
+WISH_LIFETIME = 10.0
+
+#: Wishes kept at the same time.
+MAX_WISHES = 64
+
+#: Seconds between two saves of the state to disk while rounds are short.
+SAVE_EVERY = 5.0
+
+#: fp32 elements of one vector that a round may reduce: four times the state, for strategies that send several.
+VECTORS_PER_ROUND = 4

@@ -74,5 +74,7 @@ class SignedSpec:
             raise DecodeError(f"run spec with unknown mode {spec.mode!r}", peer=spec.founder.short)
         if ":" in spec.task or "." in spec.task or "/" in spec.task:
             # A spec only ever carries a display name. A name that looks importable is refused outright.
-            raise DecodeError(f"run spec names a module ({spec.task!r}); the network never names code", peer=spec.founder.short)
+            raise DecodeError(
+                f"run spec names a module ({spec.task!r}); the network never names code", peer=spec.founder.short
+            )
         return spec

@@ -58,11 +58,12 @@ class Pull:
 
 @attrs.frozen
 class Fingerprint:
-    """Compute the result's fingerprint under a key from ``nonces`` (leader)."""
+    """Compute the result's fingerprint under a key from ``nonces`` (leader); ``offers``: algorithms of each holder."""
 
     attempt: int
     epoch: int
     nonces: tuple[bytes, ...]
+    offers: tuple[tuple[str, ...], ...]
 
 
 @attrs.frozen

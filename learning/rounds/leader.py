@@ -411,7 +411,7 @@ class Leader:
             reason[:400],
         )
         self.phase, self._until = "seal", None
-        return [Fingerprint(plan.attempt, plan.epoch, nonces)]
+        return [Fingerprint(plan.attempt, plan.epoch, nonces, tuple(self._progress[r].algorithms for r in sorted(full)))]
 
     # -- commit -------------------------------------------------------------------------------------
 

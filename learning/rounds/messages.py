@@ -158,13 +158,17 @@ class Ask:
 
 @attrs.frozen
 class Progress:
-    """Which combined slices (indices into the plan's) the sender holds; with all of them, its ``nonce``."""
+    """Which combined slices (indices into the plan's) the sender holds; with all of them, its ``nonce``.
+
+    ``algorithms``: the fingerprints that are fast on the sender's machine, best first.
+    """
 
     key: bytes
     attempt: int
     epoch: int
     have: tuple[int, ...]
     nonce: bytes
+    algorithms: tuple[str, ...]
 
 
 @attrs.frozen
@@ -277,7 +281,9 @@ def quorum(voters: int) -> int:
     return voters // 2 + 1
 
 
-def verify_certificate(record: CommitRecord, certificate: Certificate, voters: tuple[PeerId, ...], needed: int) -> str | None:
+def verify_certificate(
+    record: CommitRecord, certificate: Certificate, voters: tuple[PeerId, ...], needed: int
+) -> str | None:
     """None when at least ``needed`` distinct ``voters`` signed ``record``; else what is wrong."""
     digest, allowed, seen = record.digest, set(voters), set()
     for accept in certificate.accepts[: len(voters)]:

@@ -55,6 +55,7 @@ class Voter:
         nonce: Callable[[int, int], bytes],
         check: Callable[[CommitRecord], str | None],
         max_length: int,
+        algorithms: tuple[str, ...] = (),
         promised: int = 0,
         accepted: Accepted | None = None,
     ) -> None:
@@ -62,6 +63,7 @@ class Voter:
         self.me, self._identity = identity.peer_id, identity
         self.order = candidates(prev, round, voters)
         self._nonce, self._check, self._max_length = nonce, check, max_length
+        self._algorithms = algorithms
         self.promised, self.accepted = promised, accepted
         self.attempt = promised
         self.offer: Ready | None = None  # our Ready, less attempt and accepted; None while training
@@ -405,7 +407,8 @@ class Voter:
 
     def _progress(self, plan: Plan) -> Progress:
         nonce = self._nonce(plan.attempt, plan.epoch) if self.full else b""
-        return Progress(self.key, plan.attempt, plan.epoch, tuple(sorted(self._combined)), nonce)
+        have = tuple(sorted(self._combined))
+        return Progress(self.key, plan.attempt, plan.epoch, have, nonce, self._algorithms)
 
     def _check_full(self, now: float) -> list[Action]:
         plan = self.plan

@@ -1,0 +1,53 @@
+"""Ordered delivery of small messages: one queue and one task per peer."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import trio
+
+from ...transport.endpoint import Endpoint
+from ...transport.errors import RemoteError, RemoteRefused
+from ...transport.identity import PeerId
+from .. import defaults
+from .methods import SAY
+
+log = logging.getLogger(__name__)
+
+
+class Post:
+    """Sends round messages to peers in order. What cannot be delivered is dropped: the cores send again on time-outs."""
+
+    def __init__(self, endpoint: Endpoint, nursery: trio.Nursery) -> None:
+        self._endpoint, self._nursery = endpoint, nursery
+        self._queues: dict[PeerId, trio.MemorySendChannel[Any]] = {}
+
+    def send(self, to: PeerId, message: Any) -> None:
+        queue = self._queues.get(to)
+        if queue is None:
+            queue, receive = trio.open_memory_channel[Any](defaults.MAX_QUEUED_MESSAGES)
+            self._queues[to] = queue
+            self._nursery.start_soon(self._deliver, to, receive)
+        try:
+            queue.send_nowait(message)
+        except trio.WouldBlock:
+            log.warning("%s: dropped %s, too many messages are waiting", to.short, type(message).__name__)
+
+    async def _deliver(self, to: PeerId, queue: trio.MemoryReceiveChannel[Any]) -> None:
+        with queue:
+            while True:
+                message = None
+                with trio.move_on_after(defaults.IDLE_QUEUE):
+                    message = await queue.receive()
+                if message is None:
+                    if queue.statistics().current_buffer_used:
+                        continue
+                    del self._queues[to]
+                    return
+                try:
+                    await self._endpoint.call(to, SAY[type(message)], message)
+                except RemoteRefused as error:
+                    log.debug("%s refused %s: %s", to.short, type(message).__name__, error.reason)
+                except RemoteError as error:
+                    log.debug("%s not told %s: %s", to.short, type(message).__name__, error.message)

@@ -1,0 +1,70 @@
+"""Which peers can be reached right now: one watcher per peer, told to whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import trio
+
+from ...transport.endpoint import Endpoint
+from ...transport.errors import RemoteError
+from ...transport.identity import PeerId
+from .. import defaults
+
+
+class Presence:
+    """Keeps a link to every watched peer and reports losses and returns, each once, in order.
+
+    A link that ends is dialled again at once; only when that fails is the peer lost. A peer that said goodbye is lost
+    at once.
+    """
+
+    def __init__(self, endpoint: Endpoint, nursery: trio.Nursery) -> None:
+        self._endpoint, self._nursery = endpoint, nursery
+        self._scopes: dict[PeerId, trio.CancelScope] = {}
+        self.lost: dict[PeerId, str] = {}
+        self.on_change: Callable[[PeerId, str | None], None] = lambda peer, why: None
+
+    def watch(self, peers: Iterable[PeerId]) -> None:
+        """Watch exactly ``peers`` (ourselves left out)."""
+        wanted = {peer: None for peer in peers if peer != self._endpoint.peer_id}
+        for peer in [p for p in self._scopes if p not in wanted]:
+            self._scopes.pop(peer).cancel()
+            self.lost.pop(peer, None)
+        for peer in wanted:
+            if peer not in self._scopes:
+                self._scopes[peer] = trio.CancelScope()
+                self._nursery.start_soon(self._watch, peer, self._scopes[peer])
+
+    def _set(self, peer: PeerId, why: str | None) -> None:
+        if why is None and peer in self.lost:
+            del self.lost[peer]
+            self.on_change(peer, None)
+        elif why is not None and peer not in self.lost:
+            self.lost[peer] = why
+            self.on_change(peer, why)
+
+    async def _watch(self, peer: PeerId, scope: trio.CancelScope) -> None:
+        with scope:
+            pause = defaults.REDIAL_FIRST
+            while True:
+                try:
+                    link = await self._endpoint.connect(peer)
+                except RemoteError as error:
+                    self._set(peer, error.message)
+                else:
+                    self._set(peer, None)
+                    pause = defaults.REDIAL_FIRST
+                    await link.closed.wait()
+                    reason = link.close_reason
+                    if reason is None or not getattr(reason, "goodbye", False):
+                        # Not a goodbye: perhaps only the path broke. Dial at once.
+                        try:
+                            await self._endpoint.connect(peer)
+                            continue
+                        except RemoteError as error:
+                            self._set(peer, error.message)
+                    else:
+                        self._set(peer, "said goodbye")
+                await trio.sleep(pause * (0.75 + 0.5 * self._endpoint.host.random.random()))
+                pause = min(pause * 2, defaults.REDIAL_LAST)
