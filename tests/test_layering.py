@@ -48,6 +48,7 @@ MAX_LINES = 500
 WORLD = {
     "transport/host.py": "the real Host itself",
     "transport/tcp.py": "kernel sockets",
+    "transport/interfaces.py": "the addresses of this machine's network interfaces, for tcp.py",
 }
 #: Single uses outside of those: (module or folder, what) → reason.
 WORLD_USES = {
