@@ -155,17 +155,17 @@ def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run = parser.add_argument_group("the run (fixed once it is founded)")
     run.add_argument("--strategy", metavar="NAME", help="diloco (default), noloco, allreduce or local")
     run.add_argument(
-        "--set", metavar="NAME=VALUE", action="append", default=[], dest="strategy_args", type=_assignment,
+        "--set", metavar="NAME=VALUE", action="append", default=[], dest="strategy_args", type=assignment,
         help="an argument of the strategy, for instance inner_steps=50; may be repeated",
     )  # fmt: skip
     run.add_argument(
         "--mode", choices=("available", "strict"),
         help="available (default): survivors of a split go on as branches; strict: a minority waits",
     )  # fmt: skip
-    run.add_argument("--rounds", type=_count, metavar="N", help="end after N rounds (default: go on until stopped)")
-    run.add_argument("--min-peers", type=_positive, metavar="N", help="begin once N peers are there (default 1)")
-    run.add_argument("--group", type=_count, metavar="N", help="peers in one group reduce (default 0: all of them)")
-    run.add_argument("--seed", type=_count, metavar="N", help="seed of the split of the data (default 0)")
+    run.add_argument("--rounds", type=count, metavar="N", help="end after N rounds (default: go on until stopped)")
+    run.add_argument("--min-peers", type=positive, metavar="N", help="begin once N peers are there (default 1)")
+    run.add_argument("--group", type=count, metavar="N", help="peers in one group reduce (default 0: all of them)")
+    run.add_argument("--seed", type=count, metavar="N", help="seed of the split of the data (default 0)")
     _add_node_options(parser)
 
 
@@ -189,7 +189,7 @@ def _add_node_options(parser: argparse.ArgumentParser) -> None:
         "--time-budget", type=_seconds, metavar="SECONDS",
         help="train at most this long per round; the mean is weighted by samples, so slow machines take part",
     )  # fmt: skip
-    node.add_argument("--evaluate-every", type=_count, metavar="N", default=1, help="rounds between two evaluations")
+    node.add_argument("--evaluate-every", type=count, metavar="N", default=1, help="rounds between two evaluations")
     node.add_argument("--export", metavar="FILE", type=Path, help="write the weights to FILE when the node ends")
     node.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="of the log on stderr"
@@ -238,13 +238,13 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
@@ -266,7 +266,7 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _assignment(text: str) -> tuple[str, float]:
+def assignment(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
         if not name.isidentifier():

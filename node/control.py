@@ -8,7 +8,6 @@ nor trio: ``shoal status`` answers in a fraction of a second.
 from __future__ import annotations
 
 import math
-import socket
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
@@ -227,7 +226,7 @@ class ControlClient:
                 while data := raw.recv(65536):
                     for answer in framer.feed(data):
                         return self._accept(answer, kind)
-        except (TimeoutError, socket.timeout):
+        except TimeoutError:
             raise ConfigError(
                 f"the node (pid {self.data.holder() or 'unknown'}, data directory {self.data.path}) did not answer "
                 f"within {self._timeout:g} s; it may be suspended or out of memory: look at its terminal or log"

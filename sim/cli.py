@@ -1,0 +1,62 @@
+"""The whole `shoal` command: the node's commands and `shoal sim`. Imports nothing heavy until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..node import cli
+from ..node.cli import command, count, positive
+
+SIM_EPILOG = """\
+examples:
+  shoal sim                                         8 peers train `digits`; one is killed, one joins late
+  shoal sim --peers 4 --task stdlib                 a small language model on Python's own source text
+  shoal sim --strategy noloco --plot noloco.png     another strategy, with a picture
+  shoal sim --kill 3 --rounds 30 --json out.json    more dying, and a report for programs
+  shoal sim --task my_task:MyTask                   a task of your own
+
+Exits 0 only if every claim held: all survivors finish with identical bits, each victim is dropped by name, the
+late peer takes part, and training did what it should. When something fails, the logs are kept and named.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main(argv, extra=(_add_sim,))
+
+
+def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = command(
+        commands, "sim", "run a whole swarm on this machine: real processes, sockets, encryption, training",
+        ".simulate:simulate", package=__package__, epilog=SIM_EPILOG,
+    )  # fmt: skip
+    parser.add_argument("--peers", type=positive, default=8, metavar="N", help="node processes, late ones included (8)")
+    parser.add_argument("--task", default="digits", metavar="NAME", help="a built-in task or module:Class (digits)")
+    parser.add_argument(
+        "--strategy", default="diloco", metavar="NAME", help="diloco (default), noloco, allreduce, local"
+    )
+    parser.add_argument(
+        "--set", metavar="NAME=VALUE", action="append", default=[], dest="strategy_args", type=cli.assignment,
+        help="an argument of the strategy; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--mode", choices=("available", "strict"), default="available", help="of rounds (available)")
+    parser.add_argument("--rounds", type=positive, metavar="R", help="rounds to train (default: the task's)")
+    parser.add_argument("--seed", type=count, default=0, metavar="S", help="of data, victims, rounds and phases (0)")
+    parser.add_argument(
+        "--kill", type=count, metavar="N", help="peers killed between scatter and commit (1; 0 for few)"
+    )
+    parser.add_argument("--late", type=count, metavar="N", help="peers that join late (1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw loss and metric over time per peer")
+    parser.add_argument("--no-live", action="store_true", help="a line per round instead of a live view")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="put data, logs and exports here, and keep them")
+    parser.add_argument("--keep", action="store_true", help="keep the working folder even if all is well")
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="of the nodes' logs (info)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

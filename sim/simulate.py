@@ -1,0 +1,214 @@
+"""`shoal sim`: plan, run, compare, judge, show."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import cattrs
+import trio
+from rich.console import Console
+
+from ..node.boundary import first_error
+from ..node.cli import FAILED, OK
+from ..transport.errors import ConfigError
+from ..transport.identity import PeerId
+from . import defaults
+from .baseline import Answer, Part, Question
+from .live import LiveView, closing
+from .processes import NodeProcess, Plan, Settings, SimulationFailed, Swarm, make_plan
+from .recorder import Recorder
+from .report import Baseline, Expectation, Report, judge
+
+
+def simulate(options: argparse.Namespace) -> int:
+    """Run the command. Returns the exit code; raises :class:`ConfigError` for arguments that make no swarm."""
+    known = defaults.TASKS.get(options.task, defaults.OTHER_TASK)
+    rounds = options.rounds or known.rounds
+    few = options.peers < 4 or rounds <= defaults.LATE_MARGIN
+    kill = options.kill if options.kill is not None else int(not few)
+    late = options.late if options.late is not None else int(not few)
+    plan = make_plan(peers=options.peers, kill=kill, late=late, rounds=rounds, seed=options.seed)
+    for path in (options.json, options.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+    folder = _folder(options.workdir)
+    arguments = dict(known.strategy_args.get(options.strategy, {})) | dict(options.strategy_args)
+    settings = Settings(
+        task=options.task,
+        strategy=options.strategy,
+        strategy_args=tuple(f"{name}={value:g}" for name, value in sorted(arguments.items())),
+        mode=options.mode,
+        rounds=rounds,
+        seed=options.seed,
+        folder=folder,
+        log_level=options.log_level,
+        custom=":" in options.task,
+    )
+    console = Console(highlight=False)
+    keep = True
+    try:
+        report = _run(plan, settings, console, live=console.is_terminal and not options.no_live, options=options)
+        console.print(closing(report))
+        for reason in report.why:
+            console.print(f"[red]FAILED[/red] {reason}", soft_wrap=True)
+        if options.json is not None:
+            report.write(options.json)
+        keep = options.keep or options.workdir is not None or not report.ok
+        console.print(
+            "[green]every claim held[/green]" if report.ok else f"logs of all nodes: {folder}", soft_wrap=True
+        )
+        return OK if report.ok else FAILED
+    except SimulationFailed:
+        console.print(f"logs of all nodes: {folder}", soft_wrap=True)
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder(workdir: Path | None) -> Path:
+    if workdir is None:
+        return Path(tempfile.mkdtemp(prefix="shoal-sim-"))
+    folder = workdir.expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {folder}: {error.strerror}") from error
+    if any(folder.iterdir()):
+        raise ConfigError(f"--workdir {folder} is not empty; a simulation begins in an empty folder")
+    return folder
+
+
+def _run(plan: Plan, settings: Settings, console: Console, *, live: bool, options: argparse.Namespace) -> Report:
+    recorder = Recorder(plan.names, [late.name for late in plan.late])
+    began = time.monotonic()
+    title = f"{len(plan.names)} peers, {settings.task}, {settings.strategy}, seed {settings.seed}"
+    view = LiveView(
+        console, recorder, rounds=settings.rounds, title=title, clock=lambda: time.monotonic() - began, live=live
+    )
+    swarm = Swarm(plan, settings, recorder, say=view.say, on_round=view.round_committed)
+    referee = _start_referee(settings.folder)
+    try:
+        with view:
+            _run_swarm(swarm)
+        trained = time.monotonic() - began
+        view.say(f"the swarm is done after {trained:.1f} s; now the same samples without a swarm")
+        answer = _ask(referee, _question(settings, recorder, swarm.nodes), settings.folder)
+    finally:
+        referee.kill()
+        referee.communicate()
+    report = _report(settings, recorder, answer, time.monotonic() - began)
+    problems = [*swarm.problems, *(f"export of {n}: {e.error}" for n, e in answer.exports.items() if e.error)]
+    report = judge(report, _expectation(plan, settings, answer), problems)
+    if options.plot is not None:
+        from .plot import plot
+
+        plot(report, list(recorder.traces.values()), options.plot)
+    return report
+
+
+def _run_swarm(swarm: Swarm) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_until_sigterm)
+            await swarm.run()
+            nursery.cancel_scope.cancel()
+
+    try:
+        trio.run(main)
+    except BaseExceptionGroup as group:
+        raise first_error(group) from group
+
+
+async def _until_sigterm(*, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        task_status.started()
+        async for _ in signals:
+            raise SimulationFailed("ended by SIGTERM")
+    raise AssertionError("a signal receiver never ends")
+
+
+def _start_referee(folder: Path) -> subprocess.Popen[str]:
+    with (folder / "baseline.log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "shoal.sim.baseline"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+            env=NodeProcess.environment(),
+        )  # fmt: skip
+
+
+def _question(settings: Settings, recorder: Recorder, nodes: dict[str, NodeProcess]) -> Question:
+    known = sorted((trace for trace in recorder.traces.values() if trace.peer), key=lambda trace: trace.peer)
+    parts = tuple(
+        Part(PeerId.parse(trace.peer).key.hex(), index, len(known), trace.samples) for index, trace in enumerate(known)
+    )
+    exports = {
+        trace.name: str(nodes[trace.name].export)
+        for trace in recorder.traces.values()
+        if trace.status == "finished" and nodes[trace.name].export.exists()
+    }
+    return Question(settings.task, settings.seed, parts, exports)
+
+
+def _ask(referee: subprocess.Popen[str], question: Question, folder: Path) -> Answer:
+    assert referee.stdin is not None and referee.stdout is not None
+    try:
+        referee.stdin.write(json.dumps(cattrs.unstructure(question)) + "\n")
+        referee.stdin.flush()
+    except BrokenPipeError:
+        pass
+    line = referee.stdout.readline()
+    if not line:
+        raise SimulationFailed(f"the baselines could not be computed; log: {folder / 'baseline.log'}")
+    return cattrs.structure(json.loads(line), Answer)
+
+
+def _report(settings: Settings, recorder: Recorder, answer: Answer, wall: float) -> Report:
+    for name, export in answer.exports.items():
+        if export.metric is not None:
+            recorder.traces[name].metric = export.metric
+    metrics = [export.metric for export in answer.exports.values() if export.metric is not None]
+    isolated = answer.isolated
+    return recorder.report(
+        task=settings.task,
+        strategy=settings.strategy,
+        mode=settings.mode,
+        seed=settings.seed,
+        wall_s=wall,
+        metric=answer.metric,
+        baseline=Baseline(
+            start=answer.start,
+            single=answer.single,
+            isolated=sum(isolated) / len(isolated) if isolated else None,
+            reference=answer.reference,
+            reference_name=answer.reference_name,
+        ),
+        # Where peers end with different weights (gossip, local), the swarm is as good as its mean member.
+        swarm=sum(metrics) / len(metrics) if metrics else None,
+        digests={name: export.digest for name, export in answer.exports.items()},
+    )
+
+
+def _expectation(plan: Plan, settings: Settings, answer: Answer) -> Expectation:
+    known = defaults.TASKS.get(settings.task, defaults.OTHER_TASK)
+    shared = settings.strategy != "local"
+    long_enough = settings.rounds >= known.rounds and shared
+    return Expectation(
+        rounds=settings.rounds,
+        kills=len(plan.kills),
+        late=len(plan.late),
+        identical=settings.strategy in defaults.REPLICATING,
+        higher_is_better=answer.higher_is_better,
+        at_least=known.at_least if long_enough and settings.strategy in defaults.REPLICATING else None,
+        above_isolated=known.above_isolated if long_enough and len(plan.names) >= 4 else None,
+        beats_reference=known.ngram and long_enough,
+    )
