@@ -62,12 +62,12 @@ class Stdlib(Task):
     higher_is_better: ClassVar[bool] = False
     step_seconds: ClassVar[float] = 0.1
 
-    width: ClassVar[int] = 160
-    layers: ClassVar[int] = 3
+    width: ClassVar[int] = 192
+    layers: ClassVar[int] = 2
     heads: ClassVar[int] = 4
     context: ClassVar[int] = 128
-    batch: ClassVar[int] = 8
-    learning_rate: ClassVar[float] = 3e-3
+    batch: ClassVar[int] = 4
+    learning_rate: ClassVar[float] = 2e-3
     warmup: ClassVar[int] = 20
 
     def model(self) -> nn.Module:
@@ -156,8 +156,9 @@ def ngram_baseline(order: int = 2, context: int = 128) -> float:
         counts = np.bincount(_grams(text, n), minlength=256 ** (n + 1)).reshape(-1, 256)
         total = counts.sum(1)
         kinds = (counts > 0).sum(1)
-        once, twice = int((counts == 1).sum()), int((counts == 2).sum())
-        discount = once / (once + 2 * twice) if once else 0.0
+        # At least 1: without any discount a gram that was never seen would have no chance at all.
+        once, twice = max(int((counts == 1).sum()), 1), int((counts == 2).sum())
+        discount = once / (once + 2 * twice)
         grams = _grams(windows, n)[:, -context:]
         seen, before = counts.reshape(-1)[grams], grams // 256
         known = np.maximum(total[before], 1)
