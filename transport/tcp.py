@@ -126,7 +126,8 @@ class TcpNetwork(Network):
 
         Raises :class:`ConfigError` if the port is taken or the address is not one of ours.
         """
-        _require_tcp(bind)
+        if bind.kind != "tcp":
+            raise ConfigError(f"{bind} is not a TCP address; expected HOST:PORT or tcp://HOST:PORT")
         await trio.lowlevel.checkpoint()
         listening: trio.socket.SocketType | None = None
         try:
@@ -150,7 +151,8 @@ class TcpNetwork(Network):
 
     async def dial(self, address: Address) -> TcpStream:
         """Connect. Raises :class:`PeerUnreachable`; the kernel gives up by itself after about two minutes."""
-        _require_tcp(address)
+        if address.kind != "tcp":
+            raise PeerUnreachable("cannot connect", attempts=((str(address), "not a TCP address"),))
         connecting: trio.socket.SocketType | None = None
         try:
             connecting = trio.socket.socket(_family(address), socket.SOCK_STREAM)
@@ -174,11 +176,6 @@ class TcpNetwork(Network):
         if not ipaddress.ip_address(address.host).is_unspecified:
             return (address,)
         return tuple(Address("tcp", host, address.port) for host in local_addresses(_family(address)))
-
-
-def _require_tcp(address: Address) -> None:
-    if address.kind != "tcp":
-        raise ConfigError(f"{address} is not a TCP address; expected HOST:PORT or tcp://HOST:PORT")
 
 
 def _bind_trouble(bind: Address, error: OSError) -> str:
