@@ -123,3 +123,69 @@ TCP_BACKLOG = 1024
 
 #: Seconds until the next try while accept() fails for want of sockets.
 ACCEPT_RETRY = 0.1
+
+# Secure channel (noise.py, aead.py, records.py, secure.py)
+
+#: Bytes of plaintext in one record. A record costs about 3 µs of Python; at 256 KiB that is lost beside the cipher's
+#: own time, and a slice of bulk data delays control data by no more than its own time on the line.
+MAX_RECORD = 256 << 10
+
+#: Records under one key, in one direction; then both sides step to the next key, and the old one is erased. At most
+#: 16 GiB. Far below every limit of the ciphers, with a counter as nonce: ChaCha20-Poly1305 is bounded by forgeries, and
+#: the first one ends a link (RFC 9147, 4.5.3: 2^36 of them; no bound on confidentiality); AEGIS-128L and AEGIS-256
+#: have no practical one (draft-irtf-cfrg-aegis-aead: 2^48 messages even with random 128-bit nonces). The reason to step
+#: at all: who steals a key from memory reads no older records.
+REKEY_RECORDS = 1 << 16
+
+#: Bytes of one handshake message. Ours take about 400; a peer with many more ciphers to offer still fits.
+MAX_HANDSHAKE = 4096
+
+#: Ciphers a peer may offer.
+MAX_CIPHER_OFFERS = 16
+
+#: Seconds the certificate of a session's key is valid. It is made for one session, so hours would do; a day lets
+#: machines in whose clocks are wrong by hours (time zones), which then show up as clock skew instead of as no link.
+CERTIFICATE_LIFETIME = 86_400.0
+
+#: Bytes sealed per run when the ciphers are measured at start. A cipher in hardware takes 4 µs, AEGIS in software 2 ms.
+MEASURE_BYTES = 16 << 10
+
+#: Seconds after which measuring one cipher ends; together a few ms, once per process.
+MEASURE_TIME = 0.002
+
+# Calls (rpc.py)
+
+#: Bytes of the head of a call: a method's name and two numbers.
+MAX_CALL_HEAD = 1024
+
+#: Bytes of a refusal.
+MAX_CALL_ERROR = 4096
+
+#: Bytes of one part of an answer's body. Nothing is allocated for it; the bound keeps lengths in 32 bits.
+MAX_BODY_PART = 1 << 30
+
+#: Seconds a handler may run, whatever its caller allows: a day.
+MAX_CALL_TIME = 86_400.0
+
+#: Calls served at once for one peer; further ones are refused as busy.
+MAX_CALLS_PER_PEER = 256
+
+#: Calls served at once for all peers.
+MAX_CALLS = 2048
+
+# Presence of a node (endpoint.py, contacts.py)
+
+#: Links kept at once; the least recently used idle one is closed for a new one.
+MAX_LINKS = 64
+
+#: Contacts kept: 4096 records of at most 2 KiB are 8 MiB.
+MAX_CONTACTS = 4096
+
+#: Handshakes of incoming connections at once; when there are more, the oldest has had its chance.
+MAX_HALF_OPEN = 256
+
+#: Seconds for a link to a peer by any of its addresses, when the caller names no timeout.
+CONNECT_FLOOR = 20.0
+
+#: Seconds between two links to one peer within which they count as dialled at the same time from both sides.
+SIMULTANEOUS = 5.0

@@ -1,0 +1,154 @@
+"""The record layer, sans-IO: plaintext to encrypted records on an ordered byte pipe, and back.
+
+A record is 4 bytes of length (of what follows, big-endian, authenticated), the ciphertext, the tag. Its counter is
+never sent: both sides count, so a record that is replayed, left out, reordered or altered does not open, and the link
+ends with :class:`RecordError`. The counter runs through the whole session; after :data:`defaults.REKEY_RECORDS` records
+both sides derive the next key from a chain that only runs forward, so no key and nonce ever meet twice and a stolen key
+does not open what was sent under earlier ones.
+
+A pipe cut between two records looks like a peer that is silent; that the peer really meant to end is said inside the
+records (the mux's goodbye).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from . import defaults
+from .aead import SUITES, Aead
+from .errors import ProtocolMisuse, RecordError
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+_HEADER = struct.Struct(">I")
+HEADER = _HEADER.size
+
+
+class _KeyChain:
+    """The keys of one direction: ``chain`` is a secret of 32 bytes that each step replaces."""
+
+    def __init__(self, cipher: str, chain: bytes, rekey_after: int) -> None:
+        if len(chain) != 32:
+            raise ProtocolMisuse("the secret of a record layer has 32 bytes")
+        if rekey_after < 1:
+            raise ProtocolMisuse("a key must serve for one record at least")
+        self.suite = SUITES[cipher]
+        self.counter = 0
+        self._chain = chain
+        self._rekey_after = rekey_after
+        self._step()
+
+    def _step(self) -> None:
+        key = hashlib.blake2b(self.suite.name.encode(), key=self._chain, person=b"shoal record key")
+        self._chain = hashlib.blake2b(key=self._chain, person=b"shoal next chain", digest_size=32).digest()
+        self.aead = Aead(self.suite, key.digest()[: self.suite.key])
+
+    def advance(self) -> None:
+        """Count one record that was sealed or opened; step to the next key when it is time."""
+        self.counter += 1
+        if self.counter % self._rekey_after == 0:
+            self._step()
+
+
+class RecordSealer:
+    """The sending half: ``cipher`` names a suite of :mod:`aead`, ``secret`` is this direction's (32 bytes)."""
+
+    def __init__(self, cipher: str, secret: bytes, *, rekey_after: int = defaults.REKEY_RECORDS) -> None:
+        self._keys = _KeyChain(cipher, secret, rekey_after)
+        self._tail = bytes(self._keys.suite.tag)
+        #: Bytes that a record is longer than its plaintext.
+        self.overhead = HEADER + len(self._tail)
+
+    def seal(self, parts: Sequence[Buffer]) -> bytearray:
+        """One record holding the concatenation of ``parts``: the bytes for the wire, in a new buffer.
+
+        Costs one copy of the parts; they are encrypted where they land. Raises :class:`ProtocolMisuse` above
+        :data:`defaults.MAX_RECORD` bytes of plaintext.
+        """
+        keys = self._keys
+        wire = bytearray().join((bytes(HEADER), *parts, self._tail))
+        box = len(wire) - HEADER
+        plain = box - len(self._tail)
+        if plain > defaults.MAX_RECORD:
+            raise ProtocolMisuse(f"a record of {plain} bytes, at most {defaults.MAX_RECORD} allowed")
+        header = _HEADER.pack(box)
+        wire[:HEADER] = header
+        keys.aead.seal(wire, HEADER, HEADER + plain, keys.counter, header)
+        keys.advance()
+        return wire
+
+
+class RecordOpener:
+    """The receiving half. Memory: at most one record beyond what :meth:`feed` returns, and never more than was fed."""
+
+    def __init__(self, cipher: str, secret: bytes, *, rekey_after: int = defaults.REKEY_RECORDS) -> None:
+        self._keys = _KeyChain(cipher, secret, rekey_after)
+        self._tag = self._keys.suite.tag
+        self._header = b""
+        self._body = bytearray()
+        self._failure: RecordError | None = None
+
+    @property
+    def opened(self) -> int:
+        """Records opened so far."""
+        return self._keys.counter
+
+    def feed(self, data: Buffer) -> list[memoryview]:
+        """Take bytes as they come and return the plaintexts of the records they complete, each in its own buffer.
+
+        ``data`` is not kept. Raises :class:`RecordError`, from then on always; records completed by the same ``data``
+        before the bad one are dropped, as the link ends anyway.
+        """
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return self._feed(memoryview(data))
+        except RecordError as failure:
+            self._failure = failure
+            raise
+
+    def eof(self) -> None:
+        """The pipe has ended. Raises :class:`RecordError` when that cuts a record."""
+        if self._failure is not None:
+            raise self._failure
+        if self._header:
+            self._failure = RecordError(f"the connection ended inside record {self._keys.counter}")
+            raise self._failure
+
+    def _feed(self, data: memoryview) -> list[memoryview]:
+        records: list[memoryview] = []
+        at = 0
+        while at < len(data):
+            if len(self._header) < HEADER:
+                taken = data[at : at + HEADER - len(self._header)]
+                self._header += bytes(taken)
+                at += len(taken)
+                if len(self._header) < HEADER:
+                    break
+                self._check_length()
+            missing = _HEADER.unpack(self._header)[0] - len(self._body)
+            taken = data[at : at + missing]
+            self._body += taken  # grows with what has come, not with what was announced
+            at += len(taken)
+            if len(taken) == missing:
+                records.append(self._open())
+        return records
+
+    def _check_length(self) -> None:
+        length = _HEADER.unpack(self._header)[0]
+        if not self._tag <= length <= defaults.MAX_RECORD + self._tag:
+            raise RecordError(
+                f"record {self._keys.counter} announces {length} bytes, "
+                f"expected {self._tag} to {defaults.MAX_RECORD + self._tag}"
+            )
+
+    def _open(self) -> memoryview:
+        keys, body = self._keys, self._body
+        if not keys.aead.open(body, 0, len(body), keys.counter, self._header):
+            raise RecordError(f"record {keys.counter} was altered, replayed or reordered")
+        keys.advance()
+        self._header, self._body = b"", bytearray()
+        return memoryview(body)[: len(body) - self._tag]
