@@ -15,11 +15,14 @@ MODES = ("available", "strict")
 
 @attrs.frozen
 class ParameterSpec:
-    """One named tensor of the model: ``dtype`` as in ``float32``."""
+    """One parameter or persistent buffer of a model. ``dtype`` is torch's name without the prefix: ``float32``."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {'x'.join(map(str, self.shape)) or 'scalar'} {self.dtype}"
 
 
 @attrs.frozen

@@ -11,13 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
-import attrs
 import torch
 from torch import Tensor, nn
 
 from ..transport.errors import ConfigError
 from . import defaults
 from .shard import Shard
+from .spec import ParameterSpec
 
 #: What ``batches`` yields and ``loss`` takes: a tensor, or tuples, lists and dicts of them, nested as the task likes.
 Batch: TypeAlias = Any
@@ -166,18 +166,6 @@ def source_hash(task: Task) -> bytes:
 
 
 # --- comparing models -------------------------------------------------------------------------------------------------
-
-
-@attrs.frozen
-class ParameterSpec:
-    """One parameter or persistent buffer of a model. ``dtype`` is torch's name without the prefix: ``float32``."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {'x'.join(map(str, self.shape)) or 'scalar'} {self.dtype}"
 
 
 Signature: TypeAlias = tuple[ParameterSpec, ...]
