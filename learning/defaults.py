@@ -99,3 +99,23 @@ SAVE_EVERY = 5.0
 
 #: fp32 elements of one vector that a round may reduce: four times the state, for strategies that send several.
 VECTORS_PER_ROUND = 4
+
+#: Seconds for a question to several peers at once (heads, wishes, branches): a few round trips of a bad link.
+ASK_HEADS = 4.0
+
+#: Seconds between two looks whether a majority is still there.
+GUARD_EVERY = 0.5
+
+#: Seconds after the end of training without a commit, before we ask others whether we were left behind.
+STUCK_AFTER = 8.0
+
+# --- gossip -----------------------------------------------------------------------------------------------------------
+
+#: Rounds after which a member that nobody heard of is no longer in the view.
+VIEW_ROUNDS = 4
+
+#: Seconds between two exchanges of views with random members.
+GOSSIP_EVERY = 2.0
+
+#: Members of a view.
+MAX_VIEW = 1024

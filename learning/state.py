@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..transport.errors import ConfigError, ProtocolMisuse
-from .task import ParameterSpec, Signature, state_tensors
+from .spec import ParameterSpec
+from .task import Signature, state_tensors
 
 #: Integers up to here are exact in float32.
 _EXACT_INTEGER = 1 << 24

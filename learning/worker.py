@@ -132,6 +132,10 @@ class Worker:
 
         await self._compute(0.0, work)
 
+    def reset_optimizer(self) -> None:
+        """A fresh optimiser: NaN in the moments of the old one would poison every later step."""
+        self.optimizer = self.task.optimizer(self.model)
+
     async def weights(self, out: Tensor | None = None) -> Tensor:
         """A copy of the state: float32 CPU vector ``(layout.size,)``, into ``out`` when given."""
         return await self._compute(0.0, flatten_model, self.layout, self.model, out)

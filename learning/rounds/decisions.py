@@ -16,7 +16,10 @@ def candidates(prev: bytes, round: int, voters: Sequence[PeerId]) -> tuple[PeerI
     """
     seed = prev + round.to_bytes(8, "big")
     return tuple(
-        sorted(voters, key=lambda peer: hashlib.blake2b(seed + peer.key, digest_size=16, person=b"shoal candidate").digest())
+        sorted(
+            voters,
+            key=lambda peer: hashlib.blake2b(seed + peer.key, digest_size=16, person=b"shoal candidate").digest(),
+        )
     )
 
 

@@ -15,7 +15,7 @@ from ...transport.endpoint import Endpoint
 from ...transport.errors import RemoteError, RemoteRefused
 from ...transport.identity import PeerId
 from ...transport.rpc import Call
-from .. import defaults, exact
+from .. import exact
 from ..digest import choose_fingerprint, fingerprint, local_fingerprints
 from ..reduce.buffers import Buffers
 from ..state import bytes_view
@@ -96,7 +96,9 @@ class Instance:
             identity=endpoint.identity,
             pace=setting.pace,
             # Fixed per generation and unknown to anybody until it is revealed.
-            nonce=lambda attempt, epoch: hashlib.blake2b(b"%d,%d" % (attempt, epoch), key=secret, digest_size=16).digest(),
+            nonce=lambda attempt, epoch: hashlib.blake2b(
+                b"%d,%d" % (attempt, epoch), key=secret, digest_size=16
+            ).digest(),
             check=setting.check,
             max_length=setting.max_length,
             algorithms=local_fingerprints(),
@@ -109,7 +111,6 @@ class Instance:
         self._final_digest = b""
         self._inbox_in, self._inbox = trio.open_memory_channel[Callable[[], Sequence[Action]]](math.inf)
         self._scope = trio.CancelScope()
-        self._held_at: str | None = None
 
     # -- life ---------------------------------------------------------------------------------------
 
@@ -227,7 +228,6 @@ class Instance:
 
     async def _do(self, actions: Sequence[Action]) -> None:
         for action in actions:
-            await self._hold()
             match action:
                 case Send() if action.to == self.me:
                     message = action.message
@@ -259,6 +259,9 @@ class Instance:
                     self.decided.set()
                 case Note():
                     self.setting.note(action)
+                    if action.what == "begin" and self.setting.hold(action.phase):
+                        # Fault injection: stop at this phase, for ever.
+                        await trio.sleep_forever()
             self._open_generation()
 
     def _open_generation(self) -> None:
@@ -270,14 +273,6 @@ class Instance:
             self.buffers.take_early(
                 lambda index, start, stop: index < len(plan.slices) and plan.slices[index].range == (start, stop)
             )
-
-    async def _hold(self) -> None:
-        """Fault injection: when told to, stop at this phase, for ever."""
-        phase = self.voter.phase
-        if phase != self._held_at:
-            self._held_at = phase
-            if self.setting.hold(phase):
-                await trio.sleep_forever()
 
     # -- bulk ---------------------------------------------------------------------------------------
 
@@ -325,7 +320,12 @@ class Instance:
 
     async def _share(self, action: Share) -> None:
         plan, frozen, result = self.voter.plan, self.voter.frozen, self.buffers.result
-        if plan is None or frozen is None or result is None or (plan.attempt, plan.epoch) != (action.attempt, action.epoch):
+        if (
+            plan is None
+            or frozen is None
+            or result is None
+            or (plan.attempt, plan.epoch) != (action.attempt, action.epoch)
+        ):
             return
         start, stop = plan.slices[action.index].range
         request = Shared(
@@ -404,10 +404,14 @@ class Instance:
         if request.digest:
             if request.digest != self._final_digest or self._final is None:
                 raise RemoteRefused("not-held", f"round {self.round}: that result is not here")
-            source = self._final
+            source: Tensor | None = self._final
         else:
             source = self.buffers.result if self.buffers.generation == (request.attempt, request.epoch) else None
-            indices = [] if plan is None else [i for i, p in enumerate(plan.slices) if p.range == (request.start, request.stop)]
+            indices = (
+                []
+                if plan is None
+                else [i for i, p in enumerate(plan.slices) if p.range == (request.start, request.stop)]
+            )
             if source is None or not all(i in self.buffers.filled for i in indices) or not indices:
                 raise RemoteRefused("not-held", f"round {self.round}: that slice is not here")
         if not 0 <= request.start < request.stop <= source.numel():

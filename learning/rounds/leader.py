@@ -55,7 +55,9 @@ class Terms:
     voters are a gossip group, which may go on with whoever is there. ``roster_limit``: peers in a roster.
     """
 
-    draft: Callable[[tuple[PeerId, ...], tuple[int, ...], tuple[int, ...], tuple[PeerId, ...], tuple[bytes, ...], str], CommitRecord]
+    draft: Callable[
+        [tuple[PeerId, ...], tuple[int, ...], tuple[int, ...], tuple[PeerId, ...], tuple[bytes, ...], str], CommitRecord
+    ]
     wishes: Callable[[], tuple[PeerId, ...]]
     leaving: Callable[[], tuple[PeerId, ...]]
     gossip: bool
@@ -226,10 +228,10 @@ class Leader:
             # The value may already be decided: propose it again, whoever accepted it holds the result.
             self.record = earlier.record
             digest = earlier.record.digest
-            holders = tuple(
-                p for p, a in promises.items() if isinstance(a, Accepted) and a.record.digest == digest
+            holders = tuple(p for p, a in promises.items() if isinstance(a, Accepted) and a.record.digest == digest)
+            note = Note(
+                "commit", "repropose", f"attempt {self.attempt} proposes the value of attempt {earlier.attempt}"
             )
-            note = Note("commit", "repropose", f"attempt {self.attempt} proposes the value of attempt {earlier.attempt}")
             return [note, *self._propose(now, holders)]
         if self._grace_until is None and len(self._ready) >= self.needed:
             self._grace_until = now + self.pace.grace
@@ -411,7 +413,9 @@ class Leader:
             reason[:400],
         )
         self.phase, self._until = "seal", None
-        return [Fingerprint(plan.attempt, plan.epoch, nonces, tuple(self._progress[r].algorithms for r in sorted(full)))]
+        return [
+            Fingerprint(plan.attempt, plan.epoch, nonces, tuple(self._progress[r].algorithms for r in sorted(full)))
+        ]
 
     # -- commit -------------------------------------------------------------------------------------
 
@@ -442,9 +446,7 @@ class Leader:
                 return [Send(v, message) for v in self.voters if v not in self.lost and v not in self._accepts]
             return []
         expected = self.plan.receivers if self.plan is not None else tuple(self._ready)
-        pending = [
-            v for v in expected if v not in self.lost and v not in self._accepts and v not in self._refusals
-        ]
+        pending = [v for v in expected if v not in self.lost and v not in self._accepts and v not in self._refusals]
         if pending and not late:
             self._until = min(self._until or now + self.pace.accept, now + self.pace.accept)
             return []
@@ -483,7 +485,7 @@ class Leader:
 
     def _say_waiting(self, now: float) -> list[Action]:
         self._word = now + self.pace.suspect / 4
-        actions = [self._waiting(now, peer) for peer in self._ready if peer not in self.lost]
+        actions: list[Action] = [self._waiting(now, peer) for peer in self._ready if peer not in self.lost]
         if self.phase == "convene" and self.attempt > 0 and self._ready:
             # Who has committed already answers this with the commit.
             actions += [

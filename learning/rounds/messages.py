@@ -221,9 +221,7 @@ class Commit:
     certificate: Certificate
 
 
-Message = (
-    Ready | Waiting | Convene | Plan | Held | Freeze | Ask | Progress | Fetch | Propose | Accept | Reject | Commit
-)
+Message = Ready | Waiting | Convene | Plan | Held | Freeze | Ask | Progress | Fetch | Propose | Accept | Reject | Commit
 MESSAGES: tuple[type, ...] = (
     Ready,
     Waiting,

@@ -1,0 +1,280 @@
+"""Membership as a view that spreads by gossip: a small group per round, no roster that all must agree on.
+
+Every peer keeps, for each member it knows, the round in which it was last heard. Views are exchanged with random members
+every few seconds and merged by maximum. A round's group is a shared-seed shuffle of the view, so members with equal views
+agree on it without a word; where views differ for a moment, a peer is left alone for a round and loses nothing but the
+exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+from ..transport.errors import DecodeError, RemoteError, RemoteRefused
+from ..transport.identity import PeerId
+from ..transport.rpc import Call
+from . import defaults
+from .membership import Membership, Placement
+from .rounds.decisions import group_of, short
+from .rounds.instance import Instance
+from .rounds.leader import Terms
+from .rounds.messages import Certificate, Commit, CommitRecord, instance_key
+from .store import Head
+from .sync import VIEW, HeadInfo, Seen, View, ask_heads, load_state, state_digest
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+class Gossip(Membership):
+    """See the module."""
+
+    gossip = True
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self._round = 0
+        self._total = 0
+        self._view: dict[PeerId, int] = {self.me: 0}
+        self._has_state = False
+        self.endpoint.serve(VIEW, self._on_view)
+
+    @property
+    def round(self) -> int:
+        return self._round
+
+    def members(self) -> tuple[PeerId, ...]:
+        """Ourselves and everybody heard of in the last rounds."""
+        newest = max(self._view.values())
+        fresh = max(self._round, newest) - defaults.VIEW_ROUNDS
+        return tuple(sorted(p for p, r in self._view.items() if r >= fresh or p == self.me))
+
+    def view(self) -> tuple[Seen, ...]:
+        return tuple(Seen(peer, self._view[peer]) for peer in self.members())
+
+    # -- entering -----------------------------------------------------------------------------------
+
+    async def enter(self) -> None:
+        if not self._has_state:
+            saved = await self.host.run_blocking(self.run.store.load_state)
+            if saved is not None:
+                vectors, head = saved
+                await self.run.adopt(vectors, head)
+        while True:
+            known = await self.known()
+            infos = await ask_heads(self.endpoint, self.run.run_id, known[:16], True, defaults.ASK_HEADS)
+            for info in infos.values():
+                self._merge(info.view)
+            await self._exchange(tuple(infos))
+            ahead = max((info.settled for info in infos.values()), default=-1)
+            if ahead > self._round + defaults.VIEW_ROUNDS or (not self._has_state and ahead > 0):
+                if await self._load(infos, ahead):
+                    break
+            elif infos or self._has_state or self.me == self.spec.founder:
+                # Everybody begins from the same weights, which the seed of the run gives.
+                self._has_state = True
+                break
+            else:
+                self.reason = "no member of the run can be reached yet; trying again"
+            await trio.sleep(defaults.WISH_EVERY)
+        if not self.run.snapshots:
+            await self.run.settle()
+        while self._round == 0 and len(self._view) < self.spec.min_peers and max(self._view.values()) == 0:
+            self.reason = f"{len(self._view)} of {self.spec.min_peers} peers are here"
+            await trio.sleep(0.2)
+            await self._exchange(self._random(3))
+        self.reason = ""
+        self.run.emit("run", "member", detail=f"{len(self._view)} peers in view, round {self._round}")
+
+    async def _load(self, infos: dict[PeerId, HeadInfo], round: int) -> bool:
+        for holder, info in infos.items():
+            if info.settled != round:
+                continue
+            try:
+                vectors = await load_state(self.endpoint, holder, self.run.run_id, round, self.run.layout.size)
+            except RemoteError as error:
+                self.run.emit("run", "state-failed", holder, str(error))
+                continue
+            if await self.host.run_blocking(state_digest, round, vectors) != info.digest:
+                self.run.emit("run", "liar", holder, "its state has another digest than it said")
+                continue
+            await self.run.adopt(vectors, info.head())
+            self._round = round
+            self.run.round = round
+            self.run.emit("run", "loaded", holder, f"round {round}, digest {info.digest.hex()[:16]}")
+            return True
+        return False
+
+    def adopt(self, head: Head) -> None:
+        self.head, self._has_state = head, True
+        self._round, self._total = head.record.round, head.record.total
+        self._view[self.me] = self._round
+
+    # -- rounds -------------------------------------------------------------------------------------
+
+    async def place(self) -> Placement:
+        ahead = sorted(r for p, r in self._view.items() if p != self.me)
+        # Whoever fell behind meets nobody; skip to where most are.
+        if len(ahead) > 1 and ahead[len(ahead) // 2] > self._round + 1:
+            self.run.emit("run", "skip", detail=f"from round {self._round} to {ahead[len(ahead) // 2]}")
+            self._round = ahead[len(ahead) // 2]
+        round, view = self._round + 1, self.members()
+        size = self.spec.group or self.run.strategy.group or len(view)
+        if size == 1:
+            self.placed = Placement(round, None, b"", (self.me,), view.index(self.me), len(view), ())
+            return self.placed
+        voters, self._group = group_of(self.spec.seed, round, self.me, view, size)
+        prev = self.run.run_id
+        self.placed = Placement(
+            round=round,
+            key=instance_key(self.run.run_id, round, prev, voters),
+            prev=prev,
+            voters=voters,
+            index=view.index(self.me),
+            count=len(view),
+            watch=voters,
+        )
+        return self.placed
+
+    def terms(self, speed: Callable[[PeerId], float]) -> Terms:
+        placed, total, group = self.placed, self._total, self._group
+
+        def draft(
+            members: tuple[PeerId, ...],
+            samples: tuple[int, ...],
+            weights: tuple[int, ...],
+            roster: tuple[PeerId, ...],
+            nonces: tuple[bytes, ...],
+            reason: str,
+        ) -> CommitRecord:
+            return CommitRecord(
+                run=self.run.run_id,
+                round=placed.round,
+                kind="reduce",
+                prev=placed.prev,
+                members=members,
+                samples=samples,
+                weights=weights,
+                roster=roster,
+                total=total + sum(samples),
+                branch=0,
+                state=b"",
+                nonces=nonces,
+                algorithm="",
+                fingerprint=b"",
+                reason=f"{group}: {reason}"[:400],
+            )
+
+        return Terms(draft, lambda: (), self.leaving, True, defaults.MAX_ROSTER, speed)
+
+    def check(self, record: CommitRecord) -> str | None:
+        voters = set(self.placed.voters)
+        if (record.run, record.round, record.prev) != (self.run.run_id, self.placed.round, self.placed.prev):
+            return "it belongs to another round"
+        if any(m not in voters for m in (*record.members, *record.roster)):
+            return "members are not of this group"
+        if not len(record.members) == len(record.samples) == len(record.weights):
+            return "members, samples and weights differ in number"
+        return None
+
+    def committed(self, commit: Commit, voters: tuple[PeerId, ...]) -> None:
+        record = commit.record
+        self.head = Head(record, commit.certificate, voters)
+        self._round, self._total = record.round, self._total + sum(record.samples)
+        for peer in record.roster:
+            self._view[peer] = max(self._view.get(peer, 0), record.round)
+        for peer in voters:
+            if peer not in record.roster:
+                self._view.pop(peer, None)
+        self._view[self.me] = self._round
+        self._leaving.clear()
+
+    def skipped(self, samples: int) -> None:
+        self._round += 1
+        self._total += samples
+        self._view[self.me] = self._round
+        record = CommitRecord(
+            run=self.run.run_id,
+            round=self._round,
+            kind="reduce",
+            prev=self.run.run_id,
+            members=(self.me,),
+            samples=(samples,),
+            weights=(1,),
+            roster=(self.me,),
+            total=self._total,
+            branch=0,
+            state=b"",
+            nonces=(),
+            algorithm="",
+            fingerprint=b"",
+            reason="alone",
+        )
+        self.head = Head(record, Certificate(b"", 0, ()), (self.me,))
+
+    async def guard(self, instance: Instance) -> None:
+        await trio.sleep_forever()
+
+    # -- gossip -------------------------------------------------------------------------------------
+
+    def _merge(self, seen: tuple[Seen, ...]) -> None:
+        for item in seen[: defaults.MAX_VIEW]:
+            if item.peer not in self._view and len(self._view) >= defaults.MAX_VIEW:
+                continue
+            if item.peer != self.me and item.peer not in self._leaving and 0 <= item.round < 1 << 40:
+                self._view[item.peer] = max(self._view.get(item.peer, -1), item.round)
+
+    def wished(self, peer: PeerId) -> None:
+        self._view[peer] = max(self._view.get(peer, 0), self._round)
+
+    def left(self, peer: PeerId) -> None:
+        self._view.pop(peer, None)
+        self.run.hub.peer_changed(peer, "left the run")
+
+    def _message(self) -> View:
+        members = self.members()
+        return View(self.run.run_id, self.view(), self.contacts(members))
+
+    async def _on_view(self, call: Call[View]) -> View:
+        if call.request.run != self.run.run_id:
+            raise RemoteRefused("unknown-run", "this peer takes no part in that run")
+        if len(call.request.seen) > defaults.MAX_VIEW or len(call.request.contacts) > 64:
+            raise RemoteRefused("too-large", f"a view of {len(call.request.seen)} peers")
+        self._take(call.request)
+        return self._message()
+
+    def _take(self, view: View) -> None:
+        for contact in view.contacts[:64]:
+            try:
+                self.endpoint.learn(contact)
+            except DecodeError:
+                continue
+        self._merge(view.seen)
+
+    def _random(self, count: int) -> tuple[PeerId, ...]:
+        others = [peer for peer in self.members() if peer != self.me]
+        return tuple(self.host.random.sample(others, min(count, len(others))))
+
+    async def _exchange(self, peers: tuple[PeerId, ...]) -> None:
+        for peer in peers:
+            try:
+                self._take(await self.endpoint.call(peer, VIEW, self._message(), timeout=defaults.ASK_HEADS))
+            except RemoteError as error:
+                self.run.emit("run", "view-failed", peer, error.message)
+
+    async def scout(self) -> None:
+        while True:
+            await trio.sleep(defaults.GOSSIP_EVERY * (0.75 + 0.5 * self.host.random.random()))
+            await self._exchange(self._random(2))
+            if len(self._view) == 1:
+                await self._exchange(await self.providers())
+
+    async def leave(self) -> None:
+        await self.wish(self._random(8), leave=True)
+
+    def describe(self) -> str:
+        """The view, for people."""
+        return short(self.members())

@@ -1,0 +1,217 @@
+"""The two objects a strategy is written against: this peer, and the round it is in."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import attrs
+import torch
+import trio
+from torch import Tensor
+
+from ..transport.errors import ConfigError, RemoteError
+
+from .worker import TrainResult
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+class Kept(Protocol):
+    """State beside the weights that belongs to a peer's committed state: outer optimiser, control variates."""
+
+    def vectors(self) -> dict[str, Tensor]:
+        """fp32 CPU vectors by name; empty before the first step."""
+
+    def restore(self, vectors: dict[str, Tensor]) -> None:
+        """Take over what :meth:`vectors` gave."""
+
+
+class Trainer(Protocol):
+    """What trains the model: a worker on a task, or the user's own loop."""
+
+    async def train(self, steps: int | None = None, seconds: float | None = None) -> TrainResult: ...
+    async def gradient(self) -> tuple[Tensor, TrainResult]: ...
+    async def apply(self, gradient: Tensor) -> None: ...
+    async def weights(self, out: Tensor | None = None) -> Tensor: ...
+    async def load(self, vector: Tensor) -> None: ...
+    async def evaluate(self, vector: Tensor | None = None) -> dict[str, float]: ...
+
+
+class OutOfStep(RemoteError):
+    """The run went on without us, and what we missed is gone: load the state and begin again. Internal to the run."""
+
+
+K = TypeVar("K", bound=Kept)
+
+
+@attrs.define
+class Tally:
+    """What this peer trained since the last round."""
+
+    steps: int = 0
+    samples: int = 0
+    loss_sum: float = 0.0
+    broken: str = ""
+
+    @property
+    def loss(self) -> float | None:
+        return self.loss_sum / self.samples if self.samples else None
+
+
+class Peer:
+    """This peer, as a strategy sees it. Weights are flat fp32 CPU vectors of the run's layout."""
+
+    def __init__(self, run: Run, trainer: Trainer) -> None:
+        self._run, self._trainer = run, trainer
+        self._kept: dict[str, Kept] = {}
+        self.tally = Tally()
+        #: The last state of :meth:`rounds`; what the commit of the next round vouches for.
+        self._restore: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def id(self) -> bytes:
+        """32 bytes that name this peer."""
+        return self._run.me.key
+
+    async def weights(self) -> Tensor:
+        """A copy of the model's state."""
+        return await self._trainer.weights()
+
+    async def load(self, vector: Tensor) -> None:
+        """Replace the model's state."""
+        await self._trainer.load(vector)
+
+    def keep(self, name: str, state: K) -> K:
+        """Make ``state`` part of the committed state: saved, digested, and given to joiners. Returns it."""
+        self._kept[name] = state
+        prefix = f"{name}."
+        saved = {k.removeprefix(prefix): v for k, v in self._run.restored.items() if k.startswith(prefix)}
+        state.restore(saved)
+        return state
+
+    def optimizer_state(self) -> Kept:
+        """The task's optimiser as state to :meth:`keep`."""
+        optimizer = getattr(self._trainer, "optimizer", None)
+        if optimizer is None:
+            raise ConfigError("this strategy needs the task's optimiser, which an own training loop keeps to itself")
+        return OptimizerState(optimizer)
+
+    async def train(self, steps: int) -> None:
+        """Train ``steps`` steps, or for the run's time budget; ends early when the round was decided without us."""
+        budget = self._run.time_budget
+        with trio.CancelScope() as scope:
+            self._run.when_decided(scope.cancel)
+            if budget is None:
+                result = await self._trainer.train(steps=steps)
+            else:
+                result = await self._trainer.train(seconds=budget)
+            self._count(result)
+
+    async def gradient(self) -> Tensor:
+        """The gradient of one batch at the present weights: flat, zero for buffers."""
+        gradient, result = await self._trainer.gradient()
+        self._count(result)
+        return gradient
+
+    async def apply(self, gradient: Tensor) -> None:
+        """One step of the task's optimiser with this gradient."""
+        await self._trainer.apply(gradient)
+
+    def rounds(self) -> Rounds:
+        """The rounds of the run, until it ends. Raises out of the loop when this peer must load the state again."""
+        return Rounds(self._run)
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Everything kept, by ``name.vector``."""
+        return {
+            f"{name}.{key}": vector
+            for name, kept in sorted(self._kept.items())
+            for key, vector in kept.vectors().items()
+        }
+
+    def forget(self) -> None:
+        """Begin anew: what was kept is given up."""
+        self._kept.clear()
+        self.tally = Tally()
+
+    def _count(self, result: TrainResult) -> None:
+        self.tally.steps += result.steps
+        self.tally.samples += result.samples
+        if math.isfinite(result.loss_mean):
+            self.tally.loss_sum += result.loss_mean * result.samples
+        elif result.steps:
+            self.tally.broken = f"the training loss is {result.loss_mean}"
+        self._run.note_loss(self.tally)
+
+
+class Rounds:
+    """Async iterator over rounds; between two of them the state is final, is digested, saved and evaluated."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __aiter__(self) -> Rounds:
+        return self
+
+    async def __anext__(self) -> Round:
+        await self._run.settle()
+        if self._run.over():
+            raise StopAsyncIteration
+        return await self._run.open_round()
+
+
+class Round:
+    """One round: reduce vectors with the others in it."""
+
+    def __init__(self, run: Run, index: int) -> None:
+        self._run, self.index = run, index
+
+    async def reduce(self, vector: Tensor) -> Tensor:
+        """The mean over the members of this round of a flat fp32 CPU vector: the same bits on every member.
+
+        Waits for the commit. A vector that is not finite is not sent; the mean is then over the others. Cancelled, the
+        round goes on without this peer. Raises :class:`OutOfStep` when the result cannot be had any more.
+        """
+        return await self._run.reduce(vector)
+
+    async def reduce_all(self, *vectors: Tensor) -> tuple[Tensor, ...]:
+        """:meth:`reduce` for several vectors at once, with one membership for all."""
+        mean = await self._run.reduce(torch.cat(vectors))
+        return torch.split(mean, [vector.numel() for vector in vectors])
+
+    async def skip(self) -> None:
+        """End the round without any exchange."""
+        await self._run.skip()
+
+
+class OptimizerState:
+    """A torch optimiser's per-parameter tensors as named fp32 vectors, in parameter order."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def vectors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for index, parameter in enumerate(self._parameters()):
+            for key, value in sorted(self._optimizer.state.get(parameter, {}).items()):
+                if isinstance(value, Tensor):
+                    found[f"{index}.{key}"] = value.detach().to("cpu", torch.float32).reshape(-1).clone()
+        return found
+
+    def restore(self, vectors: dict[str, Tensor]) -> None:
+        parameters = self._parameters()
+        for name, vector in vectors.items():
+            index, _, key = name.partition(".")
+            if not index.isdigit() or int(index) >= len(parameters):
+                raise RemoteError(f"optimiser state {name!r} belongs to no parameter")
+            parameter = parameters[int(index)]
+            if vector.numel() == parameter.numel() and key != "step":
+                value = vector.to(parameter.device, parameter.dtype).reshape(parameter.shape).clone()
+            else:
+                value = vector.clone().reshape(()) if vector.numel() == 1 else vector.clone()
+            self._optimizer.state[parameter][key] = value

@@ -1,0 +1,100 @@
+"""Takes in everything peers say about rounds and hands it to the instance it names."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+
+from ...transport.endpoint import Endpoint
+from ...transport.errors import RemoteRefused
+from ...transport.identity import PeerId
+from ...transport.rpc import Call
+from .. import defaults
+from .instance import Instance
+from .messages import MESSAGES, Commit, Convene, Ready
+from .methods import SAY, SCATTER, SHARE, WANT, Ack, Given, Scatter, Shared, Want
+from .post import Post
+
+
+class Hub:
+    """Routes calls by instance key. A message for a round we have not reached waits a little; one for a round that is
+    over is answered with its commit."""
+
+    def __init__(self, endpoint: Endpoint, post: Post) -> None:
+        self._endpoint, self._post = endpoint, post
+        self._live: dict[bytes, Instance] = {}
+        self._commits: dict[bytes, Commit] = {}
+        self._awaited: dict[bytes, trio.Event] = {}
+        #: A commit of a round we are not in: we may have been admitted by it, or left behind.
+        self.on_foreign_commit: Callable[[PeerId, Commit], None] = lambda sender, commit: None
+        for kind in MESSAGES:
+            endpoint.serve(SAY[kind], self._on_message)
+        endpoint.serve(SCATTER, self._on_scatter)
+        endpoint.serve(SHARE, self._on_share)
+        endpoint.serve(WANT, self._on_want)
+
+    def add(self, instance: Instance) -> None:
+        """Begin to route to ``instance``."""
+        self._live[instance.key] = instance
+        event = self._awaited.pop(instance.key, None)
+        if event is not None:
+            event.set()
+
+    def remember(self, commit: Commit) -> None:
+        """Answer late peers of a decided round with ``commit``; forget the oldest, and results before the last two."""
+        self._commits[commit.key] = commit
+        while len(self._commits) > defaults.REMEMBERED_COMMITS:
+            self._commits.pop(next(iter(self._commits)))
+        decided = [key for key, instance in self._live.items() if instance.commit is not None]
+        for key in decided[: -defaults.REMEMBERED_RESULTS]:
+            self._live.pop(key).close()
+
+    def drop(self, instance: Instance) -> None:
+        """Give up an undecided instance."""
+        self._live.pop(instance.key, None)
+        instance.close()
+
+    def peer_changed(self, peer: PeerId, why: str | None) -> None:
+        for instance in self._live.values():
+            instance.peer_changed(peer, why)
+
+    async def _on_message(self, call: Call[Any]) -> Ack:
+        message, sender = call.request, call.peer
+        instance = self._live.get(message.key)
+        if instance is None and message.key in self._commits:
+            if isinstance(message, Ready | Convene):
+                self._post.send(sender, self._commits[message.key])
+            return Ack()
+        if instance is None and isinstance(message, Commit):
+            self.on_foreign_commit(sender, message)
+            return Ack()
+        if instance is None:
+            instance = await self._await(message.key)
+        instance.receive(sender, message)
+        return Ack()
+
+    async def _await(self, key: bytes) -> Instance:
+        if key not in self._live:
+            event = self._awaited.get(key)
+            if event is None:
+                if len(self._awaited) >= defaults.MAX_EARLY_MESSAGES:
+                    raise RemoteRefused("busy", "too many messages for rounds that are not open here")
+                event = self._awaited[key] = trio.Event()
+            with trio.move_on_after(defaults.EARLY_MESSAGE):
+                await event.wait()
+            if key not in self._live:
+                self._awaited.pop(key, None)
+                raise RemoteRefused("unknown-round", "no such round is open here")
+        return self._live[key]
+
+    async def _on_scatter(self, call: Call[Scatter]) -> Ack:
+        return await (await self._await(call.request.key)).on_scatter(call)
+
+    async def _on_share(self, call: Call[Shared]) -> Ack:
+        return await (await self._await(call.request.key)).on_share(call)
+
+    async def _on_want(self, call: Call[Want]) -> Given:
+        handler: Callable[[Call[Want]], Awaitable[Given]] = (await self._await(call.request.key)).on_want
+        return await handler(call)

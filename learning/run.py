@@ -1,0 +1,491 @@
+"""One run on one peer: membership, rounds and state around a strategy that knows nothing of them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+import trio
+from torch import Tensor
+
+from ..dht.node import Dht
+from ..transport import deadlines
+from ..transport.address import Address
+from ..transport.endpoint import Endpoint
+from ..transport.errors import ConfigError, RemoteError
+from ..transport.identity import PeerId
+from . import defaults, exact
+from .chain import Chain
+from .events import Event, RoundReport, RunStatus
+from .files import save_state
+from .gossip import Gossip
+from .membership import Membership
+from .peer import OutOfStep, Peer, Round, Tally
+from .rounds.actions import Note, Pace
+from .rounds.hub import Hub
+from .rounds.instance import Instance, Setting
+from .rounds.messages import Accepted
+from .rounds.post import Post
+from .rounds.presence import Presence
+from .shard import Shard
+from .spec import SignedSpec
+from .state import Layout, unflatten
+from .store import Head, RunStore, Vote
+from .strategies import resolve as resolve_strategy
+from .sync import Snapshot, state_digest
+from .task import Task, compare_signatures, metric_name, score, signature
+from .worker import Worker
+
+log = logging.getLogger(__name__)
+
+
+@attrs.frozen
+class Faults:
+    """Fault injection for simulations and tests: stop for ever at ``(round, phase)``, after saying so with an event."""
+
+    hold: tuple[tuple[int, str], ...] = ()
+    spoil: tuple[int, ...] = ()  # rounds in which our contribution is NaN
+
+
+class Run:
+    """Takes part in the run that ``spec`` names, until cancelled. See :class:`shoal.learning.spec.RunSpec`.
+
+    ``bootstrap``: addresses of peers that may know the run. ``trainer``: what trains instead of a
+    :class:`Worker` on the task (a user's own loop); it brings its ``model``. ``time_budget``: seconds to train per
+    round instead of the strategy's number of steps; the mean is then weighted by samples.
+    Raises :class:`ConfigError` when the task's model is not the run's.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        dht: Dht,
+        spec: SignedSpec,
+        task: Task,
+        *,
+        store: RunStore,
+        device: str = "cpu",
+        on_event: Callable[[Event], None] = lambda event: None,
+        time_budget: float | None = None,
+        evaluate_every: int = 1,
+        faults: Faults | None = None,
+        bootstrap: tuple[Address, ...] = (),
+        trainer: Worker | None = None,
+    ) -> None:
+        self.endpoint, self.dht, self.host, self.me = endpoint, dht, endpoint.host, endpoint.peer_id
+        self.signed, self.spec, self.run_id = spec, spec.open(), spec.run_id
+        self.task, self.store, self.time_budget, self.bootstrap = task, store, time_budget, bootstrap
+        self.faults = faults or Faults()
+        self.strategy = resolve_strategy(self.spec.strategy, dict(self.spec.strategy_args))
+        self._on_event, self._evaluate_every = on_event, evaluate_every
+        self._start = self.host.now()
+        alone = Shard(self.spec.seed, self.me.key, 0, 0, 1)
+        self.trainer: Worker = trainer or Worker(self.host, task, alone, device)
+        wrong = compare_signatures(signature(self.trainer.model), self.spec.parameters)
+        if wrong is not None:
+            raise ConfigError(f"the model does not match the run's: {wrong}")
+        self.layout = Layout.of(self.trainer.model)
+        self.gossip = not self.strategy.replicated
+        self.restored: dict[str, Tensor] = {}
+        self.snapshots: list[Snapshot] = []
+        self.reports: list[RoundReport] = []
+        self.finished = trio.Event()
+        self.round = 0
+        self.phase, self.reason = "join", "starting"
+        self._peer = Peer(self, self.trainer)
+        self._instance: Instance | None = None
+        self._strategy_scope = trio.CancelScope()
+        self._metric: float | None = None
+        self._loss: float | None = None
+        self._round_began = self._trained = 0.0
+        self._saved_at = -math.inf
+        self._saving = trio.Lock()
+        self._pending_report: Callable[[float | None, str], RoundReport] | None = None
+
+    # -- life ---------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Join or found, train, commit; serve the state to others; until cancelled. ``finished`` is set after the
+        last round of a finite run. Cancelled, it saves the state and says goodbye to the run (bounded, under 1 s)."""
+        try:
+            async with trio.open_nursery() as self.nursery:
+                self.post = Post(self.endpoint, self.nursery)
+                self.presence = Presence(self.endpoint, self.nursery)
+                self.hub = Hub(self.endpoint, self.post)
+                self.presence.on_change = self._presence_changed
+                self.membership: Membership = Gossip(self) if self.gossip else Chain(self)
+                await self.host.run_blocking(self.store.save_spec, self.signed)
+                self.nursery.start_soon(self._announce)
+                self.nursery.start_soon(self.membership.scout)
+                task_status.started()
+                await self._live()
+                self.phase, self.reason = "finished", f"all {self.spec.rounds} rounds are done"
+                self.emit("run", "finished")
+                self.finished.set()
+                await self.save()
+                await trio.sleep_forever()
+        finally:
+            with trio.move_on_after(deadlines.goodbye(), shield=True):
+                await self.save()
+                self.emit("run", "left")
+
+    async def _live(self) -> None:
+        while True:
+            self.phase = "join"
+            await self.membership.enter()
+            self._peer.forget()
+            with trio.CancelScope() as self._strategy_scope:
+                try:
+                    await self.strategy.run(self._peer)
+                except OutOfStep as error:
+                    self.emit("run", "out-of-step", detail=error.message)
+                    continue
+                finally:
+                    self._close_instance()
+            if not self._strategy_scope.cancelled_caught:
+                return
+
+    def step_aside(self, why: str) -> None:
+        """Leave the present round and state: something better was found. :meth:`Membership.enter` decides anew."""
+        self.emit("run", "step-aside", detail=why)
+        self._strategy_scope.cancel()
+
+    async def leave(self) -> None:
+        """Tell the others that we go, so that nobody waits for us. Bounded; failures do not matter."""
+        with trio.move_on_after(deadlines.goodbye()):
+            await self.membership.leave()
+
+    async def _announce(self) -> None:
+        while True:
+            try:
+                await self.dht.provide(self.run_id)
+                return
+            except RemoteError as error:
+                log.debug("the run could not be announced: %s", error)
+            await trio.sleep(defaults.SCOUT_EVERY)
+
+    # -- what the strategy's objects call ------------------------------------------------------------
+
+    def over(self) -> bool:
+        """Whether a finite run has had all its rounds."""
+        return 0 < self.spec.rounds <= self.round
+
+    async def settle(self) -> None:
+        """The state after the last round is final: keep, digest, evaluate, report and (now and then) save it."""
+        weights = await self.trainer.weights()
+        vectors = {"weights": weights, **self._peer.vectors()}
+        snapshot = Snapshot(self.round, vectors, self.membership.head)
+        self.snapshots = [*self.snapshots[-1:], snapshot]
+        self.nursery.start_soon(self._digest, snapshot)
+        due = self._evaluate_every and (self.round % self._evaluate_every == 0 or self.over())
+        if due and (self._pending_report is not None or self._metric is None):
+            self._metric = score(self.task, await self.trainer.evaluate())
+        if self._pending_report is not None:
+            await snapshot.ready.wait()
+            report = self._pending_report(self._metric if due else None, snapshot.digest.hex())
+            self._pending_report = None
+            self.reports = [*self.reports[-999:], report]
+            self.emit("commit", "done", detail=report.reason)
+        if self.host.now() - self._saved_at > defaults.SAVE_EVERY:
+            self._saved_at = self.host.now()
+            self.nursery.start_soon(self.save)
+
+    async def _digest(self, snapshot: Snapshot) -> None:
+        snapshot.digest = await self.host.run_blocking(state_digest, snapshot.round, snapshot.vectors)
+        snapshot.ready.set()
+
+    async def open_round(self) -> Round:
+        """Begin the next round. Raises :class:`OutOfStep` when we are not among its voters."""
+        place = await self.membership.place()
+        self.round_now = place.round
+        self._peer.tally = Tally()
+        self._round_began = self.host.now()
+        self.trainer.set_shard(Shard(self.spec.seed, self.me.key, place.round, place.index, place.count))
+        self.presence.watch(place.watch)
+        self._instance = None
+        if place.key is not None:
+            self._instance = self._make_instance()
+        self.phase, self.reason = "train", f"round {place.round}"
+        self.note(Note("train", "begin"))
+        if (place.round, "train") in self.faults.hold:
+            await trio.sleep_forever()
+        return Round(self, place.round)
+
+    def _make_instance(self) -> Instance:
+        place = self.membership.placed
+        assert place.key is not None
+        vote = self.store.load_vote(place.key)
+        key = place.key
+
+        def save(promised: int, accepted: Accepted | None) -> None:
+            self.store.save_vote(Vote(key, promised, accepted))
+
+        setting = Setting(
+            key=key,
+            round=place.round,
+            prev=place.prev,
+            voters=place.voters,
+            terms=self.membership.terms(self.speed),
+            pace=self._pace(place.voters),
+            check=self.membership.check,
+            max_length=defaults.VECTORS_PER_ROUND * self.layout.size,
+            save=save,
+            stored=(vote.promised, vote.accepted) if vote is not None else (0, None),
+            note=self.note,
+            hold=lambda phase: (place.round, phase) in self.faults.hold,
+            name_at=self.layout.name_at,
+        )
+        instance = Instance(self.endpoint, self.post, setting, self.presence.lost)
+        self.hub.add(instance)
+        self.nursery.start_soon(instance.run)
+        return instance
+
+    async def reduce(self, vector: Tensor) -> Tensor:
+        """See :meth:`shoal.learning.peer.Round.reduce`."""
+        assert self._instance is not None
+        tally = self._peer.tally
+        self._trained = self.host.now()
+        if self.round_now in self.faults.spoil:
+            vector = vector * math.nan
+        why = await self.host.run_blocking(exact.check_finite, vector, self.layout.name_at)
+        if why is not None:
+            self.emit("convene", "refused", self.me, f"our own contribution is not sent: {why}")
+            self.trainer.reset_optimizer()
+        weight = 1 if self.time_budget is None else tally.samples
+        instance = self._instance
+        while True:
+            contribution = None if why is not None or not tally.samples else vector
+            instance.begin(
+                contribution, tally.samples, weight, vector.numel(), why or "" if tally.samples else "no samples"
+            )
+            await self._until_decided(instance)
+            if instance.commit is not None:
+                break
+            # A branch was formed: the same contribution goes into its first round.
+            self.hub.drop(instance)
+            instance = self._instance = self._make_instance()
+        result = await instance.outcome()
+        commit = instance.commit
+        if result is None or result.numel() != vector.numel():
+            raise OutOfStep(f"the result of round {commit.record.round} cannot be had any more")
+        plan = instance.voter.plan
+        self._committed(commit.record.round, instance, instance.voter.attempt + (plan.epoch if plan else 0))
+        return result
+
+    async def _until_decided(self, instance: Instance) -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def guard() -> None:
+                await self.membership.guard(instance)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(guard)
+            await instance.decided.wait()
+            nursery.cancel_scope.cancel()
+
+    def waiting_since(self) -> float | None:
+        """When this peer began to wait for the present round's commit; None while it trains or nothing is open."""
+        instance = self._instance
+        return None if instance is None or instance.commit is not None else instance.began
+
+    async def skip(self) -> None:
+        """End a round without exchange."""
+        self._trained = self.host.now()
+        self.membership.skipped(self._peer.tally.samples)
+        self._report(retries=0, voters=(self.me,), members=(self.me,), samples=self._peer.tally.samples, reason="local")
+        await trio.lowlevel.checkpoint()
+
+    def when_decided(self, then: Callable[[], None]) -> None:
+        """Call ``then`` once the present round is decided."""
+        instance = self._instance
+        if instance is None:
+            return
+
+        async def wait() -> None:
+            await instance.decided.wait()
+            then()
+
+        self.nursery.start_soon(wait)
+
+    def note_loss(self, tally: Tally) -> None:
+        """Training came this far."""
+        if tally.loss is not None:
+            self._loss = tally.loss
+
+    # -- commits ------------------------------------------------------------------------------------
+
+    def _committed(self, round: int, instance: Instance, retries: int) -> None:
+        commit = instance.commit
+        assert commit is not None
+        self.membership.committed(commit, instance.voters)
+        self.hub.remember(commit)
+        record = commit.record
+        self._report(
+            retries=retries,
+            voters=instance.voters,
+            members=record.members,
+            samples=sum(record.samples),
+            reason=record.reason,
+            roster=record.roster,
+        )
+
+    def _report(
+        self,
+        *,
+        retries: int,
+        voters: tuple[PeerId, ...],
+        members: tuple[PeerId, ...],
+        samples: int,
+        reason: str,
+        roster: tuple[PeerId, ...] | None = None,
+    ) -> None:
+        after = voters if roster is None else roster
+        self.round = self.membership.round
+        now, loss, round = self.host.now(), self._loss, self.round
+        # A round is what its voters trained, so its time runs from the end of training here to the commit.
+        wall = now - self._trained
+        dropped = tuple(peer.text for peer in voters if peer not in after)
+        joined = tuple(peer.text for peer in after if peer not in voters)
+        for peer in dropped:
+            self.emit("commit", "dropped", PeerId.parse(peer), reason)
+        for peer in joined:
+            self.emit("commit", "joined", PeerId.parse(peer))
+
+        def report(metric: float | None, digest: str) -> RoundReport:
+            return RoundReport(
+                round=round,
+                t=now - self._start,
+                wall_s=wall,
+                members=tuple(peer.text for peer in members),
+                retries=retries,
+                dropped=dropped,
+                joined=joined,
+                reason=reason,
+                samples=samples,
+                loss=loss,
+                metric=metric,
+                digest=digest,
+            )
+
+        self._pending_report = report
+
+    def _close_instance(self) -> None:
+        if self._instance is not None and self._instance.commit is None:
+            self.hub.drop(self._instance)
+        self._instance = None
+
+    async def adopt(self, vectors: dict[str, Tensor], head: Head) -> None:
+        """Take over a state and the head it belongs to."""
+        self.restored = {name: vector for name, vector in vectors.items() if name != "weights"}
+        await self.trainer.load(vectors["weights"])
+        self.membership.adopt(head)
+        self.round = self.membership.round
+        self._pending_report = None
+
+    async def save(self) -> None:
+        """Write the newest final state to the store; one save at a time."""
+        if not self.snapshots:
+            return
+        async with self._saving:
+            snapshot = self.snapshots[-1]
+            await self.host.run_blocking(self.store.save_state, snapshot.vectors, snapshot.head)
+
+    # -- what others ask ----------------------------------------------------------------------------
+
+    def status(self) -> RunStatus:
+        """The moment, for people."""
+        head = self.membership.head if hasattr(self, "membership") else None
+        record = head.record if head is not None else None
+        voter = self._instance.voter if self._instance is not None else None
+        exchanging = voter is not None and voter.offer is not None and self.phase != "finished"
+        return RunStatus(
+            run=self.run_id.hex(),
+            task=self.spec.task,
+            strategy=self.spec.strategy,
+            mode=self.spec.mode,
+            round=self.round,
+            phase=voter.phase if voter is not None and exchanging else self.phase,
+            reason=self._why(voter.reason if voter is not None and exchanging else self.reason),
+            leader=voter.leader().text if voter is not None else "",
+            members=tuple(peer.text for peer in self.membership.members()) if head is not None else (),
+            samples=self._peer.tally.samples,
+            total_samples=record.total if record is not None else 0,
+            loss=self._loss,
+            metric_name=metric_name(self.task, {}),
+            metric=self._metric,
+            digest=self.digest(),
+            branch=record.branch if record is not None else 0,
+            finished=self.finished.is_set(),
+        )
+
+    def _why(self, otherwise: str) -> str:
+        return (self.membership.reason if hasattr(self, "membership") else "") or otherwise
+
+    def digest(self) -> str:
+        """Hex digest of the last final state; empty before there is one."""
+        ready = [snapshot.digest for snapshot in self.snapshots if snapshot.digest]
+        return ready[-1].hex() if ready else ""
+
+    async def export(self, path: Path) -> str:
+        """Write the weights of the last final state to ``path`` (safetensors, the model's names, shapes and dtypes; the
+        other vectors of the state under ``shoal.``); returns the digest. Raises :class:`ConfigError` before there is one."""
+        if not self.snapshots:
+            raise ConfigError("there is no state to export yet")
+        snapshot = self.snapshots[-1]
+        await snapshot.ready.wait()
+        named = unflatten(self.layout, snapshot.vectors["weights"])
+        extra = {f"shoal.{name}": vector for name, vector in snapshot.vectors.items() if name != "weights"}
+        notes = {"round": str(snapshot.round), "run": self.run_id.hex(), "digest": snapshot.digest.hex()}
+        await self.host.run_blocking(save_state, path, {**named, **extra}, notes)
+        return snapshot.digest.hex()
+
+    def weights(self) -> Tensor:
+        """A copy of the weights of the last final state."""
+        if not self.snapshots:
+            raise ConfigError("there is no state yet")
+        return self.snapshots[-1].vectors["weights"].clone()
+
+    def speed(self, peer: PeerId) -> float:
+        """Relative speed of a peer as an owner of slices."""
+        return 1.0
+
+    def emit(self, phase: str, what: str, peer: PeerId | None = None, detail: str = "") -> None:
+        """Tell whoever watches."""
+        round = self.round_now if self._instance is not None else self.round
+        event = Event(self.host.now() - self._start, round, phase, what, peer.text if peer else "", detail)
+        log.debug("round %d %s %s %s %s", event.round, phase, what, event.peer[:8], detail)
+        self._on_event(event)
+
+    def note(self, note: Note) -> None:
+        """An event of the round machinery."""
+        self.emit(note.phase, note.what, note.peer, note.detail)
+        if note.what == "begin" and (self.round_now, note.phase) in self.faults.hold:
+            self.emit(note.phase, "hold", self.me)
+
+    round_now = 0
+
+    def _presence_changed(self, peer: PeerId, why: str | None) -> None:
+        self.emit("run", "lost" if why is not None else "found", peer, why or "")
+        self.hub.peer_changed(peer, why)
+
+    def _pace(self, voters: tuple[PeerId, ...]) -> Pace:
+        """Waits of a round from what was measured: the links to the voters and how long rounds take."""
+        links = [link for peer in voters if (link := self.endpoint.link(peer)) is not None]
+        rtt = max((link.rtt for link in links), default=0.0)
+        bytes_out = 2 * 4 * self.layout.size
+        transfer = defaults.TRANSFER_FLOOR + 8 * rtt + 2 * bytes_out / defaults.ASSUMED_RATE
+        worked = self.reports[-1].wall_s if self.reports else 0.0
+        grace = max(defaults.GRACE_FLOOR, defaults.GRACE_SHARE * max(worked, self._train_seconds())) + 4 * rtt
+        return Pace(
+            grace=grace,
+            suspect=defaults.SUSPECT + 8 * rtt,
+            scatter=transfer,
+            gather=transfer,
+            accept=defaults.ACCEPT_WAIT + 2 * rtt,
+        )
+
+    def _train_seconds(self) -> float:
+        return max(0.0, self._trained - self._round_began)

@@ -1,0 +1,114 @@
+"""What a peer must not forget of a run: the spec, its votes, its last commit, and the state after it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import attrs
+from torch import Tensor
+
+from ..transport.errors import ConfigError, DecodeError
+from ..transport.identity import PeerId
+from ..transport.wire import pack, unpack
+from .files import load_state, save_state
+from .rounds.messages import Accepted, Certificate, CommitRecord
+from .spec import SignedSpec
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class Vote:
+    """What we promised and accepted in the instance ``key``: stored before it is said."""
+
+    key: bytes
+    promised: int
+    accepted: Accepted | None
+
+
+@attrs.frozen
+class Head:
+    """The last commit we know of, the voters who agreed on it, and their certificate."""
+
+    record: CommitRecord
+    certificate: Certificate
+    voters: tuple[PeerId, ...]
+
+
+class RunStore:
+    """Keeps a run in ``folder``, every file written whole or not at all; without a folder only in memory."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._files: dict[str, bytes] = {}
+        self._state: tuple[dict[str, Tensor], Head] | None = None
+
+    def save_spec(self, spec: SignedSpec) -> None:
+        self._write("spec", pack(spec))
+
+    def load_spec(self) -> SignedSpec | None:
+        data = self._read("spec")
+        return None if data is None else self._unpack(SignedSpec, "spec", data)
+
+    def save_vote(self, vote: Vote) -> None:
+        """Blocking; on return the vote survives a crash."""
+        self._write("vote", pack(vote))
+
+    def load_vote(self, key: bytes) -> Vote | None:
+        """The vote in instance ``key``, None when there was none."""
+        data = self._read("vote")
+        vote = None if data is None else self._unpack(Vote, "vote", data)
+        return vote if vote is not None and vote.key == key else None
+
+    def save_state(self, vectors: dict[str, Tensor], head: Head) -> None:
+        """The state after ``head.record.round``: fp32 vectors by name. Blocking."""
+        if self.folder is None:
+            self._state = ({name: vector.clone() for name, vector in vectors.items()}, head)
+            return
+        save_state(self.folder / "state.safetensors", vectors, {"head": pack(head).hex()})
+
+    def load_state(self) -> tuple[dict[str, Tensor], Head] | None:
+        """What was saved last. Raises :class:`ConfigError` naming a damaged file."""
+        if self.folder is None:
+            return self._state
+        path = self.folder / "state.safetensors"
+        if not path.exists():
+            return None
+        vectors, notes = load_state(path)
+        try:
+            return vectors, unpack(Head, bytes.fromhex(notes.get("head", "")))
+        except (ValueError, DecodeError) as error:
+            raise ConfigError(f"{path} is damaged ({error}); delete it to load the state from other peers") from None
+
+    def _unpack(self, kind: type[T], name: str, data: bytes) -> T:
+        try:
+            return unpack(kind, data)
+        except DecodeError as error:
+            raise ConfigError(f"{self.folder}/{name} is damaged ({error}); delete it to join the run anew") from None
+
+    def _read(self, name: str) -> bytes | None:
+        if self.folder is None:
+            return self._files.get(name)
+        try:
+            return (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(f"cannot read {self.folder / name}: {error.strerror}") from error
+
+    def _write(self, name: str, data: bytes) -> None:
+        if self.folder is None:
+            self._files[name] = data
+            return
+        path, temporary = self.folder / name, self.folder / f".{name}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,29 @@
+"""Learning strategies: one paper, one file, its algorithm as an async function over a peer and its rounds."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ...transport.errors import ConfigError
+
+if TYPE_CHECKING:
+    from .base import Strategy
+
+#: Strategies that a run spec may name.
+BUILTIN: Mapping[str, tuple[str, str]] = {
+    "diloco": (".diloco", "DiLoCo"),
+    "noloco": (".noloco", "NoLoCo"),
+    "allreduce": (".allreduce", "AllReduce"),
+    "local": (".local", "Local"),
+}
+
+
+def resolve(name: str, args: Mapping[str, float]) -> Strategy:
+    """The strategy ``name`` with ``args`` over its defaults. Raises :class:`ConfigError` naming what is wrong."""
+    if name not in BUILTIN:
+        raise ConfigError(f"unknown strategy {name!r}: built-in strategies are {', '.join(sorted(BUILTIN))}")
+    module, kind = BUILTIN[name]
+    found: type[Strategy] = getattr(importlib.import_module(module, __package__), kind)
+    return found.configure(name, args)

@@ -1,0 +1,59 @@
+"""What a strategy is: an async function over a peer, with named, checked parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import attrs
+
+from ...transport.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..peer import Peer
+
+
+class Strategy(ABC):
+    """Subclasses are frozen attrs classes; their fields are the parameters (``--set name=value``).
+
+    ``replicated``: all peers hold identical state after each round, which the commits of the run then prove.
+    Otherwise rounds happen in gossip groups of ``group`` peers (0: of all) and states differ.
+    """
+
+    replicated: ClassVar[bool] = True
+    group: ClassVar[int] = 0
+
+    @abstractmethod
+    async def run(self, peer: Peer) -> None:
+        """Train until ``peer.rounds()`` ends. Cancelled and started again from a committed state when membership is lost."""
+
+    @classmethod
+    def configure(cls, name: str, args: Mapping[str, float]) -> Self:
+        """Build from ``(name, value)`` pairs. Raises :class:`ConfigError` naming an unknown or unusable parameter."""
+        fields = {field.name: field for field in attrs.fields(cls)}  # type: ignore[arg-type]
+        values: dict[str, float | int] = {}
+        for key, value in args.items():
+            if key not in fields:
+                known = ", ".join(f"{f.name}={f.default}" for f in fields.values())
+                raise ConfigError(f"strategy {name} has no parameter {key!r}; it has {known or 'none'}")
+            whole = isinstance(fields[key].default, int)
+            if whole and value != int(value):
+                raise ConfigError(f"strategy {name}: {key} must be a whole number, got {value}")
+            values[key] = int(value) if whole else float(value)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ConfigError(f"strategy {name}: {error}") from None
+
+
+def positive(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
+    """Attrs validator: above zero."""
+    if not value > 0:
+        raise ValueError(f"{attribute.name} must be above 0, got {value}")
+
+
+def fraction(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
+    """Attrs validator: 0 <= value < 1."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{attribute.name} must be in 0..1 (1 excluded), got {value}")
