@@ -196,6 +196,8 @@ def _add_node_options(parser: argparse.ArgumentParser) -> None:
     )
     # For tests and the simulator: announce a phase of a round, then wait there to be killed.
     node.add_argument("--fault", action="append", default=[], help=argparse.SUPPRESS)
+    # For whoever starts nodes as children: end when standard input closes.
+    node.add_argument("--leash", action="store_true", help=argparse.SUPPRESS)
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

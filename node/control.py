@@ -118,7 +118,10 @@ class EventFrame:
 
 @attrs.frozen
 class RoundFrame:
+    """``samples``: this peer's own in the round. Bytes: on all links since the node started."""
+
     report: RoundReport
+    samples: int
     bytes_sent: int
     bytes_received: int
 

@@ -6,7 +6,7 @@
     DIR/lock       held while a node runs; holds its pid
     DIR/control    where the control socket of the running node is
     DIR/node       what the node was doing: ticket, task, port (msgpack)
-    DIR/contacts   peers it knew (msgpack); helps it back into the swarm when the founder is gone
+    DIR/dht        what it knew of the swarm (msgpack); helps it back in when the founder is gone
     DIR/run/       the run's last commit, weights and outer state (written by learning)
 """
 
@@ -22,11 +22,9 @@ from typing import TypeVar
 
 import attrs
 
-from ..transport.address import SignedPeerRecord
 from ..transport.errors import ConfigError, DecodeError
 from ..transport.identity import Identity
 from ..transport.wire import pack, unpack
-from . import defaults
 
 T = TypeVar("T")
 
@@ -46,13 +44,6 @@ class NodeRecord:
     founder: bool
 
 
-@attrs.frozen
-class Contacts:
-    """Signed records of peers, newest links first."""
-
-    records: tuple[SignedPeerRecord, ...]
-
-
 def default_path() -> Path:
     """``$SHOAL_HOME``, or ``~/.local/share/shoal`` (``$XDG_DATA_HOME/shoal`` where that is set)."""
     home = os.environ.get("SHOAL_HOME")
@@ -70,7 +61,7 @@ class DataDir:
         self.key_path = self.path / "key"
         self.lock_path = self.path / "lock"
         self.node_path = self.path / "node"
-        self.contacts_path = self.path / "contacts"
+        self.dht_path = self.path / "dht"
         self.run_path = self.path / "run"
         self.control_path = self.path / "control"
 
@@ -131,12 +122,16 @@ class DataDir:
     def write_record(self, record: NodeRecord) -> None:
         self._write(self.node_path, pack(record))
 
-    def read_contacts(self) -> tuple[SignedPeerRecord, ...]:
-        contacts = self._read(self.contacts_path, Contacts)
-        return () if contacts is None else contacts.records
+    def read_dht(self) -> bytes | None:
+        """The DHT's snapshot as it was written, or None."""
+        try:
+            return self.dht_path.read_bytes()
+        except OSError:
+            # Only a shortcut back into the swarm: the ticket's addresses do without.
+            return None
 
-    def write_contacts(self, records: tuple[SignedPeerRecord, ...]) -> None:
-        self._write(self.contacts_path, pack(Contacts(records[: defaults.MAX_CONTACTS])))
+    def write_dht(self, snapshot: bytes) -> None:
+        self._write(self.dht_path, snapshot)
 
     def _read(self, path: Path, kind: type[T]) -> T | None:
         try:

@@ -36,12 +36,21 @@ BOOTSTRAP_RETRY_MAX = 15.0
 #: Seconds `join` tries the addresses of a ticket before it gives up. A founder that boots needs about 10.
 JOIN_TIMEOUT = 60.0
 
-#: Contacts kept in the data directory. Any one that still answers brings a restarted node back.
-MAX_CONTACTS = 256
-
-#: Seconds between two writes of the contacts to the data directory.
-CONTACTS_INTERVAL = 60.0
+#: Seconds between two writes of what the node knows of the swarm to the data directory.
+SNAPSHOT_INTERVAL = 60.0
 
 #: Seconds that one thread may hold the interpreter while another waits. With Python's 5 ms a training thread
 #: delays the event loop by 42 ms at the 99th percentile; with this, by 2.4 ms (measured, see docs).
 SWITCH_INTERVAL = 0.0005
+
+#: Seconds a node that has finished a run stays, at most, for members that still need something of the last round.
+LINGER = 10.0
+
+#: Seconds between two looks whether all members have finished too, and the wait for their answer.
+LINGER_POLL = 0.2
+
+#: Own addresses in a ticket; the rest is left for other peers, so that the founder may leave.
+OWN_TICKET_ADDRESSES = 4
+
+#: Seconds that one question to a peer about the run may take while joining.
+ASK_TIMEOUT = 5.0

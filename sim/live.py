@@ -33,7 +33,7 @@ class LiveView:
         self._clock = clock
         self._console = console
         self._live = Live(self, console=console, refresh_per_second=5, transient=True) if live else None
-        self._said = -1
+        self._said = 0
 
     def __enter__(self) -> LiveView:
         if self._live is not None:
@@ -58,7 +58,7 @@ class LiveView:
         traces = [trace for trace in self._recorder.traces.values() if trace.round >= number]
         metric = next((trace.metric for trace in traces if trace.metric is not None), None)
         losses = [trace.loss for trace in traces if trace.loss is not None]
-        text = f"round {number + 1}/{self._rounds}"
+        text = f"round {number}/{self._rounds}"
         if losses:
             text += f"  loss {sum(losses) / len(losses):.4f}"
         if metric is not None:
@@ -69,7 +69,7 @@ class LiveView:
         yield self._render()
 
     def _render(self) -> RenderableType:
-        done = self._recorder.last_round + 1
+        done = self._recorder.last_round
         head = Table.grid(padding=(0, 2))
         head.add_row(
             Text(self._title, style="bold"),
@@ -83,7 +83,7 @@ class LiveView:
         for trace in self._recorder.traces.values():
             table.add_row(*_row(trace))
         recent = [
-            Text(f"{e.t:6.1f} s  {e.peer[:8]} {e.what}" + (f" ({e.phase}, round {e.round})" if e.round >= 0 else ""))
+            Text(f"{e.t:6.1f} s  {e.peer[:8]} {e.what}" + (f" ({e.phase}, round {e.round})" if e.round > 0 else ""))
             for e in itertools.islice(reversed(self._recorder.events), 4)
         ]
         return Group(head, table, *reversed(recent))
@@ -94,7 +94,7 @@ def _row(trace: PeerTrace) -> tuple[RenderableType, ...]:
     return (
         trace.label + (" (late)" if trace.late else ""),
         Text(state, style=_COLOURS.get(state, "")),
-        str(trace.reports[-1].round + 1) if trace.reports else "-",
+        str(trace.reports[-1].round) if trace.reports else "-",
         "" if trace.status else trace.phase,
         _number(trace.loss),
         _number(trace.metric),

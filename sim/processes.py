@@ -76,11 +76,11 @@ def make_plan(*, peers: int, kill: int, late: int, rounds: int, seed: int) -> Pl
     draw = random.Random(f"shoal sim {seed}")
     names = tuple(f"node-{number}" for number in range(peers))
     kills = tuple(
-        Kill(name, draw.randint(1, max(1, rounds // 2)), draw.choice(KILL_PHASES))
+        Kill(name, draw.randint(2, max(2, rounds // 2)), draw.choice(KILL_PHASES))
         for name in sorted(draw.sample(names[:first], kill))
     )
     latest = rounds - defaults.LATE_MARGIN
-    joins = tuple(Late(name, draw.randint(min(1, latest), max(0, min(latest, rounds // 3)))) for name in names[first:])
+    joins = tuple(Late(name, draw.randint(1, max(1, min(latest, rounds // 3)))) for name in names[first:])
     return Plan(names, first, kills, joins)
 
 
@@ -240,7 +240,7 @@ class Swarm:
                 await self._progress.wait()
             ticket = await self._living_ticket()
             self.recorder.note(self.clock(), "late", "", round=late.round)
-            self._say(f"round {late.round + 1} is committed: {late.name} joins late")
+            self._say(f"round {late.round} is committed: {late.name} joins late")
             self.nodes[late.name].tell(ticket)
 
     async def _ask_ticket(self, node: NodeProcess) -> str:
@@ -250,11 +250,8 @@ class Swarm:
     async def _living_ticket(self) -> str:
         """The ticket as a node that is alive gives it: the founder may be the one that was killed."""
         for name in self.plan.names[: self.plan.first]:
-            if (
-                self.nodes[name].code is None
-                and name not in self._dead
-                and (ticket := await self._ask_ticket(self.nodes[name]))
-            ):
+            alive = self.nodes[name].code is None and self.recorder.traces[name].status not in ("killed", "failed")
+            if alive and (ticket := await self._ask_ticket(self.nodes[name])):
                 return ticket
         return self._ticket
 
@@ -276,8 +273,8 @@ class Swarm:
                     match frame:
                         case EventFrame(event):
                             self._on_event(node, trace, event)
-                        case RoundFrame(report, sent, received):
-                            self._on_report(trace, report, sent, received)
+                        case RoundFrame(report, samples, sent, received):
+                            self._on_report(trace, report, samples, sent, received)
                         case Ended():
                             ended = frame
                     self._wake()
@@ -327,11 +324,11 @@ class Swarm:
         trace.status = "killed"
         trace.round, trace.phase = event.round, event.phase
         self.recorder.note(t, "kill", trace.peer, round=event.round, phase=event.phase)
-        self._say(f"SIGKILL {trace.label} ({node.name}) in round {event.round + 1}, in phase {event.phase}")
+        self._say(f"SIGKILL {trace.label} ({node.name}) in round {event.round}, in phase {event.phase}")
 
-    def _on_report(self, trace: PeerTrace, report: RoundReport, sent: int, received: int) -> None:
+    def _on_report(self, trace: PeerTrace, report: RoundReport, samples: int, sent: int, received: int) -> None:
         before = self.recorder.last_round
-        self.recorder.committed(trace.name, self.clock(), report, sent, received)
+        self.recorder.committed(trace.name, self.clock(), report, samples, sent, received)
         if report.round > before:
             self._on_round(report.round)
 
@@ -359,7 +356,7 @@ class Swarm:
             await trio.sleep(1.0)
             if trio.current_time() - self._heard > defaults.STALL:
                 waiting = [
-                    f"{name} (round {trace.round + 1}, {trace.phase or trace.state}), log {self.nodes[name].log}"
+                    f"{name} (round {trace.round}, {trace.phase or trace.state}), log {self.nodes[name].log}"
                     for name, trace in self.recorder.traces.items()
                     if not trace.status
                 ]

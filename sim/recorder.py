@@ -27,22 +27,19 @@ class PeerTrace:
     peer: str = ""
     state: str = "starting"
     status: str = ""
-    round: int = -1
+    round: int = 0
     phase: str = ""
     loss: float | None = None
     metric: float | None = None
     bytes_sent: int = 0
     bytes_received: int = 0
+    samples: int = 0
     reports: list[RoundReport] = attrs.Factory(list)
     times: list[float] = attrs.Factory(list)
 
     @property
     def label(self) -> str:
         return self.peer[:8] or self.name
-
-    @property
-    def samples(self) -> int:
-        return sum(report.samples for report in self.reports)
 
 
 class Recorder:
@@ -69,14 +66,18 @@ class Recorder:
             self._shared.add(key)
         self.events.append(SimEvent(t, event.round, event.phase, event.what, event.peer or trace.peer))
 
-    def note(self, t: float, what: str, peer: str, *, round: int = -1, phase: str = "run") -> None:
+    def note(self, t: float, what: str, peer: str, *, round: int = 0, phase: str = "run") -> None:
         """Something the simulation itself did or saw."""
         self.events.append(SimEvent(t, round, phase, what, peer))
 
-    def committed(self, name: str, t: float, report: RoundReport, bytes_sent: int, bytes_received: int) -> None:
+    def committed(
+        self, name: str, t: float, report: RoundReport, samples: int, bytes_sent: int, bytes_received: int
+    ) -> None:
+        """A node has committed a round, into which it put ``samples`` of its own."""
         trace = self.traces[name]
         trace.state = "training"
         trace.round = report.round
+        trace.samples += samples
         trace.reports.append(report)
         trace.times.append(t)
         trace.loss = report.loss if report.loss is not None else trace.loss
@@ -85,8 +86,8 @@ class Recorder:
 
     @property
     def last_round(self) -> int:
-        """The newest round that somebody committed, or -1."""
-        return max((trace.reports[-1].round for trace in self.traces.values() if trace.reports), default=-1)
+        """The newest round that somebody committed, or 0."""
+        return max((trace.reports[-1].round for trace in self.traces.values() if trace.reports), default=0)
 
     def rounds(self) -> tuple[RoundOutcome, ...]:
         """One outcome per committed round, merged over what its members said."""

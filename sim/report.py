@@ -137,12 +137,12 @@ def check(report: Report, expected: Expectation) -> list[Claim]:
     """Every claim of ``expected``, with the evidence."""
     finished = [peer for peer in report.peers if peer.status == "finished"]
     survivors = len(report.peers) - expected.kills
-    last = max((r.round for r in report.rounds), default=-1)
+    last = max((r.round for r in report.rounds), default=0)
     claims = [
         Claim(
             "every surviving peer finishes the run",
-            len(finished) == survivors and last == expected.rounds - 1,
-            f"{len(finished)} of {survivors} finished, {last + 1} of {expected.rounds} rounds committed",
+            len(finished) == survivors and last == expected.rounds,
+            f"{len(finished)} of {survivors} finished, {last} of {expected.rounds} rounds committed",
         )
     ]
     if expected.identical:

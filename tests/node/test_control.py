@@ -150,8 +150,8 @@ async def test_a_late_watcher_sees_everything_from_the_start_and_the_end(tmp_pat
     async with serving(tmp_path, events) as data:
         watcher = await Watcher.open(data)
         assert await watcher.receive() == EventFrame(EVENT)
-        events.append(RoundFrame(REPORT, 5, 6))
-        assert await watcher.receive() == RoundFrame(REPORT, 5, 6)
+        events.append(RoundFrame(REPORT, 64, 5, 6))
+        assert await watcher.receive() == RoundFrame(REPORT, 64, 5, 6)
         events.append(Ended("finished", "all rounds done", STATUS))
         with trio.fail_after(2):
             await events.drained()
@@ -175,9 +175,8 @@ async def test_a_connection_that_says_nothing_is_closed_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(defaults, "CONTROL_TIMEOUT", 0.1)
-    async with serving(tmp_path) as data:
-        async with await local_socket.open_stream(ControlClient(data).locator()) as stream:
-            assert await stream.receive_some(1) == b""
+    async with serving(tmp_path) as data, await local_socket.open_stream(ControlClient(data).locator()) as stream:
+        assert await stream.receive_some(1) == b""
 
 
 async def test_a_watcher_that_falls_behind_loses_the_oldest_frames_only(monkeypatch: pytest.MonkeyPatch) -> None:

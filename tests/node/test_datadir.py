@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 from shoal.node.datadir import DataDir, NodeRecord, default_path
-from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.errors import ConfigError
-from shoal.transport.identity import Identity
 
 RECORD = NodeRecord("shoal1abc", "digits", 4001, True)
 
@@ -68,13 +66,11 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
         data.read_record()
 
 
-def test_contacts_read_back(tmp_path: Path) -> None:
+def test_what_was_known_of_the_swarm_reads_back(tmp_path: Path) -> None:
     data = DataDir(tmp_path)
-    assert data.read_contacts() == ()
-    identity = Identity(b"i" * 32)
-    record = SignedPeerRecord.sign(identity, (Address.parse("127.0.0.1:1"),), seq=1, expires=2e9)
-    data.write_contacts((record,))
-    assert data.read_contacts() == (record,)
+    assert data.read_dht() is None
+    data.write_dht(b"snapshot")
+    assert data.read_dht() == b"snapshot"
 
 
 def test_a_key_file_that_others_can_read_is_refused_with_the_remedy(tmp_path: Path) -> None:

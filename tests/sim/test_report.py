@@ -29,7 +29,7 @@ def good() -> Report:
         PeerOutcome("carol", "finished", 3, 300, 0.97, "d1", 10, 20, late=True),
     )
     rounds = tuple(
-        RoundOutcome(r, ("alice", "carol"), 0.1, int(r == 1), ("bob",) if r == 1 else (), "all came") for r in range(3)
+        RoundOutcome(r, ("alice", "carol"), 0.1, int(r == 1), ("bob",) if r == 1 else (), "all came") for r in (1, 2, 3)
     )
     events = (SimEvent(1.0, 1, "combine", "kill", "bob"),)
     baseline = Baseline(0.1, 0.97, 0.6)

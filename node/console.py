@@ -1,0 +1,93 @@
+"""What a node's process writes to its terminal: a head, one line per round, and what is worth knowing in between."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
+
+from ..learning.events import Event, RoundReport
+from .commands import duration, size
+from .ticket import Ticket
+
+if TYPE_CHECKING:
+    from ..learning.spec import RunSpec
+    from .node import Node
+
+#: Events of a run that a person wants to see between two rounds, and how they are said.
+_SHOWN: dict[str, Callable[[Event], str]] = {
+    "joined": lambda e: f"+ {e.peer[:8]} joins",
+    "dropped": lambda e: f"- {e.peer[:8]} is dropped: {e.detail}",
+    "refused": lambda e: f"! contribution of {e.peer[:8]} refused: {e.detail}",
+    "branch": lambda e: f"! going on as a branch: {e.detail}",
+    "step-aside": lambda e: f"! loading another state: {e.detail}",
+    "out-of-step": lambda e: f"! out of step, loading the state again: {e.detail}",
+    "restored": lambda e: f"resuming with {e.detail}",
+    "wish": lambda e: f"{e.detail}",
+    "member": lambda e: f"member: {e.detail}",
+}
+
+
+class Console:
+    """Plain lines, for terminals and log files alike."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out: TextIO | None = out or sys.stdout
+        self._metric = "metric"
+        self._headed = False
+        self._rounds = 0
+
+    def flush(self) -> None:
+        if self._out is not None:
+            self._out.flush()
+
+    def line(self, text: str) -> None:
+        if self._out is None:
+            return
+        try:
+            self._out.write(text + "\n")
+            self._out.flush()
+        except (BrokenPipeError, ValueError):
+            # Whoever read our output is gone; the node goes on, and nobody is told any more.
+            self._out = None
+
+    def note(self, text: str) -> None:
+        self.line(text)
+
+    def ready(self, node: Node, spec: RunSpec, ticket: Ticket, reach: str) -> None:
+        rounds = f"{spec.rounds} rounds" if spec.rounds else "until stopped"
+        status = node.status()
+        self._metric = (status.metric_name if status is not None else "") or "metric"
+        self._rounds = spec.rounds
+        self.line(
+            f"node       {node.identity.peer_id.short}, data in {node.config.folder and node.config.folder.parent}"
+        )
+        self.line(f"run        {ticket.run_id.hex()[:8]}: {spec.task}, {spec.strategy}, {spec.mode} mode, {rounds}")
+        self.line(f"listening  {', '.join(map(str, node.endpoint.addresses())) or 'nowhere'}")
+        self.line(f"reach      {reach}")
+        self.line(f"join with  shoal join {ticket}")
+        self.line("")
+
+    def event(self, event: Event) -> None:
+        show = _SHOWN.get(event.what)
+        if show is not None:
+            self.line("           " + show(event))
+
+    def round(self, report: RoundReport, sent: int) -> None:
+        if not self._headed:
+            self._headed = True
+            self.line(f"{'round':>9}  members  {'loss':>8}  {self._metric:>10}  {'exchange':>8}  {'sent':>9}  time")
+        number = f"{report.round}/{self._rounds}" if self._rounds else str(report.round)
+        loss = "-" if report.loss is None else f"{report.loss:.4f}"
+        metric = "-" if report.metric is None else f"{report.metric:.4f}"
+        retries = f"  {report.retries} retries" if report.retries else ""
+        self.line(
+            f"{number:>9}  {len(report.members):>7}  {loss:>8}  {metric:>{max(10, len(self._metric))}}  "
+            f"{report.wall_s:>6.2f} s  {size(sent):>9}  {duration(report.t)}{retries}"
+        )
+
+    def ended(self, outcome: str, reason: str) -> None:
+        if outcome == "finished":
+            self.line("finished: all rounds are done")
+        elif outcome == "left":
+            self.line("stopped; start it again to go on")

@@ -1,0 +1,244 @@
+"""A node as a process: data directory, signals, control socket and terminal around :class:`.node.Node`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+
+from ..learning.events import Event, RoundReport
+from ..transport.errors import ConfigError, RemoteError, ShoalError
+from ..transport.host import Host
+from ..transport.identity import Identity
+from . import defaults
+from .boundary import first_error
+from .console import Console
+from .control import (
+    ControlServer,
+    Done,
+    Ended,
+    EventFrame,
+    EventLog,
+    Export,
+    GetPeers,
+    GetStatus,
+    NodeStatus,
+    PeerList,
+    RoundFrame,
+    Stop,
+    finite,
+)
+from .datadir import DataDir, NodeRecord
+from .node import Node, NodeConfig
+
+log = logging.getLogger(__name__)
+
+
+@attrs.frozen
+class DaemonOptions:
+    """What a process adds to a node. ``export``: written when the node ends. ``leash``: end with standard input."""
+
+    task: str
+    export: Path | None = None
+    leash: bool = False
+
+
+class Daemon:
+    """One node process; the caller holds the lock of ``data``."""
+
+    def __init__(
+        self,
+        host: Host,
+        identity: Identity,
+        data: DataDir,
+        config: NodeConfig,
+        options: DaemonOptions,
+        console: Console,
+    ) -> None:
+        self._data, self._options, self._console = data, options, console
+        self._events = EventLog()
+        self._interrupts = 0
+        self.node = Node(
+            host, identity, config, on_event=self._event, on_round=self._round, on_note=console.note
+        )  # fmt: skip
+
+    async def run(self) -> int:
+        """Run the node to its end. Returns the exit code; raises what :meth:`Node.run` raises, ungrouped."""
+        error: BaseException | None = None
+        async with trio.open_nursery() as nursery:
+            server = ControlServer(self._data, self._answer, self._events)
+            await nursery.start(_run_server, server)
+            await nursery.start(self._signals)
+            if self._options.leash:
+                nursery.start_soon(self._hold_leash)
+            nursery.start_soon(self._keep_snapshot)
+            try:
+                async with trio.open_nursery() as inner:
+                    await inner.start(self.node.run)
+                    self._ready()
+            except BaseExceptionGroup as group:
+                error = first_error(group)
+                if not isinstance(error, ShoalError):
+                    raise
+            with trio.CancelScope(shield=True):
+                await self._finish(error)
+            nursery.cancel_scope.cancel()
+        if error is not None:
+            raise error
+        return 0
+
+    # -- beginning and end ---------------------------------------------------------------------------------------------
+
+    def _ready(self) -> None:
+        ticket = self.node.ticket()
+        assert ticket is not None
+        spec = self.node.signed.open() if self.node.signed is not None else None
+        founder = spec is not None and spec.founder == self.node.identity.peer_id
+        addresses = self.node.endpoint.addresses()
+        port = next((address.port for address in addresses), 0)
+        self._data.write_record(NodeRecord(ticket.encode(), self._options.task, port, founder))
+        if spec is not None:
+            self._console.ready(self.node, spec, ticket, self.node.reach())
+
+    async def _finish(self, error: BaseException | None) -> None:
+        reason = (
+            str(error) if error is not None else "all rounds are done" if self.node.outcome == "finished" else "stopped"
+        )
+        run = self.node.run_here
+        if run is not None and self._options.export is not None and error is None:
+            try:
+                await run.export(self._options.export)
+            except ConfigError as problem:
+                reason = f"{reason}; no export: {problem}"
+                self._console.note(reason)
+        self._write_snapshot()
+        outcome = "failed" if error is not None else self.node.outcome
+        self._events.append(Ended(outcome, reason, self.status()))
+        with trio.move_on_after(defaults.GOODBYE / 2):
+            await self._events.drained()
+        self._console.ended(outcome, reason)
+
+    async def _signals(self, *, task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            async for number in signals:
+                self._interrupts += 1
+                if number == signal.SIGINT and self._interrupts > 1:
+                    self._console.flush()
+                    # At once means at once: worker threads cannot be interrupted, and files are written whole.
+                    os._exit(130)
+                self._begin_stop(signal.Signals(number).name)
+
+    def _begin_stop(self, why: str) -> None:
+        self._console.note(f"{why}: saying goodbye and saving" + (" (again to end at once)" if why == "SIGINT" else ""))
+        self.node.stop()
+        limit = threading.Timer(defaults.SHUTDOWN, _too_slow)
+        limit.daemon = True
+        limit.start()
+
+    async def _hold_leash(self) -> None:
+        """End when standard input does: whoever started us is gone."""
+
+        def wait() -> None:
+            # Unbuffered: a thread inside a buffered read would hold its lock when the interpreter ends.
+            while os.read(0, 4096):
+                pass
+
+        await trio.to_thread.run_sync(wait, abandon_on_cancel=True)
+        self._begin_stop("standard input closed")
+
+    async def _keep_snapshot(self) -> None:
+        while True:
+            await trio.sleep(defaults.SNAPSHOT_INTERVAL)
+            self._write_snapshot()
+
+    def _write_snapshot(self) -> None:
+        try:
+            self._data.write_dht(self.node.dht.snapshot())
+        except ConfigError as error:
+            log.warning("%s", error)
+
+    # -- telling -------------------------------------------------------------------------------------------------------
+
+    def _event(self, event: Event) -> None:
+        self._events.append(EventFrame(event))
+        self._console.event(event)
+
+    def _round(self, report: RoundReport, samples: int) -> None:
+        report = attrs.evolve(report, loss=finite(report.loss), metric=finite(report.metric))
+        sent, received = self.node.traffic()
+        self._events.append(RoundFrame(report, samples, sent, received))
+        self._console.round(report, sent)
+
+    def status(self) -> NodeStatus:
+        run = self.node.status()
+        if run is not None:
+            run = attrs.evolve(run, loss=finite(run.loss), metric=finite(run.metric))
+        ticket = self.node.ticket()
+        sent, received = self.node.traffic()
+        return NodeStatus(
+            pid=os.getpid(),
+            data_dir=str(self._data.path),
+            peer=self.node.identity.peer_id.text,
+            ticket=ticket.encode() if ticket is not None else "",
+            t=self.node.uptime(),
+            addresses=tuple(map(str, self.node.endpoint.addresses())),
+            reach=self.node.reach(),
+            links=len(self.node.endpoint.links()),
+            bytes_sent=sent,
+            bytes_received=received,
+            rounds=len(self.node.run_here.reports) if self.node.run_here is not None else 0,
+            run=run,
+        )
+
+    async def _answer(self, request: Any) -> Any:
+        match request:
+            case GetStatus():
+                return self.status()
+            case GetPeers():
+                return PeerList(self.node.peers())
+            case Stop():
+                self._begin_stop("shoal stop")
+                return Done()
+            case Export(path):
+                if self.node.run_here is None:
+                    raise ConfigError("this node takes part in no run yet; there is nothing to export")
+                digest = await self.node.run_here.export(Path(path))
+                return Done(f"round {self.node.run_here.round}, state {digest[:16]}")
+            case _:
+                raise RemoteError(f"unknown request {type(request).__name__}")
+
+
+async def _run_server(server: ControlServer, *, task_status: trio.TaskStatus[None]) -> None:
+    await server.run(task_status=task_status)
+
+
+def _too_slow() -> None:
+    sys.stderr.write(
+        f"shoal: error: not done {defaults.SHUTDOWN:g} s after it was told to stop; ending without a last save "
+        "(the state of an earlier round is on disk)\n"
+    )
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def run_daemon(make: Callable[[], Daemon]) -> int:
+    """Run a daemon in this thread's own event loop; ``make`` is called inside it."""
+
+    async def main() -> int:
+        return await make().run()
+
+    # With Python's 5 ms a training thread makes every message wait; see defaults.
+    sys.setswitchinterval(defaults.SWITCH_INTERVAL)
+    try:
+        return trio.run(main)
+    except BaseExceptionGroup as group:
+        raise first_error(group) from None

@@ -1,0 +1,346 @@
+"""One running node: host, endpoint, DHT and run composed; CLI, own loops and simulators start it alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+import trio
+
+from ..dht.node import Dht
+from ..learning.events import Event, RoundReport, RunStatus
+from ..learning.run import Faults, Run
+from ..learning.spec import RunSpec, SignedSpec
+from ..learning.store import RunStore
+from ..learning.strategies import resolve as resolve_strategy
+from ..learning.sync import HEAD, AskHead, ask_heads
+from ..learning.task import Task, resolve, signature, source_hash, title
+from ..learning.worker import Worker
+from ..transport.address import Address
+from ..transport.endpoint import Endpoint
+from ..transport.errors import ConfigError, DecodeError, PeerUnreachable, RemoteError
+from ..transport.host import Host
+from ..transport.identity import Identity, PeerId
+from ..transport.link import Link
+from . import defaults
+from .control import PeerInfo
+from .reach import reach
+from .ticket import Ticket
+
+log = logging.getLogger(__name__)
+
+
+@attrs.frozen
+class Founding:
+    """The run to found, as far as the task does not say it. See :class:`shoal.learning.spec.RunSpec`."""
+
+    strategy: str = "diloco"
+    strategy_args: tuple[tuple[str, float], ...] = ()
+    mode: str = "available"
+    group: int = 0
+    min_peers: int = 1
+    rounds: int = 0
+    seed: int = 0
+
+
+@attrs.frozen
+class NodeConfig:
+    """What one node is to do.
+
+    ``bind``: addresses to listen at; ``fallback``: tried when those are taken. ``folder``: where the run is kept, None
+    for memory only; a run found there is resumed. ``task``: as named on this machine, empty for the built-in one that
+    the run names. ``founding`` or ``ticket``: one of them unless ``folder`` holds a run. ``snapshot``: of an earlier
+    life's DHT. ``linger``: seconds to stay, at most, for others that have not finished yet.
+    """
+
+    bind: tuple[Address, ...] = ()
+    fallback: tuple[Address, ...] = ()
+    folder: Path | None = None
+    task: str = ""
+    founding: Founding | None = None
+    ticket: Ticket | None = None
+    device: str = "cpu"
+    time_budget: float | None = None
+    evaluate_every: int = 1
+    faults: Faults = attrs.field(factory=Faults)
+    snapshot: bytes | None = None
+    linger: float = defaults.LINGER
+    join_timeout: float = defaults.JOIN_TIMEOUT
+
+
+class Node:
+    """A node from start to goodbye. Everything it asks of the world it asks ``host``.
+
+    ``task``: a task object instead of ``config.task``; ``make_trainer``: a user's own loop instead of a worker. The
+    hooks are called on the event loop and must not wait: ``on_event`` for every event of the run, ``on_round`` after
+    each committed round with this peer's own number of samples in it, ``on_note`` with a sentence for people.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        identity: Identity,
+        config: NodeConfig,
+        *,
+        task: Task | None = None,
+        trainer: Worker | None = None,
+        on_event: Callable[[Event], None] = lambda event: None,
+        on_round: Callable[[RoundReport, int], None] = lambda report, samples: None,
+        on_note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.host, self.identity, self.config = host, identity, config
+        self.store = RunStore(config.folder)
+        self.endpoint = Endpoint(host, identity, psk=config.ticket.psk if config.ticket else None)
+        self.endpoint.on_link_lost.append(self._link_lost)
+        self.dht = Dht(self.endpoint)
+        self.run_here: Run | None = None
+        self.signed: SignedSpec | None = None
+        #: Why the node ended: ``finished`` or ``left``; empty before.
+        self.outcome = ""
+        self._task, self._trainer = task, trainer
+        self._on_event, self._on_round, self._on_note = on_event, on_round, on_note
+        self._started = 0.0
+        self._stop = trio.Event()
+        self._past_sent = self._past_received = 0
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen, find or found the run, take part until it is finished, :meth:`stop` or cancellation.
+
+        ``task_status`` is started once the node takes part in a run and has a ticket. Raises :class:`ConfigError`
+        (port in use, unknown task, a model that is not the run's …) and :class:`RemoteError` (nobody there to join).
+        """
+        self._started = self.host.now()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.endpoint.run, await self._free_bind())
+            self._restore()
+            nursery.start_soon(self._until_stopped, nursery.cancel_scope)
+            self.signed = await self._find_spec()
+            spec = self.signed.open()
+            nursery.start_soon(self.dht.run)
+            task = await self._load_task(spec)
+            run = Run(
+                self.endpoint, self.dht, self.signed, task, store=self.store, device=self.config.device,
+                on_event=self._event, time_budget=self.config.time_budget, trainer=self._trainer,
+                evaluate_every=self.config.evaluate_every, faults=self.config.faults, bootstrap=self._bootstrap(),
+            )  # fmt: skip
+            self.run_here = run
+            await nursery.start(run.run)
+            task_status.started()
+            await run.finished.wait()
+            self.outcome = "finished"
+            await self._linger(run)
+            nursery.cancel_scope.cancel()
+        self.outcome = self.outcome or "left"
+
+    def stop(self) -> None:
+        """Say goodbye and end: :meth:`run` returns within about :data:`defaults.GOODBYE` seconds."""
+        self._stop.set()
+
+    async def _until_stopped(self, scope: trio.CancelScope) -> None:
+        await self._stop.wait()
+        if self.run_here is not None and not self.run_here.finished.is_set():
+            await self.run_here.leave()
+        scope.cancel()
+
+    async def _free_bind(self) -> tuple[Address, ...]:
+        """``bind``, or ``fallback`` where a port of an earlier life has been taken by somebody else since."""
+        if self.config.fallback:
+            try:
+                for address in self.config.bind:
+                    await (await self.host.network.listen(address)).aclose()
+            except ConfigError as error:
+                self._on_note(f"{error}; taking another port: tickets printed earlier may lead nowhere")
+                return self.config.fallback
+        return self.config.bind
+
+    def _restore(self) -> None:
+        if self.config.snapshot is None:
+            return
+        try:
+            self.dht.restore(self.config.snapshot)
+        except DecodeError as error:
+            # Only a shortcut: the ticket's addresses and the founder's find the swarm too.
+            log.warning("what was known of the swarm cannot be read and is left aside: %s", error)
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    async def _find_spec(self) -> SignedSpec:
+        stored = await self.host.run_blocking(self.store.load_spec)
+        if stored is not None:
+            await self._enter_swarm()
+            return stored
+        if self.config.ticket is not None:
+            return await self._fetch_spec(self.config.ticket)
+        if self.config.founding is None:
+            raise ConfigError("a node needs a run to found, a ticket, or a folder that holds a run")
+        return await self._found(self.config.founding)
+
+    async def _enter_swarm(self) -> None:
+        """After a restart: the others may be there, or not yet."""
+        addresses = self._bootstrap()
+        try:
+            await self.dht.bootstrap(addresses)
+        except PeerUnreachable as error:
+            self._on_note(f"none of the others answers yet ({error.message}); they are looked for all the time")
+
+    async def _found(self, founding: Founding) -> SignedSpec:
+        task = await self._load_task(None)
+        # Wrong arguments fail here, before anything is signed.
+        resolve_strategy(founding.strategy, dict(founding.strategy_args))
+        model = self._trainer.model if self._trainer is not None else await self.host.run_blocking(task.model)
+        name = title(task)
+        if not name.replace("-", "").replace("_", "").isalnum():
+            raise ConfigError(f"the task's name {name!r} cannot travel: use letters, digits, - and _ only (Task.name)")
+        spec = RunSpec(
+            task=name,
+            task_hash=source_hash(task),
+            strategy=founding.strategy,
+            strategy_args=founding.strategy_args,
+            seed=founding.seed,
+            mode=founding.mode,
+            group=founding.group,
+            min_peers=founding.min_peers,
+            rounds=founding.rounds,
+            parameters=signature(model),
+            founder=self.identity.peer_id,
+            created=self.host.wall(),
+        )
+        return SignedSpec.sign(self.identity, spec)
+
+    async def _fetch_spec(self, ticket: Ticket) -> SignedSpec:
+        """Ask the peers at the ticket's addresses, and whoever the DHT names, for the run. Retries for a while."""
+        pause, told = defaults.BOOTSTRAP_RETRY, ""
+        give_up = self.host.now() + self.config.join_timeout
+        while True:
+            try:
+                return await self._ask_for_spec(ticket)
+            except RemoteError as error:
+                if self.host.now() + pause > give_up:
+                    raise PeerUnreachable(
+                        f"could not join the run {ticket.run_id.hex()[:8]} "
+                        f"within {self.config.join_timeout:g} s: {error}. "
+                        "Is the node that printed the ticket still running, and can this machine reach it?"
+                    ) from error
+                if str(error) != told:
+                    told = str(error)
+                    self._on_note(f"not joined yet: {told}; trying again for {give_up - self.host.now():.0f} s")
+            await trio.sleep(pause)
+            pause = min(2 * pause, defaults.BOOTSTRAP_RETRY_MAX)
+
+    async def _ask_for_spec(self, ticket: Ticket) -> SignedSpec:
+        await self.dht.bootstrap(self._bootstrap())
+        known = {link.peer: None for link in self.endpoint.links()}
+        for record in await self.dht.providers(ticket.run_id):
+            known[record.open(self.host.wall()).peer] = None
+        failures: list[tuple[str, str]] = []
+        for peer in known:
+            try:
+                info = await self.endpoint.call(peer, HEAD, AskHead(ticket.run_id), timeout=defaults.ASK_TIMEOUT)
+                if info.spec.run_id != ticket.run_id or info.spec.open().founder != ticket.founder:
+                    raise DecodeError("answered with another run than the ticket's", peer=peer.short)
+            except RemoteError as error:
+                failures.append((peer.short, error.message))
+            else:
+                return info.spec
+        raise PeerUnreachable("no peer there takes part in the run", attempts=tuple(failures))
+
+    async def _load_task(self, spec: RunSpec | None) -> Task:
+        """The task of this node: what the user named here, else the built-in one that the spec names."""
+        if self._task is None:
+            # Importing a user's module may take seconds.
+            if self.config.task:
+                self._task = await self.host.run_blocking(lambda: resolve(self.config.task, allow_import=True))
+            elif spec is not None:
+                self._task = await self.host.run_blocking(lambda: resolve(spec.task, allow_import=False))
+            else:
+                raise ConfigError("name the task to train: a built-in one (digits, stdlib) or module:Class")
+            if spec is not None and source_hash(self._task) != spec.task_hash:
+                self._on_note(
+                    f"warning: the source of task {title(self._task)} here differs from the founder's; "
+                    "if that is not intended, use the same version on all machines"
+                )
+        return self._task
+
+    async def _linger(self, run: Run) -> None:
+        """Stay until the other members have the last round too: the stragglers among them may need us."""
+        with trio.move_on_after(self.config.linger):
+            while True:
+                others = [PeerId.parse(peer) for peer in run.status().members if peer != self.identity.peer_id.text]
+                heads = await ask_heads(self.endpoint, run.run_id, others, run.gossip, defaults.ASK_TIMEOUT)
+                behind = [peer for peer in heads if heads[peer].settled < run.round]
+                if not behind:
+                    return
+                await trio.sleep(defaults.LINGER_POLL)
+
+    # -- what others see -----------------------------------------------------------------------------------------------
+
+    def ticket(self) -> Ticket | None:
+        """A ticket for this node's run through this node and others it knows; None before there is a run."""
+        if self.signed is None:
+            return None
+        addresses = dict.fromkeys(self.endpoint.addresses()[: defaults.OWN_TICKET_ADDRESSES])
+        for link in self.endpoint.links():
+            contact = self.endpoint.contact(link.peer)
+            if contact is not None:
+                addresses |= dict.fromkeys(contact.open(self.host.wall()).addresses[:1])
+        addresses |= dict.fromkeys(self._bootstrap())
+        psk = self.config.ticket.psk if self.config.ticket else None
+        return Ticket(
+            self.signed.run_id, self.signed.open().founder, tuple(addresses)[: defaults.MAX_TICKET_ADDRESSES], psk
+        )
+
+    def _bootstrap(self) -> tuple[Address, ...]:
+        """The addresses of the ticket but our own: a founder may be started with its own ticket."""
+        own = self.endpoint.addresses()
+        return tuple(a for a in self.config.ticket.addresses if a not in own) if self.config.ticket else ()
+
+    def status(self) -> RunStatus | None:
+        return None if self.run_here is None else self.run_here.status()
+
+    def reach(self) -> str:
+        """Who can connect to this node, a sentence."""
+        return reach(self.endpoint.addresses())[1]
+
+    def uptime(self) -> float:
+        """Seconds since :meth:`run` began."""
+        return self.host.now() - self._started
+
+    def traffic(self) -> tuple[int, int]:
+        """Wire bytes sent and received over all links, past ones included."""
+        links = self.endpoint.links()
+        return (
+            self._past_sent + sum(link.bytes_sent for link in links),
+            self._past_received + sum(link.bytes_received for link in links),
+        )
+
+    def peers(self) -> tuple[PeerInfo, ...]:
+        """The live links, by peer."""
+        status = self.status()
+        members = () if status is None else status.members
+        return tuple(
+            PeerInfo(
+                peer=link.peer.text,
+                address=str(link.remote),
+                direction="out" if link.initiator else "in",
+                cipher=link.cipher,
+                rtt_ms=1000.0 * link.rtt,
+                bytes_sent=link.bytes_sent,
+                bytes_received=link.bytes_received,
+                member=link.peer.text in members,
+            )
+            for link in sorted(self.endpoint.links(), key=lambda link: link.peer)
+        )
+
+    def _link_lost(self, link: Link) -> None:
+        self._past_sent += link.bytes_sent
+        self._past_received += link.bytes_received
+
+    def _event(self, event: Event) -> None:
+        self._on_event(event)
+        run = self.run_here
+        if run is not None and (event.phase, event.what) == ("commit", "done") and run.reports:
+            self._on_round(run.reports[-1], run.status().samples)
