@@ -102,8 +102,8 @@ MAX_PROVIDERS = 256
 #: Topics one provider may announce here.
 MAX_TOPICS_PER_PROVIDER = 256
 
-#: Announcements held in all: about 30 MiB.
-MAX_ANNOUNCEMENTS = 65536
+#: Announcements held in all: about 15 MiB. With MAX_RECORDS below the values of one message (a snapshot).
+MAX_ANNOUNCEMENTS = 32768
 
 #: Providers in one answer: 64 of about 450 bytes.
 MAX_PROVIDERS_ANSWER = 64
@@ -120,8 +120,8 @@ STRANGERS_RATE, STRANGERS_BURST = 1000.0, 4000.0
 #: Strangers whose rate is remembered.
 MAX_STRANGERS = 4096
 
-#: Contacts in a snapshot. Half of them would be enough to rejoin.
-SNAPSHOT_CONTACTS = 200
+#: Contacts in a snapshot: as many as are remembered for another try. One that answers is enough to rejoin.
+SNAPSHOT_CONTACTS = MAX_LOST
 
 #: Bytes of a snapshot that is read back.
 MAX_SNAPSHOT = 1 << 28

@@ -135,10 +135,10 @@ class Lookup:
         if path is None or candidate is None or candidate.state is not State.ASKED:
             raise ProtocolMisuse(f"{event.peer.short} has no query in flight")
         path.in_flight -= 1
+        progress = False
         match event:
             case Failed():
                 candidate.state = State.FAILED
-                progress = False
             case Answered(closer=closer):
                 candidate.state = State.ANSWERED
                 self._learn(path, candidate, closer)

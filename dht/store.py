@@ -39,11 +39,11 @@ class Held:
 
 @attrs.frozen
 class StoreSnapshot:
-    """What survives a restart. Another ``version`` is refused."""
+    """What survives a restart, each item packed by itself. Another ``version`` is refused."""
 
     version: int
-    records: tuple[SignedRecord, ...]
-    announcements: tuple[Announcement, ...]
+    records: tuple[bytes, ...]
+    announcements: tuple[bytes, ...]
 
 
 class Store:
@@ -178,19 +178,23 @@ class Store:
         return pack(
             StoreSnapshot(
                 version=1,
-                records=tuple(held.record for held in self._records.values()),
-                announcements=tuple(a for topic in self._topics.values() for a in topic.values()),
+                records=tuple(pack(held.record) for held in self._records.values()),
+                announcements=tuple(pack(a) for topic in self._topics.values() for a in topic.values()),
             )
         )
 
     def load(self, data: bytes, wall: float) -> int:
-        """Take back what :meth:`save` wrote and is still alive; returns how many. Raises :class:`DecodeError`.
+        """Take back what :meth:`save` wrote and is still alive; returns how many.
+
+        Raises :class:`DecodeError`, taking nothing then.
 
         The file is our own: signatures are not checked again here, but by everybody who is given a record.
         """
         snapshot = unpack(StoreSnapshot, data, limit=defaults.MAX_SNAPSHOT)
         if snapshot.version != 1:
             raise DecodeError(f"store snapshot of version {snapshot.version}, expected 1")
-        kept = [self.put(record, wall).kept for record in snapshot.records if record.expires > wall]
-        kept += [self.announce(a, wall).kept for a in snapshot.announcements if a.expires > wall]
+        records = [unpack(SignedRecord, item) for item in snapshot.records]
+        announcements = [unpack(Announcement, item) for item in snapshot.announcements]
+        kept = [self.put(record, wall).kept for record in records if record.expires > wall]
+        kept += [self.announce(a, wall).kept for a in announcements if a.expires > wall]
         return sum(kept)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from shoal.dht import defaults
 from shoal.dht.keys import node_key
 from shoal.dht.lookup import Answered, Failed, Lookup, State

@@ -6,6 +6,7 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from shoal.dht import defaults
 from shoal.dht.keys import digest
 from shoal.dht.records import VALIDATORS, Announcement, SignedRecord, open_peer_record, owned_key

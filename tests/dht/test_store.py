@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from shoal.dht import defaults
 from shoal.dht.keys import digest
 from shoal.dht.records import Announcement, SignedRecord, owned_key

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
 from shoal.dht import defaults
 from shoal.dht.keys import bucket_index, node_key
 from shoal.dht.table import Contact, RoutingTable, networks_of

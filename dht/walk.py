@@ -1,0 +1,205 @@
+"""Asking other peers: single questions with their bookkeeping, and whole lookups driven over RPC."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import attrs
+import trio
+
+from ..transport.address import SignedPeerRecord
+from ..transport.endpoint import Endpoint
+from ..transport.errors import DecodeError, Overloaded, RemoteError, RemoteProtocolError, RemoteRefused
+from ..transport.identity import PeerId
+from ..transport.rpc import Method
+from . import defaults
+from .lookup import Answered, Failed, Lookup
+from .records import open_peer_record
+from .service import Counters
+from .table import Contact, RoutingTable, networks_of
+
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+#: Refusals that mean that the peer does not take part in the DHT. Any other one comes from a live peer that serves.
+NOT_SERVING = ("unknown_method", "unknown_protocol", "bad_request")
+
+
+@attrs.frozen
+class Reply:
+    """What one peer added to a lookup: ``closer`` as it named them; ``enough`` ends the lookup."""
+
+    closer: Sequence[SignedPeerRecord]
+    enough: bool = False
+
+
+class Walker:
+    """Sends questions for the peer behind ``endpoint``; keeps ``table`` and the lost contacts up to date."""
+
+    def __init__(self, endpoint: Endpoint, table: RoutingTable, counters: Counters) -> None:
+        self.endpoint, self.table, self.counters = endpoint, table, counters
+        self.host = endpoint.host
+        #: Contacts that left the table because they did not answer, longest ago first: tried again later.
+        self.lost: dict[PeerId, SignedPeerRecord] = {}
+
+    # -- bookkeeping -----------------------------------------------------------------------------------------
+
+    def heard(self, peer: PeerId) -> None:
+        """``peer`` is alive and serves: into the table with it, if we know where it can be reached."""
+        record = self.endpoint.contact(peer)
+        if record is None:
+            return
+        try:
+            opened = open_peer_record(record, self.host.wall())
+        except DecodeError:  # it ran out: the next link or ping brings a fresh one
+            return
+        link = self.endpoint.link(peer)
+        now = self.host.now()
+        rtt = None if link is None or link.rtt <= 0 else link.rtt
+        held = self.table.get(peer)
+        if held is not None and held.record == record:
+            networks = held.networks
+        else:
+            # Where it really comes from counts as well as what it says.
+            networks = networks_of(opened.addresses if link is None else (link.remote, *opened.addresses))
+        self.table.seen(Contact(peer, record, opened.expires, networks, now, rtt), now)
+        self.lost.pop(peer, None)
+
+    def missed(self, peer: PeerId) -> None:
+        """``peer`` did not answer."""
+        dropped = self.table.failed(peer)
+        if dropped is not None:
+            self.remember(peer, dropped.record)
+
+    def remember(self, peer: PeerId, record: SignedPeerRecord) -> None:
+        """Keep a contact that is not in the table, to try it again."""
+        self.lost.pop(peer, None)
+        self.lost[peer] = record
+        if len(self.lost) > defaults.MAX_LOST:
+            del self.lost[next(iter(self.lost))]
+
+    def learn(self, record: SignedPeerRecord) -> None:
+        """Hand a contact to the endpoint unless it has this very one. Raises :class:`DecodeError`."""
+        peer = open_peer_record(record, self.host.wall()).peer
+        if peer != self.endpoint.peer_id and self.endpoint.contact(peer) != record:
+            self.endpoint.learn(record)
+
+    # -- one question ----------------------------------------------------------------------------------------
+
+    async def ask(self, peer: PeerId, method: Method[Q, R], request: Q) -> R:
+        """One call with its deadline; what becomes of it is noted in the table.
+
+        Raises :class:`RemoteError`, or :class:`Overloaded` when we have no link to spare.
+        """
+        self.counters.queries += 1
+        held = self.table.get(peer)
+        if held is not None and self.endpoint.link(peer) is None and self.endpoint.contact(peer) is None:
+            # The endpoint forgets contacts it did not need for long; ours in the table are worth keeping.
+            self.learn(held.record)
+        try:
+            answer = await self.endpoint.call(peer, method, request, timeout=defaults.QUERY_DEADLINE)
+        except RemoteRefused as error:
+            self.counters.refusals += 1
+            if error.code in NOT_SERVING:
+                self.missed(peer)
+            else:
+                self.heard(peer)
+            raise
+        except RemoteError:
+            self.counters.failures += 1
+            self.missed(peer)
+            raise
+        except Overloaded:
+            self.counters.failures += 1
+            raise
+        self.counters.answers += 1
+        self.heard(peer)
+        return answer
+
+    async def ask_all(
+        self, peers: Sequence[PeerId], method: Method[Q, R], request: Q
+    ) -> tuple[int, dict[PeerId, RemoteError]]:
+        """Ask ``peers`` the same, ALPHA_MAX at a time. Returns how many answered, and the errors of the others."""
+        errors: dict[PeerId, RemoteError] = {}
+        answered = 0
+        limit = trio.CapacityLimiter(defaults.ALPHA_MAX)
+
+        async def one(peer: PeerId) -> None:
+            nonlocal answered
+            async with limit:
+                try:
+                    await self.ask(peer, method, request)
+                    answered += 1
+                except RemoteError as error:
+                    errors[peer] = error
+                except Overloaded as error:
+                    errors[peer] = RemoteError(str(error), peer=peer.short)
+
+        async with trio.open_nursery() as nursery:
+            for peer in peers:
+                nursery.start_soon(one, peer)
+        return answered, errors
+
+    # -- lookups ---------------------------------------------------------------------------------------------
+
+    async def walk(self, target: int, ask: Callable[[PeerId], Awaitable[Reply]], *, paths: int = 1) -> Lookup:
+        """Run a lookup: ``ask`` puts the question to one peer and raises :class:`RemoteError` when that fails.
+
+        Ends when the lookup is done, when a reply is enough, or after LOOKUP_DEADLINE with what was found by
+        then. Cancelling cancels the queries in flight.
+        """
+        self.counters.lookups += 1
+        seeds = [contact.peer for contact in self.table.closest(target, self.table.k)]
+        lookup = Lookup(target, seeds, own=self.endpoint.peer_id, k=self.table.k, paths=paths)
+        named: dict[PeerId, SignedPeerRecord] = {}
+
+        async def query(peer: PeerId) -> None:
+            event: Answered | Failed = Failed(peer)
+            try:
+                if peer in named:
+                    self.learn(named[peer])
+                reply = await ask(peer)
+                event = Answered(peer, self._named(peer, reply.closer, named))
+                if reply.enough:
+                    lookup.stop()
+            except RemoteProtocolError:
+                self.counters.lies += 1
+                self.missed(peer)
+            except (RemoteError, Overloaded):
+                pass
+            if not lookup.done:
+                launch(lookup.receive(event))
+            if lookup.done:
+                nursery.cancel_scope.cancel()
+
+        def launch(peers: Sequence[PeerId]) -> None:
+            for peer in peers:
+                nursery.start_soon(query, peer)
+
+        with trio.move_on_after(defaults.LOOKUP_DEADLINE) as deadline:
+            async with trio.open_nursery() as nursery:
+                launch(lookup.start())
+        if deadline.cancelled_caught:
+            self.counters.lookups_expired += 1
+        self.table.refreshed(target, self.host.now())
+        return lookup
+
+    def _named(
+        self, source: PeerId, closer: Sequence[SignedPeerRecord], named: dict[PeerId, SignedPeerRecord]
+    ) -> tuple[PeerId, ...]:
+        """Check the peers that ``source`` named and note their newest records. Raises :class:`DecodeError`."""
+        if len(closer) > self.table.k:
+            raise DecodeError(f"named {len(closer)} peers, at most {self.table.k} allowed", peer=source.short)
+        wall = self.host.wall()
+        peers = []
+        for record in closer:
+            # Checked here and not when queried: a forged record must not stand in for the real one of another source.
+            opened = open_peer_record(record, -float("inf"))
+            if opened.expires <= wall or not opened.addresses:
+                continue
+            held = named.get(opened.peer)
+            if held is None or open_peer_record(held, -float("inf")).seq < opened.seq:
+                named[opened.peer] = record
+            peers.append(opened.peer)
+        return tuple(peers)
