@@ -14,12 +14,11 @@ import struct
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, TypeVarTuple, Unpack
 
 import trio
 import trio.testing
 from trio._core import _run as scheduler
-from typing_extensions import TypeVarTuple, Unpack
 
 from ..transport.errors import ConfigError
 
