@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import trio
 
 if TYPE_CHECKING:
+    from .aead import CipherOffer
     from .network import Network
 
 T = TypeVar("T")
@@ -28,6 +29,8 @@ class Host(ABC):
     network: Network
     #: Protocol jitter and choices that need no secrecy. Seeded in simulation.
     random: random.Random
+    #: Ciphers to offer; None: what this machine measures. Virtual time fixes them (``aead.NOMINAL_CIPHERS``).
+    ciphers: tuple[CipherOffer, ...] | None = None
 
     @abstractmethod
     def now(self) -> float:

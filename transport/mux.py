@@ -31,7 +31,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from enum import Enum, IntEnum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import attrs
 
@@ -120,6 +120,7 @@ class MuxStream:
         "_unacknowledged",
         "id",
         "outgoing",
+        "owner",
         "priority",
         "protocol",
         "queued",
@@ -136,6 +137,8 @@ class MuxStream:
         self.priority = Priority(id >> 1 & 1)
         #: True when we opened it.
         self.outgoing = outgoing
+        #: Whatever the I/O adapter hangs on the stream; the mux never looks at it.
+        self.owner: Any = None
         self.sending = Sending.OPEN
         self.receiving = Receiving.OPEN
         #: Bytes accepted by :meth:`Mux.send` and not yet in a record.
@@ -292,6 +295,14 @@ class Mux:
         if stream.id in self._streams:
             self._say(stream, Frame.RESET, code)
             self._abandon(stream)
+
+    def drop_queue(self, stream: MuxStream) -> None:
+        """Forget what is queued, without a word to the peer (the link has ended, or its half of the stream)."""
+        stream._queue.clear()
+        stream.queued = 0
+        if stream._ready:
+            stream._ready = False
+            self._ready[stream.priority].remove(stream)
 
     def read(self, stream: MuxStream, limit: int) -> Buffer | None:
         """Up to ``limit`` received bytes; None: nothing has come yet; empty: the peer has ended its half."""
@@ -520,7 +531,7 @@ class Mux:
         if stream is None or stream.sending is Sending.CLOSED:
             return
         stream.stop_code = code
-        self._drop_queue(stream)
+        self.drop_queue(stream)
         self._finish_sending(stream)
         events.append(StreamStopped(stream))
 
@@ -596,19 +607,12 @@ class Mux:
         if n:
             self._give_back(stream.priority, n)
 
-    def _drop_queue(self, stream: MuxStream) -> None:
-        stream._queue.clear()
-        stream.queued = 0
-        if stream._ready:
-            stream._ready = False
-            self._ready[stream.priority].remove(stream)
-
     def _finish_sending(self, stream: MuxStream) -> None:
         stream.sending = Sending.CLOSED
         self._settle(stream)
 
     def _abandon(self, stream: MuxStream) -> None:
-        self._drop_queue(stream)
+        self.drop_queue(stream)
         stream.sending = Sending.CLOSED
         stream.receiving = Receiving.CLOSED
         self._drop_unread(stream)

@@ -1,0 +1,71 @@
+"""The only place with timeout arithmetic: from round trip, bytes, bandwidth and loop lag to seconds.
+
+Every function returns seconds from now. Floors stand in ``defaults.py`` with their reasons. ``rtt`` is in seconds,
+``bandwidth`` in bytes per second (None: not measured yet), ``lag`` in seconds (:class:`LoopLag`).
+"""
+
+from __future__ import annotations
+
+from . import defaults
+
+
+class LoopLag:
+    """How late our own event loop runs: the largest recent overshoot of a sleep, fading with a half-life.
+
+    A busy machine answers late and hears answers late; deadlines add this so that a busy peer is not a dead one.
+    """
+
+    def __init__(self) -> None:
+        self._peak = 0.0
+        self._at = 0.0
+
+    def note(self, overshoot: float, now: float) -> None:
+        """A sleep ended ``overshoot`` seconds after it should have."""
+        if overshoot >= self.value(now):
+            self._peak = min(overshoot, defaults.MAX_LAG)
+            self._at = now
+
+    def value(self, now: float) -> float:
+        """Seconds to add to a deadline."""
+        return float(self._peak * 0.5 ** ((now - self._at) / defaults.LAG_HALF_LIFE))
+
+
+def transfer(size: int, bandwidth: float | None) -> float:
+    """Seconds for ``size`` bytes: twice what the measured bandwidth says; a slow line when nothing is known."""
+    return 2.0 * size / max(bandwidth or defaults.ASSUMED_BANDWIDTH, defaults.MIN_BANDWIDTH)
+
+
+def dial(lag: float = 0.0) -> float:
+    """For one attempt to open a byte stream."""
+    return defaults.DIAL_FLOOR + lag
+
+
+def handshake(lag: float = 0.0) -> float:
+    """For a whole handshake, whose round trip nobody knows yet."""
+    return defaults.HANDSHAKE_FLOOR + lag
+
+
+def sign_of_life(rtt: float, lag: float = 0.0, unheard: int = 0, bandwidth: float | None = None) -> float:
+    """For the answer to a keepalive ping; ``unheard``: bytes sent since the peer was last heard, queued before it."""
+    queue = transfer(unheard, bandwidth) if bandwidth is not None else 0.0
+    return max(defaults.PING_FLOOR, 4.0 * rtt) + lag + min(queue, defaults.MAX_QUEUE_ALLOWANCE)
+
+
+def call(rtt: float, lag: float = 0.0, size: int = 0, bandwidth: float | None = None) -> float:
+    """For a call whose caller named no timeout: ``size`` bytes of body travel with it."""
+    return max(defaults.CALL_FLOOR, 8.0 * rtt) + lag + transfer(size, bandwidth)
+
+
+def request_header(rtt: float, lag: float = 0.0) -> float:
+    """For the head of a request after its stream was opened: both travel together."""
+    return max(defaults.HEADER_FLOOR, 4.0 * rtt) + lag
+
+
+def goodbye() -> float:
+    """For saying goodbye on all links of a node that stops."""
+    return defaults.GOODBYE_TIME
+
+
+def connect(lag: float = 0.0) -> float:
+    """For a link to a peer by any of its addresses."""
+    return defaults.CONNECT_FLOOR + lag
