@@ -52,6 +52,7 @@ WORLD = {
 WORLD_USES = {
     ("node/local_socket.py", "socket"): "the control socket of this machine, not the swarm's network",
     ("node/local_socket.py", "trio.socket"): "the control socket of this machine, not the swarm's network",
+    ("node/launch.py", "os.urandom"): "the key of a new node is drawn before there is a Host",
     ("node/commands.py", "time"): "a command that waits for a node from outside; it is no node",
     ("sim/simulate.py", "time"): "how long the whole simulation takes, before and after its event loop; it is no node",
 }
@@ -203,12 +204,28 @@ def aliases_of(name: str) -> dict[str, str]:
     return result
 
 
+def in_scope(node: ast.AST, hidden: frozenset[str]) -> Iterator[tuple[ast.AST, frozenset[str]]]:
+    """Every node below with the names that parameters of enclosing functions hide there."""
+    yield node, hidden
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        a = node.args
+        parameters = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+        inside = hidden | {parameter.arg for parameter in parameters}
+        body = node.body if isinstance(node.body, list) else [node.body]
+        for child in ast.iter_child_nodes(node):
+            yield from in_scope(child, inside if child in body else hidden)
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from in_scope(child, hidden)
+
+
 def uses(name: str) -> Iterator[tuple[int, str, bool]]:
     """(line, dotted origin, not a call without arguments) of everything imported that a module uses."""
     aliases = aliases_of(name)
     bare = [node.func for node in ast.walk(tree(name)) if isinstance(node, ast.Call) and not node.args + node.keywords]
-    for node in ast.walk(tree(name)):
-        if isinstance(node, ast.Name | ast.Attribute) and (origin := dotted(node, aliases)) is not None:
+    for node, hidden in in_scope(tree(name), frozenset()):
+        visible = {local: origin for local, origin in aliases.items() if local not in hidden}
+        if isinstance(node, ast.Name | ast.Attribute) and (origin := dotted(node, visible)) is not None:
             yield node.lineno, origin, node not in bare
 
 
