@@ -29,14 +29,12 @@ Ts = TypeVarTuple("Ts")
 TRIO = "0.35."
 
 
-def run_virtual(
-    async_fn: Callable[[Unpack[Ts]], Awaitable[T]], *args: Unpack[Ts], seed: int, limit: float = math.inf
-) -> T:
+def run_virtual(async_fn: Callable[[Unpack[Ts]], Awaitable[T]], *args: *Ts, seed: int, limit: float = math.inf) -> T:
     """``trio.run(async_fn, *args)`` in virtual time, deterministically; returns or raises what it does.
 
     Time begins at 0 and jumps to the next deadline whenever nothing else can run. ``limit``: virtual seconds after
     which the run is cancelled and :class:`trio.TooSlowError` raised; without one, a run in which nothing can ever
-    happen again hangs. What must not be done inside: threads, sockets, real sleeps (see :class:`~.virtual.VirtualHost`).
+    happen again hangs. What must not be done inside: threads, sockets, real sleeps (see ``sim.virtual``).
     """
     with deterministic(seed):
         clock = trio.testing.MockClock(autojump_threshold=0)

@@ -131,7 +131,7 @@ def test_errors_leave_and_what_was_patched_is_restored() -> None:
     switch, state = scheduler._ALLOW_DETERMINISTIC_SCHEDULING, scheduler._r.getstate()
     with pytest.raises(KeyError):
         run_virtual(fail, seed=0)
-    assert scheduler._ALLOW_DETERMINISTIC_SCHEDULING == switch
+    assert switch == scheduler._ALLOW_DETERMINISTIC_SCHEDULING
     assert scheduler._r.getstate() == state
 
 

@@ -12,8 +12,8 @@ import trio
 
 from shoal.transport.address import Address
 from shoal.transport.errors import ConfigError, PeerUnreachable
-from shoal.transport.network import ByteStream, Network
-from shoal.transport.tcp import TcpNetwork, TcpStream
+from shoal.transport.network import Network
+from shoal.transport.tcp import TcpNetwork
 
 from .stream_conformance import StreamConformance
 
