@@ -60,7 +60,7 @@ class Stdlib(Task):
     name: ClassVar[str] = "stdlib"
     metric: ClassVar[str] = "bits_per_byte"
     higher_is_better: ClassVar[bool] = False
-    step_seconds: ClassVar[float] = 0.1
+    step_seconds: ClassVar[float] = 0.05
 
     width: ClassVar[int] = 192
     layers: ClassVar[int] = 2
@@ -109,7 +109,7 @@ class StdlibSmall(Stdlib):
     width: ClassVar[int] = 96
     layers: ClassVar[int] = 2
     heads: ClassVar[int] = 3
-    step_seconds: ClassVar[float] = 0.03
+    step_seconds: ClassVar[float] = 0.02
 
 
 class StdlibLarge(Stdlib):
