@@ -186,6 +186,12 @@ def _add_node_options(parser: argparse.ArgumentParser) -> None:
     node.add_argument("--port", type=_port, metavar="N", help="port to listen on (default: the last one used, or any)")
     node.add_argument("--device", metavar="DEVICE", default="cpu", help="cpu (default), cuda, cuda:1, mps …")
     node.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="CPU threads for training (default: $OMP_NUM_THREADS, or all cores but one)",
+    )
+    node.add_argument(
         "--time-budget", type=_seconds, metavar="SECONDS",
         help="train at most this long per round; the mean is weighted by samples, so slow machines take part",
     )  # fmt: skip

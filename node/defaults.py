@@ -46,8 +46,11 @@ SWITCH_INTERVAL = 0.0005
 #: Seconds a node that has finished a run stays, at most, for members that still need something of the last round.
 LINGER = 10.0
 
-#: Seconds between two looks whether all members have finished too, and the wait for their answer.
-LINGER_POLL = 0.2
+#: Seconds between two looks whether all members have finished too.
+LINGER_POLL = 0.1
+
+#: Seconds that members have to answer that question. One that leaves while it is asked does not answer.
+LINGER_ASK = 1.0
 
 #: Own addresses in a ticket; the rest is left for other peers, so that the founder may leave.
 OWN_TICKET_ADDRESSES = 4

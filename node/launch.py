@@ -44,6 +44,7 @@ def join(options: argparse.Namespace) -> int:
         _check_module_form(options.task)
     if options.ticket == "-":
         # The imports take longest, and whoever writes the ticket may still be working on it.
+        _load_torch(options.threads)
         from . import daemon  # noqa: F401
 
         ticket = Ticket.parse(_read_line())
@@ -112,6 +113,7 @@ def conflicts(options: argparse.Namespace, spec: RunSpec, record: NodeRecord) ->
 
 
 def _run(options: argparse.Namespace, data: DataDir, record: NodeRecord | None, *, ticket: Ticket | None) -> int:
+    _load_torch(options.threads)
     from ..transport.host import RealHost
     from .console import Console
     from .daemon import Daemon, DaemonOptions, run_daemon
@@ -185,6 +187,22 @@ def parse_faults(texts: list[str]) -> Faults:
         else:
             raise ConfigError(f"--fault {text!r}: expected hold:ROUND:PHASE or spoil:ROUND")
     return Faults(tuple(hold), tuple(spoil))
+
+
+def _load_torch(threads: int | None) -> None:
+    """Import torch for a node: with ``threads`` threads, and with what it would otherwise import on the event loop."""
+    if threads is None:
+        # One core is for the network and for whoever sits there. Torch's own choice, all of them, makes small models
+        # hundreds of times slower as soon as something else runs: its threads wait for each other at every operation.
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(given) if given.isdigit() else max(1, (os.cpu_count() or 2) - 1)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    # The first optimiser imports this: a second or more, in which a running node would be deaf.
+    import torch._dynamo
+
+    torch.set_num_threads(threads)
 
 
 def _check_device(name: str) -> str:

@@ -123,10 +123,20 @@ class Node:
             nursery.start_soon(self.dht.run)
             task = await self._load_task(spec)
             run = Run(
-                self.endpoint, self.dht, self.signed, task, store=self.store, device=self.config.device,
-                on_event=self._event, time_budget=self.config.time_budget, trainer=self._trainer,
-                evaluate_every=self.config.evaluate_every, faults=self.config.faults, bootstrap=self._bootstrap(),
-            )  # fmt: skip
+                self.endpoint,
+                self.dht,
+                self.signed,
+                task,
+                store=self.store,
+                device=self.config.device,
+                on_event=self._event,
+                time_budget=self.config.time_budget,
+                evaluate_every=self.config.evaluate_every,
+                faults=self.config.faults,
+                # Addresses that have answered already would only be dialled a second time.
+                bootstrap=() if len(self.dht.table) else self._bootstrap(),
+                trainer=self._trainer,
+            )
             self.run_here = run
             await nursery.start(run.run)
             task_status.started()
@@ -269,8 +279,10 @@ class Node:
         """Stay until the other members have the last round too: the stragglers among them may need us."""
         with trio.move_on_after(self.config.linger):
             while True:
-                others = [PeerId.parse(peer) for peer in run.status().members if peer != self.identity.peer_id.text]
-                heads = await ask_heads(self.endpoint, run.run_id, others, run.gossip, defaults.ASK_TIMEOUT)
+                members = [PeerId.parse(peer) for peer in run.status().members]
+                # Whoever has no link any more has left, and says so by that.
+                others = [peer for peer in members if self.endpoint.link(peer) is not None]
+                heads = await ask_heads(self.endpoint, run.run_id, others, run.gossip, defaults.LINGER_ASK)
                 behind = [peer for peer in heads if heads[peer].settled < run.round]
                 if not behind:
                     return
