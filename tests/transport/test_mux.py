@@ -1,0 +1,540 @@
+"""The stream mux: order and completeness against a model, credits, priorities, bounds, and peers that break the rules."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+
+import attrs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.transport import defaults
+from shoal.transport.errors import Overloaded, ProtocolMisuse, RemoteProtocolError
+from shoal.transport.mux import (
+    HEADER_BYTES,
+    DataReceived,
+    Event,
+    Frame,
+    GoodbyeCode,
+    GoodbyeReceived,
+    Mux,
+    MuxLimits,
+    MuxStream,
+    PongReceived,
+    Priority,
+    Receiving,
+    ResetCode,
+    Sending,
+    StreamOpened,
+    StreamStopped,
+    StreamWasReset,
+)
+
+TINY = MuxLimits(stream_window=(64, 256), link_window=(128, 512), max_outgoing=8, max_incoming=8)
+
+
+class Pair:
+    """Two muxes and the record pipe between them."""
+
+    def __init__(self, limits: MuxLimits | None = None, record: int = defaults.MAX_RECORD) -> None:
+        self.a = Mux(initiator=True, limits=limits, peer="b")
+        self.b = Mux(initiator=False, limits=limits, peer="a")
+        self.record = record
+        self.now = 0.0
+
+    def move(self, source: Mux) -> list[Event] | None:
+        """One record from ``source`` to the other; None when it has nothing to send."""
+        buffers = source.next_record(self.record)
+        if buffers is None:
+            return None
+        plain = b"".join(buffers)
+        assert 0 < len(plain) <= self.record
+        source.take_drained()
+        return (self.b if source is self.a else self.a).receive(memoryview(plain), self.now)
+
+    def settle(self) -> list[Event]:
+        """Move records both ways until nothing is left to send; what ``b`` and ``a`` saw, in order."""
+        seen: list[Event] = []
+        while True:
+            moved = [events for events in (self.move(self.a), self.move(self.b)) if events is not None]
+            if not moved:
+                assert not self.a.has_output
+                assert not self.b.has_output
+                return seen
+            seen.extend(event for events in moved for event in events)
+
+    def open(self, priority: Priority = Priority.CONTROL) -> tuple[MuxStream, MuxStream]:
+        ours = self.a.open("test", priority)
+        opened = [event.stream for event in self.settle() if isinstance(event, StreamOpened)]
+        return ours, opened[-1]
+
+
+def drain(mux: Mux, stream: MuxStream) -> bytes:
+    got = b""
+    while chunk := mux.read(stream, 1 << 30):
+        got += bytes(chunk)
+    return got
+
+
+def frame(kind: int, id: int, value: int, payload: bytes = b"") -> bytes:
+    return struct.pack(">BII", kind, id, value) + payload
+
+
+def feed(mux: Mux, *frames: bytes) -> list[Event]:
+    return mux.receive(memoryview(b"".join(frames)), 0.0)
+
+
+# Against a model
+
+
+@attrs.frozen
+class Op:
+    what: str
+    side: int
+    stream: int
+    amount: int
+
+
+OPS = st.lists(
+    st.builds(
+        Op,
+        st.sampled_from(["open", "open_bulk", "send", "send", "send", "end", "read", "read", "move", "move", "move"]),
+        st.integers(0, 1),
+        st.integers(0, 7),
+        st.integers(1, 700),
+    ),
+    max_size=120,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(ops=OPS, record=st.integers(HEADER_BYTES + 80, 400))
+def test_every_stream_delivers_what_was_sent_in_order_and_once_however_it_is_cut_up(ops: list[Op], record: int) -> None:
+    pair = Pair(TINY, record)
+    muxes = (pair.a, pair.b)
+    # per direction: the stream at the sender, the one at the receiver (once opened there), bytes sent and read
+    sent: dict[tuple[int, int], bytearray] = {}
+    read: dict[tuple[int, int], bytearray] = {}
+    ends: tuple[dict[int, MuxStream], dict[int, MuxStream]] = ({}, {})
+    ended: dict[tuple[int, int], bool] = {}
+
+    def note(side: int, events: list[Event] | None) -> None:
+        for event in events or ():
+            if isinstance(event, StreamOpened):
+                ends[side][event.stream.id] = event.stream
+
+    def take(side: int, id: int, limit: int) -> None:
+        stream = ends[side][id]
+        chunk = muxes[side].read(stream, limit)
+        if chunk is not None:
+            read.setdefault((1 - side, id), bytearray()).extend(chunk)
+
+    counter = 0
+    for op in ops:
+        mux = muxes[op.side]
+        mine = list(ends[op.side].values())
+        if op.what in ("open", "open_bulk"):
+            if mux.can_open:
+                stream = mux.open("x", Priority.BULK if op.what == "open_bulk" else Priority.CONTROL)
+                ends[op.side][stream.id] = stream
+        elif op.what == "move":
+            note(1 - op.side, pair.move(mux))
+        elif mine:
+            stream = mine[op.stream % len(mine)]
+            if op.what == "read":
+                take(op.side, stream.id, op.amount)
+            elif stream.sending is Sending.OPEN:
+                if op.what == "send":
+                    data = bytes((counter + i) % 251 for i in range(op.amount))
+                    counter += op.amount
+                    sent.setdefault((op.side, stream.id), bytearray()).extend(data)
+                    mux.send(stream, data)
+                else:
+                    mux.end(stream)
+                    ended[op.side, stream.id] = True
+        for side in (0, 1):
+            # what a peer holds unread never exceeds the windows
+            for each in ends[side].values():
+                assert each.unread <= TINY.stream_window[each.priority]
+            for priority in Priority:
+                held = sum(each.unread for each in ends[side].values() if each.priority is priority)
+                assert held <= TINY.link_window[priority]
+    # Everybody ends and reads on: then everything arrives and nothing is remembered.
+    for side in (0, 1):
+        for stream in list(ends[side].values()):
+            muxes[side].end(stream)
+    for _ in range(100_000):
+        before = {key: len(value) for key, value in read.items()}
+        moved = [pair.move(mux) for mux in muxes]
+        note(1, moved[0])
+        note(0, moved[1])
+        for side in (0, 1):
+            for stream in list(ends[side].values()):
+                if stream.sending is Sending.OPEN:
+                    muxes[side].end(stream)
+                take(side, stream.id, 1000)
+        if moved == [None, None] and before == {key: len(value) for key, value in read.items()}:
+            break
+    for key, data in sent.items():
+        assert bytes(read.get(key, b"")) == bytes(data)
+    assert pair.a.streams == pair.b.streams == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+def test_bytes_of_any_kind_end_in_events_or_in_one_typed_error(garbage: bytes) -> None:
+    mux = Mux(initiator=True)
+    try:
+        mux.receive(memoryview(garbage), 0.0)
+    except RemoteProtocolError:
+        pass
+
+
+# Sending
+
+
+def test_data_are_not_copied_on_the_way_into_a_record() -> None:
+    pair = Pair()
+    ours, _ = pair.open(Priority.BULK)
+    data = bytearray(100_000)
+    pair.a.send(ours, data)
+    buffers = pair.a.next_record(defaults.MAX_RECORD)
+    assert buffers is not None
+    (view,) = [buffer for buffer in buffers if isinstance(buffer, memoryview)]
+    assert view.obj is data
+    assert pair.a.take_drained() == [ours]
+    assert pair.a.take_drained() == []
+
+
+def test_many_small_frames_share_one_record() -> None:
+    pair = Pair()
+    streams = [pair.a.open("s") for _ in range(50)]
+    for stream in streams:
+        pair.a.send(stream, b"hello")
+        pair.a.end(stream)
+    assert pair.move(pair.a) is not None
+    assert pair.a.next_record(defaults.MAX_RECORD) is None
+    assert [drain(pair.b, stream) for stream in pair.b.live_streams()] == [b"hello"] * 50
+
+
+def test_control_goes_before_bulk_that_was_queued_earlier() -> None:
+    pair = Pair(record=10_000)
+    bulk, far_bulk = pair.open(Priority.BULK)
+    control, far_control = pair.open()
+    pair.a.send(bulk, bytes(1_000_000))
+    pair.move(pair.a)
+    pair.a.send(control, b"urgent")
+    events = pair.move(pair.a)
+    assert events is not None
+    assert [event.stream for event in events if isinstance(event, DataReceived)] == [far_control, far_bulk]
+
+
+def test_streams_of_one_priority_take_turns() -> None:
+    pair = Pair(record=1000)
+    ends = [pair.open(Priority.BULK) for _ in range(3)]
+    for ours, _ in ends:
+        pair.a.send(ours, bytes(5000))
+    order = []
+    for _ in range(9):
+        events = pair.move(pair.a)
+        assert events is not None
+        order += [event.stream.id for event in events if isinstance(event, DataReceived)]
+    ids = [theirs.id for _, theirs in ends]
+    assert order == ids * 3
+
+
+def test_a_slow_reader_holds_back_its_own_stream_only() -> None:
+    pair = Pair(TINY, record=200)
+    slow, far_slow = pair.open(Priority.BULK)
+    quick, far_quick = pair.open(Priority.BULK)
+    pair.a.send(slow, bytes(10_000))
+    pair.a.send(quick, bytes(2000))
+    pair.settle()
+    assert far_slow.unread == 256
+    assert slow.queued == 10_000 - 256
+    total = 0
+    for _ in range(100):
+        total += len(drain(pair.b, far_quick))
+        pair.settle()
+    assert total == 2000
+    assert far_slow.unread == 256
+
+
+def test_bulk_that_nobody_reads_never_starves_control() -> None:
+    pair = Pair(TINY)
+    for _ in range(3):
+        ours, _theirs = pair.open(Priority.BULK)
+        pair.a.send(ours, bytes(10_000))
+    pair.settle()
+    assert pair.b.live_streams()[2].unread == 0  # the link's bulk credit is used up by the first two
+    control, far_control = pair.open()
+    pair.a.send(control, b"still here")
+    pair.settle()
+    assert drain(pair.b, far_control) == b"still here"
+
+
+def test_credit_of_the_link_comes_back_from_streams_that_were_dropped_unread() -> None:
+    pair = Pair(TINY)
+    for round in range(50):
+        ours, theirs = pair.open(Priority.BULK)
+        pair.a.send(ours, bytes(10_000))
+        pair.settle()
+        assert theirs.unread >= 100, f"no credit is left in round {round}"
+        if round % 3 == 0:
+            pair.b.reset(theirs)
+        elif round % 3 == 1:
+            pair.a.reset(ours)
+        else:
+            pair.b.stop(theirs)
+            pair.b.end(theirs)
+        pair.settle()
+    assert pair.a.streams == pair.b.streams == 0
+
+
+# Ends
+
+
+def test_one_half_closes_and_the_other_goes_on() -> None:
+    pair = Pair()
+    ours, theirs = pair.open()
+    pair.a.send(ours, b"question")
+    pair.a.end(ours)
+    pair.settle()
+    assert drain(pair.b, theirs) == b"question"
+    assert pair.b.read(theirs, 10) == b""
+    assert pair.a.read(ours, 10) is None
+    pair.b.send(theirs, b"answer")
+    pair.b.end(theirs)
+    pair.settle()
+    assert drain(pair.a, ours) == b"answer"
+    assert pair.a.streams == pair.b.streams == 0
+    with pytest.raises(ProtocolMisuse):
+        pair.a.send(ours, b"more")
+
+
+def test_a_reset_arrives_with_its_code_and_frees_both_sides() -> None:
+    pair = Pair()
+    ours, theirs = pair.open()
+    pair.a.send(ours, bytes(100_000))
+    pair.a.reset(ours, 777)
+    events = pair.settle()
+    assert events == [StreamWasReset(theirs)]
+    assert theirs.reset_code == 777
+    assert pair.a.streams == pair.b.streams == 0
+    assert pair.a.read(ours, 10) == b""
+
+
+def test_data_that_cross_a_reset_are_dropped_without_harm() -> None:
+    pair = Pair()
+    ours, theirs = pair.open()
+    pair.a.send(ours, b"on its way")
+    pair.b.reset(theirs)
+    assert pair.move(pair.a) == []
+    assert pair.move(pair.b) == [StreamWasReset(ours)]
+    again, far_again = pair.open()
+    pair.a.send(again, b"fine")
+    pair.settle()
+    assert drain(pair.b, far_again) == b"fine"
+
+
+def test_a_reader_that_stops_silences_the_sender_but_still_answers() -> None:
+    pair = Pair()
+    ours, theirs = pair.open(Priority.BULK)
+    pair.a.send(ours, bytes(20 << 20))
+    pair.move(pair.a)
+    pair.b.stop(theirs, ResetCode.NOT_READING)
+    pair.b.send(theirs, b"enough")
+    pair.b.end(theirs)
+    events = pair.settle()
+    assert StreamStopped(ours) in events
+    assert ours.stop_code == ResetCode.NOT_READING
+    assert ours.queued == 0
+    assert drain(pair.a, ours) == b"enough"
+    assert pair.a.streams == pair.b.streams == 0
+
+
+def test_goodbye_carries_a_code_and_a_bounded_reason() -> None:
+    pair = Pair()
+    stream = pair.a.open("x")
+    pair.a.send(stream, bytes(1000))
+    pair.a.goodbye(GoodbyeCode.IDLE, "ü" * 1000)
+    events = pair.settle()
+    (goodbye,) = [event for event in events if isinstance(event, GoodbyeReceived)]
+    assert goodbye.code == GoodbyeCode.IDLE
+    assert goodbye.reason.startswith("üüü")
+    assert not any(isinstance(event, DataReceived) for event in events)
+
+
+def test_pings_measure_the_round_trip() -> None:
+    pair = Pair()
+    assert pair.a.rtt is None
+    for sample in (0.1, 0.2):
+        pair.a.ping(pair.now)
+        pair.a.ping(pair.now)  # one at a time
+        pair.move(pair.a)
+        pair.now += sample
+        (pong,) = pair.move(pair.b) or ()
+        assert isinstance(pong, PongReceived)
+        assert pong.rtt == pytest.approx(sample)
+    assert pair.a.rtt == pytest.approx(0.1 * 0.875 + 0.2 * 0.125)
+
+
+# Bounds
+
+
+def test_nothing_is_remembered_of_a_hundred_thousand_streams() -> None:
+    pair = Pair()
+
+    def some(n: int) -> None:
+        for i in range(n):
+            ours = pair.a.open("x", Priority(i % 2))
+            pair.a.send(ours, b"request")
+            if i % 5:
+                pair.a.end(ours)
+            else:
+                pair.a.reset(ours)
+            pair.move(pair.a)
+            for theirs in pair.b.live_streams():
+                drain(pair.b, theirs)
+                pair.b.send(theirs, b"answer")
+                pair.b.end(theirs)
+            pair.move(pair.b)
+            drain(pair.a, ours)
+            assert pair.a.streams == pair.b.streams == 0
+
+    some(1000)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    some(5000)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 50_000
+    some(94_000)
+    for mux in (pair.a, pair.b):
+        assert not mux._streams
+        assert not mux._frames
+        assert not mux._ready[0]
+        assert not mux._ready[1]
+
+
+def test_too_many_streams_are_refused_one_by_one_and_the_link_lives() -> None:
+    wide = MuxLimits(max_outgoing=20, max_incoming=5)
+    pair = Pair(wide)
+    streams = [pair.a.open("x") for _ in range(8)]
+    events = pair.settle()
+    assert len([event for event in events if isinstance(event, StreamOpened)]) == 5
+    refused = [event.stream for event in events if isinstance(event, StreamWasReset)]
+    assert refused == streams[5:]
+    assert [stream.reset_code for stream in refused] == [ResetCode.TOO_MANY_STREAMS] * 3
+    pair.a.reset(streams[0])
+    ours, theirs = pair.open()
+    pair.a.send(ours, b"room again")
+    pair.settle()
+    assert drain(pair.b, theirs) == b"room again"
+
+
+def test_our_own_limit_of_streams_is_a_local_error() -> None:
+    mux = Mux(initiator=True, limits=TINY)
+    for _ in range(8):
+        mux.open("x")
+    assert not mux.can_open
+    with pytest.raises(Overloaded):
+        mux.open("x")
+
+
+def test_one_byte_frames_cost_memory_in_proportion_to_their_bytes() -> None:
+    pair = Pair()
+    _, theirs = pair.open()
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for _ in range(200):
+        # a byte of data in a record full of pings must not keep that record alive, nor cost an object each
+        feed(pair.b, *([frame(Frame.PING, 0, 1)] * 1000), *([frame(Frame.DATA, theirs.id, 1, b"x")] * 100))
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert theirs.unread == 20_000
+    assert after - before < 100_000
+    assert drain(pair.b, theirs) == b"x" * 20_000
+
+
+def test_a_flood_of_pings_makes_no_queue() -> None:
+    mux = Mux(initiator=False)
+    for i in range(10_000):
+        feed(mux, frame(Frame.PING, 0, i))
+    assert b"".join(mux.next_record(1000) or ()) == frame(Frame.PONG, 0, 9999)
+    assert mux.next_record(1000) is None
+
+
+def test_a_peer_that_makes_us_answer_without_listening_is_cut_off() -> None:
+    mux = Mux(initiator=False, limits=TINY, peer="mallory")
+    with pytest.raises(RemoteProtocolError, match=r"mallory: it keeps opening streams"):
+        for number in range(1, 10_000):
+            feed(mux, frame(Frame.OPEN, number << 2 | 1, 1, b"x"))
+
+
+# Peers that break the rules
+
+
+def opened(number: int = 1, bulk: bool = False) -> bytes:
+    return frame(Frame.OPEN, number << 2 | bulk << 1 | 1, 1, b"x")
+
+
+FIRST = 1 << 2 | 1
+
+BREACHES = {
+    "a header cut short": (b"\x02\x00\x00", "within a frame's header"),
+    "an unknown kind": (frame(99, 0, 0), "unknown kind of frame, 99"),
+    "a frame that announces 4 GB": (frame(Frame.DATA, FIRST, 0xFFFFFFFF, b"x"), "announces 4294967295 bytes"),
+    "an open that announces 4 GB": (frame(Frame.OPEN, FIRST, 0xFFFFFFFF), "announces 4294967295 bytes"),
+    "an id of ours": (frame(Frame.OPEN, 1 << 2, 1, b"x"), "whose number is ours"),
+    "an id again": (opened() + opened(), "again"),
+    "an id below the last": (opened(5) + opened(4), "again"),
+    "number zero": (frame(Frame.OPEN, 1, 1, b"x"), "again"),
+    "a name too long": (frame(Frame.OPEN, FIRST, 65, b"x" * 65), "protocol name of 65 bytes"),
+    "no name": (frame(Frame.OPEN, FIRST, 0), "protocol name of 0 bytes"),
+    "a name that is no text": (frame(Frame.OPEN, FIRST, 1, b"\xff"), "not UTF-8"),
+    "data on a stream nobody opened": (frame(Frame.DATA, FIRST, 1, b"x"), "never opened"),
+    "data on our stream never opened": (frame(Frame.DATA, 7 << 2, 1, b"x"), "never opened"),
+    "a reset of a stream nobody opened": (frame(Frame.RESET, FIRST, 0), "never opened"),
+    "empty data": (opened() + frame(Frame.DATA, FIRST, 0), "empty DATA"),
+    "data beyond the stream's credit": (opened() + frame(Frame.DATA, FIRST, 65, bytes(65)), "its credit is 64"),
+    "data beyond the link's credit": (
+        opened() + opened(2) + opened(3) + b"".join(frame(Frame.DATA, n << 2 | 1, 64, bytes(64)) for n in (1, 2, 3)),
+        "the link's credit is 0",
+    ),
+    "data after the end": (
+        opened() + frame(Frame.EOF, FIRST, 0) + frame(Frame.DATA, FIRST, 1, b"x"),
+        "",
+    ),
+    "data after an end that is unread": (
+        opened() + frame(Frame.DATA, FIRST, 1, b"x") + frame(Frame.EOF, FIRST, 0) + frame(Frame.DATA, FIRST, 1, b"x"),
+        "after the end",
+    ),
+    "two ends": (
+        opened() + frame(Frame.DATA, FIRST, 1, b"x") + frame(Frame.EOF, FIRST, 0) + frame(Frame.EOF, FIRST, 0),
+        "second end",
+    ),
+    "credit never spent": (opened() + frame(Frame.CREDIT, FIRST, 1), "more than it was sent"),
+    "credit that would overflow": (opened() + frame(Frame.CREDIT, FIRST, 0xFFFFFFFF), "more than it was sent"),
+    "no credit at all": (frame(Frame.LINK_CREDIT, 0, 0), "granted 0 bytes"),
+    "link credit never spent": (frame(Frame.LINK_CREDIT, 1, 1), "more than it was sent"),
+    "credit for a third priority": (frame(Frame.LINK_CREDIT, 2, 1), "priority 2"),
+    "a pong to no ping": (frame(Frame.PONG, 0, 1), "no ping of ours"),
+    "a long goodbye": (frame(Frame.GOODBYE, 0, 300, bytes(300)), "goodbye of 300 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", list(BREACHES))
+def test_a_breach_of_the_protocol_is_named(name: str) -> None:
+    record, words = BREACHES[name]
+    mux = Mux(initiator=False, limits=TINY, peer="mallory")
+    if not words:
+        # The stream had ended and was read: only its id is left, and what comes for it is dropped at the link's cost.
+        feed(mux, record)
+        assert mux.live_streams()[0].receiving is Receiving.CLOSED
+        return
+    with pytest.raises(RemoteProtocolError, match="mallory: ") as caught:
+        feed(mux, record)
+    assert words in str(caught.value)
