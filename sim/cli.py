@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from ..node import cli
 from ..node.cli import command, count, positive
@@ -25,6 +25,11 @@ late peer takes part, and training did what it should. When something fails, the
 
 def main(argv: Sequence[str] | None = None) -> int:
     return cli.main(argv, extra=(_add_sim,))
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    cli.leave(main())
 
 
 def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -59,4 +64,4 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()
