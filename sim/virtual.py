@@ -23,14 +23,22 @@ Duration = Callable[[Callable[..., object], tuple[object, ...]], float]
 class VirtualHost(Host):
     """One machine of a :class:`MemoryWorld`.
 
-    ``skew``: seconds by which its wall clock is ahead. ``duration``: what blocking work costs in virtual time (default:
+    ``skew``: seconds by which its wall clock is ahead. ``slowness``: its training takes this many times as long as the
+    task models. ``duration``: what blocking work costs in virtual time (default:
     nothing). ``seed`` and ``name`` determine all its random numbers, keys included: two hosts of one seed differ.
     """
 
     def __init__(
-        self, name: str, world: MemoryWorld, *, seed: int, skew: float = 0.0, duration: Duration | None = None
+        self,
+        name: str,
+        world: MemoryWorld,
+        *,
+        seed: int,
+        skew: float = 0.0,
+        slowness: float = 1.0,
+        duration: Duration | None = None,
     ) -> None:
-        self.name, self.skew, self.duration = name, skew, duration
+        self.name, self.skew, self.slowness, self.duration = name, skew, slowness, duration
         self.network = world.network(name)
         self.random = seeded(seed, name, "protocol")
         self._entropy = seeded(seed, name, "entropy")
@@ -54,3 +62,12 @@ class VirtualHost(Host):
             with trio.CancelScope(shield=True):
                 await trio.sleep(self.duration(fn, args))
         return fn(*args)
+
+    async def compute(self, modelled: float, fn: Callable[..., T], *args: object) -> T:
+        """Run ``fn`` here and now, then let the ``modelled`` seconds pass that it takes on the machine we play."""
+        await trio.lowlevel.checkpoint()
+        result = fn(*args)
+        if modelled > 0:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(modelled * self.slowness)
+        return result
