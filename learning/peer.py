@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import attrs
 import torch
 import trio
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..transport.errors import ConfigError, RemoteError
-
+from .shard import Shard
 from .worker import TrainResult
 
 if TYPE_CHECKING:
@@ -29,8 +29,12 @@ class Kept(Protocol):
 
 
 class Trainer(Protocol):
-    """What trains the model: a worker on a task, or the user's own loop."""
+    """What trains the model: a :class:`Worker` on a task, or the user's own loop."""
 
+    model: nn.Module
+
+    def set_shard(self, shard: Shard) -> None: ...
+    def reset_optimizer(self) -> None: ...
     async def train(self, steps: int | None = None, seconds: float | None = None) -> TrainResult: ...
     async def gradient(self) -> tuple[Tensor, TrainResult]: ...
     async def apply(self, gradient: Tensor) -> None: ...

@@ -23,7 +23,7 @@ from .events import Event, RoundReport, RunStatus
 from .files import save_state
 from .gossip import Gossip
 from .membership import Membership
-from .peer import OutOfStep, Peer, Round, Tally
+from .peer import OutOfStep, Peer, Round, Tally, Trainer
 from .rounds.actions import Note, Pace
 from .rounds.hub import Hub
 from .rounds.instance import Instance, Setting
@@ -73,7 +73,7 @@ class Run:
         evaluate_every: int = 1,
         faults: Faults | None = None,
         bootstrap: tuple[Address, ...] = (),
-        trainer: Worker | None = None,
+        trainer: Trainer | None = None,
     ) -> None:
         self.endpoint, self.dht, self.host, self.me = endpoint, dht, endpoint.host, endpoint.peer_id
         self.signed, self.spec, self.run_id = spec, spec.open(), spec.run_id
@@ -83,7 +83,7 @@ class Run:
         self._on_event, self._evaluate_every = on_event, evaluate_every
         self._start = self.host.now()
         alone = Shard(self.spec.seed, self.me.key, 0, 0, 1)
-        self.trainer: Worker = trainer or Worker(self.host, task, alone, device)
+        self.trainer: Trainer = trainer or Worker(self.host, task, alone, device)
         wrong = compare_signatures(signature(self.trainer.model), self.spec.parameters)
         if wrong is not None:
             raise ConfigError(f"the model does not match the run's: {wrong}")

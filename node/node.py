@@ -11,13 +11,13 @@ import trio
 
 from ..dht.node import Dht
 from ..learning.events import Event, RoundReport, RunStatus
+from ..learning.peer import Trainer
 from ..learning.run import Faults, Run
 from ..learning.spec import RunSpec, SignedSpec
 from ..learning.store import RunStore
 from ..learning.strategies import resolve as resolve_strategy
 from ..learning.sync import HEAD, AskHead, ask_heads
 from ..learning.task import Task, resolve, signature, source_hash, title
-from ..learning.worker import Worker
 from ..transport.address import Address
 from ..transport.endpoint import Endpoint
 from ..transport.errors import ConfigError, DecodeError, PeerUnreachable, RemoteError
@@ -73,7 +73,7 @@ class NodeConfig:
 class Node:
     """A node from start to goodbye. Everything it asks of the world it asks ``host``.
 
-    ``task``: a task object instead of ``config.task``; ``make_trainer``: a user's own loop instead of a worker. The
+    ``task``: a task object instead of ``config.task``; ``trainer``: a user's own loop instead of a worker. The
     hooks are called on the event loop and must not wait: ``on_event`` for every event of the run, ``on_round`` after
     each committed round with this peer's own number of samples in it, ``on_note`` with a sentence for people.
     """
@@ -85,7 +85,7 @@ class Node:
         config: NodeConfig,
         *,
         task: Task | None = None,
-        trainer: Worker | None = None,
+        trainer: Trainer | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
         on_round: Callable[[RoundReport, int], None] = lambda report, samples: None,
         on_note: Callable[[str], None] = lambda text: None,
