@@ -1,0 +1,1 @@
+"""The benchmarks behind ``scripts/bench.py``: a parent that gives orders, children that do the work."""

@@ -1,0 +1,174 @@
+"""One peer of the group reduce: an endpoint, and rounds one after the other without a run around them."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+import trio
+
+from shoal.learning import defaults, exact
+from shoal.learning.rounds.actions import Note, Pace
+from shoal.learning.rounds.hub import Hub
+from shoal.learning.rounds.instance import Instance, Setting
+from shoal.learning.rounds.leader import Terms
+from shoal.learning.rounds.messages import Accepted, CommitRecord, instance_key
+from shoal.learning.rounds.post import Post
+from shoal.learning.rounds.presence import Presence
+from shoal.transport.address import Address
+from shoal.transport.endpoint import Endpoint
+from shoal.transport.host import RealHost
+from shoal.transport.identity import Identity, PeerId
+
+from . import vectors
+from .children import Worker, until
+
+RUN = bytes(32)
+PACE = Pace(grace=30.0, suspect=30.0, scatter=30.0, gather=30.0, accept=defaults.ACCEPT_WAIT)
+#: Seconds for one round: far beyond every wait of a healthy one.
+ROUND_LIMIT = 120.0
+
+
+def genesis(voters: tuple[PeerId, ...]) -> CommitRecord:
+    """The record before the first round: the same for all."""
+    return CommitRecord(RUN, 0, "genesis", b"", (), (), (), voters, 0, 0, b"", (), "", b"", "")
+
+
+class ShoalPeer(Worker):
+    """Builds for each round what :mod:`shoal.learning.chain` and :mod:`shoal.learning.run` build, less the training."""
+
+    def __init__(self) -> None:
+        exact.prepare_torch()
+        self._host = RealHost()
+        self._endpoint = Endpoint(self._host, Identity(self._host.entropy(32)))
+        self._notes: list[Note] = []
+        self._votes: dict[bytes, tuple[int, Accepted | None]] = {}
+
+    async def do(self, order: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        match order:
+            case "start":
+                await self.nursery.start(self._endpoint.run, [Address("tcp", "127.0.0.1", 0)])
+                self._post = Post(self._endpoint, self.nursery)
+                self._presence = Presence(self._endpoint, self.nursery)
+                self._hub = Hub(self._endpoint, self._post)
+                self._presence.on_change = self._hub.peer_changed
+                return {"peer": self._endpoint.peer_id.text, "address": str(self._endpoint.addresses()[0])}
+            case "meet":
+                return await self._meet(arguments["everybody"], arguments["rank"])
+            case "prepare":
+                self._base = vectors.base(self._rank, arguments["elements"])
+                self._mean = vectors.mean_base(len(self._voters), arguments["elements"])
+                return {}
+            case "open":
+                return self._open(arguments["run"])
+            case "go":
+                await until(arguments["at"])
+                return await self._reduce()
+        raise ValueError(order)
+
+    async def _meet(self, everybody: list[list[str]], rank: int) -> dict[str, Any]:
+        """Connect to those after us; those before us connect to us."""
+        self._rank = rank
+        self._voters = tuple(sorted(PeerId.parse(peer) for peer, _ in everybody))
+        self._head = genesis(self._voters)
+        for peer, address in everybody[rank + 1 :]:
+            await self._endpoint.connect(PeerId.parse(peer), [Address.parse(address)])
+        while len(self._endpoint.links()) < len(everybody) - 1:
+            await trio.sleep(0.01)
+        self._presence.watch(self._voters)
+        return {"cipher": self._endpoint.links()[0].cipher}
+
+    def _open(self, run: int) -> dict[str, Any]:
+        """The next round opens while its contribution is still being made."""
+        self._run, head = run, self._head
+        key = instance_key(RUN, head.round + 1, head.digest, self._voters)
+
+        def draft(
+            members: tuple[PeerId, ...],
+            samples: tuple[int, ...],
+            weights: tuple[int, ...],
+            roster: tuple[PeerId, ...],
+            nonces: tuple[bytes, ...],
+            reason: str,
+        ) -> CommitRecord:
+            return CommitRecord(
+                run=RUN,
+                round=head.round + 1,
+                kind="reduce",
+                prev=head.digest,
+                members=members,
+                samples=samples,
+                weights=weights,
+                roster=roster,
+                total=head.total + sum(samples),
+                branch=0,
+                state=b"",
+                nonces=nonces,
+                algorithm="",
+                fingerprint=b"",
+                reason=reason,
+            )
+
+        def check(record: CommitRecord) -> str | None:
+            if (record.run, record.round, record.prev) != (RUN, head.round + 1, head.digest):
+                return "it does not follow our last commit"
+            return None if record.members == self._voters else "somebody is missing"
+
+        def save(promised: int, accepted: Accepted | None) -> None:
+            self._votes[key] = (promised, accepted)
+
+        setting = Setting(
+            key=key,
+            round=head.round + 1,
+            prev=head.digest,
+            voters=self._voters,
+            terms=Terms(draft, lambda: (), lambda: (), False, defaults.MAX_ROSTER, lambda peer: 1.0),
+            pace=PACE,
+            check=check,
+            max_length=len(self._base),
+            save=save,
+            stored=(0, None),
+            note=self._notes.append,
+            hold=lambda phase: False,
+            name_at=str,
+        )
+        self._instance = Instance(self._endpoint, self._post, setting, self._presence.lost)
+        self._hub.add(self._instance)
+        self.nursery.start_soon(self._instance.run)
+        self._vector = torch.add(self._base, run)
+        return {}
+
+    async def _reduce(self) -> dict[str, Any]:
+        instance, vector = self._instance, self._vector
+        self._notes.clear()
+        sent = sum(link.bytes_sent for link in self._endpoint.links())
+        cpu = time.process_time()
+        began = time.monotonic()
+        result = None
+        with trio.move_on_after(ROUND_LIMIT):
+            why = await self._host.run_blocking(exact.check_finite, vector)
+            instance.begin(vector if why is None else None, 1, 1, len(vector), why or "")
+            result = await instance.outcome()
+        ended = time.monotonic()
+        cpu = time.process_time() - cpu
+        if result is None or instance.commit is None:
+            notes = "; ".join(f"{note.phase} {note.what} {note.detail}" for note in self._notes)
+            return {"wrong": f"no result after {ROUND_LIMIT:.0f} s: {instance.voter.reason} ({notes})", "digest": ""}
+        self._head = instance.commit.record
+        self._hub.remember(instance.commit)
+        self._votes.clear()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {
+            "began": began,
+            "ended": ended,
+            "wrong": vectors.wrong(result, self._mean, self._run),
+            "digest": vectors.digest(result),
+            "attempts": instance.voter.attempt + 1,
+            "cpu": cpu,
+            "peak": peak,
+            "sent": sum(link.bytes_sent for link in self._endpoint.links()) - sent,
+            "notes": [[note.phase, note.what] for note in self._notes],
+        }
