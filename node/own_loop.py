@@ -60,6 +60,7 @@ class OwnLoop:
         self._jobs: deque[_Job] = deque()
         #: Steps the loop may still take before it has to wait; infinite within a time budget.
         self._granted = 0.0
+        self._begun = False
         self._steps = self._seen = 0
         self._loss = 0.0
         self._training: tuple[trio.Event, trio.lowlevel.TrioToken] | None = None
@@ -76,10 +77,12 @@ class OwnLoop:
         with self._changed:
             if self._closed:
                 return self._goes_on()
+            if not self._begun:
+                raise ConfigError("step() before the run began: take steps inside `with swarm:`, which waits for it")
             self._steps += 1
             self._seen += self._samples if samples is None else samples
             if loss is not None:
-                self._loss += float(loss) * (self._samples if samples is None else samples)
+                self._loss += float(loss.detach() if isinstance(loss, Tensor) else loss) * (self._samples if samples is None else samples)
             self._granted -= 1
         self._serve(lambda: self._granted > 0)
         return self._goes_on()
@@ -87,6 +90,7 @@ class OwnLoop:
     def wait_for_grant(self) -> bool:
         """Wait until the run wants the first step: the model then holds the run's weights. False if the run is over."""
         self._serve(lambda: self._granted > 0)
+        self._begun = True
         return self._goes_on()
 
     def serve_until_closed(self) -> None:

@@ -55,7 +55,7 @@ class OwnTask(Task):
 
 
 class Swarm:
-    """A run, seen from a training loop. Made by :meth:`join` or :meth:`start`; a context manager.
+    """A run, seen from a training loop. Made by :meth:`join` or :meth:`start`; take steps inside its ``with`` block.
 
     ::
 
@@ -68,8 +68,9 @@ class Swarm:
     as it is: what is exchanged are the model's weights. Leaving the ``with`` block says goodbye to the others.
     """
 
-    def __init__(self, node: Node, loop: OwnLoop, data: DataDir | None) -> None:
-        self._node, self._loop, self._data = node, loop, data
+    def __init__(self, identity: Identity, config: NodeConfig, loop: OwnLoop, data: DataDir | None) -> None:
+        self._identity, self._config, self._loop, self._data = identity, config, loop, data
+        self._node: Node | None = None
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._token: trio.lowlevel.TrioToken | None = None
@@ -91,7 +92,7 @@ class Swarm:
         time_budget: float | None = None,
         timeout: float = defaults.JOIN_TIMEOUT,
     ) -> Self:
-        """Join the run of ``ticket``; returns once ``model`` holds the run's weights and the first step may be taken.
+        """Join the run of ``ticket``. Entering the ``with`` block waits until ``model`` holds the run's weights.
 
         ``optimizer``: only said for symmetry with :meth:`start`; it stays the loop's. ``data_dir``: where identity and
         state are kept; None for a new peer that forgets all. ``evaluate``: held-out metrics of the model, after each
@@ -122,7 +123,8 @@ class Swarm:
         samples_per_step: int = 1,
         time_budget: float | None = None,
     ) -> Self:
-        """Found a run whose initial weights are ``model``'s; :attr:`ticket` invites others.
+        """Found a run whose initial weights are ``model``'s; :attr:`ticket` invites others. Entering the ``with`` block
+        waits for ``min_peers``, so print the ticket before.
 
         ``strategy``: one that exchanges weights (diloco, noloco, local); ``strategy_args`` for instance
         ``{"inner_steps": 50}``. ``rounds``: 0 for until stopped. Others as for :meth:`join`.
@@ -179,8 +181,7 @@ class Swarm:
                 snapshot=snapshot,
                 join_timeout=timeout,
             )
-            node = Node(RealHost(), identity, config, task=OwnTask(loop), trainer=loop)
-            swarm = cls(node, loop, data)
+            swarm = cls(identity, config, loop, data)
             swarm._locks = stack.pop_all()
         swarm._thread.start()
         swarm._wait_for_node()
@@ -199,31 +200,32 @@ class Swarm:
     @property
     def ticket(self) -> str:
         """The text with which others join, through this node."""
-        ticket = self._node.ticket()
+        ticket = self._node.ticket() if self._node is not None else None
         return "" if ticket is None else ticket.encode()
 
     @property
     def peer(self) -> str:
         """This peer's id."""
-        return self._node.identity.peer_id.text
+        return self._identity.peer_id.text
 
     @property
     def finished(self) -> bool:
         """Whether all rounds of a finite run are done."""
-        return self._node.outcome == "finished"
+        return self._node is not None and self._node.outcome == "finished"
 
     @property
     def reports(self) -> list[RoundReport]:
         """One report per committed round so far."""
-        return [] if self._node.run_here is None else self._node.run_here.reports
+        run = self._node.run_here if self._node is not None else None
+        return [] if run is None else run.reports
 
     def status(self) -> RunStatus | None:
         """The moment, as ``shoal status`` shows it."""
-        return self._node.status()
+        return self._node.status() if self._node is not None else None
 
     def close(self) -> None:
         """Say goodbye and end the node; within about two seconds. The model stays as it is."""
-        if self._token is not None and self._thread.is_alive():
+        if self._node is not None and self._token is not None and self._thread.is_alive():
             try:
                 self._token.run_sync_soon(self._node.stop)
             except trio.RunFinishedError:
@@ -234,6 +236,11 @@ class Swarm:
         self._locks.close()
 
     def __enter__(self) -> Self:
+        try:
+            self._loop.wait_for_grant()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -244,11 +251,11 @@ class Swarm:
     # -- the node's thread ---------------------------------------------------------------------------------------------
 
     def _wait_for_node(self) -> None:
-        try:
-            self._loop.wait_for_grant()
-        except BaseException:
+        self._ready.wait()
+        if self._failure is not None:
+            self._thread.join()
             self._locks.close()
-            raise
+            raise self._failure
 
     def _main(self) -> None:
         failure: BaseException | None = None
@@ -257,15 +264,20 @@ class Swarm:
             trio.run(self._run)
         except BaseException as error:  # noqa: BLE001  # boundary: raised on the loop's thread, in step()
             failure = first_error(error)
+        self._failure = failure
         self._loop.close(failure)
+        self._ready.set()
 
     async def _run(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
+        node = Node(RealHost(), self._identity, self._config, task=OwnTask(self._loop), trainer=self._loop)
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._node.run)
+            await nursery.start(node.run)
             if self._data is not None:
-                ticket = self._node.ticket()
-                assert ticket is not None and self._node.signed is not None
-                founder = self._node.signed.open().founder == self._node.identity.peer_id
-                port = next((address.port for address in self._node.endpoint.addresses()), 0)
+                ticket = node.ticket()
+                assert ticket is not None and node.signed is not None
+                founder = node.signed.open().founder == self._identity.peer_id
+                port = next((address.port for address in node.endpoint.addresses()), 0)
                 self._data.write_record(NodeRecord(ticket.encode(), "", port, founder))
+            self._node = node
+            self._ready.set()
