@@ -106,7 +106,7 @@ class Dht:
             batch, remembered = remembered[: defaults.ALPHA_MAX], remembered[defaults.ALPHA_MAX :]
             attempts += await self._reach([], [peer for peer in batch if peer in self._walker.lost])
         if len(self.table):
-            await self._find(self.table.key)
+            await self._find_neighbours()
         elif attempts and (addresses or peers):
             raise PeerUnreachable("nobody there to join through", attempts=tuple(attempts))
         self._wake.set()
@@ -170,6 +170,12 @@ class Dht:
             return Reply(closer, enough=found)
 
         return await self._walker.walk(target, ask, paths=paths)
+
+    async def _find_neighbours(self) -> None:
+        """Find the k peers closest to us: the near buckets are complete then."""
+        closest = (await self._find(self.table.key)).closest
+        everybody = len(closest) < self.table.k
+        self.table.refreshed_near(None if everybody else node_key(closest[-1]), self.host.now())
 
     async def find_peer(self, peer: PeerId) -> SignedPeerRecord | None:
         """A valid contact of ``peer``: of its live link, else by a lookup. None when nobody asked knows it."""
@@ -387,6 +393,9 @@ class Dht:
                 nursery.start_soon(ping, peer)
 
     async def _refresh(self) -> None:
+        if not self.table.refresh_due(self.host.now(), self.host.random):
+            return
+        await self._find_neighbours()
         for key in self.table.refresh_due(self.host.now(), self.host.random):
             await self._find(key)
 
@@ -439,7 +448,7 @@ class Dht:
                 else:
                     self._walker.remember(peer, record)
         if len(self.table) > before:
-            await self._find(self.table.key)
+            await self._find_neighbours()
 
     # -- restarts --------------------------------------------------------------------------------------------
 

@@ -188,14 +188,26 @@ class RoutingTable:
             index = bucket_index(self.key, key)
             self._buckets.setdefault(index, Bucket(refreshed=now)).refreshed = now
 
+    def refreshed_near(self, farthest: int | None, now: float) -> None:
+        """A lookup for our own key found everybody up to the node key ``farthest`` (None: everybody there is).
+
+        The buckets nearer to us than that hold all their peers; a lookup in each would find the same ones.
+        """
+        split = -1 if farthest is None else bucket_index(self.key, farthest)
+        for index in range(split + 1, self._deepest() + 1):
+            self._buckets.setdefault(index, Bucket(refreshed=now)).refreshed = now
+
+    def _deepest(self) -> int:
+        """The bucket of our nearest neighbour, -1 when we know nobody."""
+        return max((index for index, bucket in self._buckets.items() if bucket.contacts), default=-1)
+
     def refresh_due(self, now: float, rng: random.Random) -> list[int]:
         """One random key for each bucket that is due, far to near, up to our nearest neighbour's bucket.
 
         Nearer buckets are empty because nobody lives there.
         """
-        deepest = max((index for index, bucket in self._buckets.items() if bucket.contacts), default=-1)
         due = []
-        for index in range(deepest + 1):
+        for index in range(self._deepest() + 1):
             bucket = self._buckets.get(index)
             if bucket is None or now - bucket.refreshed >= defaults.REFRESH_INTERVAL:
                 due.append(random_key(self.key, index, rng))

@@ -115,16 +115,16 @@ async def test_dead_peers_leave_the_tables_of_the_living(open_swarm: OpenSwarm) 
 async def test_a_healed_partition_becomes_one_swarm_again(open_swarm: OpenSwarm) -> None:
     async with open_swarm() as swarm:
         founder = await swarm.add("founder")
-        for number in range(7):
+        for number in range(5):
             await swarm.add(f"n{number}", founder)
         await trio.sleep(30)
         names = list(swarm.nodes)
-        swarm.world.partition(names[:4], names[4:])
-        await trio.sleep(1200)
-        assert all(len(node.dht.table) == 3 for node in swarm.nodes.values())
+        swarm.world.partition(names[:3], names[3:])
+        await trio.sleep(900)
+        assert all(len(node.dht.table) == 2 for node in swarm.nodes.values())
         swarm.world.heal()
-        await trio.sleep(600)
-        assert all(len(node.dht.table) == 7 for node in swarm.nodes.values())
+        await trio.sleep(300)
+        assert all(len(node.dht.table) == 5 for node in swarm.nodes.values())
 
 
 async def test_contacts_are_kept_fresh_beyond_the_life_of_their_records(open_swarm: OpenSwarm) -> None:
@@ -256,13 +256,13 @@ async def test_records_end_everywhere_when_they_expire(open_swarm: OpenSwarm) ->
 async def test_a_record_outlives_its_author_and_its_first_holders(open_swarm: OpenSwarm) -> None:
     async with open_swarm() as swarm:
         founder = await swarm.add("founder")
-        old = [await swarm.add(f"old{number}", founder) for number in range(3)]
+        old = [await swarm.add(f"old{number}", founder) for number in range(2)]
         spec = SignedRecord.sign(
             founder.identity, "run", digest(b"spec"), b"spec", seq=0, expires=founder.host.wall() + 80_000
         )
-        assert await founder.dht.put(spec) == 3
+        assert await founder.dht.put(spec) == 2
         await swarm.leave("founder")
-        new = [await swarm.add(f"new{number}", old[0]) for number in range(3)]
+        new = [await swarm.add(f"new{number}", old[0]) for number in range(2)]
         await trio.sleep(1.6 * defaults.REPLICATE_INTERVAL)
         for node in old:
             swarm.kill(node.name)
@@ -353,7 +353,7 @@ async def test_a_topic_out_of_bounds_is_misuse(open_swarm: OpenSwarm, topic: byt
 
 
 async def test_a_stranger_that_asks_too_much_gets_a_typed_refusal(open_swarm: OpenSwarm) -> None:
-    async with open_swarm() as swarm:
+    async with open_swarm(latency=0.001) as swarm:
         holder = await swarm.add("holder")
         stranger = await swarm.add("stranger")
         await stranger.endpoint.identify(holder.address)

@@ -173,6 +173,18 @@ def test_buckets_are_refreshed_once_an_hour_up_to_the_nearest_neighbour() -> Non
     assert len(table.refresh_due(10.0 + defaults.REFRESH_INTERVAL, rng)) == deepest + 1
 
 
+def test_a_lookup_for_our_own_key_spares_the_buckets_it_covered() -> None:
+    table, rng = RoutingTable(peer(0)), random.Random(1)
+    for number in range(1, 200):
+        table.seen(contact(number), 0.0)
+    farthest = table.closest(table.key, defaults.K)[-1].key
+    table.refreshed_near(farthest, 1.0)
+    due = [bucket_index(table.key, key) for key in table.refresh_due(2.0, rng)]
+    assert due == list(range(bucket_index(table.key, farthest) + 1))
+    table.refreshed_near(None, 2.0)
+    assert table.refresh_due(3.0, rng) == []
+
+
 @given(st.lists(st.floats(0.001, 2), min_size=1, max_size=20))
 def test_round_trip_times_are_smoothed_within_their_range(samples: list[float]) -> None:
     table = RoutingTable(peer(0))
