@@ -17,7 +17,7 @@ from ..learning.spec import RunSpec, SignedSpec
 from ..learning.store import RunStore
 from ..learning.strategies import resolve as resolve_strategy
 from ..learning.sync import HEAD, AskHead, ask_heads
-from ..learning.task import Task, resolve, signature, source_hash, title
+from ..learning.task import BUILTIN, Task, resolve, signature, source_hash, title
 from ..transport.address import Address
 from ..transport.endpoint import Endpoint
 from ..transport.errors import ConfigError, DecodeError, PeerUnreachable, RemoteError
@@ -264,6 +264,11 @@ class Node:
             # Importing a user's module may take seconds.
             if self.config.task:
                 self._task = await self.host.run_blocking(lambda: resolve(self.config.task, allow_import=True))
+            elif spec is not None and spec.task not in BUILTIN:
+                raise ConfigError(
+                    f"the run trains the task {spec.task!r}, which is not built in, and code is never taken from the "
+                    "network: name your copy of it with --task module:Class"
+                )
             elif spec is not None:
                 self._task = await self.host.run_blocking(lambda: resolve(spec.task, allow_import=False))
             else:

@@ -82,7 +82,8 @@ class OwnLoop:
             self._steps += 1
             self._seen += self._samples if samples is None else samples
             if loss is not None:
-                self._loss += float(loss.detach() if isinstance(loss, Tensor) else loss) * (self._samples if samples is None else samples)
+                value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+                self._loss += value * (self._samples if samples is None else samples)
             self._granted -= 1
         self._serve(lambda: self._granted > 0)
         return self._goes_on()
