@@ -35,6 +35,14 @@ def transfer(size: int, bandwidth: float | None) -> float:
     return 2.0 * size / max(bandwidth or defaults.ASSUMED_BANDWIDTH, defaults.MIN_BANDWIDTH)
 
 
+def record_size(bandwidth: float, last: int) -> int:
+    """Bytes of the next record at most: none may take the line for long, as control waits behind it.
+
+    ``last``: the limit before; it at most doubles, as the first records vanish in the kernel's buffer.
+    """
+    return max(defaults.MIN_RECORD, min(defaults.MAX_RECORD, 2 * last, int(bandwidth * defaults.RECORD_TIME)))
+
+
 def dial(lag: float = 0.0) -> float:
     """For one attempt to open a byte stream."""
     return defaults.DIAL_FLOOR + lag

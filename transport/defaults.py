@@ -153,6 +153,15 @@ MEASURE_BYTES = 16 << 10
 #: Seconds after which measuring one cipher ends; together a few ms, once per process.
 MEASURE_TIME = 0.002
 
+#: Seconds that one record may take on the line: how long control waits behind bulk at most.
+RECORD_TIME = 0.25
+
+#: Bytes of a record before the line is measured: 0.5 s at 1 Mbit/s.
+FIRST_RECORD = 64 << 10
+
+#: Bytes of a record on the slowest line: below this, headers and tags begin to count.
+MIN_RECORD = 16 << 10
+
 # Calls (rpc.py)
 
 #: Bytes of the head of a call: a method's name and two numbers.

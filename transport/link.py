@@ -118,7 +118,7 @@ class Link:
         self.exporter: bytes = channel.exporter
         self.bytes_sent = 0
         self.bytes_received = 0
-        #: Bytes per second, smoothed, of large records that had to wait for the network; None: not measured yet.
+        #: Bytes per second, smoothed, at which the network took larger records; None: not measured yet.
         self.bandwidth: float | None = None
         self.opened_at = self.last_used = host.now()
         self.closed = trio.Event()
@@ -144,6 +144,9 @@ class Link:
         self._slots = ParkingLot()
         self._scope: trio.CancelScope | None = None
         self._writing = False
+        self._pace: float | None = None  # smoothed seconds per byte of larger records
+        self._record_limit = defaults.FIRST_RECORD
+        self._parting = ""  # what we said in our goodbye
         self._heard = host.now()
         self._unheard = 0  # bytes sent since we last heard from the peer
 
@@ -181,12 +184,16 @@ class Link:
         Raises :class:`LinkClosed`.
         """
         await trio.lowlevel.checkpoint()
-        while True:
-            if not self.alive:
-                raise self._closed_error()
-            if self._mux.can_open:
-                break
+        while (stream := self.try_open_stream(protocol, priority)) is None:
             await self._slots.park()
+        return stream
+
+    def try_open_stream(self, protocol: str, priority: Priority = Priority.CONTROL) -> LinkStream | None:
+        """Open a stream without waiting; None when :meth:`open_stream` would wait. Raises :class:`LinkClosed`."""
+        if not self.alive:
+            raise self._closed_error()
+        if not self._mux.can_open:
+            return None
         try:
             stream = self._mux.open(protocol, priority)
         except Overloaded as error:
@@ -212,6 +219,7 @@ class Link:
     def say_goodbye(self, reason: str, code: int = GoodbyeCode.LEAVING) -> None:
         """Begin to close, without waiting: from here on no stream opens and nothing that comes in is looked at."""
         if self.alive:
+            self._parting = reason
             self.closed_idle = code == GoodbyeCode.IDLE
             self._mux.goodbye(code, reason)
             self._break_streams(LinkClosed(f"closed by us: {reason}", peer=self.peer.short))
@@ -244,7 +252,10 @@ class Link:
         except RemoteError as error:
             self._end(error)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self._end(LinkClosed("the connection broke without a goodbye", peer=self.peer.short))
+            how = (
+                f"closed by us: {self._parting}" if self._mux.goodbye_sent else "the connection broke without a goodbye"
+            )
+            self._end(LinkClosed(how, peer=self.peer.short))
 
     def _end(self, reason: LinkClosed | RemoteError) -> None:
         if self.close_reason is None:
@@ -274,6 +285,8 @@ class Link:
         self._records.clear()
         while True:
             data = await self._stream.receive_some(defaults.READ_SIZE)
+            if not data and self._mux.goodbye_sent:
+                raise LinkClosed(f"closed by us: {self._parting}", peer=self.peer.short)
             if not data:
                 self._channel.eof()
                 raise LinkClosed("the connection ended without a goodbye", peer=self.peer.short)
@@ -288,7 +301,7 @@ class Link:
 
     async def _write(self) -> None:
         while True:
-            record = self._mux.next_record(defaults.MAX_RECORD)
+            record = self._mux.next_record(self._record_limit)
             if record is None:
                 if self._mux.goodbye_sent:
                     await self._stream.send_eof()
@@ -307,7 +320,7 @@ class Link:
             self._writing = False
             self.bytes_sent += len(wire)
             self._unheard += len(wire)
-            if len(wire) > defaults.MAX_RECORD // 2:
+            if len(wire) >= defaults.MIN_RECORD // 2:
                 self._measure(len(wire), self._host.now() - began)
 
     async def _keepalive(self) -> None:
@@ -392,6 +405,9 @@ class Link:
         return StreamLost(f"the link ended: {reason.message}", peer=self.peer.short, goodbye=goodbye)
 
     def _measure(self, size: int, seconds: float) -> None:
-        if seconds > 0:
-            sample = size / seconds
-            self.bandwidth = sample if self.bandwidth is None else 0.8 * self.bandwidth + 0.2 * sample
+        # Seconds per byte are averaged, not bytes per second: a record that vanished in the kernel's buffer in no time
+        # says little about the line, one that took long says much.
+        sample = seconds / size
+        self._pace = sample if self._pace is None else 0.5 * (self._pace + sample)
+        self.bandwidth = 1.0 / max(self._pace, 1e-12)
+        self._record_limit = deadlines.record_size(self.bandwidth, self._record_limit)

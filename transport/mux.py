@@ -360,8 +360,8 @@ class Mux:
     def next_record(self, limit: int) -> list[Buffer] | None:
         """The buffers that make up the next record (at most ``limit`` bytes), or None when nothing may be sent.
 
-        The buffers are views of what was given to :meth:`send`: seal them first, then call :meth:`take_drained` (always:
-        it keeps what nobody took) and tell those who wait.
+        The buffers are views of what was given to :meth:`send`: seal them first, then call :meth:`take_drained` and
+        tell those who wait. Call it always: it keeps what nobody took.
         """
         out: list[Buffer] = []
         room = limit

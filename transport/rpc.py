@@ -179,9 +179,7 @@ class Reply(Generic[R]):
         if self._first is not None:
             first, self._first = self._first, None
             return first
-        head = bytearray(_PART.size)
-        await self._stream.read_exactly_into(memoryview(head))
-        kind, length = _PART.unpack(head)
+        kind, length = _PART.unpack(await self._stream.read_exactly(_PART.size))
         if kind not in tuple(Part):
             raise RemoteProtocolError(f"an answer with a part of unknown kind {kind}", peer=self._peer)
         return Part(kind), length
@@ -195,9 +193,7 @@ class Reply(Generic[R]):
     async def _message(self, length: int, limit: int) -> bytearray:
         if length > limit:
             raise RemoteProtocolError(f"an answer of {length} bytes, at most {limit} allowed", peer=self._peer)
-        data = bytearray(length)
-        await self._stream.read_exactly_into(memoryview(data))
-        return data
+        return await self._stream.read_exactly(length)
 
 
 @asynccontextmanager
@@ -221,17 +217,23 @@ async def exchange(
         raise ProtocolMisuse(f"a request of {len(message)} bytes for {method.name}: bulk travels in the body")
     peer = link.peer.short
     with trio.move_on_after(timeout) as scope:
-        stream = await link.open_stream(PROTOCOL, method.priority)
+        # A small call goes out whole in one record: nothing here waits before it is queued.
+        await trio.lowlevel.checkpoint_if_cancelled()
+        stream = link.try_open_stream(PROTOCOL, method.priority)
+        if stream is None:
+            stream = await link.open_stream(PROTOCOL, method.priority)
         reply = Reply(stream, method)
         try:
             left = max(0.001, scope.deadline - trio.current_time())
             head = pack(Head(method.name, left, sum(len(view) for view in views)))
             try:
                 start = b"".join((_LENGTH.pack(len(head)), head, _LENGTH.pack(len(message)), message))
-                await stream.send_all(start)
+                if not stream.post(start, end=not views):
+                    await stream.send_all(start)
                 for view in views:
                     await stream.send_all(view)
-                await stream.send_eof()
+                if not stream.ended:
+                    await stream.send_eof()
             except StreamReset:
                 if not stream.stopped:
                     raise
@@ -249,7 +251,7 @@ async def exchange(
             raise
         finally:
             if reply._finished:
-                await stream.aclose()
+                stream.close()
             else:
                 stream.reset(ResetCode.CANCELLED)
     if scope.cancelled_caught:
@@ -332,6 +334,9 @@ class RpcServer:
         code, message, result = "expired", f"{head.method} took more than the {timeout:.1f} s it was given", b""
         with trio.move_on_after(timeout):
             code, message, result = await self._answer(stream, head, deadline)
+        if not code and stream.post(_PART.pack(Part.RESULT, len(result)) + result, end=True):
+            stream.stop_receiving()
+            return
         with trio.move_on_after(max(0.0, deadline - self._host.now()) + seconds):
             if code:
                 await self._refuse(stream, code, message)
@@ -373,14 +378,10 @@ class RpcServer:
         return "", "", result
 
     async def _message(self, stream: LinkStream, limit: int) -> bytearray:
-        head = bytearray(_LENGTH.size)
-        await stream.read_exactly_into(memoryview(head))
-        (length,) = _LENGTH.unpack(head)
+        (length,) = _LENGTH.unpack(await stream.read_exactly(_LENGTH.size))
         if length > limit:
             raise DecodeError(f"a message of {length} bytes, at most {limit} allowed")
-        data = bytearray(length)
-        await stream.read_exactly_into(memoryview(data))
-        return data
+        return await stream.read_exactly(length)
 
     async def _refuse(self, stream: LinkStream, code: str, message: str) -> None:
         error = pack(CallError(code[:64], message[:512]))

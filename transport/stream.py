@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -104,6 +105,23 @@ class LinkStream(trio.abc.HalfCloseableStream):
         finally:
             self._sending = False
 
+    def post(self, data: bytes, *, end: bool = False) -> bool:
+        """Send small ``data`` at once, without waiting, and with ``end`` close the sending half in the same record.
+
+        False, and nothing is sent, when it would have to wait: use :meth:`send_all`. Errors as there.
+        """
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._check_sending()
+        stream = self._stream
+        if len(data) > defaults.SMALL_SEND or stream.queued >= defaults.SMALL_QUEUE:
+            return False
+        self._mux.send(stream, data)
+        if end:
+            self._mux.end(stream)
+        self.link._changed()
+        return True
+
     async def wait_send_all_might_not_block(self) -> None:
         self._begin_sending()
         try:
@@ -148,7 +166,7 @@ class LinkStream(trio.abc.HalfCloseableStream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """The next bytes, as a copy; ``b""`` at the end. See :meth:`read_exactly_into` for bulk."""
-        if max_bytes is not None and max_bytes < 1:
+        if max_bytes is not None and operator.index(max_bytes) < 1:
             raise ValueError("max_bytes must be at least 1")
         self._begin_receiving()
         try:
@@ -171,7 +189,8 @@ class LinkStream(trio.abc.HalfCloseableStream):
         view = buffer if buffer.itemsize == 1 and buffer.ndim == 1 else buffer.cast("B")
         self._begin_receiving()
         try:
-            await checkpoint()
+            await checkpoint_if_cancelled()
+            waited = False
             done = 0
             while done < len(view):
                 self._check_receiving()
@@ -181,12 +200,35 @@ class LinkStream(trio.abc.HalfCloseableStream):
                     self.link._changed()
                 elif self._stream.receiving is Receiving.OPEN:
                     await self._wait_readable()
+                    waited = True
                 else:
                     raise RemoteProtocolError(
                         f"the stream ended after {done} of {len(view)} bytes", peer=self.peer.short
                     )
+            if not waited:
+                await trio.lowlevel.cancel_shielded_checkpoint()
         finally:
             self._receiving = False
+
+    async def read_exactly(self, size: int) -> bytearray:
+        """The next ``size`` bytes, as a copy. No checkpoint when they are here already; else as the above."""
+        data = self.read_available(size)
+        if data is None:
+            data = bytearray(size)
+            await self.read_exactly_into(memoryview(data))
+        return data
+
+    def read_available(self, size: int) -> bytearray | None:
+        """The next ``size`` bytes, as a copy, when all of them are here; None, and nothing is read, otherwise."""
+        if self._receiving:
+            raise trio.BusyResourceError("another task is receiving on this stream")
+        self._check_receiving()
+        if self._stream.unread < size:
+            return None
+        data = bytearray(size)
+        self._mux.read_into(self._stream, memoryview(data))
+        self.link._changed()
+        return data
 
     async def _wait_readable(self) -> None:
         if self._lost is not None:
@@ -208,6 +250,11 @@ class LinkStream(trio.abc.HalfCloseableStream):
 
     async def aclose(self) -> None:
         """Close: what was sent still arrives, with its end; what comes in is no longer read. Never blocks for long."""
+        self.close()
+        await checkpoint()
+
+    def close(self) -> None:
+        """:meth:`aclose` without its checkpoint."""
         if not self._closed:
             self._closed = True
             if self._sending and self._stream.queued:
@@ -217,7 +264,6 @@ class LinkStream(trio.abc.HalfCloseableStream):
                 self._mux.stop(self._stream, ResetCode.NOT_READING)
             self.link._changed()
             self._wake()
-        await checkpoint()
 
     def reset(self, code: int = ResetCode.CANCELLED) -> None:
         """End both halves at once, without waiting; the peer gets :class:`StreamReset` with ``code``."""

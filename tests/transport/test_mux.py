@@ -1,4 +1,4 @@
-"""The stream mux: order and completeness against a model, credits, priorities, bounds, and peers that break the rules."""
+"""The stream mux: order and completeness against a model, credits, priorities, bounds, peers that break the rules."""
 
 from __future__ import annotations
 
@@ -469,9 +469,9 @@ def test_a_flood_of_pings_makes_no_queue() -> None:
 
 def test_a_peer_that_makes_us_answer_without_listening_is_cut_off() -> None:
     mux = Mux(initiator=False, limits=TINY, peer="mallory")
+    flood = [frame(Frame.OPEN, number << 2 | 1, 1, b"x") for number in range(1, 10_000)]
     with pytest.raises(RemoteProtocolError, match=r"mallory: it keeps opening streams"):
-        for number in range(1, 10_000):
-            feed(mux, frame(Frame.OPEN, number << 2 | 1, 1, b"x"))
+        feed(mux, *flood)
 
 
 # Peers that break the rules
