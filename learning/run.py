@@ -99,6 +99,7 @@ class Run:
         self._instance: Instance | None = None
         self._strategy_scope = trio.CancelScope()
         self._metric: float | None = None
+        self._metric_name = metric_name(task, {})
         self._loss: float | None = None
         self._round_began = self._trained = 0.0
         self._saved_at = -math.inf
@@ -182,7 +183,8 @@ class Run:
         self.nursery.start_soon(self._digest, snapshot)
         due = self._evaluate_every and (self.round % self._evaluate_every == 0 or self.over())
         if due and (self._pending_report is not None or self._metric is None):
-            self._metric = score(self.task, await self.trainer.evaluate())
+            values = await self.trainer.evaluate()
+            self._metric, self._metric_name = score(self.task, values), metric_name(self.task, values)
         if self._pending_report is not None:
             await snapshot.ready.wait()
             report = self._pending_report(self._metric if due else None, snapshot.digest.hex())
@@ -414,7 +416,7 @@ class Run:
             samples=self._peer.tally.samples,
             total_samples=record.total if record is not None else 0,
             loss=self._loss,
-            metric_name=metric_name(self.task, {}),
+            metric_name=self._metric_name,
             metric=self._metric,
             digest=self.digest(),
             branch=record.branch if record is not None else 0,

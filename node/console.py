@@ -56,8 +56,6 @@ class Console:
 
     def ready(self, node: Node, spec: RunSpec, ticket: Ticket, reach: str) -> None:
         rounds = f"{spec.rounds} rounds" if spec.rounds else "until stopped"
-        status = node.status()
-        self._metric = (status.metric_name if status is not None else "") or "metric"
         self._rounds = spec.rounds
         self.line(
             f"node       {node.identity.peer_id.short}, data in {node.config.folder and node.config.folder.parent}"
@@ -73,7 +71,10 @@ class Console:
         if show is not None:
             self.line("           " + show(event))
 
-    def round(self, report: RoundReport, sent: int) -> None:
+    def round(self, report: RoundReport, sent: int, metric_name: str) -> None:
+        """One line. ``sent``: bytes so far, on all links."""
+        if metric_name and report.metric is not None:
+            self._metric = metric_name
         if not self._headed:
             self._headed = True
             self.line(f"{'round':>9}  members  {'loss':>8}  {self._metric:>10}  {'exchange':>8}  {'sent':>9}  time")

@@ -176,7 +176,8 @@ class Daemon:
         report = attrs.evolve(report, loss=finite(report.loss), metric=finite(report.metric))
         sent, received = self.node.traffic()
         self._events.append(RoundFrame(report, samples, sent, received))
-        self._console.round(report, sent)
+        status = self.node.status()
+        self._console.round(report, sent, status.metric_name if status is not None else "")
 
     def status(self) -> NodeStatus:
         run = self.node.status()
