@@ -131,8 +131,11 @@ class Endpoint:
                         await trio.sleep_forever()
                 finally:
                     self._nursery = None
-                    await self._say_goodbye()
-                    links.cancel_scope.cancel()
+                    try:
+                        await self._say_goodbye()
+                    finally:
+                        # Shielded: nobody else can end them.
+                        links.cancel_scope.cancel()
         finally:
             for listener in listeners:
                 await trio.aclose_forcefully(listener)
@@ -443,9 +446,20 @@ class Endpoint:
         as soon as the link is lost, :class:`WaitExpired`, :class:`RemoteRefused` with the peer's code,
         :class:`StreamReset`, :class:`RemoteProtocolError`. Cancellation cancels the handler at the peer.
         """
+        end = None if timeout is None else self.host.now() + timeout
         result: R
-        async with self._exchange(peer, method, request, body, timeout) as reply:
-            result = await reply.result()
+        for last in (False, True):
+            link, left = await self._way(peer, body, end)
+            begun = False
+            try:
+                async with exchange(link, method, request, body=body, timeout=left) as reply:
+                    await reply.begin()
+                    begun = True
+                    result = await reply.result()
+                break
+            except LinkClosed:
+                if begun or last or not self._unheard(link):
+                    raise
         return result
 
     @asynccontextmanager
@@ -456,39 +470,35 @@ class Endpoint:
 
         The block begins when the answer does. ``timeout`` bounds the whole block; errors as in :meth:`call`.
         """
-        async with self._exchange(peer, method, request, None, timeout) as reply:
-            yield reply
-
-    @asynccontextmanager
-    async def _exchange(
-        self,
-        peer: PeerId,
-        method: Method[Q, R],
-        request: Q,
-        body: Sequence[Buffer] | None,
-        timeout: float | None,
-    ) -> AsyncIterator[Reply[R]]:
         end = None if timeout is None else self.host.now() + timeout
-        size = sum(memoryview(part).nbytes for part in body or ())
         for last in (False, True):
-            left = None if end is None else max(0.0, end - self.host.now())
-            link = await self.connect(peer, timeout=left)
-            link.last_used = self.host.now()
-            if end is None:
-                left = deadlines.call(link.rtt, link.lag, size, link.bandwidth)
-            else:
-                left = max(0.0, end - self.host.now())
+            link, left = await self._way(peer, None, end)
             async with AsyncExitStack() as stack:
                 try:
-                    reply = await stack.enter_async_context(exchange(link, method, request, body=body, timeout=left))
+                    reply = await stack.enter_async_context(exchange(link, method, request, timeout=left))
                     await reply.begin()
                 except LinkClosed:
-                    # It closed the link as idle before it looked at this call: nothing is lost by asking again.
-                    if last or not (link.goodbye_code == GoodbyeCode.IDLE or link.closed_idle):
+                    if last or not self._unheard(link):
                         raise
                     continue
                 yield reply
                 return
+
+    async def _way(self, peer: PeerId, body: Sequence[Buffer] | None, end: float | None) -> tuple[Link, float]:
+        """The link for a call, and its seconds: until ``end``, or what its size calls for."""
+        link = self.link(peer)
+        if link is None:
+            link = await self.connect(peer, timeout=None if end is None else max(0.0, end - self.host.now()))
+        link.last_used = now = self.host.now()
+        if end is not None:
+            return link, max(0.0, end - now)
+        size = sum(memoryview(part).nbytes for part in body) if body else 0
+        return link, deadlines.call(link.rtt, link.lag, size, link.bandwidth)
+
+    @staticmethod
+    def _unheard(link: Link) -> bool:
+        """It was closed as idle before the peer looked at the call: nothing is lost by asking again."""
+        return link.goodbye_code == GoodbyeCode.IDLE or link.closed_idle
 
     def _on_stream(self, stream: LinkStream) -> None:
         if self._nursery is None:
