@@ -33,10 +33,6 @@ DISCREDIT_FAILURES = 12
 #: Seconds a whole lookup may take. At ALPHA_MAX parallel dead addresses this covers all dials of 30 dead peers.
 LOOKUP_DEADLINE = 60.0
 
-#: Seconds one query may take including the dial to a peer that we have no link to: two round trips of a
-#: satellite link for TCP, three for the handshake, one for the call, at 0.7 s each, rounded up.
-QUERY_DEADLINE = 5.0
-
 #: Newcomers remembered per full bucket. Kademlia section 4.1 (replacement cache); twice the usual loss of a bucket.
 REPLACEMENTS = 10
 

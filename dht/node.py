@@ -136,7 +136,7 @@ class Dht:
             # The record may have run out while we were away; its addresses are still the best guess, and the
             # handshake proves who answers there.
             known = open_peer_record(self._walker.lost[peer], -float("inf"))
-            return (await self.endpoint.connect(peer, known.addresses, timeout=defaults.QUERY_DEADLINE)).peer
+            return (await self.endpoint.connect(peer, known.addresses, timeout=self._walker.patience(peer))).peer
 
         async with trio.open_nursery() as nursery:
             for address in addresses:

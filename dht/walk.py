@@ -8,6 +8,7 @@ from typing import TypeVar
 import attrs
 import trio
 
+from ..transport import deadlines
 from ..transport.address import SignedPeerRecord
 from ..transport.endpoint import Endpoint
 from ..transport.errors import DecodeError, Overloaded, RemoteError, RemoteProtocolError, RemoteRefused
@@ -85,6 +86,14 @@ class Walker:
         if peer != self.endpoint.peer_id and self.endpoint.contact(peer) != record:
             self.endpoint.learn(record)
 
+    def patience(self, peer: PeerId) -> float:
+        """Seconds for one question, the dial to a peer without a link included: what a sign of life may take.
+
+        No more: a lookup has others to ask, and a peer that is slower than that is no good in a lookup.
+        """
+        link = self.endpoint.link(peer)
+        return deadlines.sign_of_life(0.0 if link is None else link.rtt, self.endpoint.lag.value(self.host.now()))
+
     # -- one question ----------------------------------------------------------------------------------------
 
     async def ask(self, peer: PeerId, method: Method[Q, R], request: Q) -> R:
@@ -98,7 +107,7 @@ class Walker:
             # The endpoint forgets contacts it did not need for long; ours in the table are worth keeping.
             self.learn(held.record)
         try:
-            answer = await self.endpoint.call(peer, method, request, timeout=defaults.QUERY_DEADLINE)
+            answer = await self.endpoint.call(peer, method, request, timeout=self.patience(peer))
         except RemoteRefused as error:
             self.counters.refusals += 1
             if error.code in NOT_SERVING:

@@ -17,7 +17,8 @@ from shoal.transport.address import Address
 from shoal.transport.endpoint import Endpoint
 from shoal.transport.host import Host
 from shoal.transport.identity import Identity
-from shoal.transport.memory import MemoryWorld, Route
+from shoal.transport.memory import MemoryWorld
+from shoal.transport.memory_flow import Route
 from shoal.transport.network import Network
 
 T = TypeVar("T")

@@ -200,7 +200,7 @@ async def test_a_holder_that_was_behind_is_given_the_newest(open_swarm: OpenSwar
     ids=["forged", "unknown namespace", "oversized", "expired", "immortal", "foreign key"],
 )
 async def test_a_bad_record_is_refused_here_and_by_every_other_peer(
-    open_swarm: OpenSwarm, change: dict[str, object], reason: str
+    open_swarm: OpenSwarm, change: dict[str, Any], reason: str
 ) -> None:
     async with open_swarm() as swarm:
         holder = await swarm.add("holder")

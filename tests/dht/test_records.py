@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 import pytest
 from hypothesis import given
@@ -44,7 +46,7 @@ def test_a_signed_record_survives_the_wire(value: bytes, seq: int) -> None:
     [{"value": b"other"}, {"seq": 2}, {"expires": NOW + 61}, {"key": owned_key(ALICE.peer_id, b"y")}],
     ids=lambda change: next(iter(change)),
 )
-def test_a_record_altered_in_any_field_is_refused(change: dict[str, object]) -> None:
+def test_a_record_altered_in_any_field_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(DecodeError, match="wrong signature"):
         attrs.evolve(owned(), **change).check(NOW, VALIDATORS)
 
@@ -101,7 +103,7 @@ def test_a_run_spec_stands_under_its_own_hash() -> None:
     ],
 )
 def test_a_record_out_of_bounds_is_refused_before_its_signature_is_checked(
-    change: dict[str, object], message: str
+    change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DecodeError, match=message):
         attrs.evolve(owned(), **change).check(NOW, VALIDATORS)
@@ -143,7 +145,7 @@ def test_an_announcement_names_its_signer_and_nobody_else() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_an_announcement_altered_in_any_field_is_refused(change: dict[str, object]) -> None:
+def test_an_announcement_altered_in_any_field_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(DecodeError, match="wrong signature"):
         attrs.evolve(announcement(), **change).check(NOW)
 
