@@ -73,13 +73,17 @@ class MemoryStream(ByteStream):
             raise trio.BusyResourceError("another task is sending on this stream")
         self._sending = True
         try:
-            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint_if_cancelled()
             await self._process.running()
             self._check_writable(sending=data is not None)
             if data:
                 self._out.push(data, len(data))
+            waited = False
             while not self._closed and (ready := self._out.ready_at()) > trio.current_time():
                 await self._out.writer.sleep(ready)
+                waited = True
+            if not waited:
+                await trio.lowlevel.cancel_shielded_checkpoint()
             await self._process.running()
             self._check_writable(sending=data is not None)
         finally:
@@ -99,7 +103,8 @@ class MemoryStream(ByteStream):
             raise trio.BusyResourceError("another task is receiving on this stream")
         self._receiving = True
         try:
-            await trio.lowlevel.checkpoint()
+            if self._closed or self._ended or self._in.ready() is not None:
+                await trio.lowlevel.checkpoint()  # else it waits below
             while True:
                 await self._process.running()
                 if self._closed:
