@@ -75,6 +75,8 @@ class Walker:
 
     def remember(self, peer: PeerId, record: SignedPeerRecord) -> None:
         """Keep a contact that is not in the table, to try it again."""
+        if peer == self.endpoint.peer_id:
+            return
         self.lost.pop(peer, None)
         self.lost[peer] = record
         if len(self.lost) > defaults.MAX_LOST:
