@@ -38,6 +38,8 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     #: Modelled compute of one training step in virtual time, seconds.
     step_seconds: ClassVar[float] = defaults.STEP_SECONDS
+    #: Parameters that suit this task, by strategy; what the founder sets on the command line goes before.
+    recommended: ClassVar[Mapping[str, Mapping[str, float]]] = {}
 
     @abstractmethod
     def model(self) -> nn.Module:

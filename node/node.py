@@ -199,8 +199,9 @@ class Node:
 
     async def _found(self, founding: Founding) -> SignedSpec:
         task = await self._load_task(None)
+        arguments = {**task.recommended.get(founding.strategy, {}), **dict(founding.strategy_args)}
         # Wrong arguments fail here, before anything is signed.
-        resolve_strategy(founding.strategy, dict(founding.strategy_args))
+        resolve_strategy(founding.strategy, arguments)
         model = self._trainer.model if self._trainer is not None else await self.host.run_blocking(task.model)
         name = title(task)
         if not name.replace("-", "").replace("_", "").isalnum():
@@ -209,7 +210,7 @@ class Node:
             task=name,
             task_hash=source_hash(task),
             strategy=founding.strategy,
-            strategy_args=founding.strategy_args,
+            strategy_args=tuple(sorted(arguments.items())),
             seed=founding.seed,
             mode=founding.mode,
             group=founding.group,

@@ -9,13 +9,12 @@ import attrs
 
 @attrs.frozen
 class TaskDefaults:
-    """What `shoal sim` uses and claims for one task. ``strategy_args`` holds for the strategy named with it.
+    """What `shoal sim` uses and claims for one task.
 
     ``at_least`` and ``above_isolated`` (of the main metric) are claimed from ``rounds`` rounds on, no sooner.
     """
 
     rounds: int
-    strategy_args: Mapping[str, Mapping[str, float]] = attrs.field(factory=dict)
     at_least: float | None = None
     above_isolated: float | None = None
     ngram: bool = False
@@ -26,8 +25,8 @@ OTHER_TASK = TaskDefaults(rounds=12)
 
 #: Measured on two cores, 8 peers; see README.
 TASKS: Mapping[str, TaskDefaults] = {
-    "digits": TaskDefaults(rounds=16, at_least=0.95, above_isolated=0.1),
-    "stdlib": TaskDefaults(rounds=12, ngram=True),
+    "digits": TaskDefaults(rounds=20, at_least=0.95, above_isolated=0.1),
+    "stdlib": TaskDefaults(rounds=28, ngram=True),
     "stdlib-small": TaskDefaults(rounds=12, ngram=True),
 }
 

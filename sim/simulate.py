@@ -41,7 +41,7 @@ def simulate(options: argparse.Namespace) -> int:
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"cannot write {path}: there is no folder {path.absolute().parent}")
     folder = _folder(options.workdir)
-    arguments = dict(known.strategy_args.get(options.strategy, {})) | dict(options.strategy_args)
+    arguments = dict(options.strategy_args)
     settings = Settings(
         task=options.task,
         strategy=options.strategy,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -61,6 +61,10 @@ class Stdlib(Task):
     metric: ClassVar[str] = "bits_per_byte"
     higher_is_better: ClassVar[bool] = False
     step_seconds: ClassVar[float] = 0.05
+    #: 4 peers, 28 rounds: 1.96 bits per byte; with the paper's 0.7/0.9 it stays at 3.5 in so few rounds.
+    recommended: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        "diloco": {"inner_steps": 25, "outer_lr": 1.0, "momentum": 0.0}
+    }
 
     width: ClassVar[int] = 192
     layers: ClassVar[int] = 2
