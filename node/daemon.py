@@ -44,9 +44,12 @@ log = logging.getLogger(__name__)
 
 @attrs.frozen
 class DaemonOptions:
-    """What a process adds to a node. ``export``: written when the node ends. ``leash``: end with standard input."""
+    """What a process adds to a node. ``task`` and ``host``: remembered for a restart. ``export``: written when the node
+    ends. ``leash``: end with standard input.
+    """
 
     task: str
+    host: str
     export: Path | None = None
     leash: bool = False
 
@@ -104,7 +107,7 @@ class Daemon:
         founder = spec is not None and spec.founder == self.node.identity.peer_id
         addresses = self.node.endpoint.addresses()
         port = next((address.port for address in addresses), 0)
-        self._data.write_record(NodeRecord(ticket.encode(), self._options.task, port, founder))
+        self._data.write_record(NodeRecord(ticket.encode(), self._options.task, self._options.host, port, founder))
         if spec is not None:
             self._console.ready(self.node, spec, ticket, self.node.reach())
 

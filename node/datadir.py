@@ -34,12 +34,14 @@ class NodeRecord:
     """What a node was doing when it last ran, so that it resumes without being told again.
 
     ``ticket``: text form. ``task``: as named on the command line here (a name or ``module:Class``).
+    ``host``: the IP address it was told to listen on; a node that was kept off the network stays off.
     ``port``: the one it listened on; taken again if it is free, so old tickets keep working.
     ``founder``: whether this node founded the run.
     """
 
     ticket: str
     task: str
+    host: str
     port: int
     founder: bool
 

@@ -150,7 +150,7 @@ def _run(options: argparse.Namespace, data: DataDir, record: NodeRecord | None, 
         faults=parse_faults(options.fault),
         snapshot=data.read_dht(),
     )
-    extra = DaemonOptions(task, options.export.absolute() if options.export else None, options.leash)
+    extra = DaemonOptions(task, bind[0].host, options.export.absolute() if options.export else None, options.leash)
     return run_daemon(lambda: Daemon(RealHost(), identity, data, config, extra, Console()))
 
 
@@ -163,8 +163,9 @@ def choose_bind(
     """
     remembered = port is None and record is not None and record.port != 0
     number = record.port if remembered and record is not None else (port or 0)
+    wanted = host or (record.host if record is not None else "") or ALL_INTERFACES
     try:
-        first = Address("tcp", host or ALL_INTERFACES, number)
+        first = Address("tcp", wanted, number)
     except ValueError:
         raise ConfigError(
             f"--host {host!r} is not an IP address; 0.0.0.0 listens on every interface, 127.0.0.1 on this machine only"

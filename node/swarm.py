@@ -278,6 +278,6 @@ class Swarm:
                 assert ticket is not None and node.signed is not None
                 founder = node.signed.open().founder == self._identity.peer_id
                 port = next((address.port for address in node.endpoint.addresses()), 0)
-                self._data.write_record(NodeRecord(ticket.encode(), "", port, founder))
+                self._data.write_record(NodeRecord(ticket.encode(), "", self._config.bind[0].host, port, founder))
             self._node = node
             self._ready.set()

@@ -22,7 +22,7 @@ from shoal.transport.identity import Identity
 
 TICKET = Ticket(b"r" * 32, Identity(b"f" * 32).peer_id, (Address("tcp", "127.0.0.1", 9),)).encode()
 
-OTHER_TASK = '''
+OTHER_TASK = """
 from collections.abc import Iterator
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ class Wider(Small):
 class Broken(Task):
     def model(self):
         return nn.Linear(1, 1)
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +204,7 @@ def test_joining_another_run_than_the_data_directorys(capsys: pytest.CaptureFixt
     data = DataDir(tmp_path / "data")
     data.create()
     other = Ticket(b"o" * 32, Identity(b"f" * 32).peer_id, ())
-    data.write_record(NodeRecord(other.encode(), "digits", 0, False))
+    data.write_record(NodeRecord(other.encode(), "digits", "127.0.0.1", 0, False))
     error = refused(capsys, "join", TICKET, "--data-dir", str(data.path))
     assert "holds another run (6f6f6f6f) than the ticket's (72727272)" in error
     assert "--data-dir" in error

@@ -12,7 +12,7 @@ import pytest
 from shoal.node.datadir import DataDir, NodeRecord, default_path
 from shoal.transport.errors import ConfigError
 
-RECORD = NodeRecord("shoal1abc", "digits", 4001, True)
+RECORD = NodeRecord("shoal1abc", "digits", "127.0.0.1", 4001, True)
 
 HOLD = """
 import sys
@@ -53,8 +53,8 @@ def test_a_record_reads_back_and_replaces_the_old_one_whole(tmp_path: Path) -> N
     data = DataDir(tmp_path)
     assert data.read_record() is None
     data.write_record(RECORD)
-    data.write_record(NodeRecord("shoal1xyz", "stdlib", 0, False))
-    assert data.read_record() == NodeRecord("shoal1xyz", "stdlib", 0, False)
+    data.write_record(NodeRecord("shoal1xyz", "stdlib", "0.0.0.0", 0, False))
+    assert data.read_record() == NodeRecord("shoal1xyz", "stdlib", "0.0.0.0", 0, False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["node"]
 
 

@@ -1,0 +1,265 @@
+"""Two terminals by hand, as processes: start, join, look, stop, kill, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.numpy
+
+from shoal.node.control import ControlClient, NodeStatus
+from shoal.node.datadir import DataDir
+from shoal.transport.errors import ConfigError
+
+pytestmark = pytest.mark.process
+
+#: Seconds for anything that involves starting Python and torch on a busy machine.
+PATIENCE = 90.0
+
+TASK = """
+import torch
+from torch import nn
+from shoal import Task
+
+class Line(Task):
+    width = 3
+    def model(self):
+        return nn.Linear(self.width, 1)
+    def optimizer(self, model):
+        return torch.optim.SGD(model.parameters(), lr=0.02)
+    def batches(self, shard):
+        rng = shard.generator("data")
+        while True:
+            yield torch.randn(8, self.width, generator=rng)
+    def loss(self, model, batch):
+        return (model(batch) - batch.sum(1, keepdim=True)).square().mean()
+    def evaluate(self, model):
+        return {"error": float((model.weight - 1).abs().max())}
+
+class Wider(Line):
+    width = 4
+"""
+
+
+class Shoal:
+    """A folder in which nodes are started; all of them end with the test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._children: list[subprocess.Popen[str]] = []
+        (folder / "line_task.py").write_text(TASK)
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+    def spawn(self, *arguments: str, data: str) -> subprocess.Popen[str]:
+        log = self.log(data).open("a")
+        child = subprocess.Popen(
+            [sys.executable, "-m", "shoal.node.process", *arguments, "--data-dir", str(self.folder / data)],
+            cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,
+        )  # fmt: skip
+        log.close()
+        self._children.append(child)
+        return child
+
+    def run(self, *arguments: str, data: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "shoal.node.process", *arguments, "--data-dir", str(self.folder / data)],
+            cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+
+    def log(self, data: str) -> Path:
+        return self.folder / f"{data}.log"
+
+    def client(self, data: str) -> ControlClient:
+        return ControlClient(DataDir(self.folder / data), timeout=20.0)
+
+    def until(self, data: str, condition: Callable[[NodeStatus], bool], what: str) -> NodeStatus:
+        """The node's status, once ``condition`` holds for it."""
+        give_up = time.monotonic() + PATIENCE
+        status: NodeStatus | None = None
+        while time.monotonic() < give_up:
+            try:
+                status = self.client(data).status()
+            except ConfigError:
+                pass
+            else:
+                if condition(status):
+                    return status
+            time.sleep(0.1)
+        raise AssertionError(f"not within {PATIENCE:g} s: {what}; {status}\n{self.log(data).read_text()[-3000:]}")
+
+    def rounds(self, data: str, count: int) -> NodeStatus:
+        return self.until(data, lambda s: s.rounds >= count, f"{count} rounds of {data}")
+
+    def end(self) -> None:
+        for child in self._children:
+            if child.poll() is None:
+                child.send_signal(signal.SIGCONT)
+                child.kill()
+            child.wait()
+
+
+@pytest.fixture
+def shoal(tmp_path: Path) -> Iterator[Shoal]:
+    made = Shoal(tmp_path)
+    yield made
+    made.end()
+
+
+START = ("start", "line_task:Line", "--host", "127.0.0.1", "--set", "inner_steps=20")
+JOIN = ("--task", "line_task:Line", "--host", "127.0.0.1")
+
+
+def members(status: NodeStatus) -> int:
+    return 0 if status.run is None else len(status.run.members)
+
+
+def digest(status: NodeStatus) -> str:
+    return "" if status.run is None else status.run.digest
+
+
+def test_start_join_look_export_stop_and_resume(shoal: Shoal) -> None:
+    founder = shoal.spawn(*START, data="a")
+    first = shoal.rounds("a", 1)
+    assert first.ticket.startswith("shoal1")
+    assert "only processes on this machine" in first.reach
+    assert first.ticket in shoal.log("a").read_text()
+
+    joiner = shoal.spawn("join", first.ticket, *JOIN, data="b")
+    shoal.rounds("b", 2)
+    shoal.until("a", lambda s: members(s) == 2, "two members")
+    # looking
+    text = shoal.run("status", data="b").stdout
+    for word in ("Line, diloco, available mode", "members", "2: ", "error", f"pid {joiner.pid}", "join with"):
+        assert word in text
+    assert json.loads(shoal.run("status", "--json", data="a").stdout)["run"]["task"] == "Line"
+    peers = json.loads(shoal.run("peers", "--json", data="a").stdout)["peers"]
+    assert [peer["peer"] for peer in peers] == [shoal.client("b").status().peer]
+    assert peers[0]["member"]
+    assert shoal.run("peers", data="b").stdout.splitlines()[0].split()[:2] == ["PEER", "ADDRESS"]
+    # weights of a running node
+    target = shoal.folder / "running.safetensors"
+    assert shoal.run("export", str(target), data="b").returncode == 0
+    assert safetensors.numpy.load_file(target)["weight"].shape == (1, 3)
+
+    # Ctrl-C: goodbye, state saved, out within 2 s
+    began = time.monotonic()
+    joiner.send_signal(signal.SIGINT)
+    assert joiner.wait(PATIENCE) == 0
+    assert time.monotonic() - began < 2.0
+    assert "saying goodbye" in shoal.log("b").read_text()
+    # SIGTERM likewise, then both come back as who they were
+    round_before = shoal.until("a", lambda s: members(s) == 1, "the founder to go on alone").rounds
+    founder.send_signal(signal.SIGTERM)
+    assert founder.wait(PATIENCE) == 0
+    exported = shoal.run("export", str(shoal.folder / "saved.safetensors"), data="a")
+    assert exported.returncode == 0, exported.stderr
+    assert "no node is running" in exported.stdout
+    saved_round = int(re.search(r"round (\d+)", exported.stdout)[1])  # type: ignore[index]
+    assert saved_round >= round_before
+
+    shoal.spawn("start", data="a")
+    again = shoal.rounds("a", 1)
+    assert again.peer == first.peer
+    assert again.run is not None
+    assert first.run is not None
+    assert again.run.run == first.run.run
+    assert again.run.round > saved_round
+    assert again.addresses == first.addresses
+    shoal.spawn("join", first.ticket, *JOIN, data="b")
+    shoal.until("b", lambda s: members(s) == 2 and s.rounds >= 1, "the joiner to be back")
+    assert shoal.run("stop", data="b").returncode == 0
+    assert shoal.run("status", data="b").returncode == 2
+
+
+def test_another_run_asked_for_in_a_used_data_directory_is_refused(shoal: Shoal) -> None:
+    child = shoal.spawn(*START, "--rounds", "2", data="a")
+    assert child.wait(PATIENCE) == 0
+    assert "finished: all rounds are done" in shoal.log("a").read_text()
+    done = shoal.run("start", "line_task:Line", "--strategy", "noloco", "--seed", "7", data="a")
+    assert done.returncode == 2
+    assert "--strategy noloco (it has diloco); --seed 7 (it has 0)" in done.stderr
+    assert "another --data-dir" in done.stderr
+
+
+def test_a_model_that_is_not_the_runs_is_refused_with_names_and_shapes(shoal: Shoal) -> None:
+    shoal.spawn(*START, data="a")
+    ticket = shoal.rounds("a", 1).ticket
+    done = shoal.run("join", ticket, "--task", "line_task:Wider", "--host", "127.0.0.1", data="b")
+    assert done.returncode == 2
+    assert "weight" in done.stderr
+    assert "1x4" in done.stderr
+    assert "1x3" in done.stderr
+    done = shoal.run("join", ticket, "--host", "127.0.0.1", data="c")
+    assert done.returncode == 2
+    assert "the run trains the task 'Line', which is not built in" in done.stderr
+    assert "--task module:Class" in done.stderr
+
+
+def test_a_killed_node_comes_back_into_its_run(shoal: Shoal) -> None:
+    shoal.spawn(*START, data="a")
+    ticket = shoal.rounds("a", 1).ticket
+    victim = shoal.spawn("join", ticket, *JOIN, data="b")
+    before = shoal.rounds("b", 2)
+    victim.kill()
+    victim.wait()
+    with pytest.raises(ConfigError, match="no node is running"):
+        shoal.client("b").status()
+    shoal.spawn("start", data="b")  # no ticket, no task: the data directory knows
+    after = shoal.until("b", lambda s: members(s) == 2 and s.rounds >= 2, "the killed node to be back")
+    assert after.peer == before.peer
+    a = shoal.client("a").status()
+    assert a.run is not None
+    assert a.run.run == (after.run.run if after.run else "")
+
+
+def test_a_second_ctrl_c_ends_at_once(shoal: Shoal) -> None:
+    child = shoal.spawn(*START, data="a")
+    shoal.rounds("a", 1)
+    child.send_signal(signal.SIGINT)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(10.0) in (0, 130)
+
+
+def test_a_node_on_a_leash_ends_with_whoever_started_it(shoal: Shoal) -> None:
+    arguments = [sys.executable, "-m", "shoal.node.process", *START, "--leash", "--data-dir", str(shoal.folder / "a")]
+    with subprocess.Popen(
+        arguments, cwd=shoal.folder, env=shoal.environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as child:
+        try:
+            shoal.rounds("a", 1)
+            assert child.stdin is not None
+            child.stdin.close()
+            assert child.wait(10.0) == 0
+        finally:
+            child.kill()
+
+
+def frozen(shoal: Shoal, seconds: float) -> dict[str, Any]:
+    """Stop a joined node for a while as a sleeping laptop would, wake it, wait until it trains again."""
+    shoal.spawn(*START, data="a")
+    ticket = shoal.rounds("a", 1).ticket
+    sleeper = shoal.spawn("join", ticket, *JOIN, data="b")
+    shoal.rounds("b", 2)
+    sleeper.send_signal(signal.SIGSTOP)
+    asleep = shoal.client("a").status().rounds
+    time.sleep(seconds)
+    awake = shoal.until("a", lambda s: members(s) == 1, "the others to go on without the sleeper").rounds
+    sleeper.send_signal(signal.SIGCONT)
+    back = shoal.until("b", lambda s: members(s) == 2 and s.rounds > awake, "the sleeper to be back")
+    return {"slept": awake - asleep, "back": back}
+
+
+@pytest.mark.slow
+@pytest.mark.real(timeout=300)
+def test_a_node_frozen_for_a_minute_rejoins(shoal: Shoal) -> None:
+    assert frozen(shoal, 60.0)["slept"] > 0
