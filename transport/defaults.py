@@ -187,6 +187,9 @@ MAX_CALLS = 2048
 #: Links kept at once; the least recently used idle one is closed for a new one.
 MAX_LINKS = 64
 
+#: Seconds without a stream after which a link counts as idle when its slot is needed.
+IDLE_GRACE = 2.0
+
 #: Contacts kept: 4096 records of at most 2 KiB are 8 MiB.
 MAX_CONTACTS = 4096
 

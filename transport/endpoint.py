@@ -274,7 +274,7 @@ class Endpoint:
                     raise PeerUnreachable(f"{why}: {reason.message}" if reason else why, peer=peer.short)
                 if attempt.error is not None and all(address in attempt.addresses for address in addresses):
                     raise PeerUnreachable(
-                        "no way to it succeeded", peer=peer.short, attempts=attempt.error.attempts
+                        attempt.error.summary, peer=peer.short, attempts=attempt.error.attempts
                     ) from attempt.error
 
     async def _attempt(self, peer: PeerId, attempt: _Attempt) -> None:
@@ -324,7 +324,7 @@ class Endpoint:
         link.on_stream = self._on_stream
         link.on_idle = partial(self._on_idle, link)
         self._link_nursery.start_soon(self._run_link, link)
-        self._trim(link)
+        self._trim()
         if not link.initiator and (attempt := self._attempts.get(link.peer)) is not None:
             attempt.done.set()  # it came to us while we were on the way to it
         for hook in self.on_link:
@@ -349,16 +349,19 @@ class Endpoint:
         for hook in self.on_link_lost:
             hook(link)
 
-    def _trim(self, newest: Link) -> None:
-        """Close idle links beyond the limit, least recently used first."""
+    def _trim(self) -> None:
+        """Close idle links beyond the limit, least recently used first; one just made gets to be used."""
         live = self.links()
-        spare = sorted((link for link in live if link.idle and link is not newest), key=lambda link: link.last_used)
+        before = self.host.now() - defaults.IDLE_GRACE
+        spare = [link for link in live if link.idle and link.last_used < before]
+        spare.sort(key=lambda link: link.last_used)
         for link in spare[: max(0, len(live) - self.max_links)]:
             self._close_idle(link, "its slot is needed")
 
     def _on_idle(self, link: Link) -> None:
         if link.alive and link.idle and self.link(link.peer) is not link:
             self._close_idle(link, "another link to the same peer took over")
+        self._trim()
 
     def _close_idle(self, link: Link, reason: str) -> None:
         assert self._link_nursery is not None

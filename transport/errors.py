@@ -59,6 +59,7 @@ class PeerUnreachable(RemoteError):
     def __init__(self, message: str, *, peer: str = "", attempts: tuple[tuple[str, str], ...] = ()) -> None:
         detail = "; ".join(f"{address}: {reason}" for address, reason in attempts)
         super().__init__(f"{message} ({detail})" if detail else message, peer=peer)
+        self.summary = message
         self.attempts = attempts
 
 

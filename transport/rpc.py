@@ -171,9 +171,11 @@ class Reply(Generic[R]):
         return self._stream.peer.short
 
     async def begin(self) -> None:
-        """Wait until the answer begins."""
+        """Wait until the answer begins. Raises :class:`RemoteRefused` when it is a refusal."""
         if self._first is None:
-            self._first = await self._part()
+            kind, length = await self._part()
+            await self._error_or(kind, length)
+            self._first = kind, length
 
     async def _part(self) -> tuple[Part, int]:
         if self._first is not None:
