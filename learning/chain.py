@@ -269,6 +269,9 @@ class Chain(Membership):
     def skipped(self, samples: int) -> None:
         raise OutOfStep("a replicated strategy cannot skip a round")
 
+    def wished(self, peer: PeerId) -> None:
+        """Nothing to do: whoever leads a round reads the wishes when it fixes the roster."""
+
     def left(self, peer: PeerId) -> None:
         self.run.hub.peer_changed(peer, "left the run")
 

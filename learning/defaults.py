@@ -49,8 +49,8 @@ MAX_QUEUED_MESSAGES = 256
 #: Seconds after which the task of an empty queue ends.
 IDLE_QUEUE = 60.0
 
-#: Seconds a message for a round that we have not reached yet waits for us to get there. Peers that commit at once differ
-#: by a round trip and the outer step; anything later is answered as refused and sent again.
+#: Seconds a message for a round that we have not reached yet waits for us to get there. Peers that commit at once
+#: differ by a round trip and the outer step; anything later is answered as refused and sent again.
 EARLY_MESSAGE = 5.0
 
 #: Messages for rounds not reached yet that may wait at the same time, all peers together.
@@ -80,8 +80,8 @@ REMEMBERED_RESULTS = 2
 #: Peers in one roster. Larger swarms use gossip groups.
 MAX_ROSTER = 256
 
-#: Seconds without a majority after which survivors of an ``available`` run go on as a branch. Longer than a restart of a
-#: node (about 5 s) and than the detection of a frozen peer (about 10 s).
+#: Seconds without a majority after which survivors of an ``available`` run go on as a branch. Longer than a restart of
+#: a node (about 5 s) and than the detection of a frozen peer (about 10 s).
 LEASE = 15.0
 
 #: Seconds between two looks for peers of the run outside the roster, and between two wishes of a joiner.

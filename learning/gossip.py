@@ -1,9 +1,9 @@
 """Membership as a view that spreads by gossip: a small group per round, no roster that all must agree on.
 
-Every peer keeps, for each member it knows, the round in which it was last heard. Views are exchanged with random members
-every few seconds and merged by maximum. A round's group is a shared-seed shuffle of the view, so members with equal views
-agree on it without a word; where views differ for a moment, a peer is left alone for a round and loses nothing but the
-exchange.
+Every peer keeps, for each member it knows, the round in which it was last heard. Views are exchanged with random
+members every few seconds and merged by maximum. A round's group is a shared-seed shuffle of the view, so members with
+equal views agree on it without a word; where views differ for a moment, a peer is left alone for a round and loses
+nothing but the exchange.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from ..transport.rpc import Call
 from . import defaults
 from .rounds.instance import Instance
 from .rounds.leader import Terms
-from .rounds.messages import Commit, CommitRecord, Signed, Certificate, instance_key, sign_accept
+from .rounds.messages import Certificate, Commit, CommitRecord, Signed, instance_key, sign_accept
 from .rounds.methods import Ack
 from .state import bytes_view
 from .store import Head
@@ -241,9 +241,11 @@ class Membership(ABC):
         self.wished(call.peer)
         return Ack()
 
+    @abstractmethod
     def wished(self, peer: PeerId) -> None:
         """A peer wishes to join."""
 
+    @abstractmethod
     def left(self, peer: PeerId) -> None:
         """A member says goodbye."""
 

@@ -433,7 +433,8 @@ class Run:
 
     async def export(self, path: Path) -> str:
         """Write the weights of the last final state to ``path`` (safetensors, the model's names, shapes and dtypes; the
-        other vectors of the state under ``shoal.``); returns the digest. Raises :class:`ConfigError` before there is one."""
+        other vectors of the state under ``shoal.``); returns the digest. Raises :class:`ConfigError` before there
+        is one."""
         if not self.snapshots:
             raise ConfigError("there is no state to export yet")
         snapshot = self.snapshots[-1]

@@ -1,7 +1,7 @@
 """What one peer holds during a round: its own vector, the parts it was sent, the slices that were combined.
 
-All vectors are fp32, 1-D, on the CPU. Inputs are kept until the round commits, so that a lost owner or leader costs only
-what it alone held.
+All vectors are fp32, 1-D, on the CPU. Inputs are kept until the round commits, so that a lost owner or leader costs
+only what it alone held.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Buffers:
         self._early[attempt, epoch, index] = (start, start + part.numel(), part)
 
     def take_early(self, valid: Callable[[int, int, int], bool]) -> None:
-        """Move early slices of the present generation into the result: those whose (index, start, stop) are ``valid``."""
+        """Move early slices of the present generation, with (index, start, stop) ``valid``, into the result."""
         assert self.result is not None and self.generation is not None
         for (attempt, epoch, index), (start, stop, part) in list(self._early.items()):
             if (attempt, epoch) <= self.generation:

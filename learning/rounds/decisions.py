@@ -90,7 +90,7 @@ def better(total_a: int, digest_a: bytes, total_b: int, digest_b: bytes) -> bool
 
 
 def group_of(seed: int, round: int, peer: PeerId, view: Sequence[PeerId], size: int) -> tuple[tuple[PeerId, ...], str]:
-    """The gossip group of ``peer`` in ``round``: a shared-seed shuffle of the view, cut into even groups of at most ``size``.
+    """The gossip group of ``peer`` in ``round``: a shared-seed shuffle of the view, in even groups of at most ``size``.
 
     For ``size`` 2 these are NoLoCo's random pairs (one peer is left alone when the view is odd).
     """

@@ -205,7 +205,8 @@ class Instance:
             return []
         actions: list[Action] = []
         if isinstance(message, Ready) and self.voter.leader(message.attempt) == self.me:
-            if self.leader is None or self.leader.attempt < message.attempt:
+            known = -1 if self.leader is None else self.leader.attempt
+            if known < message.attempt:
                 self._lead(message.attempt)
         if isinstance(message, _TO_LEADER) and self.leader is not None:
             actions += self.leader.receive(now, sender, message)
@@ -402,17 +403,14 @@ class Instance:
         """Give a combined slice of the present generation, or part of the result of a record."""
         request, frozen, plan = call.request, self.voter.frozen, self.voter.plan
         if request.digest:
-            if request.digest != self._final_digest or self._final is None:
+            source = self._final if request.digest == self._final_digest else None
+            if source is None:
                 raise RemoteRefused("not-held", f"round {self.round}: that result is not here")
-            source: Tensor | None = self._final
         else:
             source = self.buffers.result if self.buffers.generation == (request.attempt, request.epoch) else None
-            indices = (
-                []
-                if plan is None
-                else [i for i, p in enumerate(plan.slices) if p.range == (request.start, request.stop)]
-            )
-            if source is None or not all(i in self.buffers.filled for i in indices) or not indices:
+            pieces = () if plan is None else plan.slices
+            indices = [i for i, p in enumerate(pieces) if p.range == (request.start, request.stop)]
+            if source is None or not indices or not all(i in self.buffers.filled for i in indices):
                 raise RemoteRefused("not-held", f"round {self.round}: that slice is not here")
         if not 0 <= request.start < request.stop <= source.numel():
             raise RemoteRefused("bad-range", f"elements {request.start}..{request.stop} of {source.numel()}")

@@ -456,7 +456,7 @@ class Leader:
         commit = Commit(self.key, self.record, self.certificate)
         others = [v for v in (*self.voters, *self.record.roster) if v != self.me]
         # Ourselves last: whoever acts on our commit finds it already on its way to the others.
-        return [Send(peer, commit) for peer in dict.fromkeys(others)] + [Send(self.me, commit)]
+        return [Send(peer, commit) for peer in (*dict.fromkeys(others), self.me)]
 
     def _on_reject(self, now: float, sender: PeerId, message: Reject) -> list[Action]:
         if message.promised > self.attempt:

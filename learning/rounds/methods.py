@@ -38,7 +38,7 @@ class Shared:
 
 @attrs.frozen
 class Want:
-    """Ask for elements ``start..stop`` of a result: of (attempt, epoch), or of the record with ``digest`` when not empty."""
+    """Elements ``start..stop`` of a result: of (attempt, epoch), or, unless empty, of the record with ``digest``."""
 
     key: bytes
     attempt: int

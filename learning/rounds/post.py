@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Post:
-    """Sends round messages to peers in order. What cannot be delivered is dropped: the cores send again on time-outs."""
+    """Sends round messages to peers in order. What cannot be delivered is dropped: the cores send it again in time."""
 
     def __init__(self, endpoint: Endpoint, nursery: trio.Nursery) -> None:
         self._endpoint, self._nursery = endpoint, nursery

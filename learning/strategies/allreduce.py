@@ -10,7 +10,7 @@ from .base import Strategy
 
 @attrs.frozen
 class AllReduce(Strategy):
-    """One round per step. The task's optimiser is replicated: every peer applies the same mean gradient to the same state."""
+    """One round per step. The task's optimiser is replicated: all apply the same mean gradient to the same state."""
 
     async def run(self, peer: Peer) -> None:
         peer.keep("optimizer", peer.optimizer_state())

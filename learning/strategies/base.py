@@ -26,7 +26,7 @@ class Strategy(ABC):
 
     @abstractmethod
     async def run(self, peer: Peer) -> None:
-        """Train until ``peer.rounds()`` ends. Cancelled and started again from a committed state when membership is lost."""
+        """Train until ``peer.rounds()`` ends. When membership is lost: cancelled, begun anew from a committed state."""
 
     @classmethod
     def configure(cls, name: str, args: Mapping[str, float]) -> Self:

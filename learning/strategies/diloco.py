@@ -1,4 +1,4 @@
-"""DiLoCo: H local steps, then one outer Nesterov step on the mean of what everybody moved (arXiv 2311.08105, Alg. 1)."""
+"""DiLoCo: H local steps, then one outer Nesterov step on the mean of all moves (arXiv 2311.08105, Alg. 1)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .outer import Nesterov
 class DiLoCo(Strategy):
     """``inner_steps`` H of the task's own optimiser; ``outer_lr``; ``momentum`` μ of the outer step.
 
-    The inner optimiser's state stays on its peer. The paper uses H 500, outer_lr 0.7, μ 0.9 for 88,000 steps; over a few
-    dozen rounds μ 0.9 has no time to settle (ALGORITHMS: .7/.5 beats .7/.9 at 24 rounds), hence the default.
+    The inner optimiser's state stays on its peer. The paper uses H 500, outer_lr 0.7, μ 0.9 for 88,000 steps; over a
+    few dozen rounds μ 0.9 has no time to settle (.7/.5 beats .7/.9 at 24 rounds), hence the default.
     """
 
     inner_steps: int = attrs.field(default=20, validator=positive)

@@ -176,8 +176,8 @@ class Seat:
             self.final = mine
         elif self.final is None or self._print(self.final, commit.record.nonces) != commit.record.fingerprint:
             self.final = None
+            verify = Verify(0, commit.record, ())
             for accept in commit.certificate.accepts:
-                verify = Verify(0, commit.record, ())
                 self.table.post(self.me, accept.peer, lambda seat: seat._give(self.me, verify))
 
     def _offer(self, to: PeerId, attempt: int, epoch: int, index: int, *, pulled: bool) -> None:
@@ -209,7 +209,8 @@ class Seat:
             needed = accepts_needed(len(self.table.voters), len(message.record.members), self.table.gossip)
             assert verify_certificate(message.record, message.certificate, self.table.voters, needed) is None
         if isinstance(message, Ready) and self.voter.leader(message.attempt) == self.me:
-            if self.leader is None or self.leader.attempt < message.attempt:
+            known = -1 if self.leader is None else self.leader.attempt
+            if known < message.attempt:
                 self.lead(message.attempt)
         if isinstance(message, LEADER_MESSAGES) and self.leader is not None:
             self.do(self.leader.receive(now, sender, message))
@@ -267,7 +268,21 @@ class Table:
     def terms(self) -> Terms:
         def draft(members, samples, weights, roster, nonces, reason):  # type: ignore[no-untyped-def]
             return CommitRecord(
-                b"r" * 32, 1, "reduce", self.prev, members, samples, weights, roster, sum(samples), 0, b"", nonces, "", b"", reason
+                run=b"r" * 32,
+                round=1,
+                kind="reduce",
+                prev=self.prev,
+                members=members,
+                samples=samples,
+                weights=weights,
+                roster=roster,
+                total=sum(samples),
+                branch=0,
+                state=b"",
+                nonces=nonces,
+                algorithm="",
+                fingerprint=b"",
+                reason=reason,
             )
 
         return Terms(draft, lambda: (), lambda: (), self.gossip, 64, lambda peer: 1.0)
