@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import os
 import stat
 from collections.abc import Callable
@@ -18,6 +19,12 @@ from .errors import ConfigError
 _KEY_HEADER = "shoal-key-v1 "
 
 
+@functools.lru_cache(maxsize=1024)
+def _text(key: bytes) -> str:
+    # Every call and every error names its peer.
+    return base64.b32encode(key).decode().rstrip("=").lower()
+
+
 @attrs.frozen(order=True, repr=False)
 class PeerId:
     """A peer's public key (32 bytes). Text form: base32 in lower case; short form: its first 8 characters."""
@@ -30,7 +37,7 @@ class PeerId:
 
     @property
     def text(self) -> str:
-        return base64.b32encode(self.key).decode().rstrip("=").lower()
+        return _text(self.key)
 
     @property
     def short(self) -> str:

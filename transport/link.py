@@ -384,9 +384,10 @@ class Link:
 
     def _changed(self) -> None:
         """Something happened in the mux: there may be a record to write, or a slot for a stream."""
-        if self._mux.has_output:
+        if self._work and self._mux.has_output:
             self._work.unpark_all()
-        self._slots_changed()
+        if self._slots:
+            self._slots_changed()
 
     def _slots_changed(self) -> None:
         if self._slots and self._mux.can_open:

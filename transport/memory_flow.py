@@ -66,10 +66,16 @@ def retry_time(began: float, timeout: float, now: float) -> float:
 class Sleeper:
     """At most one task that sleeps until a time or until woken, whichever is first."""
 
-    __slots__ = ("_task",)
+    __slots__ = ("_scope", "_task")
 
     def __init__(self) -> None:
         self._task: trio.lowlevel.Task | None = None
+        self._scope: trio.CancelScope | None = None
+
+    def wake_at(self, time: float) -> None:
+        """Let the sleeper, if there is one, wake up then at the latest, without waking it before."""
+        if self._scope is not None and time < self._scope.deadline:
+            self._scope.deadline = time
 
     def wake(self) -> None:
         if self._task is not None:
@@ -77,11 +83,11 @@ class Sleeper:
             trio.lowlevel.reschedule(task)
 
     async def sleep(self, until: float = math.inf) -> None:
-        if until == math.inf:
-            await self._park()
-            return
-        with trio.CancelScope(deadline=until):
-            await self._park()
+        with trio.CancelScope(deadline=until) as self._scope:
+            try:
+                await self._park()
+            finally:
+                self._scope = None
 
     async def _park(self) -> None:
         def abort(_: object) -> trio.lowlevel.Abort:
@@ -206,7 +212,7 @@ class Flow:
         if self.closed:
             self._bounce()
         elif len(self.pieces) == 1:
-            self.reader.wake()
+            self.reader.wake_at(piece.arrival)
 
     def _arrive(self, piece: Piece) -> None:
         """Set when a piece arrives that leaves the near end at ``drained_at``."""

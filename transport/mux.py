@@ -355,7 +355,8 @@ class Mux:
     def has_output(self) -> bool:
         if self._frames or self._pong is not None:
             return True
-        return any(ready and credit > 0 for ready, credit in zip(self._ready, self._credit, strict=True))
+        (control, bulk), credit = self._ready, self._credit
+        return bool((control and credit[0] > 0) or (bulk and credit[1] > 0))
 
     def next_record(self, limit: int) -> list[Buffer] | None:
         """The buffers that make up the next record (at most ``limit`` bytes), or None when nothing may be sent.
@@ -375,8 +376,9 @@ class Mux:
             room -= len(frame)
         if not self._frames:
             self._answers = 0
-            for priority in Priority:
-                room = self._fill(out, room, priority)
+            for priority in (Priority.CONTROL, Priority.BULK):
+                if self._ready[priority]:
+                    room = self._fill(out, room, priority)
         return out or None
 
     def take_drained(self) -> list[MuxStream]:

@@ -281,14 +281,16 @@ class LinkStream(trio.abc.HalfCloseableStream):
     # Called by the link
 
     def _wake_sender(self) -> None:
-        self._sender.unpark_all()
+        if self._sender:
+            self._sender.unpark_all()
 
     def _wake_receiver(self) -> None:
-        self._receiver.unpark_all()
+        if self._receiver:
+            self._receiver.unpark_all()
 
     def _wake(self) -> None:
-        self._sender.unpark_all()
-        self._receiver.unpark_all()
+        self._wake_sender()
+        self._wake_receiver()
 
     def _broken(self) -> None:
         """The peer has reset the stream."""
