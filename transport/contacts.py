@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from . import defaults
-from .address import PeerRecord, SignedPeerRecord
-from .identity import PeerId
+from .address import Address, PeerRecord, SignedPeerRecord
+from .identity import Identity, PeerId
 
 
 class Contacts:
@@ -40,3 +40,25 @@ class Contacts:
 
     def peers(self) -> list[PeerId]:
         return list(self._records)
+
+
+class OwnRecord:
+    """Our own record, signed anew only when our addresses have changed or half its life is over."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+        self._signed: SignedPeerRecord | None = None
+        self._addresses: tuple[Address, ...] = ()
+        self._seq = 0
+        self._expires = 0.0
+
+    def signed(self, addresses: tuple[Address, ...], wall: float) -> SignedPeerRecord:
+        """The record for ``addresses``; ``wall``: now, Unix seconds."""
+        fresh = self._expires > wall + defaults.PEER_RECORD_LIFETIME / 2
+        if self._signed is None or not fresh or addresses != self._addresses:
+            # Milliseconds rise over restarts too, and no more than one record per millisecond is signed.
+            self._seq = max(int(wall * 1000), self._seq + 1)
+            self._expires = wall + defaults.PEER_RECORD_LIFETIME
+            self._addresses = addresses
+            self._signed = SignedPeerRecord.sign(self._identity, addresses, seq=self._seq, expires=self._expires)
+        return self._signed

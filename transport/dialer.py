@@ -18,6 +18,18 @@ from .network import ByteStream
 Shake = Callable[[ByteStream], Awaitable[Link]]
 
 
+class Attempt:
+    """One attempt to reach a peer, shared by all who wait for it."""
+
+    def __init__(self, addresses: tuple[Address, ...]) -> None:
+        self.addresses = addresses
+        self.done = trio.Event()
+        self.scope = trio.CancelScope()
+        self.waiters = 0
+        self.link: Link | None = None
+        self.error: PeerUnreachable | None = None
+
+
 async def dial_one(host: Host, address: Address, shake: Shake, lag: float) -> Link:
     """Open a byte stream to ``address`` and shake hands. Raises :class:`RemoteError` with the reason."""
     seconds = deadlines.dial(lag)

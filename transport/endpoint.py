@@ -15,9 +15,9 @@ import attrs
 import trio
 
 from . import deadlines, defaults
-from .address import Address, PeerRecord, SignedPeerRecord
-from .contacts import Contacts
-from .dialer import dial_one, race
+from .address import Address, SignedPeerRecord
+from .contacts import Contacts, OwnRecord
+from .dialer import Attempt, dial_one, race
 from .errors import (
     ConfigError,
     LinkClosed,
@@ -27,10 +27,10 @@ from .errors import (
     RemoteProtocolError,
     WaitExpired,
 )
+from .frames import Buffer, GoodbyeCode, MuxLimits, ResetCode
 from .host import Host
 from .identity import Identity, PeerId
 from .link import Link, establish
-from .mux import Buffer, GoodbyeCode, MuxLimits, ResetCode
 from .network import ByteStream, Listener
 from .rpc import Call, Handler, Method, Q, R, Reply, RpcServer, exchange
 from .secure import SecureChannel
@@ -48,18 +48,6 @@ class Hello:
 
 
 HELLO = Method("transport.hello", Hello, Hello)
-
-
-class _Attempt:
-    """One attempt to reach a peer, shared by all who wait for it."""
-
-    def __init__(self, addresses: tuple[Address, ...]) -> None:
-        self.addresses = addresses
-        self.done = trio.Event()
-        self.scope = trio.CancelScope()
-        self.waiters = 0
-        self.link: Link | None = None
-        self.error: PeerUnreachable | None = None
 
 
 class Endpoint:
@@ -92,14 +80,14 @@ class Endpoint:
         self._limits = limits
         self._contacts = Contacts()
         self._links: dict[PeerId, list[Link]] = {}
-        self._attempts: dict[PeerId, _Attempt] = {}
+        self._attempts: dict[PeerId, Attempt] = {}
         self._half_open: dict[int, trio.CancelScope] = {}
         self._half_open_number = 0
         self._listeners: list[Listener] = []
         self._server = RpcServer(host)
         self._nursery: trio.Nursery | None = None
         self._link_nursery: trio.Nursery | None = None
-        self._record: tuple[SignedPeerRecord, PeerRecord] | None = None
+        self._own = OwnRecord(identity)
         self.serve(HELLO, self._answer_hello)
 
     # Life
@@ -257,7 +245,7 @@ class Endpoint:
                     raise ProtocolMisuse("the endpoint does not run")
                 known = self._contacts.get(peer, self.host.wall())
                 ways = addresses + (known[1].addresses if known is not None else ())
-                attempt = self._attempts[peer] = _Attempt(tuple(dict.fromkeys(ways)))
+                attempt = self._attempts[peer] = Attempt(tuple(dict.fromkeys(ways)))
                 self._nursery.start_soon(self._attempt, peer, attempt)
             attempt.waiters += 1
             try:
@@ -277,7 +265,7 @@ class Endpoint:
                         attempt.error.summary, peer=peer.short, attempts=attempt.error.attempts
                     ) from attempt.error
 
-    async def _attempt(self, peer: PeerId, attempt: _Attempt) -> None:
+    async def _attempt(self, peer: PeerId, attempt: Attempt) -> None:
         try:
             with attempt.scope:
                 try:
@@ -381,18 +369,7 @@ class Endpoint:
 
     def record(self) -> SignedPeerRecord:
         """Our own record, signed anew when our addresses have changed or half its life is over."""
-        wall = self.host.wall()
-        addresses = self.addresses()
-        if self._record is not None:
-            signed, record = self._record
-            if record.addresses == addresses and record.expires > wall + defaults.PEER_RECORD_LIFETIME / 2:
-                return signed
-        # Milliseconds rise over restarts too, and no faster than one record per millisecond is signed.
-        seq = max(int(wall * 1000), self._record[1].seq + 1 if self._record is not None else 0)
-        expires = wall + defaults.PEER_RECORD_LIFETIME
-        signed = SignedPeerRecord.sign(self.identity, addresses, seq=seq, expires=expires)
-        self._record = (signed, PeerRecord(self.peer_id, seq, expires, addresses))
-        return signed
+        return self._own.signed(self.addresses(), self.host.wall())
 
     def learn(self, record: SignedPeerRecord) -> None:
         """Keep a contact (a contact is not a link). Raises :class:`DecodeError` when it does not verify."""

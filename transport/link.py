@@ -10,12 +10,11 @@ from trio.lowlevel import ParkingLot
 
 from . import deadlines, defaults
 from .errors import LinkClosed, Overloaded, RemoteError, RemoteProtocolError, WaitExpired
-from .mux import (
+from .frames import (
     DataReceived,
     Event,
     GoodbyeCode,
     GoodbyeReceived,
-    Mux,
     MuxLimits,
     PongReceived,
     Priority,
@@ -24,6 +23,7 @@ from .mux import (
     StreamStopped,
     StreamWasReset,
 )
+from .mux import Mux
 from .secure import Established, Record, SecureChannel
 from .stream import LinkStream, StreamLost
 

@@ -28,173 +28,32 @@ then CONTROL data, then BULK, round robin among the streams of a priority.
 
 from __future__ import annotations
 
-import struct
 from collections import deque
-from enum import Enum, IntEnum
-from typing import Any, TypeAlias
-
-import attrs
 
 from . import defaults
 from .errors import Overloaded, ProtocolMisuse, RemoteProtocolError
+from .frames import (
+    HEADER,
+    HEADER_BYTES,
+    Buffer,
+    DataReceived,
+    Event,
+    Frame,
+    GoodbyeCode,
+    GoodbyeReceived,
+    MuxLimits,
+    MuxStream,
+    PongReceived,
+    Priority,
+    Receiving,
+    ResetCode,
+    Sending,
+    StreamOpened,
+    StreamStopped,
+    StreamWasReset,
+)
 
-Buffer: TypeAlias = bytes | bytearray | memoryview
-
-_HEADER = struct.Struct(">BII")
-HEADER_BYTES = _HEADER.size
-
-
-class Priority(IntEnum):
-    """CONTROL goes before BULK, always."""
-
-    CONTROL = 0
-    BULK = 1
-
-
-class Frame(IntEnum):
-    OPEN = 1
-    DATA = 2
-    EOF = 3
-    STOP = 4
-    RESET = 5
-    CREDIT = 6
-    LINK_CREDIT = 7
-    PING = 8
-    PONG = 9
-    GOODBYE = 10
-
-
-class ResetCode(IntEnum):
-    """Why a stream was reset or stopped. Codes above 255 are the application's."""
-
-    CANCELLED = 0  #: whoever worked on it gave up
-    TOO_MANY_STREAMS = 1  #: refused: the receiver of OPEN holds as many as it allows
-    UNKNOWN_PROTOCOL = 2  #: refused: nobody serves this protocol
-    NOT_READING = 3  #: the reader closed its end
-    PROTOCOL_ERROR = 4  #: what was said on this stream made no sense
-    EXPIRED = 5  #: a deadline of the receiver passed
-
-
-class GoodbyeCode(IntEnum):
-    LEAVING = 0  #: the node stops
-    IDLE = 1  #: the link was unused and its slot is needed; nothing opened after this was looked at
-    PROTOCOL_ERROR = 2  #: the other side broke the protocol; the reason says how
-    BUSY = 3  #: no slot for another link
-
-
-class Sending(Enum):
-    OPEN = "open"
-    ENDING = "ending"
-    CLOSED = "closed"
-
-
-class Receiving(Enum):
-    OPEN = "open"
-    ENDED = "ended"
-    CLOSED = "closed"
-
-
-@attrs.frozen
-class MuxLimits:
-    """Both ends of a link must run with the same windows: they are part of the wire version."""
-
-    #: Bytes in flight and unread per stream, by priority (CONTROL, BULK).
-    stream_window: tuple[int, int] = (defaults.CONTROL_WINDOW, defaults.BULK_WINDOW)
-    #: The same, over all streams of a priority on one link.
-    link_window: tuple[int, int] = (defaults.LINK_CONTROL_WINDOW, defaults.LINK_BULK_WINDOW)
-    #: Streams we open at once.
-    max_outgoing: int = defaults.MAX_OUTGOING_STREAMS
-    #: Streams a peer may have open here at once; more are refused with a code.
-    max_incoming: int = defaults.MAX_INCOMING_STREAMS
-
-
-class MuxStream:
-    """The state of one stream. Read its attributes freely; change it only through :class:`Mux`."""
-
-    __slots__ = (
-        "_allowance",
-        "_chunks",
-        "_credit",
-        "_queue",
-        "_ready",
-        "_unacknowledged",
-        "id",
-        "outgoing",
-        "owner",
-        "priority",
-        "protocol",
-        "queued",
-        "receiving",
-        "reset_code",
-        "sending",
-        "stop_code",
-        "unread",
-    )
-
-    def __init__(self, id: int, protocol: str, outgoing: bool, window: int) -> None:
-        self.id = id
-        self.protocol = protocol
-        self.priority = Priority(id >> 1 & 1)
-        #: True when we opened it.
-        self.outgoing = outgoing
-        #: Whatever the I/O adapter hangs on the stream; the mux never looks at it.
-        self.owner: Any = None
-        self.sending = Sending.OPEN
-        self.receiving = Receiving.OPEN
-        #: Bytes accepted by :meth:`Mux.send` and not yet in a record.
-        self.queued = 0
-        #: Bytes received and not yet read.
-        self.unread = 0
-        #: The peer's code when it reset the stream, or stopped reading.
-        self.reset_code: int | None = None
-        self.stop_code: int | None = None
-        self._queue: deque[memoryview] = deque()
-        self._chunks: deque[Buffer] = deque()
-        self._credit = window  # what we may still send
-        self._allowance = window  # what the peer may still send
-        self._unacknowledged = 0  # read by the application, not yet granted anew
-        self._ready = False
-
-    def __repr__(self) -> str:
-        return f"<MuxStream {self.id} {self.protocol!r} {self.sending.value}/{self.receiving.value}>"
-
-
-@attrs.frozen
-class StreamOpened:
-    stream: MuxStream
-
-
-@attrs.frozen
-class DataReceived:
-    """There is something (or, at the end of the stream, nothing more) to read."""
-
-    stream: MuxStream
-
-
-@attrs.frozen
-class StreamStopped:
-    """The peer no longer reads; what was queued is dropped and the sending half is closed."""
-
-    stream: MuxStream
-
-
-@attrs.frozen
-class StreamWasReset:
-    stream: MuxStream
-
-
-@attrs.frozen
-class PongReceived:
-    rtt: float
-
-
-@attrs.frozen
-class GoodbyeReceived:
-    code: int
-    reason: str
-
-
-Event: TypeAlias = StreamOpened | DataReceived | StreamStopped | StreamWasReset | PongReceived | GoodbyeReceived
+__all__ = ["Mux", "Priority"]
 
 
 class Mux:
@@ -255,7 +114,7 @@ class Mux:
         stream = MuxStream(id, protocol, True, self.limits.stream_window[priority])
         self._streams[id] = stream
         self._open_count[self._opener] += 1
-        self._frames.append(_HEADER.pack(Frame.OPEN, id, len(name)) + name)
+        self._frames.append(HEADER.pack(Frame.OPEN, id, len(name)) + name)
         return stream
 
     def send(self, stream: MuxStream, data: Buffer) -> None:
@@ -337,7 +196,7 @@ class Mux:
         if self._ping is None:
             self._ping_token = self._ping_token + 1 & 0xFFFFFFFF
             self._ping = (self._ping_token, now)
-            self._frames.append(_HEADER.pack(Frame.PING, 0, self._ping_token))
+            self._frames.append(HEADER.pack(Frame.PING, 0, self._ping_token))
 
     def goodbye(self, code: int = GoodbyeCode.LEAVING, reason: str = "") -> None:
         """Say that nothing follows. Everything queued and not yet in a record is dropped."""
@@ -345,7 +204,7 @@ class Mux:
             return
         self.goodbye_sent = True
         text = reason.encode()[: defaults.MAX_GOODBYE]
-        self._frames.append(_HEADER.pack(Frame.GOODBYE, code, len(text)) + text)
+        self._frames.append(HEADER.pack(Frame.GOODBYE, code, len(text)) + text)
         for ready in self._ready:
             ready.clear()
 
@@ -367,7 +226,7 @@ class Mux:
         out: list[Buffer] = []
         room = limit
         if self._pong is not None:
-            out.append(_HEADER.pack(Frame.PONG, 0, self._pong))
+            out.append(HEADER.pack(Frame.PONG, 0, self._pong))
             self._pong = None
             room -= HEADER_BYTES
         while self._frames and len(self._frames[0]) <= room:
@@ -391,7 +250,7 @@ class Mux:
         while ready and self._credit[priority] > 0 and room > HEADER_BYTES:
             stream = ready.popleft()
             n = min(stream.queued, stream._credit, self._credit[priority], room - HEADER_BYTES)
-            out.append(_HEADER.pack(Frame.DATA, stream.id, n))
+            out.append(HEADER.pack(Frame.DATA, stream.id, n))
             room -= HEADER_BYTES + n
             stream.queued -= n
             stream._credit -= n
@@ -412,7 +271,7 @@ class Mux:
             self._drained.append(stream)
             if stream.sending is Sending.ENDING:
                 self._finish_sending(stream)
-                eof = _HEADER.pack(Frame.EOF, stream.id, 0)
+                eof = HEADER.pack(Frame.EOF, stream.id, 0)
                 if room >= HEADER_BYTES:
                     out.append(eof)
                     room -= HEADER_BYTES
@@ -432,7 +291,7 @@ class Mux:
         while at < size:
             if size - at < HEADER_BYTES:
                 raise self._broken("a record ends within a frame's header")
-            kind, id, value = _HEADER.unpack_from(record, at)
+            kind, id, value = HEADER.unpack_from(record, at)
             at += HEADER_BYTES
             payload = record[at:at]
             if kind in (Frame.DATA, Frame.OPEN, Frame.GOODBYE):
@@ -484,7 +343,7 @@ class Mux:
             raise self._broken("it keeps opening streams without reading our answers")
         if self._open_count[other] >= self.limits.max_incoming:
             self._answers += 1
-            self._frames.append(_HEADER.pack(Frame.RESET, id, ResetCode.TOO_MANY_STREAMS))
+            self._frames.append(HEADER.pack(Frame.RESET, id, ResetCode.TOO_MANY_STREAMS))
             return
         stream = MuxStream(id, protocol, False, self.limits.stream_window[id >> 1 & 1])
         self._streams[id] = stream
@@ -591,7 +450,7 @@ class Mux:
             stream._unacknowledged += n
             # A quarter: few credit frames, and the sender never waits for one while the reader keeps up.
             if stream._unacknowledged >= self.limits.stream_window[stream.priority] // 4:
-                self._frames.append(_HEADER.pack(Frame.CREDIT, stream.id, stream._unacknowledged))
+                self._frames.append(HEADER.pack(Frame.CREDIT, stream.id, stream._unacknowledged))
                 stream._allowance += stream._unacknowledged
                 stream._unacknowledged = 0
         self._settle(stream)
@@ -600,7 +459,7 @@ class Mux:
         self._unacknowledged[priority] += n
         if self._unacknowledged[priority] >= self.limits.link_window[priority] // 4:
             amount = self._unacknowledged[priority]
-            self._frames.append(_HEADER.pack(Frame.LINK_CREDIT, priority, amount))
+            self._frames.append(HEADER.pack(Frame.LINK_CREDIT, priority, amount))
             self._allowance[priority] += amount
             self._unacknowledged[priority] = 0
 
@@ -635,7 +494,7 @@ class Mux:
     def _say(self, stream: MuxStream, kind: Frame, value: int) -> None:
         if not stream.outgoing:
             self._answers += 1
-        self._frames.append(_HEADER.pack(kind, stream.id, value))
+        self._frames.append(HEADER.pack(kind, stream.id, value))
 
     def _broken(self, what: str) -> RemoteProtocolError:
         return RemoteProtocolError(what, peer=self.peer)

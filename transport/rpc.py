@@ -35,10 +35,10 @@ from .errors import (
     StreamReset,
     WaitExpired,
 )
+from .frames import Buffer, Priority, ResetCode
 from .host import Host
 from .identity import PeerId
 from .link import Link
-from .mux import Buffer, Priority, ResetCode
 from .stream import LinkStream
 from .wire import pack, unpack
 

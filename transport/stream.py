@@ -11,7 +11,8 @@ from trio.lowlevel import ParkingLot, checkpoint, checkpoint_if_cancelled
 
 from . import defaults
 from .errors import LinkClosed, RemoteError, RemoteProtocolError, StreamReset
-from .mux import Buffer, Mux, MuxStream, Priority, Receiving, ResetCode, Sending
+from .frames import Buffer, MuxStream, Priority, Receiving, ResetCode, Sending
+from .mux import Mux
 
 if TYPE_CHECKING:
     from .identity import PeerId

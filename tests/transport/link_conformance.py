@@ -12,8 +12,8 @@ import trio.testing
 
 from shoal.transport import defaults
 from shoal.transport.errors import LinkClosed, RemoteError, RemoteProtocolError, StreamReset
+from shoal.transport.frames import MuxLimits, ResetCode
 from shoal.transport.link import LinkStream, Priority
-from shoal.transport.mux import MuxLimits, ResetCode
 
 from .harness import LinkPair, World, link_pair
 

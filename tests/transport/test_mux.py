@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 
 from shoal.transport import defaults
 from shoal.transport.errors import Overloaded, ProtocolMisuse, RemoteProtocolError
-from shoal.transport.mux import (
+from shoal.transport.frames import (
     HEADER_BYTES,
     DataReceived,
     Event,
     Frame,
     GoodbyeCode,
     GoodbyeReceived,
-    Mux,
     MuxLimits,
     MuxStream,
     PongReceived,
@@ -31,6 +30,7 @@ from shoal.transport.mux import (
     StreamStopped,
     StreamWasReset,
 )
+from shoal.transport.mux import Mux
 
 TINY = MuxLimits(stream_window=(64, 256), link_window=(128, 512), max_outgoing=8, max_incoming=8)
 

@@ -21,8 +21,8 @@ from shoal.transport.errors import (
     StreamReset,
     WaitExpired,
 )
+from shoal.transport.frames import ResetCode
 from shoal.transport.link import Link, Priority
-from shoal.transport.mux import ResetCode
 from shoal.transport.rpc import PROTOCOL, Call, CallError, Head, Method, Part, RpcServer, call, exchange
 from shoal.transport.stream import LinkStream
 from shoal.transport.wire import pack
