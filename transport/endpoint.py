@@ -321,7 +321,7 @@ class Endpoint:
     async def _run_link(self, link: Link) -> None:
         try:
             await link.run()
-        except Exception:  # the boundary of a link: a bug in serving one peer must not end the others
+        except Exception:  # boundary: a bug in serving one peer must not end the links to others
             log.exception("the link to %s failed for a reason of our own", link.peer.short)
             self._count("link_bugs")
         finally:

@@ -371,7 +371,7 @@ class RpcServer:
         except ShoalError as error:
             log.info("%s for %s failed: %s", method.name, stream.peer.short, error)
             return "failed", str(error), b""
-        except Exception as error:
+        except Exception as error:  # boundary: a bug in a handler must not reach the link
             failure = _only_shoal_errors(error)
             if failure is not None:
                 return "failed", str(failure), b""
