@@ -26,6 +26,7 @@ from .frames import (
 from .mux import Mux
 from .secure import Established, Record, SecureChannel
 from .stream import LinkStream, StreamLost
+from .waiter import Waiter
 
 if TYPE_CHECKING:
     from .address import Address
@@ -140,7 +141,7 @@ class Link:
         self._mux = Mux(initiator=channel.initiator, limits=limits, peer=self.peer.short)
         self._handshake_rtt = rtt
         self._records = records or []
-        self._work = ParkingLot()
+        self._work = Waiter()
         self._slots = ParkingLot()
         self._scope: trio.CancelScope | None = None
         self._writing = False
@@ -223,7 +224,7 @@ class Link:
             self.closed_idle = code == GoodbyeCode.IDLE
             self._mux.goodbye(code, reason)
             self._break_streams(LinkClosed(f"closed by us: {reason}", peer=self.peer.short))
-            self._work.unpark_all()
+            self._work.wake()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve the link until it ends, for whatever reason. A peer's fault is no exception here: it is recorded."""
@@ -306,7 +307,7 @@ class Link:
                 if self._mux.goodbye_sent:
                     await self._stream.send_eof()
                     return  # the reader goes on until the peer has hung up, so that no reset overtakes the goodbye
-                await self._work.park()
+                await self._work.wait()
                 continue
             wire = self._channel.seal(record)
             del record
@@ -385,7 +386,7 @@ class Link:
     def _changed(self) -> None:
         """Something happened in the mux: there may be a record to write, or a slot for a stream."""
         if self._work and self._mux.has_output:
-            self._work.unpark_all()
+            self._work.wake()
         if self._slots:
             self._slots_changed()
 

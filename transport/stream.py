@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
-from trio.lowlevel import ParkingLot, checkpoint, checkpoint_if_cancelled
+from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from . import defaults
 from .errors import LinkClosed, RemoteError, RemoteProtocolError, StreamReset
 from .frames import Buffer, MuxStream, Priority, Receiving, ResetCode, Sending
 from .mux import Mux
+from .waiter import Waiter
 
 if TYPE_CHECKING:
     from .identity import PeerId
@@ -41,8 +42,8 @@ class LinkStream(trio.abc.HalfCloseableStream):
         self.on_broken: Callable[[], None] | None = None
         self._mux = mux
         self._stream = stream
-        self._sender = ParkingLot()
-        self._receiver = ParkingLot()
+        self._sender = Waiter()
+        self._receiver = Waiter()
         self._sending = False
         self._receiving = False
         self._closed = False
@@ -97,7 +98,7 @@ class LinkStream(trio.abc.HalfCloseableStream):
             self.link._changed()
             try:
                 while stream.queued:
-                    await self._sender.park()
+                    await self._sender.wait()
             except trio.Cancelled:
                 self.reset(ResetCode.CANCELLED)
                 raise
@@ -129,7 +130,7 @@ class LinkStream(trio.abc.HalfCloseableStream):
             await checkpoint()
             self._check_sending()
             while self._stream.queued >= defaults.SMALL_QUEUE:
-                await self._sender.park()
+                await self._sender.wait()
                 self._check_sending()
         finally:
             self._sending = False
@@ -234,7 +235,7 @@ class LinkStream(trio.abc.HalfCloseableStream):
     async def _wait_readable(self) -> None:
         if self._lost is not None:
             raise self._lost_error(self._lost)
-        await self._receiver.park()
+        await self._receiver.wait()
 
     def _begin_receiving(self) -> None:
         if self._receiving:
@@ -282,16 +283,14 @@ class LinkStream(trio.abc.HalfCloseableStream):
     # Called by the link
 
     def _wake_sender(self) -> None:
-        if self._sender:
-            self._sender.unpark_all()
+        self._sender.wake()
 
     def _wake_receiver(self) -> None:
-        if self._receiver:
-            self._receiver.unpark_all()
+        self._receiver.wake()
 
     def _wake(self) -> None:
-        self._wake_sender()
-        self._wake_receiver()
+        self._sender.wake()
+        self._receiver.wake()
 
     def _broken(self) -> None:
         """The peer has reset the stream."""

@@ -208,24 +208,34 @@ def _dict_hook(kind: Any) -> Hook:
 def _class_hook(kind: Any) -> Hook:
     attrs.resolve_types(kind)
     fields = [field for field in attrs.fields(kind) if field.init]
+    # Every message comes through here: plain types are looked at on the spot, other hooks are looked up once. Not
+    # before the first message, as a class may hold itself.
+    table: list[tuple[str, str, Any, bool, Hook | None]] = []
 
     def structure(value: Any, _: Any) -> Any:
         _expect(dict, value)
+        if not table:
+            table.extend((f.name, f.alias, f.type, f.default is attrs.NOTHING, _field_hook(f.type)) for f in fields)
         arguments = {}
-        for field in fields:
-            if field.name in value:
+        for name, alias, type_, required, hook in table:
+            if name in value:
                 try:
-                    arguments[field.alias] = converter.structure(value[field.name], field.type)
+                    arguments[alias] = _expect(type_, value[name]) if hook is None else hook(value[name], type_)
                 except ValueError as error:
-                    raise ValueError(f"{field.name}: {error}") from None
-            elif field.default is attrs.NOTHING:
-                raise ValueError(f"missing field {field.name!r}")
+                    raise ValueError(f"{name}: {error}") from None
+            elif required:
+                raise ValueError(f"missing field {name!r}")
         if len(arguments) != len(value):
             unknown = next(key for key in value if key not in [field.name for field in fields])
             raise ValueError(f"unknown field {unknown!r:.50}")
         return kind(**arguments)
 
     return structure
+
+
+def _field_hook(kind: Any) -> Hook | None:
+    """None for the types that :func:`_expect` checks."""
+    return None if kind in (int, str, bytes, bool) else cast(Hook, converter.get_structure_hook(kind))
 
 
 def _refused_type(kind: Any) -> Hook:
