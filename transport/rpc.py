@@ -60,6 +60,9 @@ class Part(IntEnum):
     ERROR = 3
 
 
+_KINDS = tuple(Part)
+
+
 @attrs.frozen
 class Method(Generic[Q, R]):
     """A callable thing: its name on the wire and the attrs classes that travel. Both sides hold the same constant."""
@@ -182,7 +185,7 @@ class Reply(Generic[R]):
             first, self._first = self._first, None
             return first
         kind, length = _PART.unpack(await self._stream.read_exactly(_PART.size))
-        if kind not in tuple(Part):
+        if kind not in _KINDS:
             raise RemoteProtocolError(f"an answer with a part of unknown kind {kind}", peer=self._peer)
         return Part(kind), length
 
@@ -288,7 +291,8 @@ class RpcServer:
         return self._total if peer is None else self._active.get(peer, 0)
 
     async def handle(self, stream: LinkStream, scope: trio.CancelScope) -> None:
-        """Serve one stream from its opening to its end. ``scope`` is cancelled when the stream breaks."""
+        """Serve one stream from its opening to its end. ``scope`` is cancelled when the stream breaks; here it holds
+        every deadline of the call as well, as each scope more would cost as much as the rest of a small call."""
         peer = stream.peer
         try:
             with scope:
@@ -297,14 +301,15 @@ class RpcServer:
                     return
                 active = self._active.get(peer, 0)
                 if active >= defaults.MAX_CALLS_PER_PEER or self._total >= defaults.MAX_CALLS:
-                    with trio.move_on_after(deadlines.request_header(stream.link.rtt, stream.link.lag)):
-                        whose = "your" if active >= defaults.MAX_CALLS_PER_PEER else "other peers'"
-                        await self._refuse(stream, "busy", f"{whose} calls use up what is allowed at once")
+                    seconds = deadlines.request_header(stream.link.rtt, stream.link.lag)
+                    scope.deadline = trio.current_time() + seconds
+                    whose = "your" if active >= defaults.MAX_CALLS_PER_PEER else "other peers'"
+                    await self._refuse(stream, "busy", f"{whose} calls use up what is allowed at once")
                     return
                 self._active[peer] = active + 1
                 self._total += 1
                 try:
-                    await self._serve(stream)
+                    await self._serve(stream, scope)
                 finally:
                     self._total -= 1
                     self._active[peer] -= 1
@@ -318,33 +323,36 @@ class RpcServer:
             if not stream.ended:  # the last words may still be queued: they must arrive
                 stream.reset(ResetCode.CANCELLED)
 
-    async def _serve(self, stream: LinkStream) -> None:
-        link = stream.link
+    async def _serve(self, stream: LinkStream, scope: trio.CancelScope) -> None:
+        link, now = stream.link, trio.current_time  # a scope's deadlines are on trio's clock
         seconds = deadlines.request_header(link.rtt, link.lag)
         head: Head | None = None
-        with trio.move_on_after(seconds):
-            try:
-                head = unpack(Head, await self._message(stream, defaults.MAX_CALL_HEAD))
-            except DecodeError as error:
-                await self._refuse(stream, "bad_request", error.message)
-                return
-        if head is None:
-            stream.reset(ResetCode.EXPIRED)
+        scope.deadline = now() + seconds
+        try:
+            head = unpack(Head, await self._message(stream, defaults.MAX_CALL_HEAD))
+        except DecodeError as error:
+            await self._refuse(stream, "bad_request", error.message)
             return
+        finally:
+            if head is None and not stream.ended and not stream.broken and now() >= scope.deadline:
+                stream.reset(ResetCode.EXPIRED)
         timeout = min(max(head.timeout, 0.0), defaults.MAX_CALL_TIME)
-        deadline = self._host.now() + timeout
-        code, message, result = "expired", f"{head.method} took more than the {timeout:.1f} s it was given", b""
-        with trio.move_on_after(timeout):
-            code, message, result = await self._answer(stream, head, deadline)
-        if not code and stream.post(_PART.pack(Part.RESULT, len(result)) + result, end=True):
-            stream.stop_receiving()
-            return
-        with trio.move_on_after(max(0.0, deadline - self._host.now()) + seconds):
-            if code:
-                await self._refuse(stream, code, message)
-            else:
-                await stream.send_all(_PART.pack(Part.RESULT, len(result)) + result)
-                await self._finish(stream)
+        scope.deadline = deadline = now() + timeout
+        answer: tuple[str, str, bytes] | None = None
+        try:
+            answer = await self._answer(stream, head, self._host.now() + timeout)
+        finally:
+            if answer is None and not stream.ended and not stream.broken and now() >= deadline:
+                # Cancelled, so this must not wait.
+                late = f"{head.method} took more than the {timeout:.1f} s it was given"
+                if stream.post(_error_part("expired", late), end=True):
+                    stream.stop_receiving()
+        code, message, result = answer
+        scope.deadline = max(deadline, now()) + seconds
+        if code:
+            await self._refuse(stream, code, message)
+        else:
+            await self._finish(stream, _PART.pack(Part.RESULT, len(result)) + result)
 
     async def _answer(self, stream: LinkStream, head: Head, deadline: float) -> tuple[str, str, bytes]:
         """``(code, message, result)``; an empty code means success."""
@@ -386,13 +394,19 @@ class RpcServer:
         return await stream.read_exactly(length)
 
     async def _refuse(self, stream: LinkStream, code: str, message: str) -> None:
-        error = pack(CallError(code[:64], message[:512]))
-        await stream.send_all(_PART.pack(Part.ERROR, len(error)) + error)
-        await self._finish(stream)
+        await self._finish(stream, _error_part(code, message))
 
-    async def _finish(self, stream: LinkStream) -> None:
-        await stream.send_eof()
+    async def _finish(self, stream: LinkStream, part: bytes) -> None:
+        """Send the last part: in one record with the stream's end if it is small."""
+        if not stream.post(part, end=True):
+            await stream.send_all(part)
+            await stream.send_eof()
         stream.stop_receiving()
+
+
+def _error_part(code: str, message: str) -> bytes:
+    error = pack(CallError(code[:64], message[:512]))
+    return _PART.pack(Part.ERROR, len(error)) + error
 
 
 def _only_shoal_errors(error: Exception) -> ShoalError | None:

@@ -72,6 +72,11 @@ class LinkStream(trio.abc.HalfCloseableStream):
         """True when nothing more can be sent: we ended the stream, or it broke."""
         return self._stream.sending is not Sending.OPEN
 
+    @property
+    def broken(self) -> bool:
+        """True when the peer has reset the stream, or the link has ended."""
+        return self._stream.reset_code is not None or self._lost is not None
+
     def __repr__(self) -> str:
         return f"<LinkStream {self._stream.id} {self.protocol!r} with {self.peer.short}>"
 
