@@ -45,6 +45,12 @@ class RunStore:
         self._files: dict[str, bytes] = {}
         self._state: tuple[dict[str, Tensor], Head] | None = None
 
+    def copy(self) -> RunStore:
+        """What is stored now; of a store in memory what is saved later does not show in the copy."""
+        made = RunStore(self.folder)
+        made._files, made._state = dict(self._files), self._state
+        return made
+
     def save_spec(self, spec: SignedSpec) -> None:
         self._write("spec", pack(spec))
 

@@ -25,7 +25,8 @@ class VirtualHost(Host):
 
     ``skew``: seconds by which its wall clock is ahead. ``slowness``: its training takes this many times as long as the
     task models. ``duration``: what blocking work costs in virtual time (default:
-    nothing). ``seed`` and ``name`` determine all its random numbers, keys included: two hosts of one seed differ.
+    nothing). ``seed``, ``name`` and ``life`` (a restarted process has another) determine all its random numbers, keys
+    included: two hosts of one seed differ.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class VirtualHost(Host):
         skew: float = 0.0,
         slowness: float = 1.0,
         duration: Duration | None = None,
+        life: int = 0,
     ) -> None:
         self.name, self.skew, self.slowness, self.duration = name, skew, slowness, duration
         self.network = world.network(name)
-        self.random = seeded(seed, name, "protocol")
-        self._entropy = seeded(seed, name, "entropy")
+        again = (str(life),) if life else ()
+        self.random = seeded(seed, name, "protocol", *again)
+        self._entropy = seeded(seed, name, "entropy", *again)
 
     def now(self) -> float:
         return trio.current_time()
