@@ -31,6 +31,9 @@ class Post:
             self._nursery.start_soon(self._deliver, to, receive)
         try:
             queue.send_nowait(message)
+        except trio.BrokenResourceError:
+            # The run is being cancelled and whoever delivered has ended already: nothing is sent any more.
+            del self._queues[to]
         except trio.WouldBlock:
             log.warning("%s: dropped %s, too many messages are waiting", to.short, type(message).__name__)
 
