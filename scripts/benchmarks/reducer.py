@@ -44,7 +44,7 @@ class ShoalPeer(Worker):
         exact.prepare_torch()
         self._host = RealHost()
         self._endpoint = Endpoint(self._host, Identity(self._host.entropy(32)))
-        self._notes: list[Note] = []
+        self._notes: list[tuple[float, Note]] = []
         self._votes: dict[bytes, tuple[int, Accepted | None]] = {}
 
     async def do(self, order: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -130,8 +130,8 @@ class ShoalPeer(Worker):
             check=check,
             max_length=len(self._base),
             save=save,
-            stored=(0, None),
-            note=self._notes.append,
+            stored=None,
+            note=lambda note: self._notes.append((time.monotonic(), note)),
             hold=lambda phase: False,
             name_at=str,
         )
@@ -155,7 +155,7 @@ class ShoalPeer(Worker):
         ended = time.monotonic()
         cpu = time.process_time() - cpu
         if result is None or instance.commit is None:
-            notes = "; ".join(f"{note.phase} {note.what} {note.detail}" for note in self._notes)
+            notes = "; ".join(f"{note.phase} {note.what} {note.detail}" for _, note in self._notes)
             return {"wrong": f"no result after {ROUND_LIMIT:.0f} s: {instance.voter.reason} ({notes})", "digest": ""}
         self._head = instance.commit.record
         self._hub.remember(instance.commit)
@@ -170,5 +170,5 @@ class ShoalPeer(Worker):
             "cpu": cpu,
             "peak": peak,
             "sent": sum(link.bytes_sent for link in self._endpoint.links()) - sent,
-            "notes": [[note.phase, note.what] for note in self._notes],
+            "notes": [[note.phase, note.what, at, note.detail] for at, note in self._notes],
         }
