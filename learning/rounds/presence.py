@@ -9,6 +9,7 @@ import trio
 from ...transport.endpoint import Endpoint
 from ...transport.errors import RemoteError
 from ...transport.identity import PeerId
+from ...transport.link import Link
 from .. import defaults
 
 
@@ -24,6 +25,7 @@ class Presence:
         self._scopes: dict[PeerId, trio.CancelScope] = {}
         self.lost: dict[PeerId, str] = {}
         self.on_change: Callable[[PeerId, str | None], None] = lambda peer, why: None
+        endpoint.on_link.append(self._linked)
 
     def watch(self, peers: Iterable[PeerId]) -> None:
         """Watch exactly ``peers`` (ourselves left out)."""
@@ -35,6 +37,11 @@ class Presence:
             if peer not in self._scopes:
                 self._scopes[peer] = trio.CancelScope()
                 self._nursery.start_soon(self._watch, peer, self._scopes[peer])
+
+    def _linked(self, link: Link) -> None:
+        # A peer that was lost and dials us is back before our own next attempt to reach it.
+        if link.peer in self._scopes:
+            self._set(link.peer, None)
 
     def _set(self, peer: PeerId, why: str | None) -> None:
         if why is None and peer in self.lost:
