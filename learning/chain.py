@@ -53,6 +53,8 @@ class Chain(Membership):
         self._branched: trio.Event = trio.Event()
         self._stalled_since: float | None = None
         self._former: dict[PeerId, None] = {}
+        self._returned: dict[PeerId, None] = {}
+        self._nudge = trio.Event()
         run.hub.on_foreign_commit = self._on_foreign_commit
         self.endpoint.serve(BRANCH, self._on_branch)
 
@@ -229,7 +231,15 @@ class Chain(Membership):
                 reason=reason,
             )
 
-        return Terms(draft, self.wishes, self.leaving, False, defaults.MAX_ROSTER, speed)
+        return Terms(
+            draft,
+            self.wishes,
+            self.leaving,
+            False,
+            defaults.MAX_ROSTER,
+            speed,
+            self._mode(len(head.roster)) == "strict",
+        )
 
     def _own_digest(self) -> bytes:
         snapshot = self.run.snapshots[-1] if self.run.snapshots else None
@@ -389,7 +399,9 @@ class Chain(Membership):
         """Every few seconds: do peers of this run outside our roster know a better history? Are we behind?"""
         turn = 0
         while True:
-            await trio.sleep(defaults.SCOUT_EVERY * (0.75 + 0.5 * self.host.random.random()))
+            with trio.move_on_after(defaults.SCOUT_EVERY * (0.75 + 0.5 * self.host.random.random())):
+                await self._nudge.wait()
+            self._nudge = trio.Event()
             turn += 1
             if not self._has_state or self.run.phase == "join":
                 continue
@@ -397,6 +409,8 @@ class Chain(Membership):
             if turn % 3 == 0:
                 outside.update(dict.fromkeys(await self.providers()))
             ask = [peer for peer in outside if peer not in self.head.record.roster and peer != self.me]
+            ask += [peer for peer in self._returned if peer not in ask]
+            self._returned.clear()
             if self._stuck():
                 ask += [peer for peer in self._alive() if peer != self.me]
             infos = await self.ask(tuple(ask))
@@ -404,12 +418,17 @@ class Chain(Membership):
             if info is None or not self._beats(info.record, self.head.record):
                 continue
             if self.me in info.record.roster and self._follows(info):
-                if self._stuck():
+                # A round ahead is a commit that is on its way to us.
+                if self._stuck() or info.record.round > self.round + 1:
                     self.run.step_aside(f"the run is at round {info.record.round}, we are at {self.round}")
             else:
                 self.run.step_aside(
                     f"another branch has {info.record.total} samples, ours {self.head.record.total}: loading its state"
                 )
+
+    def found(self, peer: PeerId) -> None:
+        self._returned[peer] = None
+        self._nudge.set()
 
     def _follows(self, info: HeadInfo) -> bool:
         return info.record.branch == self.head.record.branch

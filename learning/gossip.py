@@ -17,11 +17,11 @@ from ..transport.errors import DecodeError, RemoteError, RemoteRefused
 from ..transport.identity import PeerId
 from ..transport.rpc import Call
 from . import defaults
-from .membership import Membership, Placement
+from .membership import Membership, Placement, certify
 from .rounds.decisions import group_of, short
 from .rounds.instance import Instance
 from .rounds.leader import Terms
-from .rounds.messages import Certificate, Commit, CommitRecord, instance_key
+from .rounds.messages import Commit, CommitRecord, instance_key
 from .store import Head
 from .sync import VIEW, HeadInfo, Seen, View, ask_heads, load_state, state_digest
 
@@ -48,8 +48,8 @@ class Gossip(Membership):
 
     def members(self) -> tuple[PeerId, ...]:
         """Ourselves and everybody heard of in the last rounds."""
-        newest = max(self._view.values())
-        fresh = max(self._round, newest) - defaults.VIEW_ROUNDS
+        # Counted from our own round: a single peer that says it is far ahead must not empty the view.
+        fresh = self._round - defaults.VIEW_ROUNDS
         return tuple(sorted(p for p, r in self._view.items() if r >= fresh or p == self.me))
 
     def view(self) -> tuple[Seen, ...]:
@@ -65,15 +65,16 @@ class Gossip(Membership):
                 await self.run.adopt(vectors, head)
         while True:
             known = await self.known()
-            infos = await ask_heads(self.endpoint, self.run.run_id, known[:16], True, defaults.ASK_HEADS)
+            # Others every time: the same few may know only each other.
+            chosen = tuple(self.host.random.sample(known, min(defaults.GOSSIP_ASK, len(known))))
+            infos = await ask_heads(self.endpoint, self.run.run_id, chosen, True, defaults.ASK_HEADS)
             for info in infos.values():
                 self._merge(info.view)
-            await self._exchange(tuple(infos))
             ahead = max((info.settled for info in infos.values()), default=-1)
             if ahead > self._round + defaults.VIEW_ROUNDS or (not self._has_state and ahead > 0):
                 if await self._load(infos, ahead):
                     break
-            elif infos or self._has_state or self.me == self.spec.founder:
+            elif ahead >= 0 or self._has_state or self.me == self.spec.founder:
                 # Everybody begins from the same weights, which the seed of the run gives.
                 self._has_state = True
                 break
@@ -84,8 +85,8 @@ class Gossip(Membership):
             await self.run.settle()
         while self._round == 0 and len(self._view) < self.spec.min_peers and max(self._view.values()) == 0:
             self.reason = f"{len(self._view)} of {self.spec.min_peers} peers are here"
-            await trio.sleep(0.2)
-            await self._exchange(self._random(3))
+            await self._exchange(self._random(1))
+            await trio.sleep(defaults.GATHER_EVERY)
         self.reason = ""
         self.run.emit("run", "member", detail=f"{len(self._view)} peers in view, round {self._round}")
 
@@ -213,7 +214,8 @@ class Gossip(Membership):
             fingerprint=b"",
             reason="alone",
         )
-        self.head = Head(record, Certificate(b"", 0, ()), (self.me,))
+        # Ours alone to agree on; the proof lets a joiner believe where we are.
+        self.head = certify(self.endpoint, record, (self.me,))
 
     async def guard(self, instance: Instance) -> None:
         await trio.sleep_forever()
@@ -224,19 +226,28 @@ class Gossip(Membership):
         for item in seen[: defaults.MAX_VIEW]:
             if item.peer not in self._view and len(self._view) >= defaults.MAX_VIEW:
                 continue
-            if item.peer != self.me and item.peer not in self._leaving and 0 <= item.round < 1 << 40:
+            if item.peer == self.me or item.peer in self._leaving or not 0 <= item.round < 1 << 40:
+                continue
+            # A name that nobody can tell us how to reach would only be waited for.
+            if item.peer in self._view or self.endpoint.contact(item.peer) is not None:
                 self._view[item.peer] = max(self._view.get(item.peer, -1), item.round)
 
     def wished(self, peer: PeerId) -> None:
         self._view[peer] = max(self._view.get(peer, 0), self._round)
 
+    def found(self, peer: PeerId) -> None:
+        # Its round is learned from the next exchange of views.
+        return
+
     def left(self, peer: PeerId) -> None:
         self._view.pop(peer, None)
         self.run.hub.peer_changed(peer, "left the run")
 
-    def _message(self) -> View:
-        members = self.members()
-        return View(self.run.run_id, self.view(), self.contacts(members))
+    def _message(self, to: View | None = None) -> View:
+        """Our view. Asked, we add the contacts of members that the other one does not know yet."""
+        known = {} if to is None else {item.peer: None for item in to.seen}
+        new = () if to is None else tuple(peer for peer in self.members() if peer not in known)
+        return View(self.run.run_id, self.view(), self.contacts(new))
 
     async def _on_view(self, call: Call[View]) -> View:
         if call.request.run != self.run.run_id:
@@ -244,7 +255,7 @@ class Gossip(Membership):
         if len(call.request.seen) > defaults.MAX_VIEW or len(call.request.contacts) > 64:
             raise RemoteRefused("too-large", f"a view of {len(call.request.seen)} peers")
         self._take(call.request)
-        return self._message()
+        return self._message(call.request)
 
     def _take(self, view: View) -> None:
         for contact in view.contacts[:64]:
@@ -266,11 +277,15 @@ class Gossip(Membership):
                 self.run.emit("run", "view-failed", peer, error.message)
 
     async def scout(self) -> None:
+        turn = 0
         while True:
             await trio.sleep(defaults.GOSSIP_EVERY * (0.75 + 0.5 * self.host.random.random()))
             await self._exchange(self._random(2))
-            if len(self._view) == 1:
-                await self._exchange(await self.providers())
+            turn += 1
+            if len(self._view) == 1 or turn % defaults.STRANGERS_EVERY == 0:
+                # Two halves that know only themselves are found together through what they announced.
+                strangers = [peer for peer in await self.providers() if peer not in self._view and peer != self.me]
+                await self._exchange(tuple(self.host.random.sample(strangers, min(2, len(strangers)))))
 
     async def leave(self) -> None:
         await self.wish(self._random(8), leave=True)

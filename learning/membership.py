@@ -246,6 +246,9 @@ class Membership(ABC):
         """A peer wishes to join."""
 
     @abstractmethod
+    def found(self, peer: PeerId) -> None:
+        """A watched peer can be reached again."""
+
     def left(self, peer: PeerId) -> None:
         """A member says goodbye."""
 

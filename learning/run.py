@@ -235,7 +235,7 @@ class Run:
             check=self.membership.check,
             max_length=defaults.VECTORS_PER_ROUND * self.layout.size,
             save=save,
-            stored=(vote.promised, vote.accepted) if vote is not None else (0, None),
+            stored=(vote.promised, vote.accepted) if vote is not None else None,
             note=self.note,
             hold=lambda phase: (place.round, phase) in self.faults.hold,
             name_at=self.layout.name_at,
@@ -473,6 +473,8 @@ class Run:
     def _presence_changed(self, peer: PeerId, why: str | None) -> None:
         self.emit("run", "lost" if why is not None else "found", peer, why or "")
         self.hub.peer_changed(peer, why)
+        if why is None:
+            self.membership.found(peer)
 
     def _pace(self, voters: tuple[PeerId, ...]) -> Pace:
         """Waits of a round from what was measured: the links to the voters and how long rounds take."""

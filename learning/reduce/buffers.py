@@ -13,6 +13,10 @@ from torch import Tensor
 
 from ...transport.identity import PeerId
 from .. import exact
+from .slices import Slice
+
+#: Parts of slices that one contributor may send in a round: a slice is re-cut only when owners are lost.
+MAX_PIECES = 4096
 
 
 class Buffers:
@@ -24,10 +28,11 @@ class Buffers:
         self.generation: tuple[int, int] | None = None
         self.filled: dict[int, None] = {}
         self.parts: dict[tuple[PeerId, int, int], Tensor] = {}
-        self._early: dict[tuple[int, int, int], tuple[int, int, Tensor]] = {}
+        self._early: dict[tuple[int, int, int, PeerId], tuple[Slice, Tensor]] = {}
         self._max_length = max_length
         self._taken: dict[PeerId, int] = {}
-        self._early_size = 0
+        self._pieces: dict[PeerId, int] = {}
+        self._early_size: dict[PeerId, int] = {}
 
     def room_for(self, contributor: PeerId, start: int, stop: int) -> Tensor | None:
         """Memory for a part, or None when the range is absurd or this contributor has sent too much already."""
@@ -36,6 +41,9 @@ class Buffers:
         # Slices are re-cut at most as often as owners are lost; twice the vector is far beyond an honest peer.
         if self._taken.get(contributor, 0) + (stop - start) > 2 * self._max_length:
             return None
+        if self._pieces.get(contributor, 0) >= MAX_PIECES:
+            return None
+        self._pieces[contributor] = self._pieces.get(contributor, 0) + 1
         self._taken[contributor] = self._taken.get(contributor, 0) + (stop - start)
         return torch.empty(stop - start, dtype=torch.float32)
 
@@ -52,38 +60,50 @@ class Buffers:
         self.generation, self.filled = generation, {}
         self.result = torch.empty(length, dtype=torch.float32)
 
-    def combine(self, members: Sequence[PeerId], weights: Sequence[int], ranges: Sequence[tuple[int, int]]) -> None:
-        """Write the weighted mean of exactly ``members``, in this order, into the result. Blocking."""
+    def combination(
+        self, members: Sequence[PeerId], weights: Sequence[int], ranges: Sequence[tuple[int, int]]
+    ) -> Callable[[], None]:
+        """What writes the weighted mean of exactly ``members``, in this order, into the present result. Blocking.
+
+        It holds what it needs: the round may end while it runs in a thread.
+        """
         result = self.result
         assert result is not None
-        for start, stop in ranges:
-            if members:
-                parts = [self.parts[member, start, stop] for member in members]
-                exact.weighted_mean(parts, [float(weight) for weight in weights], out=result[start:stop])
-            else:
-                result[start:stop].zero_()
+        factors = [float(weight) for weight in weights]
+        work = [([self.parts[member, start, stop] for member in members], result[start:stop]) for start, stop in ranges]
 
-    def room_early(self, start: int, stop: int) -> Tensor | None:
-        """Memory for a combined slice that came before its plan, bounded."""
-        size = stop - start
-        if not 0 <= start < stop <= self._max_length or self._early_size + size > 2 * self._max_length:
+        def combine() -> None:
+            for parts, out in work:
+                if parts:
+                    exact.weighted_mean(parts, factors, out=out)
+                else:
+                    out.zero_()
+
+        return combine
+
+    def room_early(self, sender: PeerId, start: int, stop: int) -> Tensor | None:
+        """Memory for a combined slice that came before its plan, bounded for each sender."""
+        size, taken = stop - start, self._early_size.get(sender, 0)
+        if not 0 <= start < stop <= self._max_length or taken + size > 2 * self._max_length:
             return None
-        self._early_size += size
+        self._early_size[sender] = taken + size
         return torch.empty(size, dtype=torch.float32)
 
-    def keep_early(self, attempt: int, epoch: int, index: int, start: int, part: Tensor) -> None:
-        self._early[attempt, epoch, index] = (start, start + part.numel(), part)
+    def keep_early(self, attempt: int, epoch: int, index: int, piece: Slice, part: Tensor) -> None:
+        """Keep what ``piece.owner`` sent as combined slice ``index`` of a generation that is not open here yet."""
+        self._early[attempt, epoch, index, piece.owner] = (piece, part)
 
-    def take_early(self, valid: Callable[[int, int, int], bool]) -> None:
-        """Move early slices of the present generation, with (index, start, stop) ``valid``, into the result."""
+    def take_early(self, valid: Callable[[int, Slice], bool]) -> None:
+        """Move early slices of the present generation that are ``valid`` and not there yet into the result."""
         assert self.result is not None and self.generation is not None
-        for (attempt, epoch, index), (start, stop, part) in list(self._early.items()):
-            if (attempt, epoch) <= self.generation:
-                del self._early[attempt, epoch, index]
-                self._early_size -= stop - start
-                if (attempt, epoch) == self.generation and valid(index, start, stop):
-                    self.result[start:stop] = part
-                    self.filled[index] = None
+        for key, (piece, part) in list(self._early.items()):
+            generation, index = key[:2], key[2]
+            if generation > self.generation:
+                continue
+            del self._early[key]
+            if generation == self.generation and index not in self.filled and valid(index, piece):
+                self.result[piece.start : piece.stop] = part
+                self.filled[index] = None
 
     def drop_inputs(self) -> None:
         """The round is over: contributions are no longer needed, the result still is (for those who were late)."""

@@ -84,6 +84,16 @@ class Persist:
 
 
 @attrs.frozen
+class Promise:
+    """Our voter promises ``attempt``, durably, before any later action of the same batch is carried out.
+
+    A leader that crashes after a proposal can then never come back and propose something else at the same ballot.
+    """
+
+    attempt: int
+
+
+@attrs.frozen
 class Done:
     """The round is decided."""
 
@@ -100,7 +110,7 @@ class Note:
     peer: PeerId | None = None
 
 
-Action = Send | Push | Combine | Share | Pull | Fingerprint | Verify | Persist | Done | Note
+Action = Send | Push | Combine | Share | Pull | Fingerprint | Verify | Persist | Promise | Done | Note
 
 
 @attrs.frozen

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 
 from ...transport.identity import PeerId
-from .messages import quorum
+from .messages import Accepted, quorum
 
 
 def candidates(prev: bytes, round: int, voters: Sequence[PeerId]) -> tuple[PeerId, ...]:
@@ -21,6 +21,19 @@ def candidates(prev: bytes, round: int, voters: Sequence[PeerId]) -> tuple[PeerI
             key=lambda peer: hashlib.blake2b(seed + peer.key, digest_size=16, person=b"shoal candidate").digest(),
         )
     )
+
+
+def resume_at(
+    stored: tuple[int, Accepted | None] | None, order: Sequence[PeerId], me: PeerId
+) -> tuple[int, Accepted | None]:
+    """The attempt at which a voter begins, and what it accepted, from what an earlier life stored (None: nothing).
+
+    An attempt that we led before is over: we may have proposed at its ballot, and do not know what.
+    """
+    promised, accepted = stored or (0, None)
+    if stored is not None and order[promised % len(order)] == me:
+        promised += 1
+    return promised, accepted
 
 
 def may_begin(
@@ -43,6 +56,28 @@ def may_begin(
     if grace_until is not None and now >= grace_until:
         return True, "a quorum is ready and the time for stragglers is over; missing: " + short(missing)
     return False, "waiting for " + short(waiting)
+
+
+def may_abandon(
+    voters: Sequence[PeerId],
+    ready: Collection[PeerId],
+    lost: Collection[PeerId],
+    strict: bool,
+    now: float,
+    grace_until: float | None,
+) -> tuple[bool, str]:
+    """Whether a value that was accepted, but whose result no ready voter holds any more, may be given up.
+
+    When all voters say so, nobody can have applied it: peers that restarted lost the result with their memory and are back
+    at the state before. In ``strict`` mode nothing less will do; otherwise the voters that can be reached suffice.
+    """
+    missing = [voter for voter in voters if voter not in ready]
+    waiting = [voter for voter in missing if voter not in lost]
+    if not missing:
+        return True, "an accepted result is held by no voter any more: the round is done again"
+    if strict or waiting or grace_until is None or now < grace_until:
+        return False, "an accepted result is held by nobody here; waiting for " + short(missing)
+    return True, "an accepted result is held by no voter that can be reached: the round is done again"
 
 
 def next_roster(

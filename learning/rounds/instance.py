@@ -18,6 +18,7 @@ from ...transport.rpc import Call
 from .. import exact
 from ..digest import choose_fingerprint, fingerprint, local_fingerprints
 from ..reduce.buffers import Buffers
+from ..reduce.slices import Slice
 from ..state import bytes_view
 from .actions import (
     Action,
@@ -27,12 +28,14 @@ from .actions import (
     Note,
     Pace,
     Persist,
+    Promise,
     Pull,
     Push,
     Send,
     Share,
     Verify,
 )
+from .decisions import candidates, resume_at
 from .leader import Leader, Terms, accepts_needed
 from .messages import (
     Accept,
@@ -58,7 +61,10 @@ _TO_LEADER = (Ready, Held, Progress, Accept, Reject)
 
 @attrs.frozen
 class Setting:
-    """What an instance is about and what it may use. ``save``: store (promised, accepted) durably. Blocking."""
+    """What an instance is about and what it may use.
+
+    ``save``: store (promised, accepted) durably; blocking. ``stored``: what an earlier life saved, None: nothing.
+    """
 
     key: bytes
     round: int
@@ -69,7 +75,7 @@ class Setting:
     check: Callable[[CommitRecord], str | None]
     max_length: int
     save: Callable[[int, Accepted | None], None]
-    stored: tuple[int, Accepted | None]
+    stored: tuple[int, Accepted | None] | None
     note: Callable[[Note], None]
     hold: Callable[[str], bool]
     name_at: Callable[[int], str]
@@ -88,6 +94,8 @@ class Instance:
         self.refused: dict[PeerId, str] = {}
         self.buffers = Buffers(setting.max_length)
         secret = self._host.entropy(32)
+        order = candidates(setting.prev, self.round, self.voters)
+        promised, accepted = resume_at(setting.stored, order, self.me)
         self.voter = Voter(
             key=self.key,
             round=self.round,
@@ -102,9 +110,10 @@ class Instance:
             check=setting.check,
             max_length=setting.max_length,
             algorithms=local_fingerprints(),
-            promised=setting.stored[0],
-            accepted=setting.stored[1],
+            promised=promised,
+            accepted=accepted,
         )
+        self._first = promised
         self.voter.lost.update({p: w for p, w in lost.items() if p in self.voters})
         self.leader: Leader | None = None
         self._final: Tensor | None = None
@@ -136,7 +145,7 @@ class Instance:
         """Training is over: contribute ``vector`` (fp32, 1-D, finite), or nothing and say ``why``."""
         self.began = self._host.now()
         self.buffers.own = vector
-        offer = Ready(self.key, self.round, 0, vector is not None, samples, weight, length, None, why)
+        offer = Ready(self.key, self.round, 0, vector is not None, samples, weight, length, None, False, why)
         self._feed(lambda: self.voter.begin(self._host.now(), offer))
 
     async def outcome(self) -> Tensor | None:
@@ -160,6 +169,8 @@ class Instance:
         def step() -> list[Action]:
             now = self._host.now()
             if why is None:
+                if self.leader is not None:
+                    self.leader.peer_alive(peer)
                 return self.voter.peer_alive(now, peer)
             actions = self.voter.peer_lost(now, peer, why)
             if self.leader is not None:
@@ -171,7 +182,7 @@ class Instance:
     def receive(self, sender: PeerId, message: object) -> None:
         """A message for this instance from ``sender``; a commit's certificate is checked here."""
         if isinstance(message, Commit):
-            needed = accepts_needed(len(self.voters), len(message.record.members), self.setting.terms.gossip)
+            needed = accepts_needed(len(self.voters), self.setting.terms.gossip)
             wrong = verify_certificate(message.record, message.certificate, self.voters, needed)
             if message.certificate.key != self.key or message.record.prev != self.setting.prev:
                 wrong = wrong or "it belongs to another round"
@@ -205,7 +216,7 @@ class Instance:
             return []
         actions: list[Action] = []
         if isinstance(message, Ready) and self.voter.leader(message.attempt) == self.me:
-            known = -1 if self.leader is None else self.leader.attempt
+            known = self._first - 1 if self.leader is None else self.leader.attempt
             if known < message.attempt:
                 self._lead(message.attempt)
         if isinstance(message, _TO_LEADER) and self.leader is not None:
@@ -254,6 +265,8 @@ class Instance:
                     self._nursery.start_soon(self._verify, action)
                 case Persist():
                     await self._host.run_blocking(self.setting.save, action.promised, action.accepted)
+                case Promise():
+                    await self._do(self.voter.promise(action.attempt))
                 case Done():
                     self.commit = action.commit
                     self.leader = None
@@ -271,9 +284,7 @@ class Instance:
         if plan is not None and self.buffers.generation != (plan.attempt, plan.epoch) and self.commit is None:
             self.buffers.open((plan.attempt, plan.epoch), plan.length)
         if plan is not None and self.buffers.generation == (plan.attempt, plan.epoch):
-            self.buffers.take_early(
-                lambda index, start, stop: index < len(plan.slices) and plan.slices[index].range == (start, stop)
-            )
+            self.buffers.take_early(lambda index, piece: index < len(plan.slices) and plan.slices[index] == piece)
 
     # -- bulk ---------------------------------------------------------------------------------------
 
@@ -314,7 +325,8 @@ class Instance:
         if plan is None or self.buffers.generation != (action.attempt, action.epoch):
             return
         ranges = [plan.slices[index].range for index in action.indices]
-        await self._host.run_blocking(self.buffers.combine, action.members, action.weights, ranges)
+        combine = self.buffers.combination(action.members, action.weights, ranges)
+        await self._host.run_blocking(combine)
         for index in action.indices:
             self.buffers.filled[index] = None
         self._feed(lambda: self.voter.combined(self._host.now(), action.attempt, action.epoch, action.indices))
@@ -344,16 +356,19 @@ class Instance:
             raise RemoteRefused("not-a-voter", f"{sender.short} is no voter of round {self.round}")
         target = self._target(request, sender)
         if target is None:
-            part = self.buffers.room_early(request.start, request.stop)
+            part = self.buffers.room_early(sender, request.start, request.stop)
             if part is None:
                 raise RemoteRefused("bad-range", "more combined slices than a round has")
             await call.read_into(bytes_view(part))
-            self.buffers.keep_early(request.attempt, request.epoch, request.index, request.start, part)
+            piece = Slice(request.start, request.stop, sender)
+            self.buffers.keep_early(request.attempt, request.epoch, request.index, piece, part)
             self._open_generation()
         else:
             await call.read_into(bytes_view(target))
             if self._target(request, sender) is not None:
                 self.buffers.filled[request.index] = None
+        if self.buffers.generation == (request.attempt, request.epoch) and request.index not in self.buffers.filled:
+            raise RemoteRefused("bad-range", "that slice is not the plan's")
         self._feed(
             lambda: self.voter.combined_received(
                 self._host.now(), sender, request.attempt, request.epoch, request.index, request.members

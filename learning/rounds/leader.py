@@ -20,8 +20,8 @@ import attrs
 
 from ...transport.identity import Identity, PeerId
 from ..reduce.slices import reassign, split
-from .actions import Action, Fingerprint, Note, Pace, Send
-from .decisions import may_begin, next_roster, proposal_of, short
+from .actions import Action, Fingerprint, Note, Pace, Promise, Send
+from .decisions import may_abandon, may_begin, next_roster, proposal_of, short
 from .messages import (
     Accept,
     Accepted,
@@ -52,7 +52,8 @@ class Terms:
 
     ``draft`` builds the record of a round from members, samples, weights, roster, nonces and a reason (with
     an empty fingerprint); ``wishes`` and ``leaving`` are read when the roster is fixed. ``gossip``: the
-    voters are a gossip group, which may go on with whoever is there. ``roster_limit``: peers in a roster.
+    voters are a gossip group, which may go on with whoever is there. ``roster_limit``: peers in a roster. ``strict``:
+    an accepted value is given up only when every voter agrees.
     """
 
     draft: Callable[
@@ -63,11 +64,12 @@ class Terms:
     gossip: bool
     roster_limit: int
     speed: Callable[[PeerId], float]
+    strict: bool = False
 
 
-def accepts_needed(voters: int, members: int, gossip: bool) -> int:
-    """Accepts that decide a round: a majority of the voters; in a gossip group of those who took part."""
-    return quorum(max(1, members)) if gossip else quorum(voters)
+def accepts_needed(voters: int, gossip: bool) -> int:
+    """Accepts that decide a round: a majority of the voters; in a gossip group one, whoever is left there goes on."""
+    return 1 if gossip else quorum(voters)
 
 
 class Leader:
@@ -127,6 +129,10 @@ class Leader:
                 return self._on_reject(now, sender, message)
             case _:
                 return []
+
+    def peer_alive(self, peer: PeerId) -> None:
+        """``peer`` can be reached again: it is told of this attempt with the next word to those who wait."""
+        self.lost.pop(peer, None)
 
     def peer_lost(self, now: float, peer: PeerId, why: str) -> list[Action]:
         """No way to ``peer`` at the moment."""
@@ -222,24 +228,41 @@ class Leader:
     def _maybe_begin(self, now: float) -> list[Action]:
         promises = {peer: ready.accepted for peer, ready in self._ready.items()}
         earlier = proposal_of(promises)
+        if self._grace_until is None and len(self._ready) >= self.needed:
+            self._grace_until = now + self.pace.grace
+        again = ""
+        holders: tuple[PeerId, ...] = ()
         if isinstance(earlier, Accepted):
             if len(self._ready) < self.needed:
                 return []
+            digest = earlier.record.digest
+            holders = tuple(
+                p
+                for p, a in promises.items()
+                if isinstance(a, Accepted) and a.record.digest == digest and self._ready[p].holds
+            )
+            if not holders:
+                go, self._reason = may_abandon(
+                    self.voters, self._ready, self.lost, self._terms.strict, now, self._grace_until
+                )
+                if not go:
+                    return []
+                if self.attempt <= earlier.attempt:
+                    # One ballot never carries two values.
+                    return self._abort(now, self._reason)
+                again = self._reason + "; "
+        if isinstance(earlier, Accepted) and not again:
             # The value may already be decided: propose it again, whoever accepted it holds the result.
             self.record = earlier.record
-            digest = earlier.record.digest
-            holders = tuple(p for p, a in promises.items() if isinstance(a, Accepted) and a.record.digest == digest)
             note = Note(
                 "commit", "repropose", f"attempt {self.attempt} proposes the value of attempt {earlier.attempt}"
             )
             return [note, *self._propose(now, holders)]
-        if self._grace_until is None and len(self._ready) >= self.needed:
-            self._grace_until = now + self.pace.grace
         go, reason = may_begin(self.voters, self._ready, self.lost, self.needed, now, self._grace_until)
-        self._reason = reason
+        self._reason = reason = again + reason
         if not go:
             return []
-        givers = {p: r for p, r in self._ready.items() if r.contributes}
+        givers = {p: r for p, r in self._ready.items() if r.contributes and r.weight > 0}
         lengths = sorted({r.length for r in self._ready.values()})
         # Most common length; honest peers all have the model's.
         length = max(lengths, key=lambda n: (sum(r.length == n for r in self._ready.values()), n))
@@ -252,8 +275,6 @@ class Leader:
         receivers = tuple(sorted({*self._ready, self.me}))
         owners = members or receivers
         weights = tuple(givers[m].weight for m in members)
-        if members and not any(weights):
-            weights = tuple(1 for _ in members)
         plan = Plan(
             key=self.key,
             attempt=self.attempt,
@@ -339,7 +360,16 @@ class Leader:
         self._asked = {r: None for r in plan.receivers if r not in self.lost}
         self._until = now + self.pace.gather
         message = Ask(self.key, plan.attempt, plan.epoch)
-        return [Note("gather", "ask", why), *(Send(r, message) for r in self._asked)]
+        actions: list[Action] = [Note("gather", "ask", why)]
+        for receiver in self._asked:
+            if receiver not in self._progress or not self._progress[receiver].nonce:
+                # Plan or freeze may not have reached it. What it knows it ignores.
+                actions += [
+                    Send(receiver, plan),
+                    Send(receiver, Freeze(self.key, plan.attempt, plan.epoch, self._frozen)),
+                ]
+            actions.append(Send(receiver, message))
+        return actions
 
     def _on_progress(self, now: float, sender: PeerId, message: Progress) -> list[Action]:
         plan = self.plan
@@ -423,7 +453,7 @@ class Leader:
         assert self.record is not None
         self.phase, self._until = "propose", now + self.pace.gather
         message = Propose(self.key, self.attempt, self.record, holders)
-        return [Send(voter, message) for voter in self.voters if voter not in self.lost]
+        return [Promise(self.attempt), *(Send(voter, message) for voter in self.voters if voter not in self.lost)]
 
     def _on_accept(self, now: float, sender: PeerId, message: Accept) -> list[Action]:
         if self.phase != "propose" or self.record is None or message.attempt != self.attempt:
@@ -438,7 +468,7 @@ class Leader:
 
     def _maybe_commit(self, now: float, *, late: bool = False) -> list[Action]:
         assert self.record is not None
-        needed = accepts_needed(len(self.voters), len(self.record.members), self._terms.gossip)
+        needed = accepts_needed(len(self.voters), self._terms.gossip)
         if len(self._accepts) < needed:
             if late:
                 self._until = now + self.pace.gather

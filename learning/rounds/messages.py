@@ -16,8 +16,20 @@ from ...transport.wire import pack
 from ..reduce.slices import Slice
 
 
+class Bounded:
+    """A message whose integers are all 0 ≤ n < 2⁶³: what arithmetic and signatures take, whatever a peer sends."""
+
+    __slots__ = ()
+
+    def __attrs_post_init__(self) -> None:
+        for value in attrs.astuple(self, recurse=False):  # type: ignore[arg-type]
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int) and not 0 <= number < 1 << 63:
+                    raise ValueError(f"{number} is out of range")
+
+
 @attrs.frozen
-class CommitRecord:
+class CommitRecord(Bounded):
     """What a round agreed on. Its digest chains the rounds: ``prev`` is the digest of the one before.
 
     ``kind``: ``genesis`` (the founder's first record), ``enrol`` (roster change without training),
@@ -57,7 +69,7 @@ class Signed:
 
 
 @attrs.frozen
-class Certificate:
+class Certificate(Bounded):
     """Signed accepts of one ballot. Valid when they come from a quorum of the instance's voters."""
 
     key: bytes
@@ -66,7 +78,7 @@ class Certificate:
 
 
 @attrs.frozen
-class Accepted:
+class Accepted(Bounded):
     """The value a voter last accepted, and at which ballot."""
 
     attempt: int
@@ -74,10 +86,11 @@ class Accepted:
 
 
 @attrs.frozen
-class Ready:
+class Ready(Bounded):
     """A voter is done training and promises to follow no ballot below ``attempt`` (Paxos phase 1b).
 
-    ``contributes`` is False when it has nothing to give this round; ``why`` then says why not.
+    ``contributes`` is False when it has nothing to give this round; ``why`` then says why not. ``holds``: whether the
+    sender still holds the result of ``accepted`` (a restarted peer does not).
     """
 
     key: bytes
@@ -88,11 +101,12 @@ class Ready:
     weight: int
     length: int
     accepted: Accepted | None
+    holds: bool
     why: str
 
 
 @attrs.frozen
-class Waiting:
+class Waiting(Bounded):
     """The leader is alive and waits for ``missing``; ``reason`` is for people."""
 
     key: bytes
@@ -102,7 +116,7 @@ class Waiting:
 
 
 @attrs.frozen
-class Convene:
+class Convene(Bounded):
     """A candidate asks idle voters to come to its ballot."""
 
     key: bytes
@@ -111,7 +125,7 @@ class Convene:
 
 
 @attrs.frozen
-class Plan:
+class Plan(Bounded):
     """Who contributes (``members``, PeerId order, with weights), who receives, and who owns what."""
 
     key: bytes
@@ -127,7 +141,7 @@ class Plan:
 
 
 @attrs.frozen
-class Held:
+class Held(Bounded):
     """An owner names the members whose part of its slices it holds in full. Signed: owners may be audited."""
 
     key: bytes
@@ -138,7 +152,7 @@ class Held:
 
 
 @attrs.frozen
-class Freeze:
+class Freeze(Bounded):
     """``members`` is the set whose contributions the owners combine, exactly, in this order."""
 
     key: bytes
@@ -148,7 +162,7 @@ class Freeze:
 
 
 @attrs.frozen
-class Ask:
+class Ask(Bounded):
     """The leader asks which combined slices a receiver holds."""
 
     key: bytes
@@ -157,7 +171,7 @@ class Ask:
 
 
 @attrs.frozen
-class Progress:
+class Progress(Bounded):
     """Which combined slices (indices into the plan's) the sender holds; with all of them, its ``nonce``.
 
     ``algorithms``: the fingerprints that are fast on the sender's machine, best first.
@@ -172,7 +186,7 @@ class Progress:
 
 
 @attrs.frozen
-class Fetch:
+class Fetch(Bounded):
     """The leader tells a receiver to get combined slice ``index`` from ``holder``."""
 
     key: bytes
@@ -183,7 +197,7 @@ class Fetch:
 
 
 @attrs.frozen
-class Propose:
+class Propose(Bounded):
     """Paxos phase 2a. ``holders`` have the result whose fingerprint the record names."""
 
     key: bytes
@@ -193,7 +207,7 @@ class Propose:
 
 
 @attrs.frozen
-class Accept:
+class Accept(Bounded):
     """Paxos phase 2b: a signed accept of the record with ``digest`` at this ballot."""
 
     key: bytes
@@ -203,7 +217,7 @@ class Accept:
 
 
 @attrs.frozen
-class Reject:
+class Reject(Bounded):
     """The sender promised a higher ballot, or the proposal contradicts what it holds (``reason``)."""
 
     key: bytes
@@ -213,7 +227,7 @@ class Reject:
 
 
 @attrs.frozen
-class Commit:
+class Commit(Bounded):
     """A record and the proof that it was agreed."""
 
     key: bytes

@@ -10,6 +10,7 @@ from ...transport.endpoint import Endpoint
 from ...transport.errors import RemoteError
 from ...transport.identity import PeerId
 from ...transport.link import Link
+from ...transport.link import Link
 from .. import defaults
 
 
@@ -24,6 +25,8 @@ class Presence:
         self._endpoint, self._nursery = endpoint, nursery
         self._scopes: dict[PeerId, trio.CancelScope] = {}
         self.lost: dict[PeerId, str] = {}
+        self._came: dict[PeerId, trio.Event] = {}
+        endpoint.on_link.append(self._on_link)
         self.on_change: Callable[[PeerId, str | None], None] = lambda peer, why: None
         endpoint.on_link.append(self._linked)
 
@@ -42,6 +45,12 @@ class Presence:
         # A peer that was lost and dials us is back before our own next attempt to reach it.
         if link.peer in self._scopes:
             self._set(link.peer, None)
+
+    def _on_link(self, link: Link) -> None:
+        # It dialled us: no need to wait for our own next attempt.
+        event = self._came.pop(link.peer, None)
+        if event is not None:
+            event.set()
 
     def _set(self, peer: PeerId, why: str | None) -> None:
         if why is None and peer in self.lost:
@@ -73,5 +82,7 @@ class Presence:
                             self._set(peer, error.message)
                     else:
                         self._set(peer, "said goodbye")
-                await trio.sleep(pause * (0.75 + 0.5 * self._endpoint.host.random.random()))
+                self._came[peer] = came = trio.Event()
+                with trio.move_on_after(pause * (0.75 + 0.5 * self._endpoint.host.random.random())):
+                    await came.wait()
                 pause = min(pause * 2, defaults.REDIAL_LAST)

@@ -39,6 +39,9 @@ from .messages import (
     sign_held,
 )
 
+#: Attempts by which one message may move a voter ahead. One that slept through a whole round is some tens behind.
+MAX_LEAP = 1000
+
 
 class Voter:
     """One peer's part in one instance. Every method takes ``now`` (seconds) and returns actions, in order."""
@@ -65,6 +68,7 @@ class Voter:
         self._nonce, self._check, self._max_length = nonce, check, max_length
         self._algorithms = algorithms
         self.promised, self.accepted = promised, accepted
+        self._holds_accepted = False  # what was accepted in an earlier life is a promise without its bytes
         self.attempt = promised
         self.offer: Ready | None = None  # our Ready, less attempt and accepted; None while training
         self.plan: Plan | None = None
@@ -77,7 +81,7 @@ class Voter:
         self._holds: dict[tuple[int, int], dict[PeerId, None]] = {}
         self._pushed: dict[tuple[PeerId, int, int], None] = {}
         self._combined: dict[int, None] = {}
-        self._early: dict[tuple[int, int, int], tuple[bytes, PeerId]] = {}
+        self._early: dict[tuple[PeerId, int, int, int], bytes] = {}
         self._reported: tuple[PeerId, ...] | None = None
         self._heard = 0.0
         self._resend = 0.0
@@ -128,8 +132,8 @@ class Voter:
         plan, frozen = self.plan, self.frozen
         if plan is None or (attempt, epoch) > (plan.attempt, plan.epoch) or frozen is None:
             # The owner was told of the freeze before us.
-            if len(self._early) < 4 * len(self.voters) + 16:
-                self._early[(attempt, epoch, index)] = (members, sender)
+            if sum(key[0] == sender for key in self._early) < 4 * len(self.voters):
+                self._early[sender, attempt, epoch, index] = members
             return []
         if (attempt, epoch) != (plan.attempt, plan.epoch) or not 0 <= index < len(plan.slices):
             return []
@@ -149,7 +153,7 @@ class Voter:
                 Note("commit", "refused", wrong),
                 Send(self.leader(attempt), Reject(self.key, attempt, self.promised, wrong[:200])),
             ]
-        self.accepted = Accepted(attempt, record)
+        self.accepted, self._holds_accepted = Accepted(attempt, record), True
         self._heard = now
         return [
             Persist(self.promised, self.accepted),
@@ -211,7 +215,7 @@ class Voter:
                 return [Pull(message.holder, message.attempt, message.epoch, message.index)]
             case Propose():
                 return self._on_propose(now, sender, message)
-            case Reject() if message.promised > self.attempt:
+            case Reject() if message.promised > self.attempt and not self._far(message.promised):
                 # We lead and others have moved on: follow them.
                 return self._move(now, message.promised, f"{sender.short} is at attempt {message.promised}")
             case _:
@@ -270,6 +274,7 @@ class Voter:
             offer.weight,
             offer.length,
             self.accepted,
+            self._holds_accepted,
             offer.why,
         )
         persist: list[Action] = [] if again else [Persist(self.promised, self.accepted)]
@@ -281,6 +286,17 @@ class Voter:
         while self.leader(attempt) in self.lost and self.leader(attempt) != self.me:
             attempt += 1
         return self._move(now, attempt, why)
+
+    def promise(self, attempt: int) -> list[Action]:
+        """We are about to propose at ``attempt`` ourselves."""
+        if attempt <= self.promised:
+            return []
+        self.promised = self.attempt = attempt
+        return [Persist(self.promised, self.accepted)]
+
+    def _far(self, attempt: int) -> bool:
+        # Attempts grow one by one. Nobody may push them out of all bounds with a single message.
+        return attempt > self.attempt + MAX_LEAP
 
     def _move(self, now: float, attempt: int, why: str) -> list[Action]:
         self.attempt = self.promised = attempt
@@ -296,14 +312,14 @@ class Voter:
         # A leader that gives up its own attempt is believed; anybody else only by those with nothing to do.
         idle = self.plan is None or self.plan.attempt < self.attempt or now - self._heard > self._patience() / 2
         idle = idle or sender == self.leader()
-        if message.attempt <= self.attempt or self.offer is None or not idle:
+        if message.attempt <= self.attempt or self._far(message.attempt) or self.offer is None or not idle:
             return []
         return self._move(now, message.attempt, "another candidate convenes")
 
     def _on_plan(self, now: float, sender: PeerId, plan: Plan) -> list[Action]:
         if plan.attempt < self.promised:
             return [Send(sender, Reject(self.key, plan.attempt, self.promised, "promised a later attempt"))]
-        if sender != self.leader(plan.attempt):
+        if sender != self.leader(plan.attempt) or self._far(plan.attempt):
             return []
         if self.plan is not None and (plan.attempt, plan.epoch) <= (self.plan.attempt, self.plan.epoch):
             return []
@@ -336,10 +352,8 @@ class Voter:
             return "members are not voters in order"
         if any(p not in self.voters for p in plan.receivers) or len(plan.receivers) > len(self.voters):
             return "receivers are not voters"
-        if any(w < 0 for w in plan.weights) or any(s < 0 for s in plan.samples):
-            return "negative weights"
-        if plan.members and not any(plan.weights):
-            return "all weights are zero"
+        if any(w <= 0 for w in plan.weights) or any(s < 0 for s in plan.samples):
+            return "weights are not above zero"
         if not 0 < plan.length <= self._max_length:
             return f"a vector of {plan.length} elements"
         if len(plan.slices) > 4 * len(self.voters) ** 2 or not covers(plan.slices, plan.length):
@@ -378,7 +392,8 @@ class Voter:
         if (message.attempt, message.epoch) != (plan.attempt, plan.epoch) or plan.attempt != self.attempt:
             return []
         weights = dict(zip(plan.members, plan.weights, strict=True))
-        if list(message.members) != sorted(m for m in plan.members if m in set(message.members)):
+        given = set(message.members)
+        if list(message.members) != [m for m in plan.members if m in given] or (plan.members and not given):
             return [Send(sender, Reject(self.key, plan.attempt, self.promised, "frozen members are not the plan's"))]
         mine = self._my_slices(plan)
         for index in mine:
@@ -397,7 +412,7 @@ class Voter:
         self.phase = "gather"
         actions.append(Note("gather", "begin"))
         early, self._early = self._early, {}
-        for (attempt, epoch, index), (members, owner) in early.items():
+        for (owner, attempt, epoch, index), members in early.items():
             actions += self.combined_received(now, owner, attempt, epoch, index, members)
         return actions
 
@@ -425,9 +440,13 @@ class Voter:
     def _on_propose(self, now: float, sender: PeerId, message: Propose) -> list[Action]:
         if message.attempt < self.promised:
             return [Send(sender, Reject(self.key, message.attempt, self.promised, "promised a later attempt"))]
-        if sender != self.leader(message.attempt):
+        if sender != self.leader(message.attempt) or self._far(message.attempt):
             return []
         wrong = self._check(message.record)
+        if self.accepted is not None and message.attempt == self.accepted.attempt:
+            # Never two values at one ballot: a later leader could not tell which of them may be decided.
+            same = message.record.digest == self.accepted.record.digest
+            wrong = wrong if same else "another value was accepted at this attempt"
         if wrong is not None:
             self.reason = f"cannot accept: {wrong}"
             return [

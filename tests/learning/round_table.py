@@ -17,12 +17,14 @@ from shoal.learning.rounds.actions import (
     Note,
     Pace,
     Persist,
+    Promise,
     Pull,
     Push,
     Send,
     Share,
     Verify,
 )
+from shoal.learning.rounds.decisions import candidates, resume_at
 from shoal.learning.rounds.leader import Leader, Terms, accepts_needed
 from shoal.learning.rounds.messages import (
     Accept,
@@ -36,6 +38,7 @@ from shoal.learning.rounds.messages import (
     Reject,
     instance_key,
     members_hash,
+    quorum,
     verify_certificate,
 )
 from shoal.learning.rounds.voter import Voter
@@ -48,7 +51,7 @@ LEADER_MESSAGES = (Ready, Held, Progress, Accept, Reject)
 class Seat:
     """One peer: its voter, the leaders it has been, and the numbers it holds."""
 
-    def __init__(self, table: Table, identity: Identity) -> None:
+    def __init__(self, table: Table, identity: Identity, stored: tuple[int, Accepted | None] | None = None) -> None:
         self.table, self.identity, self.me = table, identity, identity.peer_id
         self.alive, self.frozen_until = True, 0.0
         self.vector = np.random.default_rng(identity.peer_id.key[0]).integers(-8, 8, table.length).astype(np.float32)
@@ -56,9 +59,12 @@ class Seat:
         self.result: dict[tuple[int, int], dict[int, np.ndarray]] = {}
         self.commit: Commit | None = None
         self.final: np.ndarray | None = None
-        self.stored: tuple[int, Accepted | None] = (0, None)
+        self.stored = stored
+        self.contributes = True
         self.leader: Leader | None = None
         self.notes: list[Note] = []
+        promised, accepted = resume_at(stored, candidates(table.prev, 1, table.voters), self.me)
+        self.first = promised
         self.voter = Voter(
             key=table.key,
             round=1,
@@ -69,6 +75,8 @@ class Seat:
             nonce=lambda attempt, epoch: self.me.key[:14] + bytes([attempt % 256, epoch % 256]),
             check=lambda record: None,
             max_length=10_000,
+            promised=promised,
+            accepted=accepted,
         )
 
     def do(self, actions: list[Action]) -> None:
@@ -83,7 +91,7 @@ class Seat:
         table = self.table
         match action:
             case Send():
-                table.post(self.me, action.to, lambda seat: seat.hear(self.me, action.message))
+                table.post(self.me, action.to, lambda seat: seat.hear(self.me, action.message), action.message)
             case Push():
                 piece = self.vector[action.start : action.stop].copy()
                 key = (self.me, action.start, action.stop)
@@ -126,6 +134,8 @@ class Seat:
                 self._verify(action)
             case Persist():
                 self.stored = (action.promised, action.accepted)
+            case Promise():
+                self.do(self.voter.promise(action.attempt))
             case Done():
                 self._done(action.commit)
             case Note():
@@ -206,10 +216,10 @@ class Seat:
                 self.table.post(self.me, sender, lambda seat: seat.hear(self.me, commit))
             return
         if isinstance(message, Commit):
-            needed = accepts_needed(len(self.table.voters), len(message.record.members), self.table.gossip)
+            needed = accepts_needed(len(self.table.voters), self.table.gossip)
             assert verify_certificate(message.record, message.certificate, self.table.voters, needed) is None
         if isinstance(message, Ready) and self.voter.leader(message.attempt) == self.me:
-            known = -1 if self.leader is None else self.leader.attempt
+            known = self.first - 1 if self.leader is None else self.leader.attempt
             if known < message.attempt:
                 self.lead(message.attempt)
         if isinstance(message, LEADER_MESSAGES) and self.leader is not None:
@@ -218,13 +228,32 @@ class Seat:
             self.do(self.voter.receive(now, sender, message))
 
     def start(self) -> None:
-        self.do(self.voter.begin(self.table.now, Ready(self.table.key, 1, 0, True, 10, 1, self.table.length, None, "")))
+        samples = 10 if self.contributes else 0
+        offer = Ready(
+            self.table.key,
+            1,
+            0,
+            self.contributes,
+            samples,
+            self.table.weight(self.me),
+            self.table.length,
+            None,
+            False,
+            "",
+        )
+        self.do(self.voter.begin(self.table.now, offer))
 
     def lose(self, who: PeerId) -> None:
         if self.commit is None:
             self.do(self.voter.peer_lost(self.table.now, who, "killed"))
             if self.leader is not None:
                 self.do(self.leader.peer_lost(self.table.now, who, "killed"))
+
+    def find(self, who: PeerId) -> None:
+        if self.commit is None:
+            self.do(self.voter.peer_alive(self.table.now, who))
+            if self.leader is not None:
+                self.leader.peer_alive(who)
 
     def lead(self, attempt: int) -> None:
         self.leader = Leader(
@@ -253,9 +282,16 @@ class Seat:
 class Table:
     """Runs one round of ``n`` peers to its end. ``hook`` sees every action before it is carried out."""
 
-    def __init__(self, n: int, *, seed: int = 0, length: int = 100, gossip: bool = False) -> None:
+    def __init__(
+        self, n: int, *, seed: int = 0, length: int = 100, gossip: bool = False, weighted: bool = False
+    ) -> None:
         self.random, self.length, self.gossip = random.Random(seed), length, gossip
         self.now, self._counter = 0.0, itertools.count()
+        self.weighted = weighted
+        self.accepts: dict[tuple[int, bytes], dict[PeerId, None]] = {}
+        self.dead: list[Seat] = []
+        self.drops: Callable[[PeerId, PeerId, object], bool] = lambda sender, to, message: False
+        self._severed: dict[tuple[PeerId, PeerId], None] = {}
         self._queue: list[tuple[float, int, PeerId, PeerId, Callable[[Seat], None]]] = []
         identities = [Identity(bytes([seed % 256, i]) * 16) for i in range(n)]
         self.voters = tuple(sorted(i.peer_id for i in identities))
@@ -285,13 +321,19 @@ class Table:
                 reason=reason,
             )
 
-        return Terms(draft, lambda: (), lambda: (), self.gossip, 64, lambda peer: 1.0)
+        return Terms(draft, lambda: (), lambda: (), self.gossip, 64, lambda peer: 1.0, strict=not self.gossip)
+
+    def weight(self, peer: PeerId) -> int:
+        """Of a peer's contribution in the mean."""
+        return 1 + self.voters.index(peer) % 3 if self.weighted else 1
 
     def trace(self, seat: Seat, action: Action) -> None:
+        if isinstance(action, Send) and isinstance(action.message, Accept):
+            self.accepts.setdefault((action.message.attempt, action.message.digest), {})[seat.me] = None
         self.hook(seat, action)
 
-    def post(self, sender: PeerId, to: PeerId, deliver: Callable[[Seat], None]) -> None:
-        if to not in self.seats:
+    def post(self, sender: PeerId, to: PeerId, deliver: Callable[[Seat], None], message: object = None) -> None:
+        if to not in self.seats or self.cut(sender, to) or (sender != to and self.drops(sender, to, message)):
             return
         delay = 0.0001 if sender == to else self.random.uniform(0.01, 0.1)
         at = max(self.now + delay, self._fifo.get((sender, to), 0.0))
@@ -301,29 +343,79 @@ class Table:
     def kill(self, seat: Seat) -> None:
         """SIGKILL: what it sent is on its way, nothing more; the others' links break after a moment."""
         seat.alive = False
+        self._queue = [entry for entry in self._queue if not entry[2] == entry[3] == seat.me]
+        heapq.heapify(self._queue)
+        self._tell(seat.me, self.now, lambda other: other.lose(seat.me))
+
+    def restart(self, seat: Seat) -> None:
+        """The process of a killed peer again, with what it had stored; it trains for a second."""
+        again = Seat(self, seat.identity, seat.stored)
+        again.vector, again.contributes = seat.vector, seat.contributes
+        self.seats[seat.me] = again
+        self.dead.append(seat)
+        self._tell(seat.me, self.now + 0.3, lambda other: other.find(seat.me))
         for other in self.seats.values():
-            if other is not seat:
-                at = self.now + self.random.uniform(0.1, 0.3)
-                entry = (at, next(self._counter), other.me, other.me, lambda s, who=seat.me: s.lose(who))
-                heapq.heappush(self._queue, entry)
+            if not other.alive:
+                self.at(self.now + 0.5, seat.me, lambda s, who=other.me: s.lose(who))  # type: ignore[misc]
+        self.at(self.now + 1.0, seat.me, lambda s: s.start())
+
+    def freeze(self, seat: Seat, seconds: float) -> None:
+        """SIGSTOP and SIGCONT: its links stay up for 12 s, then the others take it for lost until it is back."""
+        seat.frozen_until = self.now + seconds
+        if seconds > 12.0:
+            self._tell(seat.me, self.now + 12.0, lambda other: other.lose(seat.me))
+            self._tell(seat.me, seat.frozen_until, lambda other: other.find(seat.me))
+
+    def sever(self, one: PeerId, other: PeerId) -> None:
+        """No way between the two any more, in both directions."""
+        self._severed[one, other] = self._severed[other, one] = None
+        for here, there in ((one, other), (other, one)):
+            self.at(self.now + 0.2, here, lambda seat, there=there: seat.lose(there))
+
+    def cut(self, one: PeerId, other: PeerId) -> bool:
+        return (one, other) in self._severed
+
+    def at(self, when: float, to: PeerId, act: Callable[[Seat], None]) -> None:
+        heapq.heappush(self._queue, (when, next(self._counter), to, to, act))
+
+    def _tell(self, about: PeerId, when: float, act: Callable[[Seat], None]) -> None:
+        for other in self.seats.values():
+            if other.me != about:
+                self.at(when + self.random.uniform(0.1, 0.3), other.me, act)
+
+    def chosen(self) -> dict[bytes, None]:
+        """Digests that a quorum has accepted at one ballot, whether anybody knows it or not."""
+        needed = 1 if self.gossip else quorum(len(self.voters))
+        return {digest: None for (_, digest), peers in self.accepts.items() if len(peers) >= needed}
+
+    def commits(self) -> list[Commit]:
+        """Of everybody, the dead included."""
+        return [s.commit for s in (*self.seats.values(), *self.dead) if s.commit is not None]
+
+    def live(self) -> list[Seat]:
+        return [seat for seat in self.seats.values() if seat.alive]
 
     def run(self, *, begin: dict[PeerId, float] | None = None, limit: float = 300.0) -> None:
+        """Until every live peer holds the committed result, or ``limit`` seconds have passed."""
         for peer, seat in self.seats.items():
-            at = (begin or {}).get(peer, self.random.uniform(0.0, 1.0))
-            heapq.heappush(self._queue, (at, next(self._counter), peer, peer, lambda s: s.start()))
+            self.at((begin or {}).get(peer, self.random.uniform(0.0, 1.0)), peer, lambda s: s.start())
             if seat.voter.leader(0) == peer:
                 seat.lead(0)
         while self.now < limit:
-            live = [s for s in self.seats.values() if s.alive]
+            live = self.live()
             if all(s.commit is not None and s.final is not None for s in live) or not live:
                 return
-            ticks = [(due, seat) for seat in live if seat.commit is None and (due := seat.due()) is not None]
+            awake = [seat for seat in live if seat.frozen_until <= self.now]
+            ticks = [(due, seat) for seat in awake if seat.commit is None and (due := seat.due()) is not None]
             due, ticking = min(ticks, key=lambda item: (item[0], item[1].me), default=(limit, None))
             if self._queue and self._queue[0][0] <= due:
-                at, _, _, to, deliver = heapq.heappop(self._queue)
+                at, count, sender, to, deliver = heapq.heappop(self._queue)
                 self.now = max(self.now, at)
                 seat = self.seats[to]
-                if seat.alive:
+                if seat.alive and seat.frozen_until > self.now:
+                    # It waits in the kernel's buffers; in order, as the counter says.
+                    heapq.heappush(self._queue, (seat.frozen_until, count, sender, to, deliver))
+                elif seat.alive:
                     deliver(seat)
             elif ticking is not None:
                 self.now = max(self.now, due)
