@@ -249,6 +249,7 @@ class Membership(ABC):
     def found(self, peer: PeerId) -> None:
         """A watched peer can be reached again."""
 
+    @abstractmethod
     def left(self, peer: PeerId) -> None:
         """A member says goodbye."""
 
