@@ -117,5 +117,14 @@ VIEW_ROUNDS = 4
 #: Seconds between two exchanges of views with random members.
 GOSSIP_EVERY = 2.0
 
+#: Members that a newcomer asks where the run is, drawn anew each time.
+GOSSIP_ASK = 4
+
+#: Seconds between two exchanges while not enough peers are there to begin: news reach a thousand in a dozen.
+GATHER_EVERY = 0.5
+
+#: Exchanges of views with members, per one with peers of the run that are not in the view.
+STRANGERS_EVERY = 8
+
 #: Members of a view.
 MAX_VIEW = 1024

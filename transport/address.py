@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import lru_cache
 
 import attrs
 
@@ -92,11 +93,18 @@ class SignedPeerRecord:
         """Verify and return the record. ``wall``: now, Unix seconds. Raises :class:`DecodeError`."""
         if len(self.record) > defaults.MAX_PEER_RECORD:
             raise DecodeError(f"peer record of {len(self.record)} bytes, at most {defaults.MAX_PEER_RECORD} allowed")
-        record = unpack(PeerRecord, self.record)
-        if not record.peer.verify(self._LABEL + self.record, self.signature):
-            raise DecodeError("peer record with a wrong signature", peer=record.peer.short)
-        if len(record.addresses) > defaults.MAX_ADDRESSES:
-            raise DecodeError(f"peer record with {len(record.addresses)} addresses", peer=record.peer.short)
+        record = _opened(self.record, self._LABEL, self.signature)
         if record.expires < wall - defaults.CLOCK_SKEW:
             raise DecodeError("peer record has expired", peer=record.peer.short)
         return record
+
+
+@lru_cache(maxsize=4096)
+def _opened(packed: bytes, label: bytes, signature: bytes) -> PeerRecord:
+    """Decode and verify once (100 µs) however often the same record comes by. Failures are not remembered."""
+    record = unpack(PeerRecord, packed)
+    if not record.peer.verify(label + packed, signature):
+        raise DecodeError("peer record with a wrong signature", peer=record.peer.short)
+    if len(record.addresses) > defaults.MAX_ADDRESSES:
+        raise DecodeError(f"peer record with {len(record.addresses)} addresses", peer=record.peer.short)
+    return record
