@@ -36,6 +36,7 @@ from .rounds.messages import (
 )
 from .store import Head
 from .sync import BRANCH, AskBranch, BranchSigned, HeadInfo, agreed_digest, load_state, state_digest
+from .trust import SMALL, TRUST, AskTrust, Trust, TrustPage
 
 if TYPE_CHECKING:
     from .run import Run
@@ -55,8 +56,12 @@ class Chain(Membership):
         self._former: dict[PeerId, None] = {}
         self._returned: dict[PeerId, None] = {}
         self._nudge = trio.Event()
+        self.trust = Trust(run.run_id, self.spec.founder, self.spec.mode == "strict")
+        self._saving_trust = trio.Lock()
+        self._doubted: dict[PeerId, str] = {}
         run.hub.on_foreign_commit = self._on_foreign_commit
         self.endpoint.serve(BRANCH, self._on_branch)
+        self.endpoint.serve(TRUST, self._on_trust)
 
     @property
     def round(self) -> int:
@@ -81,7 +86,9 @@ class Chain(Membership):
                     # Our roster no longer names us and nobody is there to ask.
                     self._set_reason("no member of the run can be reached; waiting for one")
                 elif not infos:
-                    self._set_reason("no member of the run can be reached yet; trying again")
+                    doubts = [f"{short([peer])}: {why}" for peer, why in self._doubted.items()]
+                    doubted = f"; not believed: {'; '.join(doubts[:2])}" if doubts else ""
+                    self._set_reason(f"no member of the run can be reached yet{doubted}; trying again")
                 await self._pause()
                 continue
             if self.me in info.record.roster:
@@ -110,6 +117,8 @@ class Chain(Membership):
         saved = await self.host.run_blocking(self.run.store.load_state)
         if saved is not None:
             vectors, head = saved
+            for link in await self.host.run_blocking(self.run.store.load_trust):
+                self.trust.add(link)
             await self.run.adopt(vectors, head)
             self.run.emit("run", "restored", detail=f"the state after round {self.round}")
         elif self.me == self.spec.founder:
@@ -130,7 +139,7 @@ class Chain(Membership):
             roster=roster,
             reason=f"{len(roster)} peers enrolled",
         )
-        self.head = certify(self.endpoint, record, (self.me,))
+        self._move(certify(self.endpoint, record, (self.me,)))
         await self.run.settle()
         self._wishes.clear()
         commit = Commit(self.head.certificate.key, record, self.head.certificate)
@@ -182,7 +191,67 @@ class Chain(Membership):
         return False
 
     def adopt(self, head: Head) -> None:
-        self.head, self._has_state = head, True
+        self._has_state = True
+        self._move(head)
+
+    def _move(self, head: Head) -> None:
+        """``head`` is where we are now."""
+        self.head = head
+        if self.trust.belong(head):
+            self.run.nursery.start_soon(self._save_trust)
+
+    # -- whom to believe ----------------------------------------------------------------------------
+
+    async def ask(self, peers: tuple[PeerId, ...]) -> dict[PeerId, HeadInfo]:
+        """Where the run is, of those peers that can prove it; a proof is only asked for where it matters."""
+        infos = await super().ask(peers)
+        doubts: dict[PeerId, str] = {}
+
+        async def weigh(peer: PeerId, head: Head) -> None:
+            why = await self._prove(peer, head)
+            if why is not None:
+                doubts[peer] = why
+
+        async with trio.open_nursery() as nursery:
+            for peer, info in infos.items():
+                nursery.start_soon(weigh, peer, info.head())
+        for peer in infos:
+            if peer in doubts and self._doubted.get(peer) != doubts[peer]:
+                self.run.emit("run", "doubted", peer, f"its head is not believed: {doubts[peer]}")
+        self._doubted = doubts
+        return {peer: info for peer, info in infos.items() if peer not in doubts}
+
+    async def _prove(self, peer: PeerId, head: Head) -> str | None:
+        """None when ``head`` of ``peer`` is certified by members of the run, else why that is doubtful."""
+        wrong = self.trust.add(head)
+        if wrong is None or (self._has_state and not self._beats(head.record, self.head.record)):
+            return wrong
+        at = 0
+        try:
+            while True:
+                page = await self.endpoint.call(peer, TRUST, AskTrust(self.run.run_id, at), timeout=defaults.ASK_HEADS)
+                self.trust.check_page(page, at)
+                for link in page.links:
+                    if self.trust.believes(link.record.roster):
+                        continue
+                    path, why = await self.host.run_blocking(self.trust.find, link)
+                    if path is None:
+                        return f"link {at} of its proof: {why}"
+                    self.trust.believe(path)
+                at += len(page.links)
+                if at >= page.total:
+                    return self.trust.add(head)
+        except RemoteError as error:
+            return f"it does not prove it ({error.message})"
+
+    async def _on_trust(self, call: Call[AskTrust]) -> TrustPage:
+        self._mine(call.request.run)
+        links, start = self.trust.own, max(0, call.request.start)
+        return TrustPage(links[start : start + defaults.TRUST_PAGE], len(links))
+
+    async def _save_trust(self) -> None:
+        async with self._saving_trust:
+            await self.host.run_blocking(self.run.store.save_trust, self.trust.own)
 
     # -- rounds -------------------------------------------------------------------------------------
 
@@ -266,7 +335,7 @@ class Chain(Membership):
         return None
 
     def committed(self, commit: Commit, voters: tuple[PeerId, ...]) -> None:
-        self.head = Head(commit.record, commit.certificate, voters)
+        self._move(Head(commit.record, commit.certificate, voters))
         self._stalled_since = None
         for peer in commit.record.roster:
             self._wishes.pop(peer, None)
@@ -291,11 +360,11 @@ class Chain(Membership):
         if record.run != self.run.run_id or self.me not in record.roster:
             return
         if record.kind == "branch" and record.prev == self.head.record.digest and self._has_state:
-            key = instance_key(record.run, record.round, record.prev, record.roster)
-            needed = quorum(len(record.roster))
-            wrong = verify_certificate(record, commit.certificate, record.roster, needed)
+            # All of a branch have signed it, we too: nobody is taken into one.
+            key, voters = instance_key(record.run, record.round, record.prev, record.roster), record.roster
+            wrong = self._wrong_branch(record) or verify_certificate(record, commit.certificate, voters, len(voters))
             if wrong is None and commit.certificate.key == key:
-                self._take_branch(Head(record, commit.certificate, record.roster))
+                self._take_branch(Head(record, commit.certificate, voters))
             return
         # Not believed here, only a reason to ask: heads are proven when they are loaded.
         self._admitted.set()
@@ -330,11 +399,12 @@ class Chain(Membership):
         await self.place()
 
     def _mode(self, voters: int) -> str:
-        return "available" if voters <= 3 else self.spec.mode
+        return "available" if voters <= SMALL else self.spec.mode
 
-    async def _form_branch(self, roster: tuple[PeerId, ...]) -> None:
+    def _branch_record(self, roster: tuple[PeerId, ...]) -> CommitRecord:
+        """What ``roster`` would go on from, as a branch of where we are."""
         head = self.head.record
-        record = attrs.evolve(
+        return attrs.evolve(
             head,
             kind="branch",
             prev=head.digest,
@@ -348,6 +418,18 @@ class Chain(Membership):
             fingerprint=b"",
             reason=f"branch of {len(roster)}: a majority of {len(head.roster)} was lost",
         )
+
+    def _wrong_branch(self, record: CommitRecord) -> str | None:
+        """What is wrong with a branch that somebody proposes, None when we may be part of it."""
+        roster, ours = record.roster, self.head.record.roster
+        if self.me not in roster or list(roster) != sorted(set(roster)) or any(p not in ours for p in roster):
+            return "its roster is not part of ours, with us, in order"
+        if self._mode(len(ours)) == "strict":
+            return "a strict run has no branches"
+        return None if record == self._branch_record(roster) else "it does not go on from where we are"
+
+    async def _form_branch(self, roster: tuple[PeerId, ...]) -> None:
+        record = self._branch_record(roster)
         key = instance_key(record.run, record.round, record.prev, roster)
         signed = [Signed(self.me, sign_accept(self.endpoint.identity, key, 0, record.digest).signature)]
         for peer in roster:
@@ -372,8 +454,9 @@ class Chain(Membership):
         stalled = self._stalled_since is not None and self.host.now() - self._stalled_since >= defaults.LEASE / 2
         if record.prev != head.digest or record.round != head.round or record.total != head.total:
             raise RemoteRefused("other-head", "we are at another commit")
-        if record.kind != "branch" or self.me not in record.roster or call.peer not in record.roster:
-            raise RemoteRefused("bad-branch", "that is no branch for the two of us")
+        wrong = self._wrong_branch(record)
+        if wrong is not None or call.peer not in record.roster:
+            raise RemoteRefused("bad-branch", wrong or "that is no branch for the two of us")
         if not stalled or len(self._alive()) >= quorum(len(head.roster)):
             raise RemoteRefused("not-stalled", "we see a majority, or have not waited long enough")
         key = instance_key(record.run, record.round, record.prev, record.roster)
@@ -386,7 +469,7 @@ class Chain(Membership):
         for peer in self.head.record.roster:
             if peer not in head.record.roster:
                 self._former[peer] = None
-        self.head = head
+        self._move(head)
         for snapshot in self.run.snapshots[-1:]:
             if snapshot.round == head.record.round:
                 snapshot.head = head

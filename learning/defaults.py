@@ -128,3 +128,15 @@ STRANGERS_EVERY = 8
 
 #: Members of a view.
 MAX_VIEW = 1024
+
+# --- trust ------------------------------------------------------------------------------------------------------------
+
+#: Links of a proof that a head belongs to the run, at most. One is added only when most of a roster has been replaced
+#: since the one before: 256 complete turnovers of the swarm.
+MAX_TRUST = 256
+
+#: Links of a proof in one message: for rosters of MAX_ROSTER about 45 kB and 2,600 values each, of 1 MiB and 65,536.
+TRUST_PAGE = 16
+
+#: Believed rosters off the way to our own that are remembered: other branches, and rosters just before.
+REMEMBERED_ROSTERS = 32

@@ -68,6 +68,20 @@ class RunStore:
         vote = None if data is None else self._unpack(Vote, "vote", data)
         return vote if vote is not None and vote.key == key else None
 
+    def save_trust(self, links: tuple[Head, ...]) -> None:
+        """What leads from the founder to our roster (:mod:`.trust`). Blocking."""
+        packed = [pack(link) for link in links]
+        self._write("trust", b"".join(part for data in packed for part in (len(data).to_bytes(4, "big"), data)))
+
+    def load_trust(self) -> tuple[Head, ...]:
+        """What :meth:`save_trust` wrote. Raises :class:`ConfigError` naming a damaged file."""
+        data, links = self._read("trust") or b"", []
+        while data:
+            size = 4 + int.from_bytes(data[:4], "big")
+            links.append(self._unpack(Head, "trust", data[4:size]))
+            data = data[size:]
+        return tuple(links)
+
     def save_state(self, vectors: dict[str, Tensor], head: Head) -> None:
         """The state after ``head.record.round``: fp32 vectors by name. Blocking."""
         if self.folder is None:

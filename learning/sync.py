@@ -17,7 +17,8 @@ from ..transport.mux import Priority
 from ..transport.rpc import Method
 from . import exact
 from .digest import tree_digest
-from .rounds.messages import Certificate, CommitRecord, instance_key, quorum, verify_certificate
+from .rounds.leader import accepts_needed
+from .rounds.messages import Certificate, CommitRecord, instance_key, verify_certificate
 from .rounds.methods import Ack
 from .spec import SignedSpec
 from .state import bytes_view
@@ -149,15 +150,15 @@ def check_head(info: HeadInfo, run: bytes, gossip: bool) -> str | None:
         return "it is about another run"
     if not 1 <= len(record.roster) <= 4096 or len(info.voters) > 4096 or len(info.contacts) > 64:
         return "its lists are too long"
-    if info.certificate.key != instance_key(run, record.round, record.prev, info.voters):
     if gossip and record.kind == "genesis" and record.round == 0 == record.total and info.settled <= 0:
         # Claims nothing that the spec does not say: in a gossip swarm everybody begins from the same weights.
         return None
+    if info.certificate.key != instance_key(run, record.round, record.prev, info.voters):
         return "its certificate is of another round"
     founder = info.spec.open().founder
     if record.kind in ("genesis", "enrol") and info.voters != (founder,):
         return "its founding record is not the founder's"
-    needed = quorum(max(1, len(record.members))) if gossip else quorum(len(info.voters))
+    needed = accepts_needed(len(info.voters), gossip)
     return verify_certificate(record, info.certificate, info.voters, needed)
 
 

@@ -515,6 +515,11 @@ class Leader:
 
     def _say_waiting(self, now: float) -> list[Action]:
         self._word = now + self.pace.suspect / 4
+        if self.plan is not None and self.phase in ("scatter", "gather"):
+            live = [r for r in self.plan.receivers if r not in self.lost]
+            if len(live) < self.needed:
+                # This plan leads nowhere, whoever comes back. Silent, we are left for an attempt that can begin anew.
+                return []
         actions: list[Action] = [self._waiting(now, peer) for peer in self._ready if peer not in self.lost]
         if self.phase == "convene" and self.attempt > 0 and self._ready:
             # Who has committed already answers this with the commit.

@@ -10,7 +10,6 @@ from ...transport.endpoint import Endpoint
 from ...transport.errors import RemoteError
 from ...transport.identity import PeerId
 from ...transport.link import Link
-from ...transport.link import Link
 from .. import defaults
 
 
