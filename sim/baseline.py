@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import attrs
 import cattrs
 
+from ..transport.errors import ShoalError
 from . import defaults
 
 if TYPE_CHECKING:
@@ -37,17 +38,21 @@ class Part:
 
 @attrs.frozen
 class Question:
-    """``task``: as on the command line. ``exports``: name of a node to the safetensors file it wrote."""
+    """What to measure. ``task``: as on the command line. ``single`` and ``isolated``: whether to train these;
+    ``exports``: name of a node to the safetensors file it wrote."""
 
     task: str
+    strategy: str
     seed: int
     parts: tuple[Part, ...]
+    single: bool
+    isolated: bool
     exports: dict[str, str]
 
 
 @attrs.frozen
 class Export:
-    """What a node's file holds. ``digest``: hash tree over names, shapes, dtypes and bytes of all tensors, hex."""
+    """What a node's file holds. ``digest``: of its state, computed anew as the run's commits do, hex."""
 
     digest: str
     metric: float | None
@@ -56,10 +61,14 @@ class Export:
 
 @attrs.frozen
 class Answer:
-    """Main metric of the task: untrained, one machine, and each peer alone (in the order of the parts)."""
+    """Main metric of the task: untrained, one machine, and each peer alone (in the order of the parts).
+
+    ``replicated``: whether the strategy promises the same bits on all peers.
+    """
 
     metric: str
     higher_is_better: bool
+    replicated: bool
     start: float
     single: float | None
     isolated: tuple[float, ...]
@@ -69,28 +78,30 @@ class Answer:
 
 
 def answer(question: Question) -> Answer:
-    """Train and measure. Blocking: about as long as the swarm's own steps take on one core."""
+    """Train and measure. Blocking: either baseline takes about as long as all the swarm's steps on one core."""
     from ..learning.shard import Shard
+    from ..learning.strategies import resolve as resolve_strategy
     from ..learning.task import metric_name, resolve, title
 
     task = resolve(question.task, allow_import=True)
     values = _evaluate(task, question.seed, None)
     total = sum(part.samples for part in question.parts)
     everything = Shard(question.seed, bytes(32), 0, 0, 1)
+    alone = [part for part in question.parts if part.samples] if question.isolated else []
     isolated = tuple(
         _train(task, Shard(question.seed, bytes.fromhex(part.peer), 0, part.index, part.count), part.samples)
-        for part in question.parts
-        if part.samples
+        for part in alone
     )
-    single = _train(task, everything, total) if total else None
+    single = _train(task, everything, total) if total and question.single else None
     reference = None
-    if defaults.TASKS.get(title(task), defaults.OTHER_TASK).ngram:
+    if question.single and defaults.TASKS.get(title(task), defaults.OTHER_TASK).ngram:
         from ..learning.tasks.stdlib import ngram_baseline
 
         reference = ngram_baseline(2)
     return Answer(
         metric=metric_name(task, values),
         higher_is_better=task.higher_is_better,
+        replicated=resolve_strategy(question.strategy, {}).replicated,
         start=_score(task, values),
         single=single,
         isolated=isolated,
@@ -142,20 +153,20 @@ def _evaluate(task: Task, seed: int, tensors: dict[str, torch.Tensor] | None) ->
 
 
 def _export(task: Task, seed: int, path: Path) -> Export:
-    import safetensors.torch
-
-    from ..learning.digest import tree_digest
-    from ..learning.state import bytes_view
+    from ..learning.files import load_state
+    from ..learning.state import Layout, flatten
+    from ..learning.sync import state_digest
 
     try:
-        tensors = safetensors.torch.load_file(path)
-        header = repr([(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in sorted(tensors.items())])
-        parts = [("header", memoryview(header.encode()))]
-        parts += [(name, bytes_view(tensor.contiguous())) for name, tensor in sorted(tensors.items())]
-        metric = _score(task, _evaluate(task, seed, tensors))
-    except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        tensors, notes = load_state(path)
+        layout = Layout.of(task.model())
+        extra = {name: tensor for name, tensor in tensors.items() if name.startswith("shoal.")}
+        vectors = {name.removeprefix("shoal."): tensor for name, tensor in extra.items()}
+        vectors["weights"] = flatten(layout, [tensors[name] for name in layout.names])
+        digest = state_digest(int(notes["round"]), vectors).hex()
+        return Export(digest, _score(task, _evaluate(task, seed, tensors)))
+    except (ShoalError, KeyError, ValueError) as error:
         return Export("", None, f"{type(error).__name__}: {error}")
-    return Export(tree_digest(parts).hex(), metric)
 
 
 def main(arguments: Sequence[str] = ()) -> int:

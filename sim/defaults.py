@@ -30,8 +30,8 @@ TASKS: Mapping[str, TaskDefaults] = {
     "stdlib-small": TaskDefaults(rounds=12, ngram=True),
 }
 
-#: Strategies after which all peers hold the same bits. The others mix pairs, or nothing.
-REPLICATING = ("diloco", "allreduce")
+#: Rounds of a strategy as multiples of the task's, where one round is one step instead of a period of them.
+MORE_ROUNDS: Mapping[str, int] = {"allreduce": 8}
 
 #: Rounds that a late peer must have left when it gets its ticket: 3 that it must commit, 4 to fetch the state in.
 LATE_MARGIN = 7

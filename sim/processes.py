@@ -180,6 +180,8 @@ class Swarm:
         self._kills = {kill.name: kill for kill in plan.kills}
         self._say = say
         self._on_round = on_round
+        #: Seconds after which the last node had ended.
+        self.ended = 0.0
         self._began = 0.0
         self._heard = 0.0
         self._progress = trio.Event()
@@ -205,6 +207,7 @@ class Swarm:
         finally:
             with trio.CancelScope(shield=True):
                 await self._end_all()
+            self.ended = self.clock()
 
     def _arguments(self, number: int, name: str) -> list[str]:
         settings, node = self.settings, self.nodes[name]

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import attrs
 import cattrs
 import trio
 from rich.console import Console
@@ -32,8 +34,11 @@ from .report import Baseline, Expectation, Report, judge
 def simulate(options: argparse.Namespace) -> int:
     """Run the command. Returns the exit code; raises :class:`ConfigError` for arguments that make no swarm."""
     known = defaults.TASKS.get(options.task, defaults.OTHER_TASK)
-    rounds = options.rounds or known.rounds
-    few = options.peers < 4 or rounds <= defaults.LATE_MARGIN
+    lonely = options.strategy == "local"
+    if lonely and (options.kill or options.late):
+        raise ConfigError("with --strategy local nothing is exchanged: nobody can be killed in a round or join late")
+    rounds = options.rounds or known.rounds * defaults.MORE_ROUNDS.get(options.strategy, 1)
+    few = options.peers < 4 or rounds <= defaults.LATE_MARGIN or lonely
     kill = options.kill if options.kill is not None else int(not few)
     late = options.late if options.late is not None else int(not few)
     plan = make_plan(peers=options.peers, kill=kill, late=late, rounds=rounds, seed=options.seed)
@@ -96,18 +101,19 @@ def _run(plan: Plan, settings: Settings, console: Console, *, live: bool, option
         console, recorder, rounds=settings.rounds, title=title, clock=lambda: time.monotonic() - began, live=live
     )
     swarm = Swarm(plan, settings, recorder, say=view.say, on_round=view.round_committed)
-    referee = _start_referee(settings.folder)
+    # Two, for two cores: one machine's training takes as long as that of all isolated peers.
+    referees = [_start_referee(settings.folder, number) for number in (1, 2)]
     try:
         with view:
             _run_swarm(swarm)
-        trained = time.monotonic() - began
-        view.say(f"the swarm is done after {trained:.1f} s; now the same samples without a swarm")
-        answer = _ask(referee, _question(settings, recorder, swarm.nodes), settings.folder)
+        view.say(f"the swarm is done after {swarm.ended:.1f} s; now the same samples without a swarm")
+        answer = _ask(referees, _question(settings, recorder, swarm.nodes), settings.folder)
     finally:
-        referee.kill()
-        referee.communicate()
+        for referee in referees:
+            referee.kill()
+            referee.communicate()
     report = _report(settings, recorder, answer, time.monotonic() - began)
-    problems = [*swarm.problems, *(f"export of {n}: {e.error}" for n, e in answer.exports.items() if e.error)]
+    problems = [*swarm.problems, *_check_exports(recorder, answer)]
     report = judge(report, _expectation(plan, settings, answer), problems)
     if options.plot is not None:
         from .plot import plot
@@ -137,8 +143,8 @@ async def _until_sigterm(*, task_status: trio.TaskStatus[None] = trio.TASK_STATU
     raise AssertionError("a signal receiver never ends")
 
 
-def _start_referee(folder: Path) -> subprocess.Popen[str]:
-    with (folder / "baseline.log").open("w") as log:
+def _start_referee(folder: Path, number: int) -> subprocess.Popen[str]:
+    with (folder / f"baseline-{number}.log").open("w") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "shoal.sim.baseline"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
@@ -156,20 +162,40 @@ def _question(settings: Settings, recorder: Recorder, nodes: dict[str, NodeProce
         for trace in recorder.traces.values()
         if trace.status == "finished" and nodes[trace.name].export.exists()
     }
-    return Question(settings.task, settings.seed, parts, exports)
+    return Question(settings.task, settings.strategy, settings.seed, parts, True, True, exports)
 
 
-def _ask(referee: subprocess.Popen[str], question: Question, folder: Path) -> Answer:
-    assert referee.stdin is not None and referee.stdout is not None
-    try:
-        referee.stdin.write(json.dumps(cattrs.unstructure(question)) + "\n")
-        referee.stdin.flush()
-    except BrokenPipeError:
-        pass
-    line = referee.stdout.readline()
-    if not line:
-        raise SimulationFailed(f"the baselines could not be computed; log: {folder / 'baseline.log'}")
-    return cattrs.structure(json.loads(line), Answer)
+def _ask(referees: Sequence[subprocess.Popen[str]], question: Question, folder: Path) -> Answer:
+    """Have the first train what one machine would and measure the exports, the second train the isolated peers."""
+    shares = (attrs.evolve(question, isolated=False), attrs.evolve(question, single=False, exports={}))
+    answers = []
+    for referee, share in zip(referees, shares, strict=True):
+        assert referee.stdin is not None
+        try:
+            referee.stdin.write(json.dumps(cattrs.unstructure(share)) + "\n")
+            referee.stdin.flush()
+        except BrokenPipeError:
+            # It died; its missing answer is noticed below.
+            pass
+    for number, referee in enumerate(referees, 1):
+        assert referee.stdout is not None
+        line = referee.stdout.readline()
+        if not line:
+            raise SimulationFailed(f"the baselines could not be computed; log: {folder / f'baseline-{number}.log'}")
+        answers.append(cattrs.structure(json.loads(line), Answer))
+    return attrs.evolve(answers[0], isolated=answers[1].isolated)
+
+
+def _check_exports(recorder: Recorder, answer: Answer) -> list[str]:
+    """What is wrong with the exported states: unreadable, or not what the node's last commit names."""
+    problems = []
+    for name, export in answer.exports.items():
+        reports = recorder.traces[name].reports
+        if export.error:
+            problems.append(f"the export of {name} cannot be used: {export.error}")
+        elif answer.replicated and reports and export.digest != reports[-1].digest:
+            problems.append(f"{name} exported another state ({export.digest[:16]}) than its last commit names")
+    return problems
 
 
 def _report(settings: Settings, recorder: Recorder, answer: Answer, wall: float) -> Report:
@@ -201,14 +227,14 @@ def _report(settings: Settings, recorder: Recorder, answer: Answer, wall: float)
 def _expectation(plan: Plan, settings: Settings, answer: Answer) -> Expectation:
     known = defaults.TASKS.get(settings.task, defaults.OTHER_TASK)
     shared = settings.strategy != "local"
-    long_enough = settings.rounds >= known.rounds and shared
+    long_enough = settings.rounds >= known.rounds * defaults.MORE_ROUNDS.get(settings.strategy, 1) and shared
     return Expectation(
         rounds=settings.rounds,
         kills=len(plan.kills),
         late=len(plan.late),
-        identical=settings.strategy in defaults.REPLICATING,
+        identical=answer.replicated,
         higher_is_better=answer.higher_is_better,
-        at_least=known.at_least if long_enough and settings.strategy in defaults.REPLICATING else None,
+        at_least=known.at_least if long_enough and answer.replicated else None,
         above_isolated=known.above_isolated if long_enough and len(plan.names) >= 4 else None,
         beats_reference=known.ngram and long_enough,
     )
