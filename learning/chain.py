@@ -20,6 +20,7 @@ from ..transport.rpc import Call
 from . import defaults
 from .membership import Membership, Placement, certify
 from .peer import OutOfStep
+from .proofs import Proofs
 from .rounds.decisions import better, candidates, may_branch, short
 from .rounds.instance import Instance
 from .rounds.leader import Terms
@@ -36,7 +37,7 @@ from .rounds.messages import (
 )
 from .store import Head
 from .sync import BRANCH, AskBranch, BranchSigned, HeadInfo, agreed_digest, load_state, state_digest
-from .trust import SMALL, TRUST, AskTrust, Trust, TrustPage
+from .trust import SMALL
 
 if TYPE_CHECKING:
     from .run import Run
@@ -56,12 +57,9 @@ class Chain(Membership):
         self._former: dict[PeerId, None] = {}
         self._returned: dict[PeerId, None] = {}
         self._nudge = trio.Event()
-        self.trust = Trust(run.run_id, self.spec.founder, self.spec.mode == "strict")
-        self._saving_trust = trio.Lock()
-        self._doubted: dict[PeerId, str] = {}
+        self.proofs = Proofs(run)
         run.hub.on_foreign_commit = self._on_foreign_commit
         self.endpoint.serve(BRANCH, self._on_branch)
-        self.endpoint.serve(TRUST, self._on_trust)
 
     @property
     def round(self) -> int:
@@ -86,9 +84,7 @@ class Chain(Membership):
                     # Our roster no longer names us and nobody is there to ask.
                     self._set_reason("no member of the run can be reached; waiting for one")
                 elif not infos:
-                    doubts = [f"{short([peer])}: {why}" for peer, why in self._doubted.items()]
-                    doubted = f"; not believed: {'; '.join(doubts[:2])}" if doubts else ""
-                    self._set_reason(f"no member of the run can be reached yet{doubted}; trying again")
+                    self._set_reason(f"no member of the run can be reached yet{self.proofs.doubts()}; trying again")
                 await self._pause()
                 continue
             if self.me in info.record.roster:
@@ -117,8 +113,7 @@ class Chain(Membership):
         saved = await self.host.run_blocking(self.run.store.load_state)
         if saved is not None:
             vectors, head = saved
-            for link in await self.host.run_blocking(self.run.store.load_trust):
-                self.trust.add(link)
+            await self.proofs.restore()
             await self.run.adopt(vectors, head)
             self.run.emit("run", "restored", detail=f"the state after round {self.round}")
         elif self.me == self.spec.founder:
@@ -197,61 +192,14 @@ class Chain(Membership):
     def _move(self, head: Head) -> None:
         """``head`` is where we are now."""
         self.head = head
-        if self.trust.belong(head):
-            self.run.nursery.start_soon(self._save_trust)
-
-    # -- whom to believe ----------------------------------------------------------------------------
+        self.proofs.belong(head)
 
     async def ask(self, peers: tuple[PeerId, ...]) -> dict[PeerId, HeadInfo]:
-        """Where the run is, of those peers that can prove it; a proof is only asked for where it matters."""
+        """Where the run is, of those peers that can prove it."""
         infos = await super().ask(peers)
-        doubts: dict[PeerId, str] = {}
-
-        async def weigh(peer: PeerId, head: Head) -> None:
-            why = await self._prove(peer, head)
-            if why is not None:
-                doubts[peer] = why
-
-        async with trio.open_nursery() as nursery:
-            for peer, info in infos.items():
-                nursery.start_soon(weigh, peer, info.head())
-        for peer in infos:
-            if peer in doubts and self._doubted.get(peer) != doubts[peer]:
-                self.run.emit("run", "doubted", peer, f"its head is not believed: {doubts[peer]}")
-        self._doubted = doubts
-        return {peer: info for peer, info in infos.items() if peer not in doubts}
-
-    async def _prove(self, peer: PeerId, head: Head) -> str | None:
-        """None when ``head`` of ``peer`` is certified by members of the run, else why that is doubtful."""
-        wrong = self.trust.add(head)
-        if wrong is None or (self._has_state and not self._beats(head.record, self.head.record)):
-            return wrong
-        at = 0
-        try:
-            while True:
-                page = await self.endpoint.call(peer, TRUST, AskTrust(self.run.run_id, at), timeout=defaults.ASK_HEADS)
-                self.trust.check_page(page, at)
-                for link in page.links:
-                    if self.trust.believes(link.record.roster):
-                        continue
-                    path, why = await self.host.run_blocking(self.trust.find, link)
-                    if path is None:
-                        return f"link {at} of its proof: {why}"
-                    self.trust.believe(path)
-                at += len(page.links)
-                if at >= page.total:
-                    return self.trust.add(head)
-        except RemoteError as error:
-            return f"it does not prove it ({error.message})"
-
-    async def _on_trust(self, call: Call[AskTrust]) -> TrustPage:
-        self._mine(call.request.run)
-        links, start = self.trust.own, max(0, call.request.start)
-        return TrustPage(links[start : start + defaults.TRUST_PAGE], len(links))
-
-    async def _save_trust(self) -> None:
-        async with self._saving_trust:
-            await self.host.run_blocking(self.run.store.save_trust, self.trust.own)
+        return await self.proofs.believable(
+            infos, lambda head: not self._has_state or self._beats(head.record, self.head.record)
+        )
 
     # -- rounds -------------------------------------------------------------------------------------
 
@@ -510,6 +458,7 @@ class Chain(Membership):
                 )
 
     def found(self, peer: PeerId) -> None:
+        # It may be ahead of us, or on a branch of its own.
         self._returned[peer] = None
         self._nudge.set()
 

@@ -247,7 +247,7 @@ class Membership(ABC):
 
     @abstractmethod
     def found(self, peer: PeerId) -> None:
-        """A watched peer can be reached again."""
+        """A link to a watched peer is up, for the first time or again."""
 
     @abstractmethod
     def left(self, peer: PeerId) -> None:

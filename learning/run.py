@@ -118,6 +118,7 @@ class Run:
                 self.hub = Hub(self.endpoint, self.post)
                 self.presence.on_change = self._presence_changed
                 self.membership: Membership = Gossip(self) if self.gossip else Chain(self)
+                self.presence.on_link = self.membership.found
                 await self.host.run_blocking(self.store.save_spec, self.signed)
                 self.nursery.start_soon(self._announce)
                 self.nursery.start_soon(self.membership.scout)
@@ -473,8 +474,6 @@ class Run:
     def _presence_changed(self, peer: PeerId, why: str | None) -> None:
         self.emit("run", "lost" if why is not None else "found", peer, why or "")
         self.hub.peer_changed(peer, why)
-        if why is None:
-            self.membership.found(peer)
 
     def _pace(self, voters: tuple[PeerId, ...]) -> Pace:
         """Waits of a round from what was measured: the links to the voters and how long rounds take."""

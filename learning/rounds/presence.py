@@ -27,6 +27,8 @@ class Presence:
         self._came: dict[PeerId, trio.Event] = {}
         endpoint.on_link.append(self._on_link)
         self.on_change: Callable[[PeerId, str | None], None] = lambda peer, why: None
+        #: A link to a watched peer is up, for the first time or again.
+        self.on_link: Callable[[PeerId], None] = lambda peer: None
         endpoint.on_link.append(self._linked)
 
     def watch(self, peers: Iterable[PeerId]) -> None:
@@ -69,6 +71,7 @@ class Presence:
                     self._set(peer, error.message)
                 else:
                     self._set(peer, None)
+                    self.on_link(peer)
                     pause = defaults.REDIAL_FIRST
                     await link.closed.wait()
                     reason = link.close_reason
