@@ -188,10 +188,12 @@ async def ask_heads(
 def agreed_digest(infos: Mapping[PeerId, HeadInfo], head: Head) -> tuple[bytes | None, tuple[PeerId, ...], str]:
     """The digest of the state after ``head`` that most of its holders report, those holders, and the reason.
 
-    A single holder is believed only when the roster before had a single voter.
+    Only voters of that commit and of the next round have a say: anybody else can copy a head.
     """
     reports: dict[bytes, list[PeerId]] = {}
     for peer, info in infos.items():
+        if peer not in head.voters and peer not in head.record.roster:
+            continue
         if info.record == head.record and info.settled == head.record.round and info.digest:
             reports.setdefault(info.digest, []).append(peer)
     if not reports:

@@ -103,7 +103,7 @@ class Trust:
         return None
 
     def believe(self, path: tuple[Head, ...]) -> None:
-        """Take over what :meth:`find` found. What leads there or to our own roster, and the last few others, is kept."""
+        """Take over what :meth:`find` found. Kept: what leads there or to our own roster, and the last few others."""
         roster, needed = path[-1].record.roster, (*path, *self.own)
         if self.believes(roster):
             return
