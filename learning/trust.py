@@ -109,7 +109,7 @@ class Trust:
             return
         kept = [known for known in self._known[1:] if known.path[-1] in needed]
         others = [known for known in self._known[1:] if known.path[-1] not in needed]
-        others = others[-defaults.REMEMBERED_ROSTERS :]
+        others = others[1 - defaults.REMEMBERED_ROSTERS :]
         found = sorted([*kept, *others, _Known(roster, path)], key=lambda known: len(known.path))
         self._known = (self._root, *found)
 
