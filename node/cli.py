@@ -16,6 +16,9 @@ from ..transport.errors import ConfigError, ShoalError
 #: Exit codes, also in `shoal --help`.
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
+#: What every complaint begins with.
+ERROR = "shoal: error: "
+
 #: A command's arguments after its name, and what runs it: returns the exit code.
 AddCommand = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], None]
 
@@ -108,7 +111,7 @@ def leave(code: int) -> NoReturn:
 
 
 def complain(message: str) -> None:
-    sys.stderr.write(f"shoal: error: {message}\n")
+    sys.stderr.write(f"{ERROR}{message}\n")
 
 
 def build_parser(extra: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:

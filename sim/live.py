@@ -48,7 +48,7 @@ class LiveView:
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self._console.print(f"{self._clock():6.1f} s  {text}", highlight=False)
+        self._console.print(f"{self._clock():6.1f} s  {text}", highlight=False, markup=False, soft_wrap=True)
 
     def round_committed(self, number: int) -> None:
         """A node has committed round ``number``; without a live table, say so once."""

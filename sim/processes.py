@@ -21,6 +21,7 @@ import attrs
 import trio
 
 from ..learning.events import Event, RoundReport
+from ..node.cli import ERROR, USAGE
 from ..node.control import ControlClient, Ended, EventFrame, NodeStatus, RoundFrame, Watcher
 from ..node.datadir import DataDir
 from ..transport.errors import ConfigError, ShoalError
@@ -152,6 +153,12 @@ class NodeProcess:
             return "    (no log)"
         return "\n".join(f"    {line}" for line in lines[-defaults.TAIL :]) or "    (the log is empty)"
 
+    def complaint(self) -> str:
+        """The error that ended it, without the prefix."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if line.startswith(ERROR)]
+        return errors[-1].removeprefix(ERROR) if errors else f"{self.name} found its arguments bad; log: {self.log}"
+
     def close(self) -> None:
         if self.process is not None and self.process.stdin is not None:
             try:
@@ -199,6 +206,7 @@ class Swarm:
                 nursery.start_soon(self._guard)
                 for number, name in enumerate(self.plan.names):
                     self.nodes[name].launch(self._arguments(number, name))
+                    self.recorder.note(self.clock(), "start", name)
                 async with trio.open_nursery() as following:
                     for name in self.plan.names:
                         following.start_soon(self._follow, self.nodes[name], self.recorder.traces[name])
@@ -242,7 +250,7 @@ class Swarm:
             while self.recorder.last_round < late.round:
                 await self._progress.wait()
             ticket = await self._living_ticket()
-            self.recorder.note(self.clock(), "late", "", round=late.round)
+            self.recorder.note(self.clock(), "late", late.name, round=late.round)
             self._say(f"round {late.round} is committed: {late.name} joins late")
             self.nodes[late.name].tell(ticket)
 
@@ -343,6 +351,9 @@ class Swarm:
             return
         trace.status = ended.outcome if ended is not None and code == 0 else "failed"
         self.recorder.note(t, trace.status, trace.peer, round=trace.round)
+        if trace.status == "failed" and not self._ticket and code == USAGE:
+            # What it was told is what we were told: its complaint is ours.
+            raise ConfigError(node.complaint())
         if trace.status == "failed":
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             reason = ended.reason if ended is not None else how

@@ -67,7 +67,7 @@ class Recorder:
         self.events.append(SimEvent(t, event.round, event.phase, event.what, event.peer or trace.peer))
 
     def note(self, t: float, what: str, peer: str, *, round: int = 0, phase: str = "run") -> None:
-        """Something the simulation itself did or saw."""
+        """Something the simulation itself did or saw. ``peer``: an id, or a node's name while its id is not known."""
         self.events.append(SimEvent(t, round, phase, what, peer))
 
     def committed(
@@ -125,7 +125,9 @@ class Recorder:
             )
             for trace in self.traces.values()
         )
-        events = tuple(sorted(self.events, key=lambda event: event.t))
+        ids = {trace.name: trace.peer or trace.name for trace in self.traces.values()}
+        named = [attrs.evolve(event, peer=ids.get(event.peer, event.peer)) for event in self.events]
+        events = tuple(sorted(named, key=lambda event: event.t))
         return Report(
             False, (), task, strategy, mode, seed, wall_s, metric, baseline, swarm, peers, self.rounds(), events, ()
         )

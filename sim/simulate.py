@@ -59,6 +59,9 @@ def simulate(options: argparse.Namespace) -> int:
         custom=":" in options.task,
     )
     console = Console(highlight=False)
+    if not console.is_terminal:
+        # A log file has no width; rich would take 80 columns and cut the tables.
+        console = Console(highlight=False, width=120)
     keep = True
     try:
         report = _run(plan, settings, console, live=console.is_terminal and not options.no_live, options=options)

@@ -1,0 +1,184 @@
+"""Real swarms of processes: what is planned, what is killed, what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shoal.sim import defaults
+from shoal.sim.processes import KILL_PHASES, make_plan
+from shoal.transport.errors import ConfigError
+
+TASK = """
+import torch
+from torch import nn
+from shoal import Task
+
+class Line(Task):
+    def model(self):
+        return nn.Linear(3, 1)
+    def optimizer(self, model):
+        return torch.optim.SGD(model.parameters(), lr=0.02)
+    def batches(self, shard):
+        rng = shard.generator("data")
+        while True:
+            yield torch.randn(8, 3, generator=rng)
+    def loss(self, model, batch):
+        return (model(batch) - batch.sum(1, keepdim=True)).square().mean()
+    def evaluate(self, model):
+        return {"error": float((model.weight - 1).abs().max())}
+    higher_is_better = False
+
+class Failing(Line):
+    def loss(self, model, batch):
+        raise RuntimeError("this task cannot be trained")
+"""
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_plan_kills_beginners_in_the_exchange_and_leaves_late_ones_time(seed: int) -> None:
+    plan = make_plan(peers=8, kill=2, late=2, rounds=16, seed=seed)
+    assert plan == make_plan(peers=8, kill=2, late=2, rounds=16, seed=seed)
+    assert plan.first == 6
+    assert len({kill.name for kill in plan.kills}) == 2
+    for kill in plan.kills:
+        assert kill.name in plan.names[:6]
+        assert kill.phase in KILL_PHASES
+        assert 2 <= kill.round <= 8
+    assert [late.name for late in plan.late] == list(plan.names[6:])
+    for late in plan.late:
+        assert 1 <= late.round <= 16 - defaults.LATE_MARGIN
+
+
+def test_seeds_differ_in_victim_round_and_phase() -> None:
+    kills = [make_plan(peers=8, kill=1, late=1, rounds=20, seed=seed).kills[0] for seed in range(40)]
+    assert len({kill.name for kill in kills}) > 4
+    assert len({kill.round for kill in kills}) > 4
+    assert {kill.phase for kill in kills} == set(KILL_PHASES)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "reason"),
+    [
+        ({"peers": 2, "kill": 0, "late": 2, "rounds": 20}, "--late 2 of --peers 2 leaves nobody"),
+        ({"peers": 3, "kill": 3, "late": 0, "rounds": 20}, "--kill 3 leaves none of the 3 peers"),
+        ({"peers": 3, "kill": 0, "late": 1, "rounds": 4}, "--late needs at least"),
+        ({"peers": 3, "kill": 1, "late": 0, "rounds": 2}, "--kill needs at least 3 rounds"),
+    ],
+)
+def test_numbers_that_leave_no_swarm_are_refused(numbers: dict[str, int], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        make_plan(**numbers, seed=0)
+
+
+# --- whole swarms -----------------------------------------------------------------------------------------------------
+
+
+def shoal_sim(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    (folder / "line_task.py").write_text(TASK)
+    return subprocess.Popen(
+        [sys.executable, "-m", "shoal.sim.cli", "sim", "--no-live", "--workdir", str(folder / "work"), *arguments],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+
+
+def nodes_of(folder: Path) -> list[int]:
+    """Pids of processes whose command line names ``folder``."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(folder).encode() in command and b"shoal.node.process" in command:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.process
+def test_a_swarm_survives_a_kill_and_takes_in_a_late_peer(tmp_path: Path) -> None:
+    report_file, plot_file = tmp_path / "report.json", tmp_path / "plot.png"
+    arguments = ["--task", "line_task:Line", "--peers", "4", "--kill", "1", "--late", "1", "--rounds", "14"]
+    arguments += ["--set", "inner_steps=100", "--json", str(report_file), "--plot", str(plot_file)]
+    with shoal_sim(tmp_path, *arguments) as child:
+        output, _ = child.communicate(timeout=110)
+    assert child.returncode == 0, output
+    assert "every claim held" in output
+    report = json.loads(report_file.read_text())
+    assert report["ok"]
+    assert report["why"] == []
+    assert (report["task"], report["strategy"], report["seed"]) == ("line_task:Line", "diloco", 0)
+    assert report["metric"] == "error"
+    assert report["baseline"]["start"] > report["swarm"]
+    by_status = {status: [p for p in report["peers"] if p["status"] == status] for status in ("finished", "killed")}
+    assert (len(by_status["finished"]), len(by_status["killed"])) == (3, 1)
+    assert len({peer["digest"] for peer in by_status["finished"]}) == 1
+    assert all(peer["bytes_sent"] > 0 and peer["samples"] > 0 for peer in by_status["finished"])
+    victim = by_status["killed"][0]["peer"]
+    kill = next(event for event in report["events"] if event["what"] == "kill")
+    assert kill["peer"] == victim
+    assert kill["phase"] in KILL_PHASES
+    assert any(victim in r["dropped"] for r in report["rounds"])
+    late = next(peer for peer in report["peers"] if peer["late"])
+    assert late["rounds"] >= 3
+    assert next(event for event in report["events"] if event["what"] == "late")["peer"] == late["peer"]
+    assert [r["round"] for r in report["rounds"]] == list(range(1, 15))
+    assert plot_file.read_bytes().startswith(b"\x89PNG")
+    assert nodes_of(tmp_path) == []
+
+
+@pytest.mark.process
+def test_ctrl_c_ends_all_nodes(tmp_path: Path) -> None:
+    with shoal_sim(tmp_path, "--task", "line_task:Line", "--peers", "2", "--rounds", "100000") as child:
+        give_up = time.monotonic() + 90
+        assert child.stdout is not None
+        while "round 3/" not in child.stdout.readline():
+            assert time.monotonic() < give_up
+        assert len(nodes_of(tmp_path)) == 2
+        child.send_signal(signal.SIGINT)
+        assert child.wait(20) == 130
+    assert nodes_of(tmp_path) == []
+
+
+@pytest.mark.process
+def test_a_killed_simulation_leaves_no_nodes(tmp_path: Path) -> None:
+    with shoal_sim(tmp_path, "--task", "line_task:Line", "--peers", "2", "--rounds", "100000") as child:
+        give_up = time.monotonic() + 90
+        assert child.stdout is not None
+        while "round 3/" not in child.stdout.readline():
+            assert time.monotonic() < give_up
+        child.kill()
+        give_up = time.monotonic() + 20
+        while nodes_of(tmp_path):
+            assert time.monotonic() < give_up
+            time.sleep(0.1)
+
+
+@pytest.mark.process
+def test_a_task_that_fails_is_shown_with_the_end_of_its_log(tmp_path: Path) -> None:
+    with shoal_sim(tmp_path, "--task", "line_task:Failing", "--peers", "2", "--rounds", "3") as child:
+        output, _ = child.communicate(timeout=110)
+    assert child.returncode == 1
+    assert "this task cannot be trained" in output
+    assert str(tmp_path / "work" / "node-0.log") in output
+    assert nodes_of(tmp_path) == []
+
+
+@pytest.mark.process
+def test_an_unknown_task_is_bad_input(tmp_path: Path) -> None:
+    with shoal_sim(tmp_path, "--task", "digitz", "--peers", "2", "--rounds", "3") as child:
+        output, _ = child.communicate(timeout=110)
+    assert child.returncode == 2, output
+    assert "unknown task 'digitz': built-in tasks are" in output
