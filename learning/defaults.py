@@ -56,19 +56,15 @@ EARLY_MESSAGE = 5.0
 #: Messages for rounds not reached yet that may wait at the same time, all peers together.
 MAX_EARLY_MESSAGES = 256
 
-#: Seconds stragglers are waited for after a quorum is ready: at least this, or this share of the time the round took so
-#: far. Twice as slow as the median is still in; slower peers use a time budget.
+#: Seconds stragglers are waited for after a quorum is ready: at least this, or as long as training took. Twice as slow
+#: as the median is still in; slower peers use a time budget.
 GRACE_FLOOR = 3.0
-GRACE_SHARE = 1.0
 
 #: Seconds of silence after which a leader is suspected. It sends word four times in this while.
 SUSPECT = 6.0
 
 #: Seconds of a bulk phase at least; on top comes the time the bytes need on the measured link.
 TRANSFER_FLOOR = 4.0
-
-#: Bytes per second assumed for a link that was not measured yet: a home uplink.
-ASSUMED_RATE = 1.25e6
 
 #: Seconds the last accepts are waited for once a quorum has accepted.
 ACCEPT_WAIT = 0.25

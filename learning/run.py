@@ -24,10 +24,11 @@ from .files import save_state
 from .gossip import Gossip
 from .membership import Membership
 from .peer import OutOfStep, Peer, Round, Tally, Trainer
-from .rounds.actions import Note, Pace
+from .rounds.actions import Note
 from .rounds.hub import Hub
 from .rounds.instance import Instance, Setting
 from .rounds.messages import Accepted
+from .rounds.pace import pace
 from .rounds.post import Post
 from .rounds.presence import Presence
 from .shard import Shard
@@ -101,7 +102,7 @@ class Run:
         self._metric: float | None = None
         self._metric_name = metric_name(task, {})
         self._loss: float | None = None
-        self._round_began = self._trained = 0.0
+        self._round_began = self._trained = self._worked = 0.0
         self._saved_at = -math.inf
         self._saving = trio.Lock()
         self._pending_report: Callable[[float | None, str], RoundReport] | None = None
@@ -232,7 +233,7 @@ class Run:
             prev=place.prev,
             voters=place.voters,
             terms=self.membership.terms(self.speed),
-            pace=self._pace(place.voters),
+            pace=pace(self.endpoint, place.voters, 4 * self.layout.size, self._worked),
             check=self.membership.check,
             max_length=defaults.VECTORS_PER_ROUND * self.layout.size,
             save=save,
@@ -251,6 +252,7 @@ class Run:
         assert self._instance is not None
         tally = self._peer.tally
         self._trained = self.host.now()
+        self._worked = self._trained - self._round_began
         if self.round_now in self.faults.spoil:
             vector = vector * math.nan
         why = await self.host.run_blocking(exact.check_finite, vector, self.layout.name_at)
@@ -474,22 +476,3 @@ class Run:
     def _presence_changed(self, peer: PeerId, why: str | None) -> None:
         self.emit("run", "lost" if why is not None else "found", peer, why or "")
         self.hub.peer_changed(peer, why)
-
-    def _pace(self, voters: tuple[PeerId, ...]) -> Pace:
-        """Waits of a round from what was measured: the links to the voters and how long rounds take."""
-        links = [link for peer in voters if (link := self.endpoint.link(peer)) is not None]
-        rtt = max((link.rtt for link in links), default=0.0)
-        bytes_out = 2 * 4 * self.layout.size
-        transfer = defaults.TRANSFER_FLOOR + 8 * rtt + 2 * bytes_out / defaults.ASSUMED_RATE
-        worked = self.reports[-1].wall_s if self.reports else 0.0
-        grace = max(defaults.GRACE_FLOOR, defaults.GRACE_SHARE * max(worked, self._train_seconds())) + 4 * rtt
-        return Pace(
-            grace=grace,
-            suspect=defaults.SUSPECT + 8 * rtt,
-            scatter=transfer,
-            gather=transfer,
-            accept=defaults.ACCEPT_WAIT + 2 * rtt,
-        )
-
-    def _train_seconds(self) -> float:
-        return max(0.0, self._trained - self._round_began)

@@ -77,3 +77,23 @@ def goodbye() -> float:
 def connect(lag: float = 0.0) -> float:
     """For a link to a peer by any of its addresses."""
     return defaults.CONNECT_FLOOR + lag
+
+
+def bulk_phase(floor: float, size: int, rtt: float, bandwidth: float | None, lag: float = 0.0) -> float:
+    """For a phase in which every member of a group sends ``size`` bytes in all; ``bandwidth``: of the slowest link."""
+    return floor + 8.0 * rtt + lag + transfer(size, bandwidth)
+
+
+def silence(floor: float, rtt: float, lag: float = 0.0) -> float:
+    """Without a word from a peer that owes one every quarter of ``floor``."""
+    return floor + 8.0 * rtt + lag
+
+
+def stragglers(floor: float, worked: float, rtt: float, lag: float = 0.0) -> float:
+    """For those that are not ready when a quorum is; ``worked``: seconds that the work took here."""
+    return max(floor, worked) + 4.0 * rtt + lag
+
+
+def last_words(floor: float, rtt: float, lag: float = 0.0) -> float:
+    """For answers that are on their way and wanted, but not needed."""
+    return floor + 2.0 * rtt + lag

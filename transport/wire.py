@@ -235,7 +235,7 @@ def _class_hook(kind: Any) -> Hook:
 
 def _field_hook(kind: Any) -> Hook | None:
     """None for the types that :func:`_expect` checks."""
-    return None if kind in (int, str, bytes, bool) else cast(Hook, converter.get_structure_hook(kind))
+    return None if kind in (int, str, bytes, bool) else converter.get_structure_hook(kind)
 
 
 def _refused_type(kind: Any) -> Hook:

@@ -68,8 +68,8 @@ def may_abandon(
 ) -> tuple[bool, str]:
     """Whether a value that was accepted, but whose result no ready voter holds any more, may be given up.
 
-    When all voters say so, nobody can have applied it: peers that restarted lost the result with their memory and are back
-    at the state before. In ``strict`` mode nothing less will do; otherwise the voters that can be reached suffice.
+    When all voters say so, nobody can have applied it: peers that restarted lost the result with their memory and are
+    back at the state before. In ``strict`` mode nothing less will do; otherwise the voters that can be reached suffice.
     """
     missing = [voter for voter in voters if voter not in ready]
     waiting = [voter for voter in missing if voter not in lost]
