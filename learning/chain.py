@@ -23,7 +23,6 @@ from .peer import OutOfStep
 from .proofs import Proofs
 from .rounds.decisions import better, candidates, may_branch, short
 from .rounds.instance import Instance
-from .rounds.leader import Terms
 from .rounds.messages import (
     Certificate,
     Commit,
@@ -35,6 +34,7 @@ from .rounds.messages import (
     sign_accept,
     verify_certificate,
 )
+from .rounds.terms import Terms
 from .store import Head
 from .sync import BRANCH, AskBranch, BranchSigned, HeadInfo, agreed_digest, load_state, state_digest
 from .trust import SMALL

@@ -20,8 +20,8 @@ from . import defaults
 from .membership import Membership, Placement, certify
 from .rounds.decisions import group_of, short
 from .rounds.instance import Instance
-from .rounds.leader import Terms
 from .rounds.messages import Commit, CommitRecord, instance_key
+from .rounds.terms import Terms
 from .store import Head
 from .sync import VIEW, HeadInfo, Seen, View, ask_heads, load_state, state_digest
 

@@ -20,9 +20,9 @@ from ..transport.identity import PeerId
 from ..transport.rpc import Call
 from . import defaults
 from .rounds.instance import Instance
-from .rounds.leader import Terms
 from .rounds.messages import Certificate, Commit, CommitRecord, Signed, instance_key, sign_accept
 from .rounds.methods import Ack
+from .rounds.terms import Terms
 from .state import bytes_view
 from .store import Head
 from .sync import (

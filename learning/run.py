@@ -26,11 +26,12 @@ from .membership import Membership
 from .peer import OutOfStep, Peer, Round, Tally, Trainer
 from .rounds.actions import Note
 from .rounds.hub import Hub
-from .rounds.instance import Instance, Setting
+from .rounds.instance import Instance
 from .rounds.messages import Accepted
 from .rounds.pace import pace
 from .rounds.post import Post
 from .rounds.presence import Presence
+from .rounds.setting import Setting
 from .shard import Shard
 from .spec import SignedSpec
 from .state import Layout, unflatten

@@ -17,9 +17,9 @@ from ..transport.mux import Priority
 from ..transport.rpc import Method
 from . import exact
 from .digest import tree_digest
-from .rounds.leader import accepts_needed
 from .rounds.messages import Certificate, CommitRecord, instance_key, verify_certificate
 from .rounds.methods import Ack
+from .rounds.terms import accepts_needed
 from .spec import SignedSpec
 from .state import bytes_view
 from .store import Head

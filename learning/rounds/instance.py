@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 
-import attrs
 import trio
 from torch import Tensor
 
@@ -26,7 +25,6 @@ from .actions import (
     Done,
     Fingerprint,
     Note,
-    Pace,
     Persist,
     Promise,
     Pull,
@@ -36,10 +34,9 @@ from .actions import (
     Verify,
 )
 from .decisions import candidates, resume_at
-from .leader import Leader, Terms, accepts_needed
+from .leader import Leader
 from .messages import (
     Accept,
-    Accepted,
     Commit,
     CommitRecord,
     Convene,
@@ -52,33 +49,13 @@ from .messages import (
 )
 from .methods import SCATTER, SHARE, WANT, Ack, Given, Scatter, Shared, Want
 from .post import Post
+from .setting import Setting
+from .terms import accepts_needed
 from .voter import Voter
 
 log = logging.getLogger(__name__)
 
 _TO_LEADER = (Ready, Held, Progress, Accept, Reject)
-
-
-@attrs.frozen
-class Setting:
-    """What an instance is about and what it may use.
-
-    ``save``: store (promised, accepted) durably; blocking. ``stored``: what an earlier life saved, None: nothing.
-    """
-
-    key: bytes
-    round: int
-    prev: bytes
-    voters: tuple[PeerId, ...]
-    terms: Terms
-    pace: Pace
-    check: Callable[[CommitRecord], str | None]
-    max_length: int
-    save: Callable[[int, Accepted | None], None]
-    stored: tuple[int, Accepted | None] | None
-    note: Callable[[Note], None]
-    hold: Callable[[str], bool]
-    name_at: Callable[[int], str]
 
 
 class Instance:

@@ -14,8 +14,6 @@ slice, the others fetch it there. The leader is replaced like anybody: see :mod:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import attrs
 
 from ...transport.identity import Identity, PeerId
@@ -44,32 +42,7 @@ from .messages import (
     held_bytes,
     quorum,
 )
-
-
-@attrs.frozen
-class Terms:
-    """What a leader needs to know beyond the instance itself.
-
-    ``draft`` builds the record of a round from members, samples, weights, roster, nonces and a reason (with
-    an empty fingerprint); ``wishes`` and ``leaving`` are read when the roster is fixed. ``gossip``: the
-    voters are a gossip group, which may go on with whoever is there. ``roster_limit``: peers in a roster. ``strict``:
-    an accepted value is given up only when every voter agrees.
-    """
-
-    draft: Callable[
-        [tuple[PeerId, ...], tuple[int, ...], tuple[int, ...], tuple[PeerId, ...], tuple[bytes, ...], str], CommitRecord
-    ]
-    wishes: Callable[[], tuple[PeerId, ...]]
-    leaving: Callable[[], tuple[PeerId, ...]]
-    gossip: bool
-    roster_limit: int
-    speed: Callable[[PeerId], float]
-    strict: bool = False
-
-
-def accepts_needed(voters: int, gossip: bool) -> int:
-    """Accepts that decide a round: a majority of the voters; in a gossip group one, whoever is left there goes on."""
-    return 1 if gossip else quorum(voters)
+from .terms import Terms, accepts_needed
 
 
 class Leader:

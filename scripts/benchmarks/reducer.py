@@ -13,11 +13,12 @@ import trio
 from shoal.learning import defaults, exact
 from shoal.learning.rounds.actions import Note, Pace
 from shoal.learning.rounds.hub import Hub
-from shoal.learning.rounds.instance import Instance, Setting
-from shoal.learning.rounds.leader import Terms
+from shoal.learning.rounds.instance import Instance
 from shoal.learning.rounds.messages import Accepted, CommitRecord, instance_key
 from shoal.learning.rounds.post import Post
 from shoal.learning.rounds.presence import Presence
+from shoal.learning.rounds.setting import Setting
+from shoal.learning.rounds.terms import Terms
 from shoal.transport.address import Address
 from shoal.transport.endpoint import Endpoint
 from shoal.transport.host import RealHost
@@ -60,6 +61,7 @@ class ShoalPeer(Worker):
                 return await self._meet(arguments["everybody"], arguments["rank"])
             case "prepare":
                 self._base = vectors.base(self._rank, arguments["elements"])
+                self._vector = torch.empty_like(self._base)
                 self._mean = vectors.mean_base(len(self._voters), arguments["elements"])
                 return {}
             case "open":
@@ -138,7 +140,7 @@ class ShoalPeer(Worker):
         self._instance = Instance(self._endpoint, self._post, setting, self._presence.lost)
         self._hub.add(self._instance)
         self.nursery.start_soon(self._instance.run)
-        self._vector = torch.add(self._base, run)
+        torch.add(self._base, run, out=self._vector)
         return {}
 
     async def _reduce(self) -> dict[str, Any]:

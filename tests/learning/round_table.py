@@ -25,7 +25,7 @@ from shoal.learning.rounds.actions import (
     Verify,
 )
 from shoal.learning.rounds.decisions import candidates, resume_at
-from shoal.learning.rounds.leader import Leader, Terms, accepts_needed
+from shoal.learning.rounds.leader import Leader
 from shoal.learning.rounds.messages import (
     Accept,
     Accepted,
@@ -41,6 +41,7 @@ from shoal.learning.rounds.messages import (
     quorum,
     verify_certificate,
 )
+from shoal.learning.rounds.terms import Terms, accepts_needed
 from shoal.learning.rounds.voter import Voter
 from shoal.transport.identity import Identity, PeerId
 
