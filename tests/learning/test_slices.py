@@ -20,7 +20,9 @@ owner_lists = st.lists(st.sampled_from(PEERS), min_size=1, max_size=12, unique=T
 def test_a_split_covers_every_coordinate_once_whatever_the_speeds(
     length: int, owners: list[PeerId], data: st.DataObject
 ) -> None:
-    speeds = data.draw(st.none() | st.lists(st.integers(-4, 4000).map(lambda n: n / 4), min_size=len(owners), max_size=len(owners)))
+    speeds = data.draw(
+        st.none() | st.lists(st.integers(-4, 4000).map(lambda n: n / 4), min_size=len(owners), max_size=len(owners))
+    )
     slices = split(0, length, owners, speeds)
     assert covers(slices, length)
     assert all(piece.owner in owners for piece in slices)
