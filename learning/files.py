@@ -37,7 +37,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
 
@@ -71,8 +71,8 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return tree_digest(parts).hex()
 
 
-def _sync_folder(folder: Path) -> None:
-    # The rename itself must reach the disk. Windows cannot open a folder and does not need it.
+def sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` survive a power cut. Windows cannot open a folder and does not need it. Blocking."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

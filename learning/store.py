@@ -12,7 +12,7 @@ from torch import Tensor
 from ..transport.errors import ConfigError, DecodeError
 from ..transport.identity import PeerId
 from ..transport.wire import pack, unpack
-from .files import load_state, save_state
+from .files import load_state, save_state, sync_folder
 from .rounds.messages import Accepted, Certificate, CommitRecord
 from .spec import SignedSpec
 
@@ -78,6 +78,8 @@ class RunStore:
         data, links = self._read("trust") or b"", []
         while data:
             size = 4 + int.from_bytes(data[:4], "big")
+            if size > len(data):
+                raise ConfigError(f"{self.folder}/trust is damaged (it ends early); delete it to join the run anew")
             links.append(self._unpack(Head, "trust", data[4:size]))
             data = data[size:]
         return tuple(links)
@@ -130,5 +132,6 @@ class RunStore:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            sync_folder(self.folder)
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror}") from error

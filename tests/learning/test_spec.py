@@ -1,0 +1,73 @@
+"""Run specs: signed by the founder, and never a name of code."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+
+from shoal.learning.spec import ParameterSpec, RunSpec, SignedSpec
+from shoal.transport.errors import DecodeError
+from shoal.transport.identity import Identity
+
+FOUNDER = Identity(b"\x01" * 32)
+
+SPEC = RunSpec(
+    task="digits",
+    task_hash=b"h" * 32,
+    strategy="diloco",
+    strategy_args=(("inner_steps", 20.0),),
+    seed=1,
+    mode="strict",
+    group=0,
+    min_peers=1,
+    rounds=0,
+    parameters=(ParameterSpec("layer.weight", (10, 64), "float32"), ParameterSpec("scale", (), "float32")),
+    founder=FOUNDER.peer_id,
+    created=1.8e9,
+)
+
+
+def test_a_signed_spec_opens_to_what_was_signed() -> None:
+    signed = SignedSpec.sign(FOUNDER, SPEC)
+    assert signed.open() == SPEC
+    assert len(signed.run_id) == 32
+
+
+def test_another_founder_time_or_seed_makes_another_run() -> None:
+    ids = {
+        SignedSpec.sign(FOUNDER, spec).run_id
+        for spec in (SPEC, attrs.evolve(SPEC, seed=2), attrs.evolve(SPEC, created=1.8e9 + 1))
+    }
+    assert len(ids) == 3
+
+
+@pytest.mark.parametrize("task", ["my_task:Digits", "my_task.Digits", "a.b:C", "/etc/passwd", "../x", "a/b", ":", "."])
+def test_a_spec_that_names_a_module_or_a_file_is_refused(task: str) -> None:
+    signed = SignedSpec.sign(FOUNDER, attrs.evolve(SPEC, task=task))
+    with pytest.raises(DecodeError, match="names a module.*the network never names code") as caught:
+        signed.open()
+    assert repr(task) in str(caught.value)
+
+
+def test_a_spec_signed_by_somebody_else_than_its_founder_is_refused() -> None:
+    signed = SignedSpec.sign(Identity(b"\x02" * 32), SPEC)
+    with pytest.raises(DecodeError, match="wrong signature"):
+        signed.open()
+
+
+def test_a_spec_altered_in_any_byte_is_refused_and_names_another_run() -> None:
+    signed = SignedSpec.sign(FOUNDER, SPEC)
+    for at in range(len(signed.spec)):
+        altered = attrs.evolve(signed, spec=signed.spec[:at] + bytes([signed.spec[at] ^ 1]) + signed.spec[at + 1 :])
+        assert altered.run_id != signed.run_id
+        with pytest.raises(DecodeError):
+            altered.open()
+
+
+def test_an_unknown_mode_is_refused_by_name() -> None:
+    with pytest.raises(DecodeError, match="unknown mode 'eventual'"):
+        SignedSpec.sign(FOUNDER, attrs.evolve(SPEC, mode="eventual")).open()
+
+
+def test_a_parameter_is_shown_with_its_shape_and_type() -> None:
+    assert [str(parameter) for parameter in SPEC.parameters] == ["layer.weight 10x64 float32", "scale scalar float32"]
