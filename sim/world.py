@@ -36,7 +36,8 @@ class Scenario:
     """A swarm to simulate: ``nodes`` of them, by number; node 0 founds the run that ``founding`` says.
 
     ``task``: a built-in one; or ``make_task``: gives every node a task object of its own. ``route``: latency, bandwidth
-    and loss between any two. ``faults``: by node number. ``late``: numbers that :func:`simulate` does not start.
+    and loss between any two. ``faults``: by node number. ``late``: numbers that :func:`simulate` does not start. ``slowness``: by
+    node number, how many times as long its training takes.
     ``evaluate_every``, ``time_budget``: as in :class:`shoal.node.node.NodeConfig`. ``limit``: virtual seconds that the
     run may take. Everything random is drawn from ``seed``, keys included; the run's own seed is ``founding.seed``.
     """
@@ -49,6 +50,7 @@ class Scenario:
     route: Route = attrs.field(factory=lambda: Route(latency=0.02))
     faults: dict[int, Faults] = attrs.field(factory=dict)
     late: tuple[int, ...] = ()
+    slowness: dict[int, float] = attrs.field(factory=dict)
     evaluate_every: int = 0
     time_budget: float | None = None
     limit: float = 3600.0
@@ -107,7 +109,9 @@ class World:
         self._lives[number] = life + 1
         founds = number == 0 and life == 0
         # A new process draws new numbers: the same nonces twice would break every promise of the handshake.
-        host = VirtualHost(name, self.network, seed=scenario.seed, life=life)
+        host = VirtualHost(
+            name, self.network, seed=scenario.seed, life=life, slowness=scenario.slowness.get(number, 1.0)
+        )
         host.ciphers = NOMINAL_CIPHERS
         config = NodeConfig(
             bind=(Address("mem", name, PORT),),

@@ -191,11 +191,7 @@ class Leader:
         if self.phase == "convene" and new:
             actions.append(self._waiting(now, sender))
             if self.attempt > 0 and len(self._ready) == 1:
-                actions += [
-                    Send(voter, Convene(self.key, self.round, self.attempt))
-                    for voter in self.voters
-                    if voter not in self.lost and voter != sender
-                ]
+                actions += self._call_in()
         return actions
 
     def _maybe_begin(self, now: float) -> list[Action]:
@@ -243,7 +239,7 @@ class Leader:
         refused = sorted(p for p in self._ready if p not in members)
         if refused:
             reason += "; without a contribution: " + ", ".join(
-                f"{p.short} ({self._ready[p].why or 'another length'})" for p in refused[:4]
+                f"{p.short} ({self._ready[p].why[:100] or 'another length'})" for p in refused[:4]
             )
         receivers = tuple(sorted({*self._ready, self.me}))
         owners = members or receivers
@@ -496,9 +492,9 @@ class Leader:
         actions: list[Action] = [self._waiting(now, peer) for peer in self._ready if peer not in self.lost]
         if self.phase == "convene" and self.attempt > 0 and self._ready:
             # Who has committed already answers this with the commit.
-            actions += [
-                Send(voter, Convene(self.key, self.round, self.attempt))
-                for voter in self.voters
-                if voter not in self.lost and voter not in self._ready
-            ]
+            actions += self._call_in()
         return actions
+
+    def _call_in(self) -> list[Action]:
+        convene = Convene(self.key, self.round, self.attempt)
+        return [Send(v, convene) for v in self.voters if v not in self.lost and v not in self._ready]
