@@ -123,7 +123,7 @@ def _run(options: argparse.Namespace, data: DataDir, record: NodeRecord | None, 
     device = _check_device(options.device)
     if options.export is not None and not options.export.absolute().parent.is_dir():
         raise ConfigError(f"cannot write {options.export}: there is no folder {options.export.absolute().parent}")
-    identity = data.identity(os.urandom)
+    identity = data.identity(RealHost().entropy)
     founding = None
     if ticket is None:
         founding = Founding(

@@ -13,7 +13,7 @@ from ..dht.node import Dht
 from ..learning.events import Event, RoundReport, RunStatus
 from ..learning.peer import Trainer
 from ..learning.run import Faults, Run
-from ..learning.spec import RunSpec, SignedSpec
+from ..learning.spec import BadSpec, RunSpec, SignedSpec, is_task_name
 from ..learning.store import RunStore
 from ..learning.strategies import resolve as resolve_strategy
 from ..learning.sync import HEAD, AskHead, ask_heads
@@ -204,7 +204,7 @@ class Node:
         resolve_strategy(founding.strategy, arguments)
         model = self._trainer.model if self._trainer is not None else await self.host.run_blocking(task.model)
         name = title(task)
-        if not name.replace("-", "").replace("_", "").isalnum():
+        if not is_task_name(name):
             raise ConfigError(f"the task's name {name!r} cannot travel: use letters, digits, - and _ only (Task.name)")
         spec = RunSpec(
             task=name,
@@ -249,14 +249,21 @@ class Node:
             known[record.open(self.host.wall()).peer] = None
         failures: list[tuple[str, str]] = []
         for peer in known:
+            signed: SignedSpec | None = None
             try:
                 info = await self.endpoint.call(peer, HEAD, AskHead(ticket.run_id), timeout=defaults.ASK_TIMEOUT)
-                if info.spec.run_id != ticket.run_id or info.spec.open().founder != ticket.founder:
+                signed = info.spec
+                if signed.run_id != ticket.run_id or signed.open().founder != ticket.founder:
                     raise DecodeError("answered with another run than the ticket's", peer=peer.short)
+            except BadSpec as error:
+                if signed is not None and signed.run_id == ticket.run_id:
+                    # The ticket names exactly these bytes: whoever else is asked, they stay the same.
+                    raise ConfigError(f"this run cannot be joined: {error}") from None
+                failures.append((peer.short, error.message))
             except RemoteError as error:
                 failures.append((peer.short, error.message))
             else:
-                return info.spec
+                return signed
         raise PeerUnreachable("no peer there takes part in the run", attempts=tuple(failures))
 
     async def _load_task(self, spec: RunSpec | None) -> Task:

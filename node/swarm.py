@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -158,15 +157,16 @@ class Swarm:
         timeout: float,
     ) -> Self:
         loop = OwnLoop(model, evaluate=evaluate, samples=samples)
+        entropy = RealHost().entropy
         with ExitStack() as stack:
             data = None if data_dir is None else DataDir(Path(data_dir))
             snapshot = None
             if data is None:
-                identity = Identity(os.urandom(32))
+                identity = Identity(entropy(32))
             else:
                 data.create()
                 stack.enter_context(data.locked())
-                identity = data.identity(os.urandom)
+                identity = data.identity(entropy)
                 snapshot = data.read_dht()
                 record = data.read_record()
                 if record is not None and ticket is None:
