@@ -114,7 +114,15 @@ SMALL_SEND = 16 << 10
 SMALL_QUEUE = 64 << 10
 
 #: Bytes asked of the kernel at once: one record and its header mostly arrive in one piece.
-READ_SIZE = 256 << 10
+READ_SIZE = 260 << 10
+
+#: Bytes from which on a record is received where it will be decrypted, instead of in pieces that are put together.
+DIRECT_RECORD = 64 << 10
+
+#: Bytes per second above which as much as one record may wait unsent in the kernel (5 ms of that line), and below which
+#: only trio's 16 KiB may again. With 16 KiB the sender is woken for every few segments: twice the CPU per byte.
+FAST_LINE, SLOW_LINE = 50e6, 12e6
+UNSENT_FAST, UNSENT_SLOW = 256 << 10, 16 << 10
 
 # Kernel sockets (tcp.py)
 
@@ -181,6 +189,9 @@ MAX_CALLS_PER_PEER = 256
 
 #: Calls served at once for all peers.
 MAX_CALLS = 2048
+
+#: Calls served at once for a peer even when there are that many: with 128 links at most 2048 more.
+FAIR_CALLS = 16
 
 # Presence of a node (endpoint.py, contacts.py)
 

@@ -27,6 +27,7 @@ from .mux import Mux
 from .secure import Established, Record, SecureChannel
 from .stream import LinkStream, StreamLost
 from .waiter import Waiter
+from .wire import printable
 
 if TYPE_CHECKING:
     from .address import Address
@@ -147,6 +148,7 @@ class Link:
         self._writing = False
         self._pace: float | None = None  # smoothed seconds per byte of larger records
         self._record_limit = defaults.FIRST_RECORD
+        self._fast = False  # the line, so that more may wait in the kernel
         self._parting = ""  # what we said in our goodbye
         self._heard = host.now()
         self._unheard = 0  # bytes sent since we last heard from the peer
@@ -285,18 +287,23 @@ class Link:
             self._receive(record)
         self._records.clear()
         while True:
-            data = await self._stream.receive_some(defaults.READ_SIZE)
-            if not data and self._mux.goodbye_sent:
+            data, room = b"", self._channel.room()
+            if room is None:
+                data = await self._stream.receive_some(defaults.READ_SIZE)
+                size = len(data)
+            else:
+                size = await self._stream.receive_into(room)
+            if not size and self._mux.goodbye_sent:
                 raise LinkClosed(f"closed by us: {self._parting}", peer=self.peer.short)
-            if not data:
+            if not size:
                 self._channel.eof()
                 raise LinkClosed("the connection ended without a goodbye", peer=self.peer.short)
             self._heard = self._host.now()
             self._unheard = 0
-            self.bytes_received += len(data)
+            self.bytes_received += size
             if self._mux.goodbye_sent:
                 continue
-            for event in self._channel.receive(data):
+            for event in self._channel.receive(data) if room is None else self._channel.fill(size):
                 assert isinstance(event, Record)
                 self._receive(event.data)
 
@@ -380,7 +387,7 @@ class Link:
                 pass
             case GoodbyeReceived(code, reason):
                 self.goodbye_code = code
-                what = f"it said goodbye: {reason}" if reason else "it said goodbye"
+                what = f"it said goodbye: {printable(reason)}" if reason else "it said goodbye"
                 raise LinkClosed(what, peer=self.peer.short, goodbye=True)
 
     def _changed(self) -> None:
@@ -413,3 +420,7 @@ class Link:
         self._pace = sample if self._pace is None else 0.5 * (self._pace + sample)
         self.bandwidth = 1.0 / max(self._pace, 1e-12)
         self._record_limit = deadlines.record_size(self.bandwidth, self._record_limit)
+        fast = self.bandwidth > (defaults.SLOW_LINE if self._fast else defaults.FAST_LINE)
+        if fast != self._fast:
+            self._fast = fast
+            self._stream.allow_unsent(defaults.UNSENT_FAST if fast else defaults.UNSENT_SLOW)

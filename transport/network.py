@@ -25,6 +25,19 @@ class ByteStream(trio.abc.HalfCloseableStream):
     #: Our own end of the pipe.
     local: Address
 
+    async def receive_into(self, buffer: memoryview) -> int:
+        """As ``receive_some(len(buffer))``, into ``buffer`` (writable bytes, not empty): how many, 0 at the end.
+
+        Cancellation loses nothing: the bytes are still to be received.
+        """
+        data = await self.receive_some(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def allow_unsent(self, size: int) -> None:
+        """A hint: about ``size`` bytes may wait in the operating system. More is faster, but what comes later waits."""
+        return  # what has no such buffer has nothing to do
+
 
 class Listener(trio.abc.Listener[ByteStream]):
     """Accepts byte streams; ``address`` is where it really listens (port 0 resolved)."""

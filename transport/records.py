@@ -82,13 +82,20 @@ class RecordSealer:
 
 
 class RecordOpener:
-    """The receiving half. Memory: at most one record beyond what :meth:`feed` returns, and never more than was fed."""
+    """The receiving half. Memory: at most one record beyond what :meth:`feed` returns, and never more than twice what
+    has come.
+
+    Bytes come in through :meth:`feed`, or within a large record straight to their place: see :meth:`room`.
+    """
 
     def __init__(self, cipher: str, secret: bytes, *, rekey_after: int = defaults.REKEY_RECORDS) -> None:
         self._keys = _KeyChain(cipher, secret, rekey_after)
         self._tag = self._keys.suite.tag
         self._header = b""
         self._body = bytearray()
+        #: Bytes of the body that have come, when it was made in full size (with room for the next header); else -1.
+        self._filled = -1
+        self._largest = 0  # bytes of the largest record so far: the peer does send what it announces
         self._failure: RecordError | None = None
 
     @property
@@ -106,6 +113,23 @@ class RecordOpener:
             raise self._failure
         try:
             return self._feed(memoryview(data))
+        except RecordError as failure:
+            self._failure = failure
+            raise
+
+    def room(self) -> memoryview | None:
+        """Where the next bytes may be received without a copy, to be counted with :meth:`fill`; None: feed them."""
+        return None if self._filled < 0 or self._failure is not None else memoryview(self._body)[self._filled :]
+
+    def fill(self, size: int) -> list[memoryview]:
+        """``size`` bytes have come to the start of :meth:`room`: as :meth:`feed`."""
+        self._filled += size
+        length = len(self._body) - HEADER
+        if self._filled < length:
+            return []
+        rest = bytes(self._body[length : self._filled])
+        try:
+            return [self._open(), *self._feed(memoryview(rest))]
         except RecordError as failure:
             self._failure = failure
             raise
@@ -128,27 +152,37 @@ class RecordOpener:
                 at += len(taken)
                 if len(self._header) < HEADER:
                     break
-                self._check_length()
-            missing = _HEADER.unpack(self._header)[0] - len(self._body)
+                length = self._check_length()
+                if defaults.DIRECT_RECORD <= length <= self._largest:  # else memory grows with what has come
+                    self._body, self._filled = bytearray(length + HEADER), 0
+            length = _HEADER.unpack(self._header)[0]
+            missing = length - (len(self._body) if self._filled < 0 else self._filled)
             taken = data[at : at + missing]
-            self._body += taken  # grows with what has come, not with what was announced
             at += len(taken)
+            if self._filled < 0:
+                self._body += taken
+            else:
+                self._body[self._filled : self._filled + len(taken)] = taken
+                self._filled += len(taken)
             if len(taken) == missing:
                 records.append(self._open())
         return records
 
-    def _check_length(self) -> None:
+    def _check_length(self) -> int:
         length = _HEADER.unpack(self._header)[0]
         if not self._tag <= length <= defaults.MAX_RECORD + self._tag:
             raise RecordError(
                 f"record {self._keys.counter} announces {length} bytes, "
                 f"expected {self._tag} to {defaults.MAX_RECORD + self._tag}"
             )
+        return int(length)
 
     def _open(self) -> memoryview:
         keys, body = self._keys, self._body
-        if not keys.aead.open(body, 0, len(body), keys.counter, self._header):
+        length = _HEADER.unpack(self._header)[0]
+        if not keys.aead.open(body, 0, length, keys.counter, self._header):
             raise RecordError(f"record {keys.counter} was altered, replayed or reordered")
         keys.advance()
-        self._header, self._body = b"", bytearray()
-        return memoryview(body)[: len(body) - self._tag]
+        self._largest = max(self._largest, length)
+        self._header, self._body, self._filled = b"", bytearray(), -1
+        return memoryview(body)[: length - self._tag]

@@ -253,6 +253,19 @@ class SecureChannel:
             self._failure = failure
             raise
 
+    def room(self) -> memoryview | None:
+        """Where the next bytes may be put without a copy, to be counted with :meth:`fill`; None: :meth:`receive`."""
+        return None if self._opener is None or self._unconfirmed else self._opener.room()
+
+    def fill(self, size: int) -> list[Established | Record]:
+        """``size`` bytes have come to the start of :meth:`room`: as :meth:`receive`."""
+        assert self._opener is not None
+        try:
+            return [Record(record) for record in self._opener.fill(size)]
+        except RecordError as failure:
+            self._failure = RecordError(failure.message, peer=self.peer.short)
+            raise self._failure from None
+
     def eof(self) -> None:
         """The pipe has ended. Raises :class:`HandshakeError` or :class:`RecordError` when that cuts something short."""
         if self._failure is not None:

@@ -74,6 +74,18 @@ class TcpStream(ByteStream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         return bytes(await self._stream.receive_some(defaults.READ_SIZE if max_bytes is None else max_bytes))
 
+    async def receive_into(self, buffer: memoryview) -> int:
+        try:
+            return await self._stream.socket.recv_into(buffer)
+        except OSError as error:
+            if error.errno in (errno.EBADF, errno.ENOTSOCK):
+                raise trio.ClosedResourceError("this stream was already closed") from None
+            raise trio.BrokenResourceError(f"{self.remote}: {error.strerror}") from error
+
+    def allow_unsent(self, size: int) -> None:
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # Windows has none
+            self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size)
+
     async def send_eof(self) -> None:
         await self._stream.send_eof()
 

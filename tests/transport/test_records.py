@@ -199,3 +199,47 @@ def test_bad_secrets_and_limits_are_our_bug() -> None:
         RecordSealer(NAMES[0], b"short")
     with pytest.raises(ProtocolMisuse):
         RecordOpener(NAMES[0], SECRET, rekey_after=0)
+
+
+def test_large_records_may_be_received_straight_into_their_place() -> None:
+    sealer, opener = _pair()
+    texts = [bytes([n]) * size for n, size in enumerate((100_000, 100_000, 50, 90_000, 200_000, 100_000))]
+    wire = b"".join(sealer.seal([text]) for text in texts)
+    got, at, direct = [], 0, 0
+    while at < len(wire):
+        room = opener.room()
+        if room is None:
+            step = min(30_000, len(wire) - at)
+            got += opener.feed(wire[at : at + step])
+        else:
+            step = min(30_000, len(wire) - at, len(room))
+            room[:step] = wire[at : at + step]
+            got += opener.fill(step)
+            direct += step
+        at += step
+    assert [bytes(record) for record in got] == texts
+    assert direct > 150_000
+    opener.eof()
+
+
+def test_room_is_made_only_for_what_the_peer_has_shown_to_send() -> None:
+    sealer, opener = _pair()
+    opener.feed(sealer.seal([bytes(100_000)]))
+    opener.feed(sealer.seal([bytes(100_001)])[:10])
+    assert opener.room() is None
+
+
+def test_an_altered_record_received_in_place_ends_the_link() -> None:
+    sealer, opener = _pair()
+    opener.feed(sealer.seal([bytes(100_000)]))
+    wire = sealer.seal([bytes(100_000)])
+    wire[-1] ^= 1
+    opener.feed(wire[:100])
+    room = opener.room()
+    assert room is not None
+    room[: len(wire) - 100] = wire[100:]
+    with pytest.raises(RecordError, match="altered"):
+        opener.fill(len(wire) - 100)
+    assert opener.room() is None
+    with pytest.raises(RecordError, match="altered"):
+        opener.feed(b"x")
