@@ -52,7 +52,6 @@ WORLD = {
 WORLD_USES = {
     ("node/local_socket.py", "socket"): "the control socket of this machine, not the swarm's network",
     ("node/local_socket.py", "trio.socket"): "the control socket of this machine, not the swarm's network",
-    ("node/launch.py", "os.urandom"): "the key of a new node is drawn before there is a Host",
     ("node/commands.py", "time"): "a command that waits for a node from outside; it is no node",
     ("sim/simulate.py", "time"): "how long the whole simulation takes, before and after its event loop; it is no node",
 }
