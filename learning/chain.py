@@ -291,6 +291,8 @@ class Chain(Membership):
         for peer in voters:
             if peer not in commit.record.roster and peer not in self._leaving:
                 self._former[peer] = None
+        while len(self._former) > defaults.MAX_FORMER:
+            del self._former[next(iter(self._former))]
         self._leaving.clear()
 
     def skipped(self, samples: int) -> None:

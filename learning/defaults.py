@@ -90,6 +90,9 @@ WISH_LIFETIME = 10.0
 #: Wishes kept at the same time.
 MAX_WISHES = 64
 
+#: Lost members that are asked now and then whether they went on as a branch: the last ones.
+MAX_FORMER = 16
+
 #: Seconds between two saves of the state to disk while rounds are short.
 SAVE_EVERY = 5.0
 

@@ -225,6 +225,8 @@ class Membership(ABC):
         self._mine(call.request.run)
         if call.request.leave:
             self._wishes.pop(call.peer, None)
+            if call.peer not in self.members():
+                return Ack()
             self._leaving[call.peer] = None
             self.left(call.peer)
             return Ack()

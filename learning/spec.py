@@ -12,6 +12,13 @@ from ..transport.wire import pack, unpack
 
 MODES = ("available", "strict")
 
+#: Characters of a task's name.
+MAX_TASK_NAME = 64
+
+
+class BadSpec(DecodeError):
+    """A spec that its founder has signed and nobody can follow: asking somebody else for it does not help."""
+
 
 @attrs.frozen
 class ParameterSpec:
@@ -69,15 +76,25 @@ class SignedSpec:
         return hashlib.blake2b(self._LABEL + self.spec, digest_size=32).digest()
 
     def open(self) -> RunSpec:
-        """Verify and decode. Raises :class:`DecodeError` naming what is wrong."""
+        """Verify and decode. Raises :class:`DecodeError`, :class:`BadSpec` when the founder itself is to blame."""
         spec = unpack(RunSpec, self.spec)
         if not spec.founder.verify(self._LABEL + self.spec, self.signature):
             raise DecodeError("run spec with a wrong signature", peer=spec.founder.short)
         if spec.mode not in MODES:
-            raise DecodeError(f"run spec with unknown mode {spec.mode!r}", peer=spec.founder.short)
-        if ":" in spec.task or "." in spec.task or "/" in spec.task:
+            raise BadSpec(f"run spec with unknown mode {spec.mode[:32]!r}", peer=spec.founder.short)
+        if any(c in spec.task for c in ":./\\"):
             # A spec only ever carries a display name. A name that looks importable is refused outright.
-            raise DecodeError(
-                f"run spec names a module ({spec.task!r}); the network never names code", peer=spec.founder.short
+            raise BadSpec(
+                f"run spec names a module ({spec.task[:MAX_TASK_NAME]!r}); the network never names code",
+                peer=spec.founder.short,
             )
+        if not is_task_name(spec.task):
+            raise BadSpec(f"run spec with the task name {spec.task[:MAX_TASK_NAME]!r}", peer=spec.founder.short)
+        if not (spec.min_peers >= 0 and spec.rounds >= 0 and spec.group >= 0):
+            raise BadSpec("run spec with a negative number of peers or rounds", peer=spec.founder.short)
         return spec
+
+
+def is_task_name(name: str) -> bool:
+    """Whether ``name`` may travel as the display name of a task: letters, digits, - and _."""
+    return 0 < len(name) <= MAX_TASK_NAME and name.replace("-", "").replace("_", "").isalnum()

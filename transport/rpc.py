@@ -40,7 +40,7 @@ from .host import Host
 from .identity import PeerId
 from .link import Link
 from .stream import LinkStream
-from .wire import pack, unpack
+from .wire import pack, printable, unpack
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -193,7 +193,7 @@ class Reply(Generic[R]):
         if kind is Part.ERROR:
             error = unpack(CallError, await self._message(length, defaults.MAX_CALL_ERROR))
             self._finished = True
-            raise RemoteRefused(error.code, error.message, peer=self._peer)
+            raise RemoteRefused(printable(error.code), printable(error.message, 512), peer=self._peer)
 
     async def _message(self, length: int, limit: int) -> bytearray:
         if length > limit:
@@ -300,7 +300,9 @@ class RpcServer:
                     stream.reset(ResetCode.UNKNOWN_PROTOCOL)
                     return
                 active = self._active.get(peer, 0)
-                if active >= defaults.MAX_CALLS_PER_PEER or self._total >= defaults.MAX_CALLS:
+                # However many calls some peers make, every other one still gets a few through.
+                crowded = self._total >= defaults.MAX_CALLS and active >= defaults.FAIR_CALLS
+                if active >= defaults.MAX_CALLS_PER_PEER or crowded:
                     seconds = deadlines.request_header(stream.link.rtt, stream.link.lag)
                     scope.deadline = trio.current_time() + seconds
                     whose = "your" if active >= defaults.MAX_CALLS_PER_PEER else "other peers'"

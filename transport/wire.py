@@ -59,9 +59,12 @@ def unpack(kind: type[T], data: bytes | bytearray | memoryview, *, limit: int = 
 
 
 def _printable(error: Exception) -> str:
-    """The error's text, which may quote the peer: of bounded length, without control characters."""
-    text = str(error) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text[: defaults.MAX_ERROR_TEXT])
+    return printable(str(error) or type(error).__name__)
+
+
+def printable(text: str, limit: int = defaults.MAX_ERROR_TEXT) -> str:
+    """A text that may quote a peer, for logs and terminals: of bounded length, without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text[:limit])
 
 
 # --- before decoding: what the headers announce ------------------------------------------------------------------

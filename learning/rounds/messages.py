@@ -15,17 +15,26 @@ from ...transport.identity import Identity, PeerId
 from ...transport.wire import pack
 from ..reduce.slices import Slice
 
+#: Samples, and weight in the mean, of one contribution at most: sums over a roster and over all rounds of a run stay
+#: below 2^63.
+MAX_SAMPLES = 1 << 40
+
+#: Characters of a reason: people read it, and records with theirs are kept.
+MAX_REASON = 2000
+
 
 class Bounded:
-    """A message whose integers are all 0 ≤ n < 2⁶³: what arithmetic and signatures take, whatever a peer sends."""
+    """A message whose integers are all 0 ≤ n < 2⁶³, its texts short and fit for a terminal, whatever a peer sends."""
 
     __slots__ = ()
 
     def __attrs_post_init__(self) -> None:
         for value in attrs.astuple(self, recurse=False):  # type: ignore[arg-type]
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int) and not 0 <= number < 1 << 63:
-                    raise ValueError(f"{number} is out of range")
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, int) and not 0 <= item < 1 << 63:
+                    raise ValueError(f"{item} is out of range")
+                if isinstance(item, str) and not (len(item) <= MAX_REASON and item.isprintable()):
+                    raise ValueError("a text that is too long or holds control characters")
 
 
 @attrs.frozen
@@ -103,6 +112,11 @@ class Ready(Bounded):
     accepted: Accepted | None
     holds: bool
     why: str
+
+    def __attrs_post_init__(self) -> None:
+        Bounded.__attrs_post_init__(self)
+        if max(self.samples, self.weight) > MAX_SAMPLES:
+            raise ValueError(f"{max(self.samples, self.weight)} samples in one round")
 
 
 @attrs.frozen
