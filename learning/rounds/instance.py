@@ -95,6 +95,7 @@ class Instance:
         self.leader: Leader | None = None
         self._final: Tensor | None = None
         self._final_digest = b""
+        self._printed: tuple[Tensor, str, tuple[bytes, ...], bytes] | None = None
         self._inbox_in, self._inbox = trio.open_memory_channel[Callable[[], Sequence[Action]]](math.inf)
         self._scope = trio.CancelScope()
 
@@ -415,7 +416,7 @@ class Instance:
         result = self.buffers.result
         assert result is not None
         algorithm, _ = choose_fingerprint(action.offers)
-        value = await self._fingerprint(result, algorithm, action.nonces)
+        value = await self._own_fingerprint(result, algorithm, action.nonces)
 
         def step() -> list[Action]:
             if self.leader is None:
@@ -423,6 +424,12 @@ class Instance:
             return self.leader.fingerprint(self._host.now(), action.attempt, action.epoch, value, algorithm)
 
         self._feed(step)
+
+    async def _own_fingerprint(self, result: Tensor, algorithm: str, nonces: tuple[bytes, ...]) -> bytes:
+        """Of our full result, which no longer changes: a leader needs it to propose and again to accept."""
+        if self._printed is None or self._printed[0] is not result or self._printed[1:3] != (algorithm, nonces):
+            self._printed = (result, algorithm, nonces, await self._fingerprint(result, algorithm, nonces))
+        return self._printed[3]
 
     async def _fingerprint(self, result: Tensor, algorithm: str, nonces: tuple[bytes, ...]) -> bytes:
         key = hashlib.blake2b(self.key + b"".join(nonces), digest_size=32, person=b"shoal finger v1").digest()
@@ -441,7 +448,7 @@ class Instance:
             return f"unknown fingerprint algorithm {record.algorithm[:20]!r}"
         frozen, result = self.voter.frozen, self.buffers.result
         if self.voter.full and frozen is not None and result is not None and frozen.members == record.members:
-            if await self._fingerprint(result, record.algorithm, record.nonces) == record.fingerprint:
+            if await self._own_fingerprint(result, record.algorithm, record.nonces) == record.fingerprint:
                 self._final, self._final_digest = result, digest
                 return None
             self.setting.note(Note("commit", "differs", "our result differs from the proposed one"))
