@@ -110,8 +110,10 @@ STUCK_AFTER = 8.0
 
 # --- gossip -----------------------------------------------------------------------------------------------------------
 
-#: Rounds after which a member that nobody heard of is no longer in the view.
+#: Rounds, and seconds, without news of a member after which it is no longer in the view; both must have passed. News
+#: reach a thousand peers in ten exchanges of :data:`GOSSIP_EVERY` seconds.
 VIEW_ROUNDS = 4
+VIEW_SECONDS = 20.0
 
 #: Seconds between two exchanges of views with random members.
 GOSSIP_EVERY = 2.0

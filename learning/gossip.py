@@ -24,6 +24,7 @@ from .rounds.messages import Commit, CommitRecord, instance_key
 from .rounds.terms import Terms
 from .store import Head
 from .sync import VIEW, HeadInfo, Seen, View, ask_heads, load_state, state_digest
+from .view import SwarmView
 
 if TYPE_CHECKING:
     from .run import Run
@@ -38,7 +39,7 @@ class Gossip(Membership):
         super().__init__(run)
         self._round = 0
         self._total = 0
-        self._view: dict[PeerId, int] = {self.me: 0}
+        self._view = SwarmView(self.me)
         self._has_state = False
         self.endpoint.serve(VIEW, self._on_view)
 
@@ -47,13 +48,11 @@ class Gossip(Membership):
         return self._round
 
     def members(self) -> tuple[PeerId, ...]:
-        """Ourselves and everybody heard of in the last rounds."""
-        # Counted from our own round: a single peer that says it is far ahead must not empty the view.
-        fresh = self._round - defaults.VIEW_ROUNDS
-        return tuple(sorted(p for p, r in self._view.items() if r >= fresh or p == self.me))
+        """Ourselves and everybody of whom there is news."""
+        return self._view.members(self._round, self.host.now())
 
     def view(self) -> tuple[Seen, ...]:
-        return tuple(Seen(peer, self._view[peer]) for peer in self.members())
+        return tuple(Seen(peer, self._view.rounds[peer]) for peer in self.members())
 
     # -- entering -----------------------------------------------------------------------------------
 
@@ -83,12 +82,12 @@ class Gossip(Membership):
             await trio.sleep(defaults.WISH_EVERY)
         if not self.run.snapshots:
             await self.run.settle()
-        while self._round == 0 and len(self._view) < self.spec.min_peers and max(self._view.values()) == 0:
-            self.reason = f"{len(self._view)} of {self.spec.min_peers} peers are here"
+        while len(here := self.members()) < self.spec.min_peers and not any(self._view.rounds.values()):
+            self.reason = f"{len(here)} of {self.spec.min_peers} peers are here"
             await self._exchange(self._random(1))
             await trio.sleep(defaults.GATHER_EVERY)
         self.reason = ""
-        self.run.emit("run", "member", detail=f"{len(self._view)} peers in view, round {self._round}")
+        self.run.emit("run", "member", detail=f"{len(self.members())} peers in view, round {self._round}")
 
     async def _load(self, infos: dict[PeerId, HeadInfo], round: int) -> bool:
         for holder, info in infos.items():
@@ -112,12 +111,12 @@ class Gossip(Membership):
     def adopt(self, head: Head) -> None:
         self.head, self._has_state = head, True
         self._round, self._total = head.record.round, head.record.total
-        self._view[self.me] = self._round
+        self._view.hear(self.me, self._round, self.host.now())
 
     # -- rounds -------------------------------------------------------------------------------------
 
     async def place(self) -> Placement:
-        ahead = sorted(r for p, r in self._view.items() if p != self.me)
+        ahead = sorted(self._view.rounds[peer] for peer in self.members() if peer != self.me)
         # Whoever fell behind meets nobody; skip to where most are.
         if len(ahead) > 1 and ahead[len(ahead) // 2] > self._round + 1:
             self.run.emit("run", "skip", detail=f"from round {self._round} to {ahead[len(ahead) // 2]}")
@@ -185,18 +184,15 @@ class Gossip(Membership):
         record = commit.record
         self.head = Head(record, commit.certificate, voters)
         self._round, self._total = record.round, self._total + sum(record.samples)
-        for peer in record.roster:
-            self._view[peer] = max(self._view.get(peer, 0), record.round)
-        for peer in voters:
-            if peer not in record.roster:
-                self._view.pop(peer, None)
-        self._view[self.me] = self._round
+        for peer in (*record.roster, self.me):
+            self._view.hear(peer, record.round, self.host.now())
+        self._view.lose((peer for peer in voters if peer not in record.roster), record.round)
         self._leaving.clear()
 
     def skipped(self, samples: int) -> None:
         self._round += 1
         self._total += samples
-        self._view[self.me] = self._round
+        self._view.hear(self.me, self._round, self.host.now())
         record = CommitRecord(
             run=self.run.run_id,
             round=self._round,
@@ -224,23 +220,21 @@ class Gossip(Membership):
 
     def _merge(self, seen: tuple[Seen, ...]) -> None:
         for item in seen[: defaults.MAX_VIEW]:
-            if item.peer not in self._view and len(self._view) >= defaults.MAX_VIEW:
-                continue
             if item.peer == self.me or item.peer in self._leaving or not 0 <= item.round < 1 << 40:
                 continue
             # A name that nobody can tell us how to reach would only be waited for.
-            if item.peer in self._view or self.endpoint.contact(item.peer) is not None:
-                self._view[item.peer] = max(self._view.get(item.peer, -1), item.round)
+            if item.peer in self._view.rounds or self.endpoint.contact(item.peer) is not None:
+                self._view.hear(item.peer, item.round, self.host.now())
 
     def wished(self, peer: PeerId) -> None:
-        self._view[peer] = max(self._view.get(peer, 0), self._round)
+        self._view.welcome(peer, self._round, self.host.now())
 
     def found(self, peer: PeerId) -> None:
         # Its round is learned from the next exchange of views.
         return
 
     def left(self, peer: PeerId) -> None:
-        self._view.pop(peer, None)
+        self._view.lose((peer,), self._round)
         self.run.hub.peer_changed(peer, "left the run")
 
     def _message(self, to: View | None = None) -> View:
@@ -282,9 +276,10 @@ class Gossip(Membership):
             await trio.sleep(defaults.GOSSIP_EVERY * (0.75 + 0.5 * self.host.random.random()))
             await self._exchange(self._random(2))
             turn += 1
-            if len(self._view) == 1 or turn % defaults.STRANGERS_EVERY == 0:
+            members = self.members()
+            if len(members) == 1 or turn % defaults.STRANGERS_EVERY == 0:
                 # Two halves that know only themselves are found together through what they announced.
-                strangers = [peer for peer in await self.providers() if peer not in self._view and peer != self.me]
+                strangers = [peer for peer in await self.providers() if peer not in members and peer != self.me]
                 await self._exchange(tuple(self.host.random.sample(strangers, min(2, len(strangers)))))
 
     async def leave(self) -> None:

@@ -57,6 +57,12 @@ def load() -> DigitsData:
     )
 
 
+@functools.lru_cache(maxsize=32)
+def parts(count: int, seed: int) -> tuple[NDArray[np.int64], ...]:
+    """Indices of the training images of each of ``count`` peers; kept, because every epoch asks again."""
+    return tuple(dirichlet_split(load().train_y.numpy(), count, ALPHA, seed))
+
+
 def read_table() -> NDArray[np.float64]:
     """``(1797, 65)``: 64 pixels in 0..16 and the digit.
 
@@ -97,7 +103,7 @@ class Digits(Task):
     def batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch over this peer's part in random order: images ``(b, 64)``, labels ``(b,)``; the last is short."""
         data = load()
-        part = dirichlet_split(data.train_y.numpy(), shard.count, ALPHA, shard.seed)[shard.index]
+        part = parts(shard.count, shard.seed)[shard.index]
         order = torch.from_numpy(shard.rng("order").permutation(part))
         for start in range(0, len(order), self.batch):
             piece = order[start : start + self.batch]
