@@ -104,6 +104,13 @@ def next_roster(
     return tuple(sorted([*stay, *new])), "; ".join(parts) or "unchanged"
 
 
+def roster_room(proven: int, limit: int) -> int:
+    """Peers that the next roster may have: so few that those who are ``proven``, having done this round, are still a
+    majority. Whoever only says that it wishes to join costs nothing and may come in any number. One may always come.
+    """
+    return min(limit, max(2, 2 * proven - 1))
+
+
 def may_branch(mode: str, voters: int, alive: int, stalled_s: float, lease_s: float) -> tuple[bool, str]:
     """Whether survivors without a majority may go on as a branch (DESIGN.md section 6).
 

@@ -19,7 +19,7 @@ import attrs
 from ...transport.identity import Identity, PeerId
 from ..reduce.slices import reassign, split
 from .actions import Action, Fingerprint, Note, Pace, Promise, Send
-from .decisions import may_abandon, may_begin, next_roster, proposal_of, short
+from .decisions import may_abandon, may_begin, next_roster, proposal_of, roster_room, short
 from .messages import (
     Accept,
     Accepted,
@@ -395,9 +395,8 @@ class Leader:
             lost_owner = any(piece.owner in self.lost for piece in plan.slices)
             return self._ask(now, "the result is incomplete") if pending and (late or lost_owner) else []
         present = {v: None for v in self.voters if v not in self.lost}
-        roster, why = next_roster(
-            self.voters, present, self._terms.leaving(), self._terms.wishes(), self._terms.roster_limit
-        )
+        room = roster_room(len(full), self._terms.roster_limit)
+        roster, why = next_roster(self.voters, present, self._terms.leaving(), self._terms.wishes(), room)
         samples = dict(zip(plan.members, plan.samples, strict=True))
         weights = dict(zip(plan.members, plan.weights, strict=True))
         nonces = tuple(self._progress[r].nonce for r in sorted(full))
