@@ -71,6 +71,8 @@ class Peer:
         self._run, self._trainer = run, trainer
         self._kept: dict[str, Kept] = {}
         self.tally = Tally()
+        #: The optimiser's state is replicated: it is never ours alone to reset.
+        self.shares_optimizer = False
         #: The last state of :meth:`rounds`; what the commit of the next round vouches for.
         self._restore: dict[str, dict[str, Tensor]] = {}
 
@@ -100,6 +102,7 @@ class Peer:
         optimizer = getattr(self._trainer, "optimizer", None)
         if optimizer is None:
             raise ConfigError("this strategy needs the task's optimiser, which an own training loop keeps to itself")
+        self.shares_optimizer = True
         return OptimizerState(optimizer)
 
     async def train(self, steps: int) -> None:
@@ -209,6 +212,7 @@ class OptimizerState:
 
     def restore(self, vectors: dict[str, Tensor]) -> None:
         parameters = self._parameters()
+        self._optimizer.state.clear()
         for name, vector in vectors.items():
             index, _, key = name.partition(".")
             if not index.isdigit() or int(index) >= len(parameters):

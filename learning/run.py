@@ -259,7 +259,8 @@ class Run:
         why = await self.host.run_blocking(exact.check_finite, vector, self.layout.name_at)
         if why is not None:
             self.emit("convene", "refused", self.me, f"our own contribution is not sent: {why}")
-            self.trainer.reset_optimizer()
+            if not self._peer.shares_optimizer:
+                self.trainer.reset_optimizer()
         weight = 1 if self.time_budget is None else tally.samples
         instance = self._instance
         while True:

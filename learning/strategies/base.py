@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -37,6 +38,8 @@ class Strategy(ABC):
             if key not in fields:
                 known = ", ".join(f"{f.name}={f.default}" for f in fields.values())
                 raise ConfigError(f"strategy {name} has no parameter {key!r}; it has {known or 'none'}")
+            if not math.isfinite(value):
+                raise ConfigError(f"strategy {name}: {key} must be a finite number, got {value}")
             whole = isinstance(fields[key].default, int)
             if whole and value != int(value):
                 raise ConfigError(f"strategy {name}: {key} must be a whole number, got {value}")
