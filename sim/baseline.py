@@ -1,13 +1,13 @@
 """Measures what the swarm is compared with, and what its peers exported, in a process of its own.
 
 ``python -m shoal.sim.baseline``: reads a :class:`Question` as one line of JSON from standard input,
-writes an :class:`Answer` as one line of JSON. The process is nice, so that it can run beside a swarm.
+writes an :class:`Answer` as one line of JSON. A process of its own can be ended at any moment,
+and two of them use two cores.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -170,9 +170,6 @@ def _export(task: Task, seed: int, path: Path) -> Export:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    if hasattr(os, "nice"):
-        os.nice(defaults.NICENESS)
-    # The import takes longest; begin with it while the question is still to come.
     import torch
 
     torch.set_num_threads(1)

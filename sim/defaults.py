@@ -51,6 +51,3 @@ TERMINATE = 4.0
 
 #: Lines of a node's log that are shown when it fails.
 TAIL = 12
-
-#: Niceness of the baselines, which run beside the swarm: they take what it leaves.
-NICENESS = 15

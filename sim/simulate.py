@@ -104,12 +104,12 @@ def _run(plan: Plan, settings: Settings, console: Console, *, live: bool, option
         console, recorder, rounds=settings.rounds, title=title, clock=lambda: time.monotonic() - began, live=live
     )
     swarm = Swarm(plan, settings, recorder, say=view.say, on_round=view.round_committed)
+    with view:
+        _run_swarm(swarm)
+    view.say(f"the swarm is done after {swarm.ended:.1f} s; now the same samples without a swarm")
     # Two, for two cores: one machine's training takes as long as that of all isolated peers.
     referees = [_start_referee(settings.folder, number) for number in (1, 2)]
     try:
-        with view:
-            _run_swarm(swarm)
-        view.say(f"the swarm is done after {swarm.ended:.1f} s; now the same samples without a swarm")
         answer = _ask(referees, _question(settings, recorder, swarm.nodes), settings.folder)
     finally:
         for referee in referees:
