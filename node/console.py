@@ -23,7 +23,14 @@ _SHOWN: dict[str, Callable[[Event], str]] = {
     "step-aside": lambda e: f"! loading another state: {e.detail}",
     "out-of-step": lambda e: f"! out of step, loading the state again: {e.detail}",
     "restored": lambda e: f"resuming with {e.detail}",
-    "wish": lambda e: f"{e.detail}",
+    "waiting": lambda e: e.detail,
+    "liar": lambda e: f"! {e.peer[:8]} is not believed: {e.detail}",
+    "doubted": lambda e: f"! our state is doubted: {e.detail}",
+    "unreachable": lambda e: f"! {e.detail}",
+    "state-failed": lambda e: f"! the state could not be loaded: {e.detail}",
+    "stalled": lambda e: f"! {e.detail}",
+    "lost": lambda e: f"- {e.peer[:8]} cannot be reached: {e.detail}",
+    "found": lambda e: f"+ {e.peer[:8]} can be reached again",
     "member": lambda e: f"member: {e.detail}",
 }
 

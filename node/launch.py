@@ -191,7 +191,7 @@ def parse_faults(texts: list[str]) -> Faults:
 
 
 def _load_torch(threads: int | None) -> None:
-    """Import torch for a node: with ``threads`` threads, and with what it would otherwise import on the event loop."""
+    """Import torch with ``threads`` threads, and what it would otherwise import later, on the event loop."""
     if threads is None:
         # One core is for the network and for whoever sits there. Torch's own choice, all of them, makes small models
         # hundreds of times slower as soon as something else runs: its threads wait for each other at every operation.

@@ -10,7 +10,7 @@ from ..learning.events import Event, RoundReport
 from .report import Baseline, PeerOutcome, Report, RoundOutcome, SimEvent
 
 #: Events that every peer of a run tells alike: one of each is enough.
-_SHARED = ("joined", "dropped")
+_SHARED = ("joined", "dropped", "lost", "found")
 #: Events of every phase of every round: the report's rounds say the same in less space.
 _ROUTINE = ("begin", "end", "loss", "metric")
 

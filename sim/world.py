@@ -24,7 +24,8 @@ from ..transport.address import Address
 from ..transport.aead import NOMINAL_CIPHERS
 from ..transport.errors import WaitExpired
 from ..transport.identity import Identity
-from ..transport.memory import MemoryWorld, Route
+from ..transport.memory import MemoryWorld
+from ..transport.memory_flow import Route
 from .determinism import TraceHash, run_virtual, seeded
 from .virtual import VirtualHost
 
