@@ -25,7 +25,7 @@ _SHOWN: dict[str, Callable[[Event], str]] = {
     "restored": lambda e: f"resuming with {e.detail}",
     "waiting": lambda e: e.detail,
     "liar": lambda e: f"! {e.peer[:8]} is not believed: {e.detail}",
-    "doubted": lambda e: f"! our state is doubted: {e.detail}",
+    "doubted": lambda e: f"! {e.peer[:8]}: {e.detail}",
     "unreachable": lambda e: f"! {e.detail}",
     "state-failed": lambda e: f"! the state could not be loaded: {e.detail}",
     "stalled": lambda e: f"! {e.detail}",

@@ -292,9 +292,8 @@ class Node:
         """Stay until the other members have the last round too: the stragglers among them may need us."""
         with trio.move_on_after(self.config.linger):
             while True:
-                members = [PeerId.parse(peer) for peer in run.status().members]
                 # Whoever has no link any more has left, and says so by that.
-                others = [peer for peer in members if self.endpoint.link(peer) is not None]
+                others = [peer for peer in run.companions() if self.endpoint.link(peer) is not None]
                 heads = await ask_heads(self.endpoint, run.run_id, others, run.gossip, defaults.LINGER_ASK)
                 behind = [peer for peer in heads if heads[peer].settled < run.round]
                 if not behind:
