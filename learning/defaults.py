@@ -30,6 +30,10 @@ EXACT_CHUNK = 1 << 16
 #: Bytes of a chunk of the state digest: what a joiner fetches and checks at a time. The same as for blobs.
 DIGEST_CHUNK = 1 << 20
 
+#: Elements up to which a pass over them runs on the event loop: it takes 10 to 30 µs, the way to a thread and back 100,
+#: or 10 ms when the machine is busy, and a round has a dozen such passes one after the other.
+INLINE = 1 << 16
+
 #: Bytes under one AEGIS tag in a fingerprint. Fixed: it is part of what the fingerprint is.
 FINGERPRINT_PIECE = 4 << 20
 

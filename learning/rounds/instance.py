@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import trio
 from torch import Tensor
@@ -14,7 +15,7 @@ from ...transport.endpoint import Endpoint
 from ...transport.errors import RemoteError, RemoteRefused
 from ...transport.identity import PeerId
 from ...transport.rpc import Call
-from .. import exact
+from .. import defaults, exact
 from ..digest import choose_fingerprint, fingerprint, local_fingerprints
 from ..reduce.buffers import Buffers
 from ..reduce.slices import Slice
@@ -54,6 +55,8 @@ from .terms import accepts_needed
 from .voter import Voter
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _TO_LEADER = (Ready, Held, Progress, Accept, Reject)
 
@@ -288,7 +291,7 @@ class Instance:
         if part is None:
             raise RemoteRefused("bad-range", f"elements {request.start}..{request.stop} are too many")
         await call.read_into(bytes_view(part))
-        wrong = await self._host.run_blocking(exact.check_finite, part)
+        wrong = await self._compute(part.numel(), exact.check_finite, part)
         if wrong is not None:
             why = f"your contribution of round {self.round} is refused: {wrong} (from element {request.start})"
             self.refused[sender] = wrong
@@ -304,7 +307,7 @@ class Instance:
             return
         ranges = [plan.slices[index].range for index in action.indices]
         combine = self.buffers.combination(action.members, action.weights, ranges)
-        await self._host.run_blocking(combine)
+        await self._compute(sum(stop - start for start, stop in ranges) * len(action.members), combine)
         for index in action.indices:
             self.buffers.filled[index] = None
         self._feed(lambda: self.voter.combined(self._host.now(), action.attempt, action.epoch, action.indices))
@@ -433,7 +436,11 @@ class Instance:
 
     async def _fingerprint(self, result: Tensor, algorithm: str, nonces: tuple[bytes, ...]) -> bytes:
         key = hashlib.blake2b(self.key + b"".join(nonces), digest_size=32, person=b"shoal finger v1").digest()
-        return await self._host.run_blocking(fingerprint, algorithm, key, bytes_view(result))
+        return await self._compute(result.numel(), fingerprint, algorithm, key, bytes_view(result))
+
+    async def _compute(self, elements: int, fn: Callable[..., T], *args: object) -> T:
+        """Off the loop, unless there are so few elements that the way to a thread and back takes longer."""
+        return fn(*args) if elements <= defaults.INLINE else await self._host.run_blocking(fn, *args)
 
     async def _verify(self, action: Verify) -> None:
         wrong = await self._obtain(action.record, action.holders)
