@@ -431,6 +431,10 @@ class Run:
     def _why(self, otherwise: str) -> str:
         return (self.membership.reason if hasattr(self, "membership") else "") or otherwise
 
+    def companions(self) -> tuple[PeerId, ...]:
+        """Those who may still need us after the last round: who did it with us, ourselves perhaps among them."""
+        return self.membership.head.voters if self.gossip else self.membership.members()
+
     def digest(self) -> str:
         """Hex digest of the last final state; empty before there is one."""
         ready = [snapshot.digest for snapshot in self.snapshots if snapshot.digest]

@@ -22,7 +22,7 @@ from ..transport.address import Address
 from ..transport.endpoint import Endpoint
 from ..transport.errors import ConfigError, DecodeError, PeerUnreachable, RemoteError
 from ..transport.host import Host
-from ..transport.identity import Identity, PeerId
+from ..transport.identity import Identity
 from ..transport.link import Link
 from . import defaults
 from .control import PeerInfo

@@ -37,8 +37,8 @@ class Scenario:
     """A swarm to simulate: ``nodes`` of them, by number; node 0 founds the run that ``founding`` says.
 
     ``task``: a built-in one; or ``make_task``: gives every node a task object of its own. ``route``: latency, bandwidth
-    and loss between any two. ``faults``: by node number. ``late``: numbers that :func:`simulate` does not start. ``slowness``: by
-    node number, how many times as long its training takes.
+    and loss between any two. ``faults``: by node number. ``late``: numbers that :func:`simulate` does not start.
+    ``slowness``: by node number, how many times as long its training takes.
     ``evaluate_every``, ``time_budget``: as in :class:`shoal.node.node.NodeConfig`. ``limit``: virtual seconds that the
     run may take. Everything random is drawn from ``seed``, keys included; the run's own seed is ``founding.seed``.
     """

@@ -15,7 +15,7 @@ from shoal.learning.task import Task
 from shoal.node.node import Founding
 from shoal.sim.world import Scenario, World
 from shoal.transport.identity import PeerId
-from shoal.transport.memory import Route
+from shoal.transport.memory_flow import Route
 
 #: Numbers in the model. Four slices of 16: of five owners one gets none.
 SIZE = 64
