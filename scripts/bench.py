@@ -13,8 +13,8 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 EPILOG = """\
-All processes are fresh ones on this machine; what they say to each other goes through 127.0.0.1. Shoal and its peer take
-turns, run by run, so that a busy machine slows both; judge by the ratio of medians. Every result is checked.
+All processes are fresh ones on this machine; what they say to each other goes through 127.0.0.1. Shoal and its peer
+take turns, run by run, so that a busy machine slows both; judge by the ratio of medians. Every result is checked.
 
 examples:
   bench.py allreduce --peers 2,4,8 --mb 4,64
@@ -26,7 +26,7 @@ ALLREDUCE = """\
 One round of the group reduce against torch gloo's all_reduce, one fp32 tensor, the mean over all peers.
 
 shoal   the real path: links over TCP with encryption, voters and leader, scatter, combine, gather, fingerprint,
-        proposal, signed accepts, commit. Timed from the end of training (the first peer's `begin`) to the moment the last
+        proposal, signed accepts, commit. Timed from the end of training (the first peer's) to the moment the last
         peer holds the committed result. Votes are kept in memory instead of on disk.
 gloo    torch.distributed.all_reduce(SUM): no encryption, no agreement, no fault tolerance.
 floor   bytes that have to be moved, sealed, opened, reduced and fingerprinted × ns per byte, measured here in this run,

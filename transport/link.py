@@ -287,7 +287,8 @@ class Link:
             self._receive(record)
         self._records.clear()
         while True:
-            data, room = b"", self._channel.room()
+            data: bytes | bytearray = b""
+            room = self._channel.room()
             if room is None:
                 data = await self._stream.receive_some(defaults.READ_SIZE)
                 size = len(data)

@@ -251,7 +251,7 @@ def _table(rows: list[Row], costs: Costs, cipher: str) -> None:
     facts = machine()
     notes = [
         f"shoal: {cipher}, flow control, typed and bounded messages, deadlines; trio TCP: none of these.",
-        f"floor: MB/s at the measured ns per byte (TCP {costs.wire:.3f}, sealing and opening {costs.cipher:.3f}) on two "
-        f"cores. {facts['cores']} cores, load {facts['load'][0]} at the end.",
+        f"floor: MB/s at the measured ns per byte (TCP {costs.wire:.3f}, sealing and opening {costs.cipher:.3f}) on "
+        f"two cores. {facts['cores']} cores, load {facts['load'][0]} at the end.",
     ]
     show("link: one encrypted link against plain TCP", columns, lines, notes)

@@ -78,8 +78,16 @@ class ShoalPeer(Worker):
         self._head = genesis(self._voters)
         for peer, address in everybody[rank + 1 :]:
             await self._endpoint.connect(PeerId.parse(peer), [Address.parse(address)])
-        while len(self._endpoint.links()) < len(everybody) - 1:
-            await trio.sleep(0.01)
+        complete = trio.Event()
+
+        def look(_: object = None) -> None:
+            if len(self._endpoint.links()) >= len(everybody) - 1:
+                complete.set()
+
+        self._endpoint.on_link.append(look)
+        look()
+        await complete.wait()
+        self._endpoint.on_link.remove(look)
         self._presence.watch(self._voters)
         return {"cipher": self._endpoint.links()[0].cipher}
 
