@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -137,6 +138,34 @@ def test_a_swarm_survives_a_kill_and_takes_in_a_late_peer(tmp_path: Path) -> Non
     assert [r["round"] for r in report["rounds"]] == list(range(1, 15))
     assert plot_file.read_bytes().startswith(b"\x89PNG")
     assert nodes_of(tmp_path) == []
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("seed", [1, 2])
+def test_survivors_of_a_sigkill_at_any_moment_end_with_the_same_bits(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    report_file = tmp_path / "report.json"
+    arguments = ["--task", "line_task:Line", "--peers", "4", "--kill", "0", "--late", "0", "--rounds", "60"]
+    with shoal_sim(tmp_path, *arguments, "--set", "inner_steps=20", "--json", str(report_file)) as child:
+        assert child.stdout is not None
+        output = ""
+        while "round 3/" not in output:
+            line = child.stdout.readline()
+            assert line, output
+            output += line
+        time.sleep(draw.uniform(0.0, 1.0))
+        os.kill(draw.choice(sorted(nodes_of(tmp_path))), signal.SIGKILL)
+        rest, _ = child.communicate(timeout=110)
+    report = json.loads(report_file.read_text())
+    finished = [peer for peer in report["peers"] if peer["status"] == "finished"]
+    assert len(finished) == 3, output + rest
+    assert len({peer["digest"] for peer in finished}) == 1
+    assert "" not in {peer["digest"] for peer in finished}
+    # nobody had announced this death: it is a failure, and it is named
+    assert child.returncode == 1
+    assert any("signal SIGKILL" in why for why in report["why"])
+    victim = next(peer["peer"] for peer in report["peers"] if peer["status"] == "failed")
+    assert any(victim in r["dropped"] for r in report["rounds"])
 
 
 @pytest.mark.process
