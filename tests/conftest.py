@@ -46,11 +46,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_call(item: pytest.Item) -> None:
-    """One torch thread and no denormals, for every test that has torch; it is never imported for this."""
+    """One torch thread for every test that has torch, and arithmetic as it was before any test; torch is never imported
+    for this.
+
+    What flushes denormals does so itself, on its own thread; hypothesis refuses to draw floats where a test left that on.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "set_flush_denormal"):
         torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
+        torch.set_flush_denormal(False)
+        exact = sys.modules.get("shoal.learning.exact")
+        if exact is not None:
+            exact._thread.flushed = False
 
 
 @pytest.hookimpl(tryfirst=True)
