@@ -49,7 +49,7 @@ def pytest_runtest_call(item: pytest.Item) -> None:
     """One torch thread for every test that has torch, and arithmetic as it was before any test; torch is never imported
     for this.
 
-    What flushes denormals does so itself, on its own thread; hypothesis refuses to draw floats where a test left that on.
+    What flushes denormals does so itself, on its own thread; hypothesis draws no floats where a test left that on.
     """
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "set_flush_denormal"):
