@@ -18,7 +18,7 @@ from ..transport.identity import PeerId
 from ..transport.rpc import Call
 from . import defaults
 from .membership import Membership, Placement, certify
-from .rounds.decisions import group_of, short
+from .rounds.decisions import group_of
 from .rounds.instance import Instance
 from .rounds.messages import Commit, CommitRecord, instance_key
 from .rounds.terms import Terms
@@ -284,7 +284,3 @@ class Gossip(Membership):
 
     async def leave(self) -> None:
         await self.wish(self._random(8), leave=True)
-
-    def describe(self) -> str:
-        """The view, for people."""
-        return short(self.members())

@@ -241,7 +241,6 @@ class Run:
             stored=(vote.promised, vote.accepted) if vote is not None else None,
             note=self.note,
             hold=lambda phase: (place.round, phase) in self.faults.hold,
-            name_at=self.layout.name_at,
         )
         instance = Instance(self.endpoint, self.post, setting, self.presence.lost)
         self.hub.add(instance)

@@ -31,4 +31,3 @@ class Setting:
     stored: tuple[int, Accepted | None] | None
     note: Callable[[Note], None]
     hold: Callable[[str], bool]
-    name_at: Callable[[int], str]

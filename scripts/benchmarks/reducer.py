@@ -143,7 +143,6 @@ class ShoalPeer(Worker):
             stored=None,
             note=lambda note: self._notes.append((time.monotonic(), note)),
             hold=lambda phase: False,
-            name_at=str,
         )
         self._instance = Instance(self._endpoint, self._post, setting, self._presence.lost)
         self._hub.add(self._instance)
