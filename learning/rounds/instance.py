@@ -116,6 +116,8 @@ class Instance:
                     with trio.move_on_at(due):
                         step = await self._inbox.receive()
                     await self._do(step() if step is not None else self._tick())
+                    if self.leader is not None:
+                        await self._do(self.leader.follow(self._host.now(), self.voter.attempt))
 
     def close(self) -> None:
         """End everything of this round. Nothing is sent any more, the buffers are free."""

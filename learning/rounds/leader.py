@@ -468,9 +468,18 @@ class Leader:
             return [note, *self._replan(now, (sender,), f"{sender.short} refuses: {message.reason}")]
         return [note]
 
-    def _abort(self, now: float, why: str) -> list[Action]:
+    def follow(self, now: float, attempt: int) -> list[Action]:
+        """Our own voter is at ``attempt``. Past ours, we lead no more: whoever still listens here is sent there.
+
+        Without this the few that follow us and the few that left would wait for each other for ever.
+        """
+        if attempt <= self.attempt or self.phase in ("done", "aborted"):
+            return []
+        return self._abort(now, f"attempt {attempt} has begun", attempt)
+
+    def _abort(self, now: float, why: str, attempt: int | None = None) -> list[Action]:
         self.phase, self._until = "aborted", None
-        convene = Convene(self.key, self.round, self.attempt + 1)
+        convene = Convene(self.key, self.round, self.attempt + 1 if attempt is None else attempt)
         note = Note("convene", "abort", why)
         return [note, *(Send(voter, convene) for voter in self.voters if voter not in self.lost)]
 

@@ -269,6 +269,10 @@ class Seat:
             lost=self.voter.lost,
         )
 
+    def follow(self) -> None:
+        if self.leader is not None and self.commit is None and self.alive:
+            self.do(self.leader.follow(self.table.now, self.voter.attempt))
+
     def tick(self) -> None:
         if self.commit is None:
             self.do(self.voter.tick(self.table.now))
@@ -418,8 +422,10 @@ class Table:
                     heapq.heappush(self._queue, (seat.frozen_until, count, sender, to, deliver))
                 elif seat.alive:
                     deliver(seat)
+                    seat.follow()
             elif ticking is not None:
                 self.now = max(self.now, due)
                 ticking.tick()
+                ticking.follow()
             else:
                 return

@@ -343,3 +343,46 @@ def test_the_same_seed_gives_the_same_round() -> None:
         table.run()
         traces.append(trace)
     assert traces[0] == traces[1]
+
+
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_any_mixture_of_faults_is_safe_and_ends_when_they_do(n: int) -> None:
+    """Kills with restarts, freezes, losses, false alarms, slow voters; a majority's memory survives."""
+    for seed in range(60):
+        table, chance = Table(n, seed=seed, weighted=True), random.Random(f"mixture {n} {seed}")
+        down: list[Seat] = []
+        share = chance.choice((0.0, 0.1, 0.3))
+
+        def fault(_: Seat, table: Table = table, chance: random.Random = chance, down: list[Seat] = down) -> None:
+            seat = chance.choice(list(table.seats.values()))
+            match chance.choice(("kill", "restart", "freeze", "alarm", "calm")):
+                case "kill" if seat.alive and len(down) < (n - 1) // 2:
+                    table.kill(seat)
+                    down.append(seat)
+                case "restart" if down and down[0].commit is None:
+                    table.restart(down.pop(0))
+                case "freeze" if seat.alive:
+                    table.freeze(seat, chance.uniform(1.0, 30.0))
+                case "alarm" if seat.alive:
+                    seat.lose(chance.choice([v for v in table.voters if v != seat.me]))
+                case "calm" if seat.alive:
+                    find_all(seat)
+
+        def calm(seat: Seat, table: Table = table) -> None:
+            for other in table.voters:
+                if table.seats[other].alive:
+                    seat.find(other)
+
+        table.drops = lambda sender, to, message, table=table, chance=chance, share=share: (
+            message is not None and table.now < 40.0 and chance.random() < share
+        )
+        for _ in range(10):
+            table.at(chance.uniform(0.3, 25.0), chance.choice(table.voters), fault)
+        for voter in table.voters:
+            table.at(60.0, voter, calm)
+        table.run(begin={voter: chance.uniform(0.0, 4.0) for voter in table.voters}, limit=400.0)
+        check_safe(table)
+        assert all(seat.commit is not None for seat in table.live()), (
+            seed,
+            [(s.me.short, s.voter.attempt, s.voter.phase, s.voter.reason) for s in table.live() if s.commit is None],
+        )
