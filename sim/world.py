@@ -104,11 +104,13 @@ class World:
     def start(self, number: int) -> Member:
         """Start node ``number``, for the first time or again (:meth:`restart`).
 
-        Node 0 founds the run, the others join through whoever lives. A node that lived before finds what it had stored.
+        Node 0 founds the run, the others join through whoever lives. A node that lived before finds what a daemon keeps
+        on disk: the state, a ticket, and what it knew of the swarm.
         """
         scenario, name, life = self.scenario, f"node{number}", self._lives.get(number, 0)
         self._lives[number] = life + 1
         founds = number == 0 and life == 0
+        before = self.members.get(number)
         # A new process draws new numbers: the same nonces twice would break every promise of the handshake.
         host = VirtualHost(
             name, self.network, seed=scenario.seed, life=life, slowness=scenario.slowness.get(number, 1.0)
@@ -117,7 +119,8 @@ class World:
         config = NodeConfig(
             bind=(Address("mem", name, PORT),),
             founding=scenario.founding if founds else None,
-            ticket=None if founds else self.ticket(number),
+            ticket=None if founds else before.node.ticket() if before is not None else self.ticket(number),
+            snapshot=None if before is None else before.node.dht.snapshot(),
             evaluate_every=scenario.evaluate_every,
             time_budget=scenario.time_budget,
             faults=scenario.faults.get(number, Faults()),
@@ -222,10 +225,10 @@ class World:
         raise WaitExpired(f"{what} ({'; '.join(states)})", seconds)
 
     async def finished(self, seconds: float = 600.0) -> None:
-        """Wait until every live member has had all its rounds."""
+        """Wait until every live member has had all its rounds, or has ended."""
 
         def done() -> bool:
-            return all(m.node.run_here is not None and m.run.finished.is_set() for m in self.live())
+            return all(m.ended or (m.node.run_here is not None and m.run.finished.is_set()) for m in self.live())
 
         await self.until(done, "end of the run", seconds)
 
