@@ -174,3 +174,20 @@ async def test_a_client_that_resets_before_it_is_accepted_does_no_harm() -> None
                     except trio.BrokenResourceError:
                         continue
                     break
+
+
+@pytest.mark.real
+async def test_bytes_are_received_straight_into_a_buffer_until_the_end() -> None:
+    network = TcpNetwork()
+    listener = await network.listen(Address("tcp", "127.0.0.1", 0))
+    async with listener, await network.dial(listener.address) as ours, await listener.accept() as theirs:
+        ours.allow_unsent(1 << 20)
+        await ours.send_all(b"0123456789")
+        await ours.send_eof()
+        buffer, done = bytearray(64), 0
+        while size := await theirs.receive_into(memoryview(buffer)[done:]):
+            done += size
+        assert bytes(buffer[:done]) == b"0123456789"
+        await theirs.aclose()
+        with pytest.raises(trio.ClosedResourceError):
+            await theirs.receive_into(memoryview(buffer))
