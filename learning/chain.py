@@ -55,6 +55,7 @@ class Chain(Membership):
         self._branched: trio.Event = trio.Event()
         self._stalled_since: float | None = None
         self._former: dict[PeerId, None] = {}
+        self._poor: dict[PeerId, None] = {}
         self._returned: dict[PeerId, None] = {}
         self._nudge = trio.Event()
         self.proofs = Proofs(run)
@@ -166,16 +167,19 @@ class Chain(Membership):
             self._set_reason(why)
             return False
         start = self.host.now()
-        for holder in holders:
+        # Whoever failed us before is asked last: it would cost the time in which the run moves on.
+        for holder in sorted(holders, key=lambda peer: peer in self._poor):
             try:
                 vectors = await load_state(
                     self.endpoint, holder, self.run.run_id, head.record.round, self.run.layout.size
                 )
             except RemoteError as error:
                 self.run.emit("run", "state-failed", holder, str(error))
+                self._poor[holder] = None
                 continue
             if await self.host.run_blocking(state_digest, head.record.round, vectors) != digest:
                 self.run.emit("run", "liar", holder, "its state has another digest than it said")
+                self._poor[holder] = None
                 continue
             await self.run.adopt(vectors, head)
             took = self.host.now() - start

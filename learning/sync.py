@@ -9,9 +9,10 @@ import torch
 import trio
 from torch import Tensor
 
+from ..transport import deadlines
 from ..transport.address import SignedPeerRecord
 from ..transport.endpoint import Endpoint
-from ..transport.errors import DecodeError, RemoteError, RemoteProtocolError
+from ..transport.errors import DecodeError, RemoteError, RemoteProtocolError, WaitExpired
 from ..transport.identity import PeerId
 from ..transport.mux import Priority
 from ..transport.rpc import Method
@@ -116,6 +117,9 @@ DESCRIBE = Method("run.describe", AskState, StateInfo)
 STATE = Method("run.state", AskState, Ack, Priority.BULK)
 BRANCH = Method("run.branch", AskBranch, BranchSigned)
 
+#: Bytes of a state that are waited for at a time: a holder that stalls is left soon, a slow one is not.
+STATE_PIECE = 256 << 10
+
 #: Vectors of a state beside the weights that a joiner accepts, and their size in multiples of the weights'.
 MAX_VECTORS = 4096
 MAX_STATE_FACTOR = 8
@@ -214,10 +218,18 @@ async def load_state(endpoint: Endpoint, holder: PeerId, run: bytes, round: int,
     if sizes.get("weights") != size or min(sizes.values()) < 0 or sum(sizes.values()) > MAX_STATE_FACTOR * size + 4096:
         raise RemoteProtocolError(f"a state of {sum(sizes.values())} elements for a model of {size}", peer=holder.short)
     vectors = {name: torch.empty(count, dtype=torch.float32) for name, count in sizes.items()}
-    async with endpoint.stream(holder, STATE, AskState(run, info.round)) as reply:
+    link = await endpoint.connect(holder)
+    whole = deadlines.call(link.rtt, link.lag, 4 * sum(sizes.values()))
+    async with endpoint.stream(holder, STATE, AskState(run, info.round), timeout=whole) as reply:
         for name in info.names:
-            if vectors[name].numel():
-                await reply.read_into(bytes_view(vectors[name]))
+            view = bytes_view(vectors[name])
+            for at in range(0, len(view), STATE_PIECE):
+                piece = view[at : at + STATE_PIECE]
+                seconds = deadlines.progress(link.rtt, link.lag, len(piece))
+                with trio.move_on_after(seconds) as scope:
+                    await reply.read_into(piece)
+                if scope.cancelled_caught:
+                    raise WaitExpired(f"more of the state after {at} bytes of {name}", seconds, peer=holder.short)
         await reply.result()
     for name, vector in vectors.items():
         wrong = exact.check_finite(vector)

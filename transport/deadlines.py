@@ -64,6 +64,11 @@ def call(rtt: float, lag: float = 0.0, size: int = 0, bandwidth: float | None = 
     return max(defaults.CALL_FLOOR, 8.0 * rtt) + lag + transfer(size, bandwidth)
 
 
+def progress(rtt: float, lag: float = 0.0, size: int = 0) -> float:
+    """For the next ``size`` bytes of something that is under way, on a slow line."""
+    return max(defaults.PING_FLOOR, 4.0 * rtt) + lag + transfer(size, None)
+
+
 def request_header(rtt: float, lag: float = 0.0) -> float:
     """For the head of a request after its stream was opened: both travel together."""
     return max(defaults.HEADER_FLOOR, 4.0 * rtt) + lag
