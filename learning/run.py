@@ -180,7 +180,9 @@ class Run:
     async def settle(self) -> None:
         """The state after the last round is final: keep, digest, evaluate, report and (now and then) save it."""
         weights = await self.trainer.weights()
-        vectors = {"weights": weights, **self._peer.vectors()}
+        # Copies: outer optimisers go on in place, while this is given to joiners and saved.
+        kept = {name: vector.clone() for name, vector in self._peer.vectors().items()}
+        vectors = {"weights": weights, **kept}
         snapshot = Snapshot(self.round, vectors, self.membership.head)
         self.snapshots = [*self.snapshots[-1:], snapshot]
         self.nursery.start_soon(self._digest, snapshot)

@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
+import torch
 import trio
+from torch import nn
 
 from shoal.learning.events import Event
+from shoal.learning.sync import state_digest
 from shoal.sim.world import Member, World, simulate
 from shoal.transport.errors import WaitExpired
 
@@ -207,3 +211,32 @@ def test_a_hook_may_kill_a_node_on_the_spot_and_its_last_words_are_not_heard() -
     world = simulate(tiny.scenario(4, 6), script)
     last = world.members[1].events[-1]
     assert (last.round, last.phase, last.what) == (3, "combine", "begin")
+
+
+@pytest.mark.parametrize("strategy", ["diloco", "noloco", "allreduce"])
+def test_what_a_node_holds_for_joiners_does_not_change_while_it_goes_on(strategy: str) -> None:
+    """The state after a round is given away, saved and exported while the next round is being done."""
+    looked: list[int] = []
+
+    async def script(world: World) -> None:
+        def hook(member: Member, event: Event) -> None:
+            for snapshot in member.run.snapshots if member.node.run_here is not None else ():
+                if snapshot.digest:
+                    assert state_digest(snapshot.round, snapshot.vectors) == snapshot.digest, f"round {snapshot.round}"
+                    looked.append(len(snapshot.vectors))
+
+        world.hooks.append(hook)
+
+    base = tiny.scenario(3, 5)
+    arguments = (("inner_steps", 2.0), ("momentum", 0.5)) if strategy == "diloco" else ()
+    founding = attrs.evolve(base.founding, strategy=strategy, strategy_args=arguments)
+    simulate(attrs.evolve(base, founding=founding, make_task=Adaptive), script)
+    # Not only weights: momentum of the outer step or of the shared optimiser.
+    assert max(looked) > 1
+
+
+class Adaptive(tiny.Pull):
+    """With an optimiser that has state of its own."""
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=tiny.RATE, momentum=0.5)
