@@ -9,6 +9,7 @@ branch with fewer committed samples gives way when they meet.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -34,7 +35,7 @@ from .rounds.messages import (
     sign_accept,
     verify_certificate,
 )
-from .rounds.terms import Terms
+from .rounds.terms import Terms, fill
 from .store import Head
 from .sync import BRANCH, AskBranch, BranchSigned, HeadInfo, agreed_digest, load_state, state_digest
 from .trust import SMALL
@@ -225,35 +226,10 @@ class Chain(Membership):
 
     def terms(self, speed: Callable[[PeerId], float]) -> Terms:
         head = self.head.record
-
-        def draft(
-            members: tuple[PeerId, ...],
-            samples: tuple[int, ...],
-            weights: tuple[int, ...],
-            roster: tuple[PeerId, ...],
-            nonces: tuple[bytes, ...],
-            reason: str,
-        ) -> CommitRecord:
-            return CommitRecord(
-                run=head.run,
-                round=head.round + 1,
-                kind="reduce",
-                prev=head.digest,
-                members=members,
-                samples=samples,
-                weights=weights,
-                roster=roster,
-                total=head.total + sum(samples),
-                branch=head.branch,
-                state=self._own_digest(),
-                nonces=nonces,
-                algorithm="",
-                fingerprint=b"",
-                reason=reason,
-            )
-
+        base = attrs.evolve(head, round=head.round + 1, prev=head.digest, reason="")
         return Terms(
-            draft,
+            # The state's digest may still be on its way; it is wanted only when the round is proposed.
+            partial(fill, lambda: attrs.evolve(base, state=self._own_digest())),
             self.wishes,
             self.leaving,
             False,
@@ -335,11 +311,11 @@ class Chain(Membership):
                 await self._branched.wait()
                 break
             now, voters = self.host.now(), instance.voters
-            alive = [v for v in voters if v not in self.run.presence.lost]
+            alive = self._alive()
             if self._stalled_since is None or len(alive) >= quorum(len(voters)):
                 self._stalled_since = now
             go, reason = may_branch(
-                self._mode(len(voters)), len(voters), len(alive), now - self._stalled_since, defaults.LEASE
+                self._mode(len(voters)), len(voters), len(alive), now - self._stalled_since, self._lease()
             )
             stalled = len(alive) < quorum(len(voters))
             self.reason = reason if stalled else ""
@@ -405,7 +381,7 @@ class Chain(Membership):
 
     async def _on_branch(self, call: Call[AskBranch]) -> BranchSigned:
         record, head = call.request.record, self.head.record
-        stalled = self._stalled_since is not None and self.host.now() - self._stalled_since >= defaults.LEASE / 2
+        stalled = self._stalled_since is not None and self.host.now() - self._stalled_since >= self._lease() / 2
         if record.prev != head.digest or record.round != head.round or record.total != head.total:
             raise RemoteRefused("other-head", "we are at another commit")
         wrong = self._wrong_branch(record)
@@ -417,7 +393,14 @@ class Chain(Membership):
         return BranchSigned(sign_accept(self.endpoint.identity, key, 0, record.digest).signature)
 
     def _alive(self) -> list[PeerId]:
-        return [v for v in self.head.record.roster if v not in self.run.presence.lost]
+        gone = self.run.presence.lost
+        return [v for v in self.head.record.roster if v not in gone and v not in self._leaving]
+
+    def _lease(self) -> float:
+        """Nobody waits for those who said goodbye."""
+        alive = self._alive()
+        said = all(v in alive or v in self._leaving for v in self.head.record.roster)
+        return 0.0 if said else defaults.LEASE
 
     def _take_branch(self, head: Head) -> None:
         for peer in self.head.record.roster:

@@ -9,8 +9,10 @@ nothing but the exchange.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
+import attrs
 import trio
 
 from ..transport.errors import DecodeError, RemoteError, RemoteRefused
@@ -21,7 +23,7 @@ from .membership import Membership, Placement, certify
 from .rounds.decisions import group_of
 from .rounds.instance import Instance
 from .rounds.messages import Commit, CommitRecord, instance_key
-from .rounds.terms import Terms
+from .rounds.terms import Terms, fill
 from .store import Head
 from .sync import VIEW, HeadInfo, Seen, View, ask_heads, load_state, state_digest
 from .view import SwarmView
@@ -52,7 +54,10 @@ class Gossip(Membership):
         return self._view.members(self._round, self.host.now())
 
     def view(self) -> tuple[Seen, ...]:
-        return tuple(Seen(peer, self._view.rounds[peer]) for peer in self.members())
+        """The members, for others. Who has no state yet does not count itself: it would only be waited for."""
+        return tuple(
+            Seen(peer, self._view.rounds[peer]) for peer in self.members() if peer != self.me or self._has_state
+        )
 
     # -- entering -----------------------------------------------------------------------------------
 
@@ -121,10 +126,14 @@ class Gossip(Membership):
         if len(ahead) > 1 and ahead[len(ahead) // 2] > self._round + 1:
             self.run.emit("run", "skip", detail=f"from round {self._round} to {ahead[len(ahead) // 2]}")
             self._round = ahead[len(ahead) // 2]
+            if self.spec.rounds:
+                self._round = min(self._round, self.spec.rounds - 1)
         round, view = self._round + 1, self.members()
+        # Everybody ever heard of, so that parts of the data do not wander when somebody is silent for a moment.
+        known = tuple(sorted(self._view.rounds))
         size = self.spec.group or self.run.strategy.group or len(view)
         if size == 1:
-            self.placed = Placement(round, None, b"", (self.me,), view.index(self.me), len(view), ())
+            self.placed = Placement(round, None, b"", (self.me,), known.index(self.me), len(known), ())
             return self.placed
         voters, self._group = group_of(self.spec.seed, round, self.me, view, size)
         prev = self.run.run_id
@@ -133,42 +142,24 @@ class Gossip(Membership):
             key=instance_key(self.run.run_id, round, prev, voters),
             prev=prev,
             voters=voters,
-            index=view.index(self.me),
-            count=len(view),
+            index=known.index(self.me),
+            count=len(known),
             watch=voters,
         )
         return self.placed
 
     def terms(self, speed: Callable[[PeerId], float]) -> Terms:
-        placed, total, group = self.placed, self._total, self._group
-
-        def draft(
-            members: tuple[PeerId, ...],
-            samples: tuple[int, ...],
-            weights: tuple[int, ...],
-            roster: tuple[PeerId, ...],
-            nonces: tuple[bytes, ...],
-            reason: str,
-        ) -> CommitRecord:
-            return CommitRecord(
-                run=self.run.run_id,
-                round=placed.round,
-                kind="reduce",
-                prev=placed.prev,
-                members=members,
-                samples=samples,
-                weights=weights,
-                roster=roster,
-                total=total + sum(samples),
-                branch=0,
-                state=b"",
-                nonces=nonces,
-                algorithm="",
-                fingerprint=b"",
-                reason=f"{group}: {reason}"[:400],
-            )
-
-        return Terms(draft, lambda: (), self.leaving, True, defaults.MAX_ROSTER, speed)
+        base = attrs.evolve(
+            self.head.record,
+            run=self.run.run_id,
+            round=self.placed.round,
+            prev=self.placed.prev,
+            total=self._total,
+            branch=0,
+            state=b"",
+            reason=f"{self._group}: ",
+        )
+        return Terms(partial(fill, lambda: base), lambda: (), self.leaving, True, defaults.MAX_ROSTER, speed)
 
     def check(self, record: CommitRecord) -> str | None:
         voters = set(self.placed.voters)
@@ -274,6 +265,8 @@ class Gossip(Membership):
         turn = 0
         while True:
             await trio.sleep(defaults.GOSSIP_EVERY * (0.75 + 0.5 * self.host.random.random()))
+            if not self._has_state:
+                continue
             await self._exchange(self._random(2))
             turn += 1
             members = self.members()

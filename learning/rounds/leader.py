@@ -399,21 +399,12 @@ class Leader:
         roster, why = next_roster(self.voters, present, self._terms.leaving(), self._terms.wishes(), room)
         samples = dict(zip(plan.members, plan.samples, strict=True))
         weights = dict(zip(plan.members, plan.weights, strict=True))
-        nonces = tuple(self._progress[r].nonce for r in sorted(full))
-        reason = f"{plan.reason}; roster {why}"
-        members = self._frozen
-        self.record = self._terms.draft(
-            members,
-            tuple(samples[m] for m in members),
-            tuple(weights[m] for m in members),
-            roster,
-            nonces,
-            reason[:400],
-        )
+        members, nonces = self._frozen, tuple(self._progress[r].nonce for r in sorted(full))
+        kept = tuple(samples[m] for m in members), tuple(weights[m] for m in members)
+        self.record = self._terms.draft(members, *kept, roster, nonces, f"{plan.reason}; roster {why}")
         self.phase, self._until = "seal", None
-        return [
-            Fingerprint(plan.attempt, plan.epoch, nonces, tuple(self._progress[r].algorithms for r in sorted(full)))
-        ]
+        offers = tuple(self._progress[r].algorithms for r in sorted(full))
+        return [Fingerprint(plan.attempt, plan.epoch, nonces, offers)]
 
     # -- commit -------------------------------------------------------------------------------------
 

@@ -9,6 +9,9 @@ import attrs
 from ...transport.identity import PeerId
 from .messages import CommitRecord, quorum
 
+#: Characters of a record's reason.
+REASON_LENGTH = 400
+
 
 @attrs.frozen
 class Terms:
@@ -29,6 +32,32 @@ class Terms:
     roster_limit: int
     speed: Callable[[PeerId], float]
     strict: bool = False
+
+
+def fill(
+    base: Callable[[], CommitRecord],
+    members: tuple[PeerId, ...],
+    samples: tuple[int, ...],
+    weights: tuple[int, ...],
+    roster: tuple[PeerId, ...],
+    nonces: tuple[bytes, ...],
+    reason: str,
+) -> CommitRecord:
+    """A draft: ``base()`` knows where the round stands, its ``total`` is that of the commit before."""
+    record = base()
+    return attrs.evolve(
+        record,
+        kind="reduce",
+        members=members,
+        samples=samples,
+        weights=weights,
+        roster=roster,
+        total=record.total + sum(samples),
+        nonces=nonces,
+        algorithm="",
+        fingerprint=b"",
+        reason=f"{record.reason}{reason}"[:REASON_LENGTH],
+    )
 
 
 def accepts_needed(voters: int, gossip: bool) -> int:

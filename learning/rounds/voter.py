@@ -309,6 +309,9 @@ class Voter:
         return [Note("convene", "attempt", f"attempt {attempt}: {why}", self.leader()), *self._ready(now)]
 
     def _on_convene(self, now: float, sender: PeerId, message: Convene) -> list[Action]:
+        if message.attempt < self.promised and self.offer is not None:
+            # A candidate that was overtaken follows us; it may not be able to learn of it in another way.
+            return [Send(sender, Reject(self.key, message.attempt, self.promised, "promised a later attempt"))]
         # A leader that gives up its own attempt is believed; anybody else only by those with nothing to do.
         idle = self.plan is None or self.plan.attempt < self.attempt or now - self._heard > self._patience() / 2
         idle = idle or sender == self.leader()

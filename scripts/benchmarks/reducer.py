@@ -5,8 +5,10 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from functools import partial
 from typing import Any
 
+import attrs
 import torch
 import trio
 
@@ -18,7 +20,7 @@ from shoal.learning.rounds.messages import Accepted, CommitRecord, instance_key
 from shoal.learning.rounds.post import Post
 from shoal.learning.rounds.presence import Presence
 from shoal.learning.rounds.setting import Setting
-from shoal.learning.rounds.terms import Terms
+from shoal.learning.rounds.terms import Terms, fill
 from shoal.transport.address import Address
 from shoal.transport.endpoint import Endpoint
 from shoal.transport.host import RealHost
@@ -96,31 +98,7 @@ class ShoalPeer(Worker):
         self._run, head = run, self._head
         key = instance_key(RUN, head.round + 1, head.digest, self._voters)
 
-        def draft(
-            members: tuple[PeerId, ...],
-            samples: tuple[int, ...],
-            weights: tuple[int, ...],
-            roster: tuple[PeerId, ...],
-            nonces: tuple[bytes, ...],
-            reason: str,
-        ) -> CommitRecord:
-            return CommitRecord(
-                run=RUN,
-                round=head.round + 1,
-                kind="reduce",
-                prev=head.digest,
-                members=members,
-                samples=samples,
-                weights=weights,
-                roster=roster,
-                total=head.total + sum(samples),
-                branch=0,
-                state=b"",
-                nonces=nonces,
-                algorithm="",
-                fingerprint=b"",
-                reason=reason,
-            )
+        base = attrs.evolve(head, round=head.round + 1, prev=head.digest, state=b"", reason="")
 
         def check(record: CommitRecord) -> str | None:
             if (record.run, record.round, record.prev) != (RUN, head.round + 1, head.digest):
@@ -135,7 +113,9 @@ class ShoalPeer(Worker):
             round=head.round + 1,
             prev=head.digest,
             voters=self._voters,
-            terms=Terms(draft, lambda: (), lambda: (), False, defaults.MAX_ROSTER, lambda peer: 1.0),
+            terms=Terms(
+                partial(fill, lambda: base), lambda: (), lambda: (), False, defaults.MAX_ROSTER, lambda peer: 1.0
+            ),
             pace=PACE,
             check=check,
             max_length=len(self._base),
