@@ -74,7 +74,9 @@ class Gossip(Membership):
             infos = await ask_heads(self.endpoint, self.run.run_id, chosen, True, defaults.ASK_HEADS)
             for info in infos.values():
                 self._merge(info.view)
-            ahead = max((info.settled for info in infos.values()), default=-1)
+            # The middle one: nobody can prove a round to a newcomer, but half of those asked will not lie.
+            settled = sorted(info.settled for info in infos.values() if info.settled >= 0)
+            ahead = settled[len(settled) // 2] if settled else -1
             if ahead > self._round + defaults.VIEW_ROUNDS or (not self._has_state and ahead > 0):
                 if await self._load(infos, ahead):
                     break
@@ -121,9 +123,11 @@ class Gossip(Membership):
     # -- rounds -------------------------------------------------------------------------------------
 
     async def place(self) -> Placement:
-        ahead = sorted(self._view.rounds[peer] for peer in self.members() if peer != self.me)
+        view = self.members()
+        size = self.spec.group or self.run.strategy.group or len(view)
+        ahead = sorted(self._view.rounds[peer] for peer in view if peer != self.me)
         # Whoever fell behind meets nobody; skip to where most are.
-        if len(ahead) > 1 and ahead[len(ahead) // 2] > self._round + 1:
+        if size > 1 and len(ahead) > 1 and ahead[len(ahead) // 2] > self._round + 1:
             self.run.emit("run", "skip", detail=f"from round {self._round} to {ahead[len(ahead) // 2]}")
             self._round = ahead[len(ahead) // 2]
             if self.spec.rounds:
@@ -131,7 +135,6 @@ class Gossip(Membership):
         round, view = self._round + 1, self.members()
         # Everybody ever heard of, so that parts of the data do not wander when somebody is silent for a moment.
         known = tuple(sorted(self._view.rounds))
-        size = self.spec.group or self.run.strategy.group or len(view)
         if size == 1:
             self.placed = Placement(round, None, b"", (self.me,), known.index(self.me), len(known), ())
             return self.placed
