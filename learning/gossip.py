@@ -132,7 +132,7 @@ class Gossip(Membership):
             self._round = ahead[len(ahead) // 2]
             if self.spec.rounds:
                 self._round = min(self._round, self.spec.rounds - 1)
-        round, view = self._round + 1, self.members()
+        round = self._round + 1
         # Everybody ever heard of, so that parts of the data do not wander when somebody is silent for a moment.
         known = tuple(sorted(self._view.rounds))
         if size == 1:

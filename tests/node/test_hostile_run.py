@@ -388,6 +388,38 @@ def test_a_flood_of_invented_members_in_a_gossip_swarm_is_bounded_and_rounds_go_
     assert all(member.run.round >= 12 for member in world.live())
 
 
+def test_a_joiner_of_a_gossip_swarm_follows_the_many_and_not_the_one_that_is_far_ahead() -> None:
+    asked: list[PeerId] = []
+
+    async def script(world: World) -> None:
+        await known_round(world, 2)
+        stranger = Stranger(world)
+        lie = attrs.evolve(invented(world, stranger.endpoint.identity, []), settled=10_000)
+        prev = lie.record.run
+        record = attrs.evolve(lie.record, prev=prev)
+        key = instance_key(prev, record.round, prev, lie.voters)
+        accept = sign_accept(stranger.endpoint.identity, key, 0, record.digest)
+        certificate = Certificate(key, 0, (Signed(stranger.me, accept.signature),))
+        lie = attrs.evolve(lie, record=record, certificate=certificate, view=(Seen(stranger.me, 10_000),))
+        assert check_head(lie, prev, True) is None
+
+        async def head(call: Call[AskHead]) -> HeadInfo:
+            asked.append(call.peer)
+            return lie
+
+        stranger.endpoint.serve(HEAD, head)
+        await stranger.enter()
+        await stranger.dht.provide(prev)
+        joiner = world.start(4)
+        await world.until(lambda: joiner.node.run_here is not None and joiner.run.round > 0, "a round", 600.0)
+        assert joiner.run.round < 100
+
+    founding = Founding(strategy="noloco", min_peers=4, rounds=15)
+    world = simulate(Scenario(4, founding, make_task=Slow, route=Route(latency=tiny.LATENCY), limit=36_000.0), script)
+    assert world.members[4].node.identity.peer_id in asked
+    assert all(15 <= member.run.round < 100 for member in world.live())
+
+
 def test_calls_that_some_peers_leave_hanging_keep_nobody_else_from_being_heard() -> None:
     async def script(world: World) -> None:
         await known_round(world, 2)
