@@ -372,6 +372,8 @@ def test_any_mixture_of_faults_is_safe_and_ends_when_they_do(n: int) -> None:
             for other in table.voters:
                 if table.seats[other].alive:
                     seat.find(other)
+                elif other != seat.me:
+                    seat.lose(other)
 
         table.drops = lambda sender, to, message, table=table, chance=chance, share=share: (
             message is not None and table.now < 40.0 and chance.random() < share
