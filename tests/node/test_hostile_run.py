@@ -31,6 +31,7 @@ from shoal.learning.sync import (
     View,
     Wish,
     check_head,
+    state_digest,
 )
 from shoal.learning.trust import TRUST, AskTrust, TrustPage
 from shoal.node.node import Founding
@@ -405,9 +406,20 @@ def test_a_joiner_of_a_gossip_swarm_follows_the_many_and_not_the_one_that_is_far
 
         async def head(call: Call[AskHead]) -> HeadInfo:
             asked.append(call.peer)
-            return lie
+            return attrs.evolve(lie, digest=digest)
 
+        async def describe(call: Call[AskState]) -> StateInfo:
+            return StateInfo(10_000, ("weights",), (tiny.SIZE,), digest)
+
+        async def state(call: Call[AskState]) -> object:
+            await call.write(bytes_view(poison))
+            return STATE.response()
+
+        poison = torch.full((tiny.SIZE,), 666.0)
+        digest = state_digest(10_000, {"weights": poison})
         stranger.endpoint.serve(HEAD, head)
+        stranger.endpoint.serve(DESCRIBE, describe)
+        stranger.endpoint.serve(STATE, state)  # type: ignore[arg-type]
         await stranger.enter()
         await stranger.dht.provide(prev)
         joiner = world.start(4)
