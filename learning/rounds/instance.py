@@ -15,6 +15,7 @@ from ...transport.endpoint import Endpoint
 from ...transport.errors import RemoteError, RemoteRefused
 from ...transport.identity import PeerId
 from ...transport.rpc import Call
+from ...transport.wire import printable
 from .. import defaults, exact
 from ..digest import choose_fingerprint, fingerprint, local_fingerprints
 from ..reduce.buffers import Buffers
@@ -128,7 +129,7 @@ class Instance:
         """Training is over: contribute ``vector`` (fp32, 1-D, finite), or nothing and say ``why``."""
         self.began = self._host.now()
         self.buffers.own = vector
-        offer = Ready(self.key, self.round, 0, vector is not None, samples, weight, length, None, False, why)
+        offer = Ready(self.key, self.round, 0, vector is not None, samples, weight, length, None, False, printable(why))
         self._feed(lambda: self.voter.begin(self._host.now(), offer))
 
     async def outcome(self) -> Tensor | None:
