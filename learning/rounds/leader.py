@@ -71,6 +71,7 @@ class Leader:
         self.certificate: Certificate | None = None
         self._ready: dict[PeerId, Ready] = {}
         self._grace_until: float | None = None
+        self._ticked = now
         self._held: dict[PeerId, tuple[PeerId, ...]] = {}
         self._frozen: tuple[PeerId, ...] = ()
         self._progress: dict[PeerId, Progress] = {}
@@ -141,6 +142,7 @@ class Leader:
         """Let time pass; call at :meth:`deadline`."""
         if self.phase in ("done", "aborted"):
             return []
+        self._ticked = now
         actions: list[Action] = []
         if now >= self._word:
             actions += self._say_waiting(now)
@@ -168,7 +170,8 @@ class Leader:
         if self.phase in ("done", "aborted"):
             return None
         times = [self._word]
-        if self.phase == "convene" and self._grace_until is not None:
+        if self.phase == "convene" and self._grace_until is not None and self._grace_until > self._ticked:
+            # Once only: what is still missing then comes with a message, and the loop must not spin until it does.
             times.append(self._grace_until)
         if self._until is not None:
             times.append(self._until)

@@ -427,5 +427,7 @@ class Table:
                 self.now = max(self.now, due)
                 ticking.tick()
                 ticking.follow()
+                again = ticking.due() if ticking.alive and ticking.commit is None else None
+                assert again is None or again > self.now, "it would tick for ever without time going on"
             else:
                 return
