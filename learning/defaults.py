@@ -114,10 +114,9 @@ STUCK_AFTER = 8.0
 
 # --- gossip -----------------------------------------------------------------------------------------------------------
 
-#: Rounds, and seconds, without news of a member after which it is no longer in the view; both must have passed. News
-#: reach a thousand peers in ten exchanges of :data:`GOSSIP_EVERY` seconds.
-VIEW_ROUNDS = 4
-VIEW_SECONDS = 20.0
+#: Rounds for which a member that does no more of them is still drawn into groups. Its last round must be known to all
+#: by then, or they draw different groups: news reach a thousand peers in ten exchanges of :data:`GOSSIP_EVERY`.
+VIEW_ROUNDS = 32
 
 #: Seconds between two exchanges of views with random members.
 GOSSIP_EVERY = 2.0

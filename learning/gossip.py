@@ -51,7 +51,7 @@ class Gossip(Membership):
 
     def members(self) -> tuple[PeerId, ...]:
         """Ourselves and everybody of whom there is news."""
-        return self._view.members(self._round, self.host.now())
+        return self._view.members(self._round)
 
     def view(self) -> tuple[Seen, ...]:
         """The members, for others. Who has no state yet does not count itself: it would only be waited for."""
@@ -118,7 +118,7 @@ class Gossip(Membership):
     def adopt(self, head: Head) -> None:
         self.head, self._has_state = head, True
         self._round, self._total = head.record.round, head.record.total
-        self._view.hear(self.me, self._round, self.host.now())
+        self._view.hear(self.me, self._round)
 
     # -- rounds -------------------------------------------------------------------------------------
 
@@ -179,14 +179,13 @@ class Gossip(Membership):
         self.head = Head(record, commit.certificate, voters)
         self._round, self._total = record.round, self._total + sum(record.samples)
         for peer in (*record.roster, self.me):
-            self._view.hear(peer, record.round, self.host.now())
-        self._view.lose((peer for peer in voters if peer not in record.roster), record.round)
+            self._view.hear(peer, record.round)
         self._leaving.clear()
 
     def skipped(self, samples: int) -> None:
         self._round += 1
         self._total += samples
-        self._view.hear(self.me, self._round, self.host.now())
+        self._view.hear(self.me, self._round)
         record = CommitRecord(
             run=self.run.run_id,
             round=self._round,
@@ -218,17 +217,16 @@ class Gossip(Membership):
                 continue
             # A name that nobody can tell us how to reach would only be waited for.
             if item.peer in self._view.rounds or self.endpoint.contact(item.peer) is not None:
-                self._view.hear(item.peer, item.round, self.host.now())
+                self._view.hear(item.peer, item.round)
 
     def wished(self, peer: PeerId) -> None:
-        self._view.welcome(peer, self._round, self.host.now())
+        self._view.hear(peer, self._round)
 
     def found(self, peer: PeerId) -> None:
         # Its round is learned from the next exchange of views.
         return
 
     def left(self, peer: PeerId) -> None:
-        self._view.lose((peer,), self._round)
         self.run.hub.peer_changed(peer, "left the run")
 
     def _message(self, to: View | None = None) -> View:
