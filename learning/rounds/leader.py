@@ -72,6 +72,7 @@ class Leader:
         self._ready: dict[PeerId, Ready] = {}
         self._grace_until: float | None = None
         self._ticked = now
+        self._holders: tuple[PeerId, ...] = ()
         self._held: dict[PeerId, tuple[PeerId, ...]] = {}
         self._frozen: tuple[PeerId, ...] = ()
         self._progress: dict[PeerId, Progress] = {}
@@ -414,6 +415,7 @@ class Leader:
     def _propose(self, now: float, holders: tuple[PeerId, ...]) -> list[Action]:
         assert self.record is not None
         self.phase, self._until = "propose", now + self.pace.gather
+        self._holders = holders
         message = Propose(self.key, self.attempt, self.record, holders)
         return [Promise(self.attempt), *(Send(voter, message) for voter in self.voters if voter not in self.lost)]
 
@@ -433,6 +435,9 @@ class Leader:
         needed = accepts_needed(len(self.voters), self._terms.gossip)
         if len(self._accepts) < needed:
             if late:
+                if all(holder in self.lost for holder in (*self._holders, *self._accepts)):
+                    # Nobody can check the value any more; the next attempt may give it up.
+                    return self._abort(now, "nobody that can be reached holds the proposed result")
                 self._until = now + self.pace.gather
                 message = Propose(self.key, self.attempt, self.record, tuple(self._accepts) or (self.me,))
                 return [Send(v, message) for v in self.voters if v not in self.lost and v not in self._accepts]
