@@ -89,10 +89,14 @@ class Gossip(Membership):
             await trio.sleep(defaults.WISH_EVERY)
         if not self.run.snapshots:
             await self.run.settle()
-        while len(here := self.members()) < self.spec.min_peers and not any(self._view.rounds.values()):
-            self.reason = f"{len(here)} of {self.spec.min_peers} peers are here"
+        # Everybody ever heard of counts: who was quick may have finished and left.
+        while len(self._view.rounds) < self.spec.min_peers and not any(self._view.rounds.values()):
+            self.reason = f"{len(self._view.rounds)} of {self.spec.min_peers} peers are here"
             await self._exchange(self._random(1))
             await trio.sleep(defaults.GATHER_EVERY)
+        if self.spec.min_peers > 1 and self._round == 0:
+            # Others may still be counting, and a short run may be over before they hear of us again.
+            await self._exchange(self._random(defaults.GOSSIP_ASK))
         self.reason = ""
         self.run.emit("run", "member", detail=f"{len(self.members())} peers in view, round {self._round}")
 

@@ -201,7 +201,7 @@ def agreed_digest(infos: Mapping[PeerId, HeadInfo], head: Head) -> tuple[bytes |
         if info.record == head.record and info.settled == head.record.round and info.digest:
             reports.setdefault(info.digest, []).append(peer)
     if not reports:
-        return None, (), "nobody holds the state after the last commit yet"
+        return None, (), "waiting for the members to settle the state of the last round"
     digest, holders = max(reports.items(), key=lambda item: (len(item[1]), item[0]))
     total = sum(len(peers) for peers in reports.values())
     if 2 * len(holders) <= total:

@@ -62,6 +62,10 @@ def stop(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     data = DataDir(options.data_dir)
     target = Path(options.file).expanduser().absolute()
+    if target.is_dir():
+        raise ConfigError(
+            f"cannot write {target}: it is a folder; name a file in it, for instance {target}/model.safetensors"
+        )
     if not target.parent.is_dir():
         raise ConfigError(f"cannot write {target}: there is no folder {target.parent}")
     if data.holder() is not None:

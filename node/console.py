@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .node import Node
 
 #: Events of a run that a person wants to see between two rounds, and how they are said.
+GOODBYE = "said goodbye"  # as learning/rounds/presence.py says it; not imported, as that would load torch
 _SHOWN: dict[str, Callable[[Event], str]] = {
     "joined": lambda e: f"+ {e.peer[:8]} joins",
     "dropped": lambda e: f"- {e.peer[:8]} is dropped: {e.detail}",
@@ -29,7 +30,7 @@ _SHOWN: dict[str, Callable[[Event], str]] = {
     "unreachable": lambda e: f"! {e.detail}",
     "state-failed": lambda e: f"! the state could not be loaded: {e.detail}",
     "stalled": lambda e: f"! {e.detail}",
-    "lost": lambda e: f"- {e.peer[:8]} cannot be reached: {e.detail}",
+    "lost": lambda e: f"- {e.peer[:8]} {e.detail if e.detail == GOODBYE else f'cannot be reached: {e.detail}'}",
     "found": lambda e: f"+ {e.peer[:8]} can be reached again",
     "member": lambda e: f"member: {e.detail}",
 }

@@ -85,8 +85,10 @@ class Daemon:
             nursery.start_soon(self._keep_snapshot)
             try:
                 async with trio.open_nursery() as inner:
-                    await inner.start(self.node.run)
-                    self._ready()
+                    inner.start_soon(self._ready)
+                    # May end before it takes part: somebody lost patience with a join.
+                    await self.node.run()
+                    inner.cancel_scope.cancel()
             except BaseExceptionGroup as group:
                 error = first_error(group)
                 if not isinstance(error, ShoalError):
@@ -100,7 +102,8 @@ class Daemon:
 
     # -- beginning and end ---------------------------------------------------------------------------------------------
 
-    def _ready(self) -> None:
+    async def _ready(self) -> None:
+        await self.node.taking_part.wait()
         ticket = self.node.ticket()
         assert ticket is not None
         spec = self.node.signed.open() if self.node.signed is not None else None

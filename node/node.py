@@ -102,6 +102,8 @@ class Node:
         self._task, self._trainer = task, trainer
         self._on_event, self._on_round, self._on_note = on_event, on_round, on_note
         self._started = 0.0
+        #: Set once the node takes part in a run and has a ticket.
+        self.taking_part = trio.Event()
         self._stop = trio.Event()
         self._past_sent = self._past_received = 0
 
@@ -139,6 +141,7 @@ class Node:
             )
             self.run_here = run
             await nursery.start(run.run)
+            self.taking_part.set()
             task_status.started()
             await run.finished.wait()
             self.outcome = "finished"

@@ -33,7 +33,14 @@ def test_the_task_example_is_about_thirty_lines() -> None:
 def test_the_task_example_trains_in_a_swarm(tmp_path: Path) -> None:
     (tmp_path / "my_task.py").write_text(example("task"))
     result = subprocess.run(
-        [Path(sys.executable).with_name("shoal"), *"sim --task my_task:Spirals --peers 3 --rounds 8 --no-live".split()],
+        [
+            Path(sys.executable).with_name("shoal"),
+            "sim",
+            "--task=my_task:Spirals",
+            "--peers=3",
+            "--rounds=8",
+            "--no-live",
+        ],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 
 from ...transport.identity import PeerId
-from .messages import Accepted, quorum
+from .messages import Accepted, Ready, quorum
 
 
 def candidates(prev: bytes, round: int, voters: Sequence[PeerId]) -> tuple[PeerId, ...]:
@@ -56,6 +56,19 @@ def may_begin(
     if grace_until is not None and now >= grace_until:
         return True, "a quorum is ready and the time for stragglers is over; missing: " + short(missing)
     return False, "waiting for " + short(waiting)
+
+
+def contributors(ready: Mapping[PeerId, Ready]) -> tuple[tuple[PeerId, ...], int, str]:
+    """Who contributes among those that are ready, in order; the vector's length; and who does not, with the reasons.
+
+    The length is the most common one: honest peers all have the model's.
+    """
+    lengths = [r.length for r in ready.values()]
+    length = max(sorted(set(lengths)), key=lambda n: (lengths.count(n), n))
+    members = tuple(sorted(p for p, r in ready.items() if r.contributes and r.weight > 0 and r.length == length))
+    others = sorted(p for p in ready if p not in members)
+    named = ", ".join(f"{p.short} ({ready[p].why[:100] or 'another length'})" for p in others[:4])
+    return members, length, f"; without a contribution: {named}" if others else ""
 
 
 def may_abandon(

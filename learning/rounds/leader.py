@@ -19,7 +19,7 @@ import attrs
 from ...transport.identity import Identity, PeerId
 from ..reduce.slices import reassign, split
 from .actions import Action, Fingerprint, Note, Pace, Promise, Send
-from .decisions import may_abandon, may_begin, next_roster, proposal_of, roster_room, short
+from .decisions import contributors, may_abandon, may_begin, next_roster, proposal_of, roster_room, short
 from .messages import (
     Accept,
     Accepted,
@@ -235,26 +235,17 @@ class Leader:
         self._reason = reason = again + reason
         if not go:
             return []
-        givers = {p: r for p, r in self._ready.items() if r.contributes and r.weight > 0}
-        lengths = sorted({r.length for r in self._ready.values()})
-        # Most common length; honest peers all have the model's.
-        length = max(lengths, key=lambda n: (sum(r.length == n for r in self._ready.values()), n))
-        members = tuple(sorted(p for p, r in givers.items() if r.length == length))
-        refused = sorted(p for p in self._ready if p not in members)
-        if refused:
-            reason += "; without a contribution: " + ", ".join(
-                f"{p.short} ({self._ready[p].why[:100] or 'another length'})" for p in refused[:4]
-            )
+        members, length, without = contributors(self._ready)
+        reason += without
         receivers = tuple(sorted({*self._ready, self.me}))
         owners = members or receivers
-        weights = tuple(givers[m].weight for m in members)
         plan = Plan(
             key=self.key,
             attempt=self.attempt,
             epoch=0,
             members=members,
-            samples=tuple(givers[m].samples for m in members),
-            weights=weights,
+            samples=tuple(self._ready[m].samples for m in members),
+            weights=tuple(self._ready[m].weight for m in members),
             receivers=receivers,
             slices=split(0, length, owners, [self._terms.speed(o) for o in owners]),
             length=length,

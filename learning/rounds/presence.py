@@ -10,7 +10,11 @@ from ...transport.endpoint import Endpoint
 from ...transport.errors import RemoteError
 from ...transport.identity import PeerId
 from ...transport.link import Link
+from ...transport.frames import GoodbyeCode
 from .. import defaults
+
+#: Why a peer is lost that told us so itself.
+GOODBYE = "said goodbye"
 
 
 class Presence:
@@ -74,16 +78,15 @@ class Presence:
                     self.on_link(peer)
                     pause = defaults.REDIAL_FIRST
                     await link.closed.wait()
-                    reason = link.close_reason
-                    if reason is None or not getattr(reason, "goodbye", False):
-                        # Not a goodbye: perhaps only the path broke. Dial at once.
+                    if link.goodbye_code != GoodbyeCode.LEAVING:
+                        # The node did not leave: the path broke, or the link was spare and idle. Dial at once.
                         try:
                             await self._endpoint.connect(peer)
                             continue
                         except RemoteError as error:
                             self._set(peer, error.message)
                     else:
-                        self._set(peer, "said goodbye")
+                        self._set(peer, GOODBYE)
                 self._came[peer] = came = trio.Event()
                 with trio.move_on_after(pause * (0.75 + 0.5 * self._endpoint.host.random.random())):
                     await came.wait()
