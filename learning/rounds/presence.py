@@ -8,9 +8,9 @@ import trio
 
 from ...transport.endpoint import Endpoint
 from ...transport.errors import RemoteError
+from ...transport.frames import GoodbyeCode
 from ...transport.identity import PeerId
 from ...transport.link import Link
-from ...transport.frames import GoodbyeCode
 from .. import defaults
 
 #: Why a peer is lost that told us so itself.
