@@ -7,7 +7,7 @@ can still say goodbye; everything else (accept loops, dials, handlers of calls) 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
@@ -15,9 +15,10 @@ import attrs
 import trio
 
 from . import deadlines, defaults
+from .acceptor import Acceptor
 from .address import Address, SignedPeerRecord
+from .connector import Connector
 from .contacts import Contacts, OwnRecord
-from .dialer import Attempt, dial_one, race
 from .errors import (
     ConfigError,
     LinkClosed,
@@ -31,6 +32,7 @@ from .frames import Buffer, GoodbyeCode, MuxLimits, ResetCode
 from .host import Host
 from .identity import Identity, PeerId
 from .link import Link, establish
+from .linktable import LinkTable
 from .network import ByteStream, Listener
 from .rpc import Call, Handler, Method, Q, R, Reply, RpcServer, exchange
 from .secure import SecureChannel
@@ -69,26 +71,31 @@ class Endpoint:
         self.host = host
         self.identity = identity
         self.peer_id: PeerId = identity.peer_id
-        self.max_links = max_links
-        #: Called for every new link and every lost one. Must not wait.
-        self.on_link: list[Callable[[Link], None]] = []
-        self.on_link_lost: list[Callable[[Link], None]] = []
         #: How often what happened; for status and doctor.
         self.counters: dict[str, int] = {}
         self.lag = deadlines.LoopLag()
         self._psk = psk
         self._limits = limits
         self._contacts = Contacts()
-        self._links: dict[PeerId, list[Link]] = {}
-        self._attempts: dict[PeerId, Attempt] = {}
-        self._half_open: dict[int, trio.CancelScope] = {}
-        self._half_open_number = 0
+        self._table = LinkTable(host, self.peer_id, max_links, self._count)
+        self._table.on_stream = self._on_stream
+        #: Called for every new link and every lost one. Must not wait.
+        self.on_link = self._table.on_link
+        self.on_link_lost = self._table.on_link_lost
+        self._acceptor = Acceptor(self._table, partial(self._establish, initiator=False), self._count)
+        self._connector = Connector(
+            host, self._table, self._contacts, self.lag, dial=self._dial, greet=self._say_hello, count=self._count
+        )
         self._listeners: list[Listener] = []
         self._server = RpcServer(host)
         self._nursery: trio.Nursery | None = None
-        self._link_nursery: trio.Nursery | None = None
         self._own = OwnRecord(identity)
         self.serve(HELLO, self._answer_hello)
+
+    @property
+    def max_links(self) -> int:
+        """Links kept; idle ones beyond are closed, least recently used first."""
+        return self._table.limit
 
     # Life
 
@@ -108,19 +115,20 @@ class Endpoint:
                 listeners.append(await self.host.network.listen(address))
             async with trio.open_nursery() as outer:
                 links: trio.Nursery = await outer.start(_shielded_nursery)
-                self._link_nursery = links
+                self._table.nursery = links
                 try:
                     async with trio.open_nursery() as nursery:
-                        self._nursery = nursery
+                        self._nursery = self._connector.nursery = nursery
                         self._listeners = listeners
                         for listener in listeners:
-                            nursery.start_soon(self._accept, listener)
+                            nursery.start_soon(self._acceptor.serve, listener, nursery)
                         task_status.started()
                         await trio.sleep_forever()
                 finally:
-                    self._nursery = None
+                    self._nursery = self._connector.nursery = None
                     try:
-                        await self._say_goodbye()
+                        with trio.CancelScope(shield=True):
+                            await self._table.say_goodbye()
                     finally:
                         # Shielded: nobody else can end them.
                         links.cancel_scope.cancel()
@@ -128,44 +136,6 @@ class Endpoint:
             for listener in listeners:
                 await trio.aclose_forcefully(listener)
             self._listeners = []
-
-    async def _say_goodbye(self) -> None:
-        with trio.CancelScope(shield=True):
-            async with trio.open_nursery() as nursery:
-                for link in self.links():
-                    nursery.start_soon(link.aclose, "the node stops")
-
-    async def _accept(self, listener: Listener) -> None:
-        while True:
-            stream = await listener.accept()
-            assert self._nursery is not None
-            self._nursery.start_soon(self._incoming, stream)
-
-    async def _incoming(self, stream: ByteStream) -> None:
-        if len(self._half_open) >= defaults.MAX_HALF_OPEN:
-            oldest = next(iter(self._half_open))
-            self._half_open.pop(oldest).cancel()
-            self._count("half_open_dropped")
-        self._half_open_number += 1
-        number = self._half_open_number
-        link: Link | None = None
-        with trio.CancelScope() as scope:
-            self._half_open[number] = scope
-            try:
-                link = await self._establish(stream, initiator=False)
-            except RemoteError as error:
-                log.info("no link with %s: %s", stream.remote, error)
-            finally:
-                self._half_open.pop(number, None)
-        if link is None:
-            return
-        assert self._link_nursery is not None
-        if len(self.links()) >= 2 * self.max_links:
-            self._count("links_refused")
-            self._link_nursery.start_soon(link.run)
-            await link.aclose("no slot for another link", GoodbyeCode.BUSY)
-            return
-        self._adopt(link)
 
     async def _establish(self, stream: ByteStream, *, initiator: bool, expected: PeerId | None = None) -> Link:
         channel = SecureChannel(
@@ -195,26 +165,27 @@ class Endpoint:
 
     async def _dial(self, expected: PeerId | None, stream: ByteStream) -> Link:
         link = await self._establish(stream, initiator=True, expected=expected)
-        self._adopt(link)
+        self._table.adopt(link)
         return link
+
+    def incoming(self, stream: ByteStream, way: str) -> None:
+        """Take a byte stream that a peer opened to us by another ``way`` than our listeners. Does not wait."""
+        if self._nursery is None:
+            raise ProtocolMisuse("the endpoint does not run")
+        self._nursery.start_soon(self._acceptor.incoming, stream, way)
 
     # Links
 
     def links(self) -> list[Link]:
         """All live links, oldest peer first; two to one peer may exist for a while."""
-        return [link for links in self._links.values() for link in links if link.alive]
+        return self._table.live()
 
     def link(self, peer: PeerId) -> Link | None:
         """The live link to ``peer`` that calls use, or None.
 
         When both sides dialled at once, both prefer the link that the smaller PeerId dialled; otherwise the newest.
         """
-        live = [link for link in self._links.get(peer, ()) if link.alive]
-        if len(live) < 2:
-            return live[0] if live else None
-        newest = max(link.opened_at for link in live)
-        recent = [link for link in live if link.opened_at >= newest - defaults.SIMULTANEOUS]
-        return min(reversed(recent), key=lambda link: self.peer_id if link.initiator else link.peer)
+        return self._table.get(peer)
 
     async def connect(self, peer: PeerId, addresses: Sequence[Address] = (), *, timeout: float | None = None) -> Link:
         """The live link to ``peer``, or a new one by ``addresses`` and those of its contact.
@@ -224,138 +195,14 @@ class Endpoint:
         """
         if peer == self.peer_id:
             raise ProtocolMisuse("a node does not call itself")
-        seconds = deadlines.connect(self.lag.value(self.host.now())) if timeout is None else timeout
-        link: Link | None = None
-        with trio.move_on_after(seconds):
-            link = await self._connect(peer, tuple(addresses))
-        if link is None:
-            raise WaitExpired("link", seconds, peer=peer.short)
-        return link
-
-    async def _connect(self, peer: PeerId, addresses: tuple[Address, ...]) -> Link:
-        await trio.lowlevel.checkpoint()
-        while True:
-            link = self.link(peer)
-            if link is not None:
-                link.last_used = self.host.now()
-                return link
-            attempt = self._attempts.get(peer)
-            if attempt is None:
-                if self._nursery is None:
-                    raise ProtocolMisuse("the endpoint does not run")
-                known = self._contacts.get(peer, self.host.wall())
-                ways = addresses + (known[1].addresses if known is not None else ())
-                attempt = self._attempts[peer] = Attempt(tuple(dict.fromkeys(ways)))
-                self._nursery.start_soon(self._attempt, peer, attempt)
-            attempt.waiters += 1
-            try:
-                await attempt.done.wait()
-            finally:
-                attempt.waiters -= 1
-                if not attempt.waiters and not attempt.done.is_set():
-                    self._attempts.pop(peer, None)
-                    attempt.scope.cancel()
-            if self.link(peer) is None:
-                if attempt.link is not None:
-                    reason = attempt.link.close_reason
-                    why = "the link ended as soon as it was made"
-                    raise PeerUnreachable(f"{why}: {reason.message}" if reason else why, peer=peer.short)
-                if attempt.error is not None and all(address in attempt.addresses for address in addresses):
-                    raise PeerUnreachable(
-                        attempt.error.summary, peer=peer.short, attempts=attempt.error.attempts
-                    ) from attempt.error
-
-    async def _attempt(self, peer: PeerId, attempt: Attempt) -> None:
-        try:
-            with attempt.scope:
-                try:
-                    link = await race(
-                        self.host,
-                        peer,
-                        attempt.addresses,
-                        partial(self._dial, peer),
-                        self.lag.value(self.host.now()),
-                    )
-                    attempt.link = link
-                    await self._say_hello(link)
-                except PeerUnreachable as error:
-                    attempt.error = error
-                    self._count("dials_failed")
-        finally:
-            if self._attempts.get(peer) is attempt:
-                del self._attempts[peer]
-            attempt.done.set()
+        return await self._connector.connect(peer, addresses, timeout)
 
     async def identify(self, address: Address) -> Link:
         """Dial ``address`` without knowing who is there (a bootstrap address).
 
         Raises :class:`PeerUnreachable`, also when it is this node itself.
         """
-        if self._nursery is None:
-            raise ProtocolMisuse("the endpoint does not run")
-        try:
-            link = await dial_one(self.host, address, partial(self._dial, None), self.lag.value(self.host.now()))
-        except PeerUnreachable as error:
-            reason = error.attempts[0][1] if error.attempts else error.message
-            raise PeerUnreachable("nobody was reached", attempts=((str(address), reason),)) from error
-        except (RemoteError, ConfigError) as error:
-            raise PeerUnreachable("nobody was reached", attempts=((str(address), str(error)),)) from error
-        await self._say_hello(link)
-        if not link.alive:
-            reason = link.close_reason.message if link.close_reason is not None else "closed by us"
-            raise PeerUnreachable("nobody was reached", attempts=((str(address), reason),))
-        return link
-
-    def _adopt(self, link: Link) -> None:
-        assert self._link_nursery is not None
-        self._links.setdefault(link.peer, []).append(link)
-        link.on_stream = self._on_stream
-        link.on_idle = partial(self._on_idle, link)
-        self._link_nursery.start_soon(self._run_link, link)
-        self._trim()
-        if not link.initiator and (attempt := self._attempts.get(link.peer)) is not None:
-            attempt.done.set()  # it came to us while we were on the way to it
-        for hook in self.on_link:
-            hook(link)
-
-    async def _run_link(self, link: Link) -> None:
-        try:
-            await link.run()
-        except Exception:  # boundary: a bug in serving one peer must not end the links to others
-            log.exception("the link to %s failed for a reason of our own", link.peer.short)
-            self._count("link_bugs")
-        finally:
-            links = self._links[link.peer]
-            links.remove(link)
-            if not links:
-                del self._links[link.peer]
-        if isinstance(link.close_reason, RemoteProtocolError):
-            self._count("protocol_errors")
-            log.warning("the link to %s broke the protocol: %s", link.peer.short, link.close_reason)
-        else:
-            log.info("the link to %s is gone: %s", link.peer.short, link.close_reason)
-        for hook in self.on_link_lost:
-            hook(link)
-
-    def _trim(self) -> None:
-        """Close idle links beyond the limit, least recently used first; one just made gets to be used."""
-        live = self.links()
-        before = self.host.now() - defaults.IDLE_GRACE
-        spare = [link for link in live if link.idle and link.last_used < before]
-        spare.sort(key=lambda link: link.last_used)
-        for link in spare[: max(0, len(live) - self.max_links)]:
-            self._close_idle(link, "its slot is needed")
-
-    def _on_idle(self, link: Link) -> None:
-        if link.alive and link.idle and self.link(link.peer) is not link:
-            self._close_idle(link, "another link to the same peer took over")
-        self._trim()
-
-    def _close_idle(self, link: Link, reason: str) -> None:
-        assert self._link_nursery is not None
-        self._count("links_closed_idle")
-        link.say_goodbye(reason, GoodbyeCode.IDLE)
-        self._link_nursery.start_soon(link.aclose, reason, GoodbyeCode.IDLE)
+        return await self._connector.identify(address)
 
     def _count(self, what: str) -> None:
         self.counters[what] = self.counters.get(what, 0) + 1

@@ -296,7 +296,7 @@ async def test_when_all_who_wait_give_up_the_attempt_ends() -> None:
         with trio.move_on_after(1):
             await a.connect(b.peer_id, [Address("mem", "b", 1)])
         world.memory.heal()
-        assert not a._attempts
+        assert not a._connector._attempts
         assert await a.connect(b.peer_id, [Address("mem", "b", 1)])
 
 
@@ -384,7 +384,7 @@ async def test_a_call_that_crosses_the_closing_of_an_idle_link_is_made_again() -
         link = await a.connect(b.peer_id, b.addresses())
         far = b.link(a.peer_id)
         assert far is not None
-        b._close_idle(far, "test")
+        b._table._close_idle(far, "test")
         assert link.alive  # the goodbye is on its way
         assert await a.call(b.peer_id, ECHO, Text("hi")) == Text("hi")
         assert a.link(b.peer_id) is not link
@@ -470,7 +470,7 @@ async def test_a_crowd_of_silent_clients_does_not_shut_others_out(monkeypatch: p
         a, b = await two(n)
         silent = [await a.host.network.dial(b.addresses()[0]) for _ in range(30)]
         await trio.sleep(0.1)
-        assert len(b._half_open) == 10
+        assert len(b._acceptor._half_open) == 10
         assert b.counters["half_open_dropped"] == 20
         await a.connect(b.peer_id, b.addresses())
         for stream in silent:

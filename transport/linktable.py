@@ -1,0 +1,121 @@
+"""The links of one node by peer: which one calls use, which idle ones give way, and the task that runs each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from . import defaults
+from .errors import RemoteProtocolError
+from .frames import GoodbyeCode
+from .host import Host
+from .identity import PeerId
+from .link import Link
+from .stream import LinkStream
+
+log = logging.getLogger(__name__)
+
+
+class LinkTable:
+    """All links of the node ``own``. ``limit``: links kept; idle ones beyond are closed, least recently used first.
+
+    ``nursery``, in which links run, is set before the first link is adopted.
+    """
+
+    def __init__(self, host: Host, own: PeerId, limit: int, count: Callable[[str], None]) -> None:
+        self.limit = limit
+        #: Called for every new link and every lost one. Must not wait.
+        self.on_link: list[Callable[[Link], None]] = []
+        self.on_link_lost: list[Callable[[Link], None]] = []
+        #: Takes the streams that peers open.
+        self.on_stream: Callable[[LinkStream], None] = lambda stream: None
+        self.nursery: trio.Nursery | None = None
+        self._host, self._own, self._count = host, own, count
+        self._links: dict[PeerId, list[Link]] = {}
+
+    def live(self) -> list[Link]:
+        """All live links, oldest peer first; two to one peer may exist for a while."""
+        return [link for links in self._links.values() for link in links if link.alive]
+
+    def get(self, peer: PeerId) -> Link | None:
+        """The live link to ``peer`` that calls use, or None.
+
+        When both sides dialled at once, both prefer the link that the smaller PeerId dialled; otherwise the newest.
+        """
+        live = [link for link in self._links.get(peer, ()) if link.alive]
+        if len(live) < 2:
+            return live[0] if live else None
+        newest = max(link.opened_at for link in live)
+        recent = [link for link in live if link.opened_at >= newest - defaults.SIMULTANEOUS]
+        return min(reversed(recent), key=lambda link: self._own if link.initiator else link.peer)
+
+    def adopt(self, link: Link) -> None:
+        """Run ``link`` from now on, until it ends."""
+        assert self.nursery is not None
+        self._links.setdefault(link.peer, []).append(link)
+        link.on_stream = self.on_stream
+        link.on_idle = partial(self._on_idle, link)
+        self.nursery.start_soon(self._run, link)
+        self.trim()
+        for hook in self.on_link:
+            hook(link)
+
+    def refuse(self, link: Link) -> None:
+        """Tell the other side that there is no slot for it."""
+        assert self.nursery is not None
+        self._count("links_refused")
+        self.nursery.start_soon(link.run)
+        self.nursery.start_soon(link.aclose, "no slot for another link", GoodbyeCode.BUSY)
+
+    @property
+    def full(self) -> bool:
+        """True when another link from outside must be refused."""
+        return len(self.live()) >= 2 * self.limit
+
+    async def say_goodbye(self) -> None:
+        """On all links at once."""
+        async with trio.open_nursery() as nursery:
+            for link in self.live():
+                nursery.start_soon(link.aclose, "the node stops")
+
+    async def _run(self, link: Link) -> None:
+        try:
+            await link.run()
+        except Exception:  # boundary: a bug in serving one peer must not end the links to others
+            log.exception("the link to %s failed for a reason of our own", link.peer.short)
+            self._count("link_bugs")
+        finally:
+            links = self._links[link.peer]
+            links.remove(link)
+            if not links:
+                del self._links[link.peer]
+        if isinstance(link.close_reason, RemoteProtocolError):
+            self._count("protocol_errors")
+            log.warning("the link to %s broke the protocol: %s", link.peer.short, link.close_reason)
+        else:
+            log.info("the link to %s is gone: %s", link.peer.short, link.close_reason)
+        for hook in self.on_link_lost:
+            hook(link)
+
+    def trim(self) -> None:
+        """Close idle links beyond the limit, least recently used first; one just made gets to be used."""
+        live = self.live()
+        before = self._host.now() - defaults.IDLE_GRACE
+        spare = [link for link in live if link.idle and link.last_used < before]
+        spare.sort(key=lambda link: link.last_used)
+        for link in spare[: max(0, len(live) - self.limit)]:
+            self._close_idle(link, "its slot is needed")
+
+    def _on_idle(self, link: Link) -> None:
+        if link.alive and link.idle and self.get(link.peer) is not link:
+            self._close_idle(link, "another link to the same peer took over")
+        self.trim()
+
+    def _close_idle(self, link: Link, reason: str) -> None:
+        assert self.nursery is not None
+        self._count("links_closed_idle")
+        link.say_goodbye(reason, GoodbyeCode.IDLE)
+        self.nursery.start_soon(link.aclose, reason, GoodbyeCode.IDLE)
