@@ -102,3 +102,13 @@ def stragglers(floor: float, worked: float, rtt: float, lag: float = 0.0) -> flo
 def last_words(floor: float, rtt: float, lag: float = 0.0) -> float:
     """For answers that are on their way and wanted, but not needed."""
     return floor + 2.0 * rtt + lag
+
+
+def stun_repeats() -> tuple[float, ...]:
+    """Seconds to wait after each sending of a STUN request: doubling, as RFC 8489 6.2.1 says, but fewer of them."""
+    return tuple(defaults.STUN_RTO * 2**sent for sent in range(defaults.STUN_REQUESTS))
+
+
+def stun() -> float:
+    """For the answer to a STUN request, repetitions included."""
+    return sum(stun_repeats())

@@ -132,6 +132,9 @@ TCP_BACKLOG = 1024
 #: Seconds until the next try while accept() fails for want of sockets.
 ACCEPT_RETRY = 0.1
 
+#: Bytes of a datagram: more than Ethernet carries in one piece. Longer ones are dropped.
+MAX_DATAGRAM = 2048
+
 # Secure channel (noise.py, aead.py, records.py, secure.py)
 
 #: Bytes of plaintext in one record. A record costs about 3 µs of Python; at 256 KiB that is lost beside the cipher's
@@ -212,3 +215,50 @@ CONNECT_FLOOR = 20.0
 
 #: Seconds between two links to one peer within which they count as dialled at the same time from both sides.
 SIMULTANEOUS = 5.0
+
+# STUN (stun.py, stun_service.py)
+
+#: Bytes of a STUN message that is read or sent: with headers it fits the least IPv6 MTU (RFC 8489 6.1: under 1500).
+MAX_STUN = 1232
+
+#: Bytes by which an answer may be longer than its request: XOR-MAPPED-ADDRESS of IPv6 (24) and FINGERPRINT (8).
+STUN_GROWTH = 32
+
+#: Seconds until a STUN request is first repeated (RFC 8489 6.2.1: 0.5 s or more), and how many are sent: 0.5 + 1 + 2 s.
+#: The RFC's seven take 39.5 s, longer than anybody waits for a link.
+STUN_RTO = 0.5
+STUN_REQUESTS = 3
+
+#: STUN answers a second for one source, and at once: an ICE agent asks from each of its addresses, three times.
+STUN_RATE = 5.0
+STUN_BURST = 30.0
+
+#: Sources remembered (200 bytes each), and answers a second for all of them: 5000 take about 10 % of a core here.
+STUN_SOURCES = 4096
+STUN_TOTAL_RATE = 5000.0
+
+# Connections of strangers (throttle.py). A refused one costs accept and close; an admitted one a handshake, about 0.6 ms.
+
+#: Connections per second that one source (IPv4 address, IPv6 /64) may make for long: 3 % of a core for handshakes.
+SOURCE_CONNECTIONS = 50.0
+
+#: Connections of one source at once: 50 nodes behind one address that found a swarm together, each with a few dials
+#: and up to 16 pipes. 0.6 s of handshakes.
+SOURCE_CONNECTIONS_BURST = 1024.0
+
+#: Connections per second of all strangers together: a third of a core for handshakes, whoever they are.
+STRANGER_CONNECTIONS = 500.0
+
+#: Connections of strangers at once: a crowd that joins after a public announcement.
+STRANGER_CONNECTIONS_BURST = 4096.0
+
+#: Connections per second, beyond those, of networks that were not admitted in the last NEWCOMER_AFTER seconds.
+NEWCOMER_CONNECTIONS = 50.0
+NEWCOMER_CONNECTIONS_BURST = 256.0
+NEWCOMER_AFTER = 60.0
+
+#: Sources and networks remembered: about 300 bytes each.
+MAX_SOURCES = 4096
+
+#: Sources remembered as useful: several times the links of a node.
+MAX_VOUCHED = 512
