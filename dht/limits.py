@@ -2,32 +2,9 @@
 
 from __future__ import annotations
 
-import attrs
-
 from ..transport.identity import PeerId
+from ..transport.throttle import TokenBucket
 from . import defaults
-
-
-@attrs.define(eq=False)
-class TokenBucket:
-    """``rate`` tokens per second, ``burst`` at most; begins full. Times are ``now`` seconds."""
-
-    rate: float
-    burst: float
-    updated: float
-    tokens: float = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.tokens = self.burst
-
-    def take(self, now: float) -> bool:
-        """Use one token; False when there is none."""
-        self.tokens = min(self.burst, self.tokens + (now - self.updated) * self.rate)
-        self.updated = now
-        if self.tokens < 1:
-            return False
-        self.tokens -= 1
-        return True
 
 
 class RequestLimits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: Version of everything on the wire. Another version is refused in the handshake, by name.
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 #: Bytes of one RPC message or other control message. Bulk data never travels in messages.
 MAX_MESSAGE = 1 << 20
@@ -23,11 +23,49 @@ MAX_PEER_RECORD = 2048
 #: Addresses in one peer record: interfaces × (IPv4, IPv6), mapped ports, relays.
 MAX_ADDRESSES = 16
 
+#: Relays in one peer record: two are kept (:data:`RESERVATIONS`), a third stands in while one of them is replaced.
+MAX_RECORD_RELAYS = 3
+
+#: Addresses of each of those relays: one of each IP version.
+MAX_RELAY_ADDRESSES = 2
+
 #: Seconds two honest clocks may differ. Consumer machines without NTP drift by minutes.
 CLOCK_SKEW = 300.0
 
 #: Seconds a peer record lives. Twice the republish interval below.
 PEER_RECORD_LIFETIME = 7200.0
+
+# Sessions over several pipes (session.py, pipehello.py, pipe.py, link.py)
+
+#: Bytes received after which an acknowledgement is sent even if nothing else is. What a sender keeps is what is under
+#: way, and this.
+ACKNOWLEDGE_BYTES = 1 << 20
+
+#: Records received after which an acknowledgement is sent even if nothing else is: small ones cost memory too.
+ACKNOWLEDGE_RECORDS = 64
+
+#: Bytes of records that were sent and not acknowledged, per channel: the bulk window, records of credits and bulk that
+#: go the other way, and what the kernels hold. Beyond, the peer grants credit without acknowledging.
+MAX_UNACKNOWLEDGED = 64 << 20
+
+#: Records that may be ahead of the one that is missing: a bulk window in the smallest records.
+MAX_EARLY_RECORDS = 1 << 13
+
+#: Pipes of one session, over its life (a bit each is kept), and at a time. Long fat networks need 8 to 64 connections to
+#: fill; one TCP connection of today's kernels fills 1 Gbit/s at 50 ms.
+MAX_PIPE_INDEX, MAX_PIPES = 1 << 16, 16
+
+#: Seconds for a link without any pipe to get a new one: several tries by every way, and time for the other side to come
+#: to us; beyond, whoever waits for the link is better served by an error.
+RESUME_FLOOR = 3.0
+
+#: Seconds after which bytes that were sent and not answered make us ask for a sign of life: an address that changed or a
+#: path that died is so found before the keepalive finds it.
+PROBE_FLOOR = 1.0
+
+#: Least seconds without an answer to a ping after which another way is tried beside: TCP's first retransmissions come
+#: after 0.2 to 1 s, so a lost packet alone is not enough.
+SUSPECT_FLOOR = 1.5
 
 # Streams on a link (mux.py). Windows and limits of both ends must agree: they belong to the wire version.
 
