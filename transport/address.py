@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from functools import lru_cache
+from typing import Literal, TypeAlias
 
 import attrs
 
@@ -62,14 +63,31 @@ class Address:
             raise ConfigError(f"{text!r} is not an address: {error}") from None
 
 
+#: What a reachable peer may do for others: forward circuits and signals; answer STUN at its listening port, by UDP.
+Service: TypeAlias = Literal["relay", "stun"]
+
+
+@attrs.frozen
+class RelayAddress:
+    """A peer that forwards circuits, and signals, to the one whose record this stands in."""
+
+    peer: PeerId
+    addresses: tuple[Address, ...]
+
+
 @attrs.frozen
 class PeerRecord:
-    """Where a peer says it can be reached; the newest ``seq`` wins. Times are Unix seconds."""
+    """Where a peer says it can be reached; the newest ``seq`` wins. Times are Unix seconds.
+
+    ``relays``: where it holds reservations, as it is not reachable itself. ``services``: what it does for others.
+    """
 
     peer: PeerId
     seq: int
     expires: float
     addresses: tuple[Address, ...]
+    relays: tuple[RelayAddress, ...] = ()
+    services: tuple[Service, ...] = ()
 
 
 @attrs.frozen
@@ -82,12 +100,33 @@ class SignedPeerRecord:
     _LABEL = b"shoal peer record v1\0"
 
     @classmethod
-    def sign(cls, identity: Identity, addresses: tuple[Address, ...], *, seq: int, expires: float) -> SignedPeerRecord:
-        """Sign where ``identity`` can be reached: the first addresses, as many as a record may hold."""
+    def sign(
+        cls,
+        identity: Identity,
+        addresses: tuple[Address, ...],
+        *,
+        seq: int,
+        expires: float,
+        relays: tuple[RelayAddress, ...] = (),
+        services: tuple[Service, ...] = (),
+    ) -> SignedPeerRecord:
+        """Sign where ``identity`` can be reached: the first addresses and relays, as many as a record may hold.
+
+        Where not all fit, addresses go first: who has relays is reached through them.
+        """
         addresses = addresses[: defaults.MAX_ADDRESSES]
-        while len(record := pack(PeerRecord(identity.peer_id, seq, expires, addresses))) > defaults.MAX_PEER_RECORD:
-            addresses = addresses[:-1]
-        return cls(record, identity.sign(cls._LABEL + record))
+        relays = tuple(
+            RelayAddress(relay.peer, relay.addresses[: defaults.MAX_RELAY_ADDRESSES])
+            for relay in relays[: defaults.MAX_RECORD_RELAYS]
+        )
+        while True:
+            packed = pack(PeerRecord(identity.peer_id, seq, expires, addresses, relays, services))
+            if len(packed) <= defaults.MAX_PEER_RECORD:
+                return cls(packed, identity.sign(cls._LABEL + packed))
+            if addresses:
+                addresses = addresses[:-1]
+            else:
+                relays = relays[:-1]
 
     def open(self, wall: float) -> PeerRecord:
         """Verify and return the record. ``wall``: now, Unix seconds. Raises :class:`DecodeError`."""
@@ -107,4 +146,13 @@ def _opened(packed: bytes, label: bytes, signature: bytes) -> PeerRecord:
         raise DecodeError("peer record with a wrong signature", peer=record.peer.short)
     if len(record.addresses) > defaults.MAX_ADDRESSES:
         raise DecodeError(f"peer record with {len(record.addresses)} addresses", peer=record.peer.short)
+    if len(record.relays) > defaults.MAX_RECORD_RELAYS:
+        raise DecodeError(f"peer record with {len(record.relays)} relays", peer=record.peer.short)
+    for relay in record.relays:
+        if len(relay.addresses) > defaults.MAX_RELAY_ADDRESSES:
+            raise DecodeError(f"peer record with {len(relay.addresses)} addresses of a relay", peer=record.peer.short)
+        if relay.peer == record.peer:
+            raise DecodeError("peer record that names its author as its own relay", peer=record.peer.short)
+    if len(dict.fromkeys(record.services)) != len(record.services):
+        raise DecodeError("peer record that names a service twice", peer=record.peer.short)
     return record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import defaults
-from .address import Address, PeerRecord, SignedPeerRecord
+from .address import Address, PeerRecord, RelayAddress, Service, SignedPeerRecord
 from .identity import Identity, PeerId
 
 
@@ -43,22 +43,32 @@ class Contacts:
 
 
 class OwnRecord:
-    """Our own record, signed anew only when our addresses have changed or half its life is over."""
+    """Our own record, signed anew only when what stands in it has changed or half its life is over."""
 
     def __init__(self, identity: Identity) -> None:
         self._identity = identity
         self._signed: SignedPeerRecord | None = None
-        self._addresses: tuple[Address, ...] = ()
+        self._content: tuple[object, ...] = ()
         self._seq = 0
         self._expires = 0.0
 
-    def signed(self, addresses: tuple[Address, ...], wall: float) -> SignedPeerRecord:
-        """The record for ``addresses``; ``wall``: now, Unix seconds."""
+    def signed(
+        self,
+        addresses: tuple[Address, ...],
+        wall: float,
+        *,
+        relays: tuple[RelayAddress, ...] = (),
+        services: tuple[Service, ...] = (),
+    ) -> SignedPeerRecord:
+        """The record for ``addresses``, ``relays`` and ``services``; ``wall``: now, Unix seconds."""
         fresh = self._expires > wall + defaults.PEER_RECORD_LIFETIME / 2
-        if self._signed is None or not fresh or addresses != self._addresses:
+        content = (addresses, relays, services)
+        if self._signed is None or not fresh or content != self._content:
             # Milliseconds rise over restarts too, and no more than one record per millisecond is signed.
             self._seq = max(int(wall * 1000), self._seq + 1)
             self._expires = wall + defaults.PEER_RECORD_LIFETIME
-            self._addresses = addresses
-            self._signed = SignedPeerRecord.sign(self._identity, addresses, seq=self._seq, expires=self._expires)
+            self._content = content
+            self._signed = SignedPeerRecord.sign(
+                self._identity, addresses, seq=self._seq, expires=self._expires, relays=relays, services=services
+            )
         return self._signed

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.transport import defaults
-from shoal.transport.address import Address, PeerRecord, SignedPeerRecord
+from shoal.transport.address import Address, PeerRecord, RelayAddress, SignedPeerRecord
 from shoal.transport.errors import ConfigError, DecodeError
 from shoal.transport.identity import Identity
 from shoal.transport.wire import pack, unpack
@@ -67,7 +67,7 @@ def test_the_text_forms_of_addresses(text: str, expected: Address) -> None:
         "[::1%a b]:1",
         "[::1%\n]:1",
         "localhost:4001",
-        "udp://127.0.0.1:1",
+        "quic://127.0.0.1:1",
         "TCP://127.0.0.1:1",
         "mem://-n:1",
         "mem://a_b:1",
@@ -94,7 +94,7 @@ def test_parsing_any_text_gives_an_address_or_a_config_error(text: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "host", "port"),
     [
-        ("udp", "127.0.0.1", 1),
+        ("quic", "127.0.0.1", 1),
         ("tcp", "127.0.0.1", 65536),
         ("tcp", "127.0.0.1", -1),
         ("tcp", "example", 1),
@@ -175,3 +175,44 @@ def test_too_many_addresses_are_refused_even_when_signed() -> None:
 def test_a_record_too_large_is_refused_before_it_is_decoded() -> None:
     with pytest.raises(DecodeError, match="at most"):
         SignedPeerRecord(bytes(defaults.MAX_PEER_RECORD + 1), bytes(64)).open(NOW)
+
+
+RELAY = Identity(b"r" * 32).peer_id
+
+
+def test_a_record_names_relays_and_services() -> None:
+    places = tuple(Address("tcp", "10.0.0.1", port) for port in range(1, 4))
+    relays = tuple(RelayAddress(Identity(bytes([n]) * 32).peer_id, places) for n in range(1, 5))
+    signed = SignedPeerRecord.sign(ME, places, seq=1, expires=NOW, relays=relays, services=("relay", "stun"))
+    record = unpack(SignedPeerRecord, pack(signed)).open(NOW)
+    assert record.addresses == places
+    assert [relay.peer for relay in record.relays] == [relay.peer for relay in relays[:3]]
+    assert all(relay.addresses == places[:2] for relay in record.relays)
+    assert record.services == ("relay", "stun")
+
+
+def test_what_does_not_fit_beside_the_relays_are_addresses() -> None:
+    longest = tuple(Address("mem", "n" * 254, port) for port in range(16))
+    relays = tuple(RelayAddress(Identity(bytes([n]) * 32).peer_id, longest[:2]) for n in range(1, 4))
+    record = SignedPeerRecord.sign(ME, longest, seq=1, expires=NOW, relays=relays).open(NOW)
+    assert record.addresses == ()
+    assert len(record.relays) == 3
+
+
+PLACES = tuple(Address("tcp", "10.0.0.1", port) for port in range(4))
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (PeerRecord(ME.peer_id, 1, NOW, (), tuple(RelayAddress(RELAY, ()) for _ in range(4))), "4 relays"),
+        (PeerRecord(ME.peer_id, 1, NOW, (), (RelayAddress(RELAY, PLACES[:3]),)), "3 addresses of a relay"),
+        (PeerRecord(ME.peer_id, 1, NOW, (), (RelayAddress(ME.peer_id, PLACES[:1]),)), "its own relay"),
+        (PeerRecord(ME.peer_id, 1, NOW, (), (), ("stun", "stun")), "a service twice"),
+        (PeerRecord(ME.peer_id, 1, NOW, (), (), ("bank",)), "expected one of 'relay', 'stun'"),  # type: ignore[arg-type]
+    ],
+)
+def test_relays_and_services_have_bounds_even_when_signed(record: PeerRecord, words: str) -> None:
+    packed = pack(record)
+    with pytest.raises(DecodeError, match=words):
+        SignedPeerRecord(packed, ME.sign(b"shoal peer record v1\0" + packed)).open(NOW)
