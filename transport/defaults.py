@@ -275,7 +275,7 @@ STUN_BURST = 30.0
 STUN_SOURCES = 4096
 STUN_TOTAL_RATE = 5000.0
 
-# Connections of strangers (throttle.py). A refused one costs accept and close; an admitted one a handshake, about 0.6 ms.
+# Connections of strangers (throttle.py). A refused one costs accept and close; an admitted one a handshake, 0.6 ms.
 
 #: Connections per second that one source (IPv4 address, IPv6 /64) may make for long: 3 % of a core for handshakes.
 SOURCE_CONNECTIONS = 50.0
