@@ -249,7 +249,7 @@ class MemoryNetwork(Network):
         self.listeners[port] = MemoryListener(self, Address("mem", self.name, port))
         return self.listeners[port]
 
-    async def dial(self, address: Address) -> MemoryStream:
+    async def dial(self, address: Address, *, shared_port: bool = False) -> MemoryStream:
         """Connect; takes one round trip. A request that is lost is repeated after 1, 2, 4, … seconds, as TCP does."""
         if address.kind != "mem":
             raise PeerUnreachable("cannot connect", attempts=((str(address), "not an address of this network"),))

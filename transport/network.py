@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 import trio
 
 from .address import Address
+from .errors import ConfigError
 
 
 class ByteStream(trio.abc.HalfCloseableStream):
@@ -45,6 +46,40 @@ class Listener(trio.abc.Listener[ByteStream]):
     address: Address
 
 
+class Datagrams(ABC):
+    """One UDP socket: unordered, unreliable, unauthenticated. Close it with ``async with`` or :meth:`aclose`.
+
+    An :class:`Address` here means its host and port; it is written ``tcp://`` though UDP is spoken.
+    """
+
+    #: Where it really receives (port 0 resolved).
+    local: Address
+
+    @abstractmethod
+    async def send(self, data: bytes, to: Address) -> None:
+        """Send one datagram to the host and port of ``to``; whether it arrives nobody knows.
+
+        Raises :class:`PeerUnreachable` with the reason where this machine already knows that it cannot be sent.
+        """
+
+    @abstractmethod
+    async def receive(self) -> tuple[bytes, Address]:
+        """The next datagram and where it says it comes from. Cancellation loses none.
+
+        Raises :class:`trio.ClosedResourceError` once closed.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Close; a task that receives is told."""
+
+    async def __aenter__(self) -> Datagrams:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
 class Network(ABC):
     """One host's access to a network."""
 
@@ -53,12 +88,24 @@ class Network(ABC):
         """Listen at ``bind`` (port 0 picks one). Raises :class:`ConfigError` naming a port in use."""
 
     @abstractmethod
-    async def dial(self, address: Address) -> ByteStream:
+    async def dial(self, address: Address, *, shared_port: bool = False) -> ByteStream:
         """Open a byte stream to ``address``.
+
+        ``shared_port``: come from the port of our listener, so that a NAT on the way maps both alike; from any port
+        where that cannot be (no listener, a connection between the same two ports is open). Two machines that dial
+        each other's listening port from their own at the same time get *one* stream, which both of them dialled.
 
         Raises :class:`PeerUnreachable` with the reason. Waits as long as the network lets it: the
         caller owns the deadline. Cancellation closes a half-open attempt.
         """
+
+    async def open_datagrams(self, bind: Address) -> Datagrams:
+        """A UDP socket at the host and port of ``bind`` (port 0 picks one).
+
+        Raises :class:`ConfigError` where the port is in use, or the network carries no datagrams.
+        """
+        await trio.lowlevel.checkpoint()
+        raise ConfigError(f"{bind}: this network carries no datagrams")
 
     @abstractmethod
     def reachable_addresses(self, listener: Listener) -> tuple[Address, ...]:

@@ -1,4 +1,4 @@
-"""The kernel's TCP as a :class:`Network`: IPv4 and IPv6 sockets under trio."""
+"""The kernel's TCP and UDP as a :class:`Network`: IPv4 and IPv6 sockets under trio."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import defaults
 from .address import Address
 from .errors import ConfigError, PeerUnreachable
 from .interfaces import local_addresses
-from .network import ByteStream, Listener, Network
+from .network import ByteStream, Datagrams, Listener, Network
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,14 @@ _REASONS = {
     errno.EAFNOSUPPORT: "this machine does not speak that IP version",
     errno.EMFILE: "this process has too many open files (see ulimit -n)",
     errno.ENFILE: "this machine has too many open files",
+    errno.EPERM: "a firewall of this machine forbids it",
+    errno.EMSGSIZE: "too long for one datagram",
 }
+
+#: What keeps one dial from coming from the listening port: the same two ports are connected already (or were a moment
+#: ago), the listener's address is no way out (127.0.0.1), or this system does not share ports.
+_NOT_SHARED = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EEXIST, errno.EINVAL, errno.EACCES)
+_SHARES_PORTS = os.name != "nt" and hasattr(socket, "SO_REUSEPORT")
 
 
 def _family(address: Address) -> socket.AddressFamily:
@@ -96,8 +103,9 @@ class TcpStream(ByteStream):
 class TcpListener(Listener):
     """A listening socket that survives a shortage of sockets and clients that vanish while they connect."""
 
-    def __init__(self, listening: trio.socket.SocketType) -> None:
+    def __init__(self, listening: trio.socket.SocketType, network: TcpNetwork) -> None:
         self.address = _address(listening.getsockname())
+        self._network = network
         self._listener = trio.SocketListener(listening)
         self._short = False
 
@@ -127,11 +135,52 @@ class TcpListener(Listener):
                 accepted.close()
 
     async def aclose(self) -> None:
+        self._network.listeners.pop(self, None)
         await self._listener.aclose()
 
 
+class UdpDatagrams(Datagrams):
+    """One UDP socket."""
+
+    def __init__(self, bound: trio.socket.SocketType) -> None:
+        self.local = _address(bound.getsockname())
+        self._socket = bound
+
+    async def send(self, data: bytes, to: Address) -> None:
+        try:
+            await self._socket.sendto(data, _sockaddr(to))
+        except OSError as error:
+            if error.errno in (errno.EBADF, errno.ENOTSOCK):
+                raise trio.ClosedResourceError("these datagrams were already closed") from None
+            reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+            raise PeerUnreachable("cannot send a datagram", attempts=((str(to), reason),)) from error
+
+    async def receive(self) -> tuple[bytes, Address]:
+        while True:
+            try:
+                data, source = await self._socket.recvfrom(defaults.MAX_DATAGRAM + 1)
+            except ConnectionError:  # an earlier datagram was answered by ICMP (Windows says so unasked)
+                continue
+            except OSError as error:
+                if error.errno in (errno.EBADF, errno.ENOTSOCK):
+                    raise trio.ClosedResourceError("these datagrams were already closed") from None
+                log.debug("%s: cannot receive for now: %s", self.local, error.strerror)
+                await trio.sleep(defaults.ACCEPT_RETRY)
+                continue
+            if len(data) <= defaults.MAX_DATAGRAM:
+                return data, _address(source)
+
+    async def aclose(self) -> None:
+        self._socket.close()
+        await trio.lowlevel.checkpoint()
+
+
 class TcpNetwork(Network):
-    """Kernel TCP of this machine."""
+    """Kernel TCP and UDP of this machine."""
+
+    def __init__(self) -> None:
+        #: Open listeners, in order of opening.
+        self.listeners: dict[TcpListener, None] = {}
 
     async def listen(self, bind: Address) -> TcpListener:
         """Listen at an IP literal; ``0.0.0.0`` and ``[::]`` mean all interfaces of that IP version.
@@ -151,7 +200,10 @@ class TcpNetwork(Network):
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             await listening.bind(_sockaddr(bind))
             listening.listen(defaults.TCP_BACKLOG)
-            return TcpListener(listening)
+            if _SHARES_PORTS:
+                # Only now: set before, it would let two processes of one user listen here without an error.
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener = TcpListener(listening, self)
         except OSError as error:
             if listening is not None:
                 listening.close()
@@ -160,27 +212,76 @@ class TcpNetwork(Network):
             if listening is not None:
                 listening.close()
             raise
+        self.listeners[listener] = None
+        return listener
 
-    async def dial(self, address: Address) -> TcpStream:
+    async def dial(self, address: Address, *, shared_port: bool = False) -> TcpStream:
         """Connect. Raises :class:`PeerUnreachable`; the kernel gives up by itself after about two minutes."""
         if address.kind != "tcp":
             raise PeerUnreachable("cannot connect", attempts=((str(address), "not a TCP address"),))
-        connecting: trio.socket.SocketType | None = None
         try:
-            connecting = trio.socket.socket(_family(address), socket.SOCK_STREAM)
-            await connecting.connect(_sockaddr(address))
-            if connecting.getsockname() == connecting.getpeername():
-                # A dial to a dead port of this machine may be given that very port as its own, and meet itself.
-                raise ConnectionRefusedError(errno.ECONNREFUSED, "met itself")
-            return TcpStream(connecting)
+            origin = self._origin(address) if shared_port else None
+            if origin is not None:
+                try:
+                    return await self._connect(address, origin)
+                except OSError as error:
+                    if error.errno not in _NOT_SHARED:
+                        raise
+                    log.debug("%s: not from our listening port: %s", address, error.strerror)
+            return await self._connect(address, None)
         except OSError as error:
-            if connecting is not None:
-                connecting.close()
             reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
             raise PeerUnreachable("cannot connect", attempts=((str(address), reason),)) from error
+
+    def _origin(self, address: Address) -> Address | None:
+        """Where a dial to ``address`` that shares our listening port comes from; None: nobody listens, or cannot."""
+        if not _SHARES_PORTS:
+            return None
+        target = ipaddress.ip_address(address.host)
+        for listener in self.listeners:
+            own = ipaddress.ip_address(listener.address.host)
+            if own.version == target.version and (own.is_unspecified or own.is_loopback == target.is_loopback):
+                return listener.address
+        return None
+
+    async def _connect(self, address: Address, origin: Address | None) -> TcpStream:
+        connecting = trio.socket.socket(_family(address), socket.SOCK_STREAM)
+        try:
+            if origin is not None:
+                connecting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                connecting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                if connecting.family == socket.AF_INET6:
+                    connecting.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as its listener
+                await connecting.bind(_sockaddr(origin))
+            await connecting.connect(_sockaddr(address))
+            if connecting.getsockname() == connecting.getpeername():
+                # A dial to a dead port of this machine may be given that very port as its own, and meet itself; one
+                # that shares our listening port does so at our own address.
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "met itself")
+            return TcpStream(connecting)
         except BaseException:
-            if connecting is not None:
-                connecting.close()
+            connecting.close()
+            raise
+
+    async def open_datagrams(self, bind: Address) -> UdpDatagrams:
+        """A UDP socket at an IP literal, its port its own. Raises :class:`ConfigError` as :meth:`listen` does."""
+        if bind.kind == "mem":
+            raise ConfigError(f"{bind} is not a UDP address; expected HOST:PORT")
+        await trio.lowlevel.checkpoint()
+        bound: trio.socket.SocketType | None = None
+        try:
+            bound = trio.socket.socket(_family(bind), socket.SOCK_DGRAM)
+            if _family(bind) == socket.AF_INET6:
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            await bound.bind(_sockaddr(bind))
+            return UdpDatagrams(bound)
+        except OSError as error:
+            if bound is not None:
+                bound.close()
+            raise ConfigError(_bind_trouble(bind, error)) from error
+        except BaseException:
+            if bound is not None:
+                bound.close()
             raise
 
     def reachable_addresses(self, listener: Listener) -> tuple[Address, ...]:

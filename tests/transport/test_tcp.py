@@ -9,7 +9,9 @@ import struct
 
 import pytest
 import trio
+import trio.testing
 
+from shoal.transport import defaults
 from shoal.transport.address import Address
 from shoal.transport.errors import ConfigError, PeerUnreachable
 from shoal.transport.network import Network
@@ -191,3 +193,127 @@ async def test_bytes_are_received_straight_into_a_buffer_until_the_end() -> None
         await theirs.aclose()
         with pytest.raises(trio.ClosedResourceError):
             await theirs.receive_into(memoryview(buffer))
+
+
+# Coming from the listening port
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("bind", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+async def test_a_dial_that_shares_the_port_comes_from_the_listening_port(bind: str) -> None:
+    if ":" in bind and not _ipv6_works():
+        pytest.skip("this machine has no IPv6 loopback")
+    far, near = TcpNetwork(), TcpNetwork()
+    loopback = Address("tcp", "::1" if ":" in bind else "127.0.0.1", 0)
+    async with await far.listen(loopback) as there, await near.listen(Address("tcp", bind, 0)) as here:
+        ours = await near.dial(there.address, shared_port=True)
+        async with ours, await there.accept() as theirs:
+            assert ours.local.port == here.address.port
+            assert theirs.remote == ours.local
+            await ours.send_all(b"hello")
+            assert await theirs.receive_some() == b"hello"
+            back = await far.dial(Address("tcp", loopback.host, here.address.port))
+            async with back, await here.accept() as accepted:
+                assert accepted.remote == back.local, "the listener goes on accepting"
+
+
+@pytest.mark.real
+async def test_a_second_dial_between_the_same_ports_falls_back_to_another_port() -> None:
+    far, near = TcpNetwork(), TcpNetwork()
+    async with await far.listen(LOOPBACK) as there, await near.listen(LOOPBACK) as here:
+        first = await near.dial(there.address, shared_port=True)
+        second = await near.dial(there.address, shared_port=True)
+        async with first, second:
+            assert first.local.port == here.address.port
+            assert second.local.port != here.address.port
+
+
+@pytest.mark.real
+async def test_a_dial_shares_no_port_where_nobody_listens_or_only_at_loopback() -> None:
+    far, near = TcpNetwork(), TcpNetwork()
+    async with await far.listen(LOOPBACK) as there:
+        async with await near.dial(there.address, shared_port=True) as ours:
+            assert ours.remote == there.address
+        here = await near.listen(LOOPBACK)
+        assert near._origin(Address("tcp", "192.0.2.1", 1)) is None
+        await here.aclose()
+        assert near._origin(there.address) is None
+
+
+@pytest.mark.real
+async def test_a_dial_from_the_listening_port_to_itself_is_refused() -> None:
+    network = TcpNetwork()
+    async with await network.listen(LOOPBACK) as listener:
+        with pytest.raises(PeerUnreachable, match="connection refused"):
+            await network.dial(listener.address, shared_port=True)
+
+
+@pytest.mark.real
+async def test_a_port_stays_in_use_though_dials_share_it() -> None:
+    far, near = TcpNetwork(), TcpNetwork()
+    async with await far.listen(LOOPBACK) as there:
+        async with await near.listen(LOOPBACK) as here:
+            stream = await near.dial(there.address, shared_port=True)
+            with pytest.raises(ConfigError, match="in use"):
+                await TcpNetwork().listen(here.address)
+        async with stream, await TcpNetwork().listen(here.address) as again:
+            assert again.address == here.address, "a connection that is left does not keep the port from its next owner"
+
+
+# Datagrams
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_datagrams_travel_both_ways_and_say_where_they_come_from(host: str) -> None:
+    if ":" in host and not _ipv6_works():
+        pytest.skip("this machine has no IPv6 loopback")
+    network = TcpNetwork()
+    async with await network.listen(Address("tcp", host, 0)) as listener:
+        one = await network.open_datagrams(listener.address)
+        other = await network.open_datagrams(Address("tcp", host, 0))
+        async with one, other:
+            assert one.local == listener.address, "at the port of the TCP listener"
+            await other.send(b"question", one.local)
+            assert await one.receive() == (b"question", other.local)
+            await one.send(b"answer", other.local)
+            assert await other.receive() == (b"answer", one.local)
+
+
+@pytest.mark.real
+async def test_datagrams_longer_than_allowed_are_dropped_and_do_no_harm() -> None:
+    network = TcpNetwork()
+    one, other = await network.open_datagrams(LOOPBACK), await network.open_datagrams(LOOPBACK)
+    async with one, other:
+        await other.send(bytes(defaults.MAX_DATAGRAM + 1), one.local)
+        await other.send(bytes(defaults.MAX_DATAGRAM), one.local)
+        data, _ = await one.receive()
+        assert len(data) == defaults.MAX_DATAGRAM
+        with pytest.raises(PeerUnreachable, match="too long"):
+            await other.send(bytes(70_000), one.local)
+
+
+@pytest.mark.real
+async def test_a_datagram_port_in_use_or_of_another_network_is_an_error_of_configuration() -> None:
+    network = TcpNetwork()
+    async with await network.open_datagrams(LOOPBACK) as one:
+        with pytest.raises(ConfigError, match="in use"):
+            await network.open_datagrams(one.local)
+    with pytest.raises(ConfigError, match="not a UDP address"):
+        await network.open_datagrams(Address("mem", "n", 1))
+
+
+@pytest.mark.real
+async def test_who_waits_for_datagrams_is_told_when_they_are_closed() -> None:
+    one = await TcpNetwork().open_datagrams(LOOPBACK)
+
+    async def receive() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await one.receive()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        await one.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        await one.send(b"x", LOOPBACK)
