@@ -51,3 +51,14 @@ TERMINATE = 4.0
 
 #: Lines of a node's log that are shown when it fails.
 TAIL = 12
+
+# The NAT lab
+
+#: Seconds that one command of the lab's building (`ip`, `iptables-restore`) may take. They take milliseconds.
+LAB_COMMAND = 20.0
+
+#: Seconds that a router's miniupnpd has to listen for SSDP. Seen: 0.1.
+LAB_DAEMON = 10.0
+
+#: Most sites (customers of the lab's internet), so that each has an IPv4 /24 and an IPv6 /48 of its own.
+LAB_SITES = 250
