@@ -63,6 +63,48 @@ class Address:
             raise ConfigError(f"{text!r} is not an address: {error}") from None
 
 
+#: Seen from afar: this machine only, this cable only, one network behind a NAT, or anybody.
+Scope: TypeAlias = Literal["loopback", "link", "private", "public"]
+
+_PRIVATE = tuple(
+    ipaddress.ip_network(text)
+    for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
+)
+
+
+@lru_cache(maxsize=1024)
+def scope_of(address: Address) -> Scope:
+    """From where ``address`` can be dialled. RFC 1918, RFC 6598 (carriers' NAT) and RFC 4193 are private.
+
+    Not ``ipaddress.is_private``: that counts the documentation nets too, the public ones of every lab.
+    """
+    if address.kind == "mem":
+        return "public"
+    ip = ipaddress.ip_address(address.host)
+    if ip.is_loopback:
+        return "loopback"
+    if ip.is_link_local:
+        return "link"
+    return "private" if any(ip in network for network in _PRIVATE if network.version == ip.version) else "public"
+
+
+def family_of(address: Address) -> str:
+    """``"IPv4"``, ``"IPv6"``, or ``"memory"``."""
+    return "memory" if address.kind == "mem" else "IPv6" if ":" in address.host else "IPv4"
+
+
+def neighbours(one: Address, other: Address) -> bool:
+    """True when both seem to be on one local network: the same IPv4 /24 or IPv6 /64, or the same memory host."""
+    if family_of(one) != family_of(other):
+        return False
+    if one.kind == "mem":
+        return one.host == other.host
+    bits = 24 if ":" not in one.host else 64
+    first, second = (ipaddress.ip_address(address.host.partition("%")[0]) for address in (one, other))
+    shift = first.max_prefixlen - bits
+    return int(first) >> shift == int(second) >> shift
+
+
 #: What a reachable peer may do for others: forward circuits and signals; answer STUN at its listening port, by UDP.
 Service: TypeAlias = Literal["relay", "stun"]
 

@@ -300,3 +300,29 @@ MAX_SOURCES = 4096
 
 #: Sources remembered as useful: several times the links of a node.
 MAX_VOUCHED = 512
+
+# Ways to a peer (planner.py, connector.py, signals.py, relay.py, reachability.py)
+
+#: Seconds between two dials of a race when the peer says that strangers cannot dial it: a SYN each costs nothing, and
+#: the ways that will work stand behind them.
+HIDDEN_HEAD_START = 0.02
+
+#: Seconds that direct dials get before hole punching begins, and punching before WebRTC: both go on beside the rest.
+PUNCH_HEAD_START = 0.1
+WEBRTC_HEAD_START = 0.1
+
+#: Seconds that better ways get before a relay is asked: a dial across a continent. Small, because a relayed link is
+#: replaced later without anybody noticing, while a caller who waits does notice.
+RELAY_HEAD_START = 0.15
+
+#: Seconds for which an address that worked, or failed, is remembered as such: most networks last longer than an hour.
+OUTCOME_LIFETIME = 3600.0
+
+#: Outcomes remembered per peer, and peers they are remembered for.
+MAX_OUTCOMES = 32
+MAX_OUTCOME_PEERS = 1024
+
+#: Seconds for which punching or WebRTC with one peer is left alone after it failed; doubles with each failure up to the
+#: second figure. An attempt takes seconds and packets of three peers.
+WAY_BACKOFF = 5.0
+WAY_BACKOFF_MAX = 600.0
