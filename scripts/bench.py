@@ -19,8 +19,15 @@ take turns, run by run, so that a busy machine slows both; judge by the ratio of
 examples:
   bench.py allreduce --peers 2,4,8 --mb 4,64
   bench.py allreduce --peers 4 --mb 64 --runs 15 --json rows.json
-  bench.py link --mb 256
+  bench.py link --json link.json
+  bench.py rpc --systems shoal,tcp --in-flight 1,8,32
+  bench.py link --peer-python peers/bin/python      where trustme, grpcio, libp2p, hivemind are installed
+
+A peer that cannot run is left out, with the reason.
 """
+
+#: All that `--systems` may name.
+SYSTEMS = ("shoal", "tcp", "tls", "grpc", "libp2p", "hivemind")
 
 ALLREDUCE = """\
 One round of the group reduce against torch gloo's all_reduce, one fp32 tensor, the mean over all peers.
@@ -34,10 +41,29 @@ floor   bytes that have to be moved, sealed, opened, reduced and fingerprinted �
 """
 
 LINK = """\
-One encrypted link against plain TCP of trio, two processes each.
+Messages of 1 MiB from one process to another, one after the other on one stream; the receiver looks at each and says
+when it has all. Then small calls of 1 KiB, one at a time, while such a stream takes all it can get.
 
-bulk    calls that upload --mb MiB in bodies of at most 64 MiB, against send_all and receive_some of the same bytes.
-calls   one small call after the other and its answer, against an echo of 64 bytes.
+Beside Shoal: plain TCP and TLS 1.3 of trio, grpc.aio without encryption, py-libp2p (Noise, yamux), hivemind's p2pd.
+"""
+
+RPC = """\
+Calls of 1 KiB that are answered with what they brought, one at a time and more in flight, over one link.
+
+Beside Shoal: an echo over plain TCP of trio, grpc.aio without encryption, hivemind's p2pd, py-libp2p (Noise, yamux).
+"""
+
+HANDSHAKE = """\
+A new connection, the handshake, one small exchange, the end; one after the other and several at once. Then with a new
+identity each time, which only Shoal is asked for.
+
+Beside Shoal: TCP and TLS 1.3 of trio, py-libp2p (Noise, yamux), hivemind's p2pd.
+"""
+
+IDLE = """\
+Links from so many peers to one process, after one exchange each: what its memory grew by, for each link.
+
+Beside Shoal: TCP and TLS 1.3 of trio, py-libp2p.
 """
 
 
@@ -47,6 +73,13 @@ def numbers(text: str) -> tuple[int, ...]:
     if not values or min(values) < 1:
         raise argparse.ArgumentTypeError(f"expected positive numbers with commas between, got {text!r}")
     return values
+
+
+def _systems(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= set(SYSTEMS):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(SYSTEMS)}, got {text!r}")
+    return names
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -62,12 +95,34 @@ def arguments() -> argparse.ArgumentParser:
     one.add_argument("--mb", type=numbers, default=(4, 64), metavar="N,…", help="MiB of the tensor (default: 4,64)")
     one.add_argument("--warmup", type=int, default=2, metavar="N", help="runs that do not count (default: 2)")
     two = commands.add_parser(
-        "link", help="one encrypted link against plain TCP", description=LINK, formatter_class=shape
+        "link", help="bulk messages, and calls beside them, on one link", description=LINK, formatter_class=shape
     )
-    two.add_argument("--mb", type=int, default=256, metavar="N", help="MiB per bulk run (default: 256)")
-    two.add_argument("--calls", type=int, default=500, metavar="N", help="small calls per run (default: 500)")
-    for command in (one, two):
-        command.add_argument("--runs", type=int, default=9, metavar="N", help="counted runs per case (default: 9)")
+    two.add_argument("--what", choices=("messages", "messages,load"), default="messages,load", help="which tables")
+    three = commands.add_parser("rpc", help="small calls", description=RPC, formatter_class=shape)
+    three.add_argument(
+        "--in-flight", type=numbers, default=(1, 32), metavar="N,…", help="calls at once (default: 1,32)"
+    )
+    four = commands.add_parser("handshake", help="new connections", description=HANDSHAKE, formatter_class=shape)
+    four.add_argument("--at-once", type=int, default=16, metavar="N", help="handshakes at once (default: 16)")
+    five = commands.add_parser("idle", help="memory of idle links", description=IDLE, formatter_class=shape)
+    five.add_argument("--links", type=int, default=1000, metavar="N", help="links (default: 1000)")
+    for command in (two, three, four, five):
+        command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
+        command.add_argument(
+            "--peer-python",
+            default=sys.executable,
+            metavar="PATH",
+            help="the interpreter for tls, grpc, libp2p, hivemind: these want versions of packages that Shoal does not",
+        )
+    for command in (two, three, four):
+        command.add_argument(
+            "--time", type=float, default=0.5, metavar="S", help="seconds of one run, about (default: 0.5)"
+        )
+    for command in (one, two, three, four, five):
+        runs = 3 if command is five else 9
+        command.add_argument(
+            "--runs", type=int, default=runs, metavar="N", help=f"counted runs per case (default: {runs})"
+        )
         command.add_argument(
             "--seconds",
             type=float,
@@ -89,10 +144,16 @@ def main() -> int:
         arguments().error("--runs must be at least 1")
     # Imported late, so that --help answers at once.
     import trio
-    from benchmarks import allreduce, link
+    from benchmarks import allreduce, handshake, idle, link, rpc
     from benchmarks.processes import ChildFailed
 
-    run = {"allreduce": allreduce.run, "link": link.run}[options.command]
+    run = {
+        "allreduce": allreduce.run,
+        "link": link.run,
+        "rpc": rpc.run,
+        "handshake": handshake.run,
+        "idle": idle.run,
+    }[options.command]
     code = 0
     try:
         trio.run(run, options)

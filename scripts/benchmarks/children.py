@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import Any, ClassVar
 
 import trio
 
@@ -17,8 +18,9 @@ HEAD_START = 0.05
 
 
 class Worker(ABC):
-    """A child that runs trio: ``do`` carries out one order. ``nursery`` lives as long as the child."""
+    """A child: ``do`` carries out one order. ``nursery`` lives as long as the child, if it runs trio."""
 
+    framework: ClassVar[str] = "trio"
     nursery: trio.Nursery
 
     @abstractmethod
@@ -30,23 +32,44 @@ def child_main(kind: str) -> int:
     # What libraries print must not get between the answers.
     answers = os.dup(1)
     os.dup2(2, 1)
-    trio.run(_obey, _kinds()[kind](), answers)
+    try:
+        module, _, name = KINDS[kind].partition(":")
+        worker: Worker = getattr(import_module(f"benchmarks.{module}"), name)()
+    except ImportError as error:
+        if kind not in OPTIONAL:
+            raise
+        os.write(answers, json.dumps({"missing": str(error)}).encode() + b"\n")
+        return 0
+    if kind in OPTIONAL:
+        os.write(answers, b"{}\n")
+    if worker.framework == "trio":
+        trio.run(_obey, worker, answers)
+    else:
+        asyncio.run(_obey_asyncio(worker, answers))
     return 0
 
 
-def _kinds() -> dict[str, Callable[[], Worker]]:
-    from .gloo import GlooPeer
-    from .link import ShoalClient, ShoalServer, TcpClient, TcpServer
-    from .reducer import ShoalPeer
+#: What a child can be → the class that it runs.
+KINDS = {
+    "shoal": "reducer:ShoalPeer",
+    "gloo": "gloo:GlooPeer",
+    **{
+        f"{system}-{end.lower()}": f"systems.{module}:{name}{end}"
+        for system, module, name in (
+            ("shoal", "shoal", "Shoal"),
+            ("tcp", "plain", "Tcp"),
+            ("tls", "tls", "Tls"),
+            ("grpc", "grpc", "Grpc"),
+            ("libp2p", "libp2p", "Libp2p"),
+            ("hivemind", "hivemind", "Hivemind"),
+        )
+        for end in ("Server", "Client")
+    },
+}
 
-    return {
-        "shoal": ShoalPeer,
-        "gloo": GlooPeer,
-        "shoal-server": ShoalServer,
-        "shoal-client": ShoalClient,
-        "tcp-server": TcpServer,
-        "tcp-client": TcpClient,
-    }
+
+#: These may lack a package: a line before the first order says ``{"missing": …}``, or ``{}``.
+OPTIONAL = tuple(kind for kind in KINDS if kind.partition("-")[0] in ("tls", "grpc", "libp2p", "hivemind"))
 
 
 async def _obey(worker: Worker, answers: int) -> None:
@@ -67,6 +90,16 @@ async def _obey(worker: Worker, answers: int) -> None:
             del buffer[: at + 1]
             answer = await worker.do(line.pop("order"), line)
             await replies.send_all(json.dumps(answer).encode() + b"\n")
+
+
+async def _obey_asyncio(worker: Worker, answers: int) -> None:
+    orders = os.fdopen(os.dup(0), "rb")
+    loop = asyncio.get_running_loop()
+    while line := await loop.run_in_executor(None, orders.readline):
+        arguments = json.loads(line)
+        answer = await worker.do(arguments.pop("order"), arguments)
+        os.write(answers, json.dumps(answer).encode() + b"\n")
+    os._exit(0)
 
 
 async def until(moment: float) -> None:

@@ -1,258 +1,112 @@
-"""``bench.py link``: one encrypted link against plain TCP of trio, bulk and small calls, in turns."""
+"""``bench.py link``: bulk messages over one link, and small calls beside them, against other systems, in turns."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Awaitable, Callable
-from typing import Any
 
-import attrs
-import trio
-
-from shoal.transport.address import Address
-from shoal.transport.endpoint import Endpoint
-from shoal.transport.host import RealHost
-from shoal.transport.identity import Identity, PeerId
-from shoal.transport.mux import Priority
-from shoal.transport.rpc import Call, Method
-
-from .children import Worker
-from .costs import Costs, measure
-from .processes import Child, ask_all, children
+from .costs import measure
+from .pairs import NAMES, Pair, loopback, meet, ratio, turns
+from .processes import children
 from .report import Row, machine, show, write
+from .systems.base import MESSAGE
 
-#: Bytes of one call's body at most.
-BODY = 64 << 20
-#: Bytes of a small request, and of its answer.
-SMALL = 64
-#: What trio's TCP reads and writes at a time: the size of our records, so that only the rest differs.
-PIECE = 256 << 10
-SYSTEMS = ("shoal", "trio TCP")
-
-
-@attrs.frozen
-class Upload:
-    size: int
-
-
-@attrs.frozen
-class Echo:
-    data: bytes
-
-
-UPLOAD = Method("bench.upload", Upload, Echo, Priority.BULK)
-ECHO = Method("bench.echo", Echo, Echo)
-
-
-class ShoalServer(Worker):
-    """Takes bulk bodies into one buffer, answers small calls with what they brought."""
-
-    async def do(self, order: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        if order != "start":
-            raise ValueError(order)
-        host = RealHost()
-        self._endpoint = Endpoint(host, Identity(host.entropy(32)))
-        self._buffer = memoryview(bytearray(BODY))
-        self._endpoint.serve(UPLOAD, self._upload)
-        self._endpoint.serve(ECHO, self._echo)
-        await self.nursery.start(self._endpoint.run, [Address("tcp", "127.0.0.1", 0)])
-        return {"peer": self._endpoint.peer_id.text, "address": str(self._endpoint.addresses()[0])}
-
-    async def _upload(self, call: Call[Upload]) -> Echo:
-        await call.read_into(self._buffer[: call.request.size])
-        return Echo(bytes(self._buffer[call.request.size - SMALL : call.request.size]))
-
-    async def _echo(self, call: Call[Echo]) -> Echo:
-        return call.request
-
-
-class Client(Worker):
-    """Times what it is told to do, and checks that the other end got it."""
-
-    async def do(self, order: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        match order:
-            case "start":
-                self._data = memoryview(bytes(range(256)) * (BODY // 256))
-                return {}
-            case "meet":
-                return await self.meet(arguments)
-            case "bulk":
-                began = time.perf_counter()
-                left = arguments["bytes"]
-                while left:
-                    size = min(left, BODY)
-                    if await self.bulk(self._data[:size]) != self._data[size - SMALL : size]:
-                        raise AssertionError("other bytes arrived than were sent")
-                    left -= size
-                return {"seconds": time.perf_counter() - began}
-            case "calls":
-                return {"seconds": await self._times(arguments["calls"])}
-        raise ValueError(order)
-
-    async def _times(self, calls: int) -> list[float]:
-        times = []
-        for number in range(calls):
-            data = number.to_bytes(8, "big") * (SMALL // 8)
-            began = time.perf_counter()
-            answer = await self.echo(data)
-            times.append(time.perf_counter() - began)
-            if answer != data:
-                raise AssertionError("another answer came than was asked for")
-        return times
-
-    async def meet(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        raise NotImplementedError
-
-    async def bulk(self, data: memoryview) -> bytes:
-        raise NotImplementedError
-
-    async def echo(self, data: bytes) -> bytes:
-        raise NotImplementedError
-
-
-class ShoalClient(Client):
-    async def meet(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        host = RealHost()
-        self._endpoint = Endpoint(host, Identity(host.entropy(32)))
-        await self.nursery.start(self._endpoint.run, [])
-        self._peer = PeerId.parse(arguments["peer"])
-        link = await self._endpoint.connect(self._peer, [Address.parse(arguments["address"])])
-        return {"cipher": link.cipher}
-
-    async def bulk(self, data: memoryview) -> bytes:
-        return (await self._endpoint.call(self._peer, UPLOAD, Upload(len(data)), body=[data])).data
-
-    async def echo(self, data: bytes) -> bytes:
-        return (await self._endpoint.call(self._peer, ECHO, Echo(data))).data
-
-
-class TcpServer(Worker):
-    """The least a server can do: 8 bytes announce how many follow; the last ones go back."""
-
-    async def do(self, order: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        if order != "start":
-            raise ValueError(order)
-        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        self.nursery.start_soon(trio.serve_listeners, self._serve, listeners)
-        return {"port": listeners[0].socket.getsockname()[1]}
-
-    async def _serve(self, stream: trio.SocketStream) -> None:
-        buffer = memoryview(bytearray(BODY))
-        while True:
-            head = b""
-            while len(head) < 8:
-                data = await stream.receive_some(8 - len(head))
-                if not data:
-                    return
-                head += data
-            size, done = int.from_bytes(head, "big"), 0
-            while done < size:
-                data = await stream.receive_some(min(PIECE, size - done))
-                buffer[done : done + len(data)] = data
-                done += len(data)
-            await stream.send_all(buffer[size - SMALL : size])
-
-
-class TcpClient(Client):
-    async def meet(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        self._stream = await trio.open_tcp_stream("127.0.0.1", arguments["port"])
-        return {}
-
-    async def bulk(self, data: memoryview) -> bytes:
-        await self._stream.send_all(len(data).to_bytes(8, "big"))
-        await self._stream.send_all(data)
-        return await self._answer()
-
-    async def echo(self, data: bytes) -> bytes:
-        await self._stream.send_all(len(data).to_bytes(8, "big") + data)
-        return await self._answer()
-
-    async def _answer(self) -> bytes:
-        answer = b""
-        while len(answer) < SMALL:
-            answer += await self._stream.receive_some(SMALL - len(answer))
-        return answer
-
-
-# The parent
+SYSTEMS = ("tcp", "shoal", "tls", "hivemind", "grpc", "libp2p")
+#: These carry streams and calls on one connection; plain TCP and TLS take one more, to compare with.
+LOADED = ("shoal", "tcp", "tls", "grpc", "libp2p", "hivemind")
 
 
 async def run(options: argparse.Namespace) -> None:
-    size = options.mb << 20
     costs = measure()
-    bulk = {s: Row("link", {"what": "bulk", "bytes": size}, s, "mb_s") for s in SYSTEMS}
-    calls = {s: Row("link", {"what": "calls", "bytes": SMALL}, s, "per_s") for s in SYSTEMS}
-    latencies: dict[str, list[float]] = {system: [] for system in SYSTEMS}
-
-    async def one_bulk(system: str, child: Child, counts: bool) -> None:
-        seconds = (await child.ask("bulk", bytes=size))["seconds"]
-        if counts:
-            bulk[system].runs.append(size / seconds / 1e6)
-
-    async def one_calls(system: str, child: Child, counts: bool) -> None:
-        times = (await child.ask("calls", calls=options.calls))["seconds"]
-        if counts:
-            calls[system].runs.append(len(times) / sum(times))
-            latencies[system] += times
-
     async with children() as group:
-        clients, cipher = await _connect(group)
-        # One after the other: a bulk run beside small calls would measure the scheduler.
-        await _turns(clients, one_bulk, options)
-        await _turns(clients, one_calls, options)
-    for system, times in latencies.items():
-        cuts = statistics.quantiles(times, n=100)
-        calls[system].extra = {"p50_ms": cuts[49] * 1e3, "p99_ms": cuts[98] * 1e3, **machine()}
-        bulk[system].extra = machine()
-    bulk["shoal"].extra |= {"floor_mb_s": size / costs.link_floor(size) / 1e6, "cipher": cipher}
-    rows = [*bulk.values(), *calls.values()]
-    _table(rows, costs, cipher)
+        pairs, missing = await meet(group, SYSTEMS, options)
+        bulk = {pair.system: _row(pair, "messages", "mb_s") for pair in pairs}
+        wire: dict[str, list[float]] = {pair.system: [] for pair in pairs}
+        sizes: dict[str, int] = {}
+
+        async def messages(pair: Pair, counts: bool) -> None:
+            count = sizes.get(pair.system, 16)
+            before = loopback()
+            seconds = (await pair.client.ask("messages", count=count))["seconds"]
+            after = loopback()
+            rate = count * MESSAGE / seconds
+            if counts:
+                bulk[pair.system].runs.append(rate / 1e6)
+                if before is not None and after is not None:
+                    wire[pair.system].append((after - before) / (count * MESSAGE))
+            else:
+                sizes[pair.system] = max(16, int(rate * options.time / MESSAGE))
+
+        await turns(pairs, messages, options, 0.5)
+        beside = {pair.system: _row(pair, "calls beside a full stream", "p99_s") for pair in pairs}
+
+        async def loaded(pair: Pair, counts: bool) -> None:
+            times = sorted((await pair.client.ask("loaded", seconds=options.time, in_flight=1))["times"])
+            if counts:
+                beside[pair.system].runs.append(times[int(len(times) * 0.99)])
+                beside[pair.system].extra.setdefault("calls", []).append(len(times))
+                beside[pair.system].extra.setdefault("p50_s", []).append(statistics.median(times))
+
+        if "load" in options.what:
+            await turns(pairs, loaded, options, 0.5)
+    for pair in pairs:
+        bulk[pair.system].extra |= machine()
+        # Whatever else goes over the interface only adds: the least of all runs is nearest to ours alone.
+        if wire[pair.system]:
+            bulk[pair.system].extra["loopback_per_byte"] = round(min(wire[pair.system]), 4)
+    if "shoal" in bulk:
+        bulk["shoal"].extra["floor_mb_s"] = MESSAGE / costs.link_floor(MESSAGE) / 1e6
+    rows = [*bulk.values(), *(row for row in beside.values() if row.runs)]
+    _tables(bulk, beside)
+    for line in missing:
+        print(line)
     write(rows, options.json)
 
 
-async def _connect(group: Any) -> tuple[dict[str, Child], str]:
-    servers = [*await group.start("shoal-server", 1), *await group.start("tcp-server", 1)]
-    clients = [*await group.start("shoal-client", 1), *await group.start("tcp-client", 1)]
-    hellos = await ask_all(servers, "start")
-    await ask_all(clients, "start")
-    facts = await ask_all(clients, "meet", hellos)
-    return dict(zip(SYSTEMS, clients, strict=True)), facts[0]["cipher"]
+def _row(pair: Pair, what: str, unit: str) -> Row:
+    return Row("link", {"what": what, "bytes": MESSAGE}, pair.name, unit, extra={"cipher": pair.cipher})
 
 
-async def _turns(
-    clients: dict[str, Child], once: Callable[[str, Child, bool], Awaitable[None]], options: argparse.Namespace
-) -> None:
-    ends = None if options.seconds is None else trio.current_time() + options.seconds / 2
-    for number in range(-1, options.runs):
-        if ends is not None and number >= 3 and trio.current_time() > ends:
-            break
-        for system, child in clients.items():
-            await once(system, child, number >= 0)
-
-
-def _table(rows: list[Row], costs: Costs, cipher: str) -> None:
-    columns = ("case", "system", "median", "min", "max", "runs", "÷ TCP", "p50 ms", "p99 ms", "floor")
-    lines = []
-    for row, other in zip(rows, (rows[1], rows[1], rows[3], rows[3]), strict=True):
-        ours, is_bulk = row.system == "shoal", row.unit == "mb_s"
-        title = f"bulk, {row.case['bytes'] >> 20} MiB, MB/s" if is_bulk else f"calls of {SMALL} bytes, per s"
-        lines.append(
-            (
-                title if ours else "",
-                row.system,
-                *(f"{value:.0f}" for value in (row.median, min(row.runs), max(row.runs))),
-                str(len(row.runs)),
-                f"{row.median / other.median:.2f}" if ours else "",
-                *(("", "") if is_bulk else (f"{row.extra[key]:.3f}" for key in ("p50_ms", "p99_ms"))),
-                f"{row.extra['floor_mb_s']:.0f}" if ours and is_bulk else "",
-            )
+def _tables(bulk: dict[str, Row], beside: dict[str, Row]) -> None:
+    tcp = bulk["tcp"].median if "tcp" in bulk else None
+    lines = [
+        (
+            row.system,
+            row.extra["cipher"],
+            *(f"{value:.0f}" for value in (row.median, min(row.runs), max(row.runs))),
+            str(len(row.runs)),
+            ratio(row.median, tcp),
+            f"{row.extra['loopback_per_byte']:.3f}" if "loopback_per_byte" in row.extra else "",
         )
-    facts = machine()
-    notes = [
-        f"shoal: {cipher}, flow control, typed and bounded messages, deadlines; trio TCP: none of these.",
-        f"floor: MB/s at the measured ns per byte (TCP {costs.wire:.3f}, sealing and opening {costs.cipher:.3f}) on "
-        f"two cores. {facts['cores']} cores, load {facts['load'][0]} at the end.",
+        for row in bulk.values()
     ]
-    show("link: one encrypted link against plain TCP", columns, lines, notes)
+    notes = [
+        f"machine: {machine()['cores']} cores, load {machine()['load']}",
+        "lo/byte: bytes on the loopback interface, headers and answers included, for each byte of message; the least "
+        "of all runs, as other programs on this machine may use that interface too.",
+    ]
+    if "shoal" in bulk:
+        notes.append(
+            f"floor of shoal on this machine (TCP, sealing, opening): {bulk['shoal'].extra['floor_mb_s']:.0f} MB/s"
+        )
+    title = "messages of 1 MiB, one after the other on one stream, MB/s"
+    show(title, ("system", "cipher", "median", "min", "max", "runs", f"÷ {NAMES['tcp']}", "lo/byte"), lines, notes)
+    lines = [
+        (
+            row.system,
+            *(
+                f"{value * 1e3:.2f}"
+                for value in (statistics.median(row.extra["p50_s"]), row.median, min(row.runs), max(row.runs))
+            ),
+            str(sum(row.extra["calls"])),
+        )
+        for row in beside.values()
+        if row.runs
+    ]
+    if lines:
+        show(
+            "small calls, one at a time, while a bulk stream takes all it can get, ms",
+            ("system", "p50", "p99 (median of runs)", "min", "max", "calls"),
+            lines,
+            ["trio TCP and TLS: the calls have a connection of their own; the others: one connection for both."],
+        )

@@ -53,6 +53,15 @@ class Child:
         result: dict[str, Any] = json.loads(answer)
         return result
 
+    async def missing(self, *, patience: float = PATIENCE) -> str:
+        """Of a child that may lack a package: what it lacks, or nothing. Asked once, before the first order."""
+        line = b""
+        with trio.move_on_after(patience):
+            line = await self._line()
+        if not line:
+            raise self._failure("did not start")
+        return str(json.loads(line).get("missing", ""))
+
     async def _line(self) -> bytes:
         assert self._process.stdout is not None
         while (at := self._buffer.find(b"\n")) < 0:
@@ -84,13 +93,13 @@ class Children:
     def __init__(self) -> None:
         self._all: list[Child] = []
 
-    async def start(self, kind: str, count: int) -> list[Child]:
-        """Start ``count`` processes of one kind (see :mod:`.children`)."""
+    async def start(self, kind: str, count: int, python: str = sys.executable) -> list[Child]:
+        """Start ``count`` processes of one kind (see :mod:`.children`) under the interpreter ``python``."""
         started = []
         for number in range(count):
             errors = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
             process = await trio.lowlevel.open_process(
-                [sys.executable, str(SCRIPT), "child", kind],
+                [python, str(SCRIPT), "child", kind],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
