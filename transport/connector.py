@@ -125,7 +125,10 @@ class Connector:
             reason = error.attempts[0][1] if error.attempts else error.message
             raise PeerUnreachable("nobody was reached", attempts=((str(address), reason),)) from error
         except (RemoteError, ConfigError) as error:
-            raise PeerUnreachable("nobody was reached", attempts=((str(address), str(error)),)) from error
+            lasting = isinstance(error, RemoteError) and error.lasting
+            raise PeerUnreachable(
+                "nobody was reached", attempts=((str(address), str(error)),), lasting=lasting
+            ) from error
         await self._greet(link)
         if not link.alive:
             reason = link.close_reason.message if link.close_reason is not None else "closed by us"

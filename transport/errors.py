@@ -45,7 +45,12 @@ class Overloaded(LocalError):
 
 
 class RemoteError(ShoalError):
-    """A peer's fault, or the network's. ``peer`` is a short name of the peer, empty when unknown."""
+    """A peer's fault, or the network's. ``peer`` is a short name of the peer, empty when unknown.
+
+    ``lasting``: the same again would fail for the same reason (another version, another swarm's key).
+    """
+
+    lasting = False
 
     def __init__(self, message: str, *, peer: str = "") -> None:
         super().__init__(f"{peer}: {message}" if peer else message)
@@ -56,11 +61,19 @@ class RemoteError(ShoalError):
 class PeerUnreachable(RemoteError):
     """No way to the peer succeeded. ``attempts`` holds ``(address, reason)`` pairs."""
 
-    def __init__(self, message: str, *, peer: str = "", attempts: tuple[tuple[str, str], ...] = ()) -> None:
+    def __init__(
+        self, message: str, *, peer: str = "", attempts: tuple[tuple[str, str], ...] = (), lasting: bool = False
+    ) -> None:
         detail = "; ".join(f"{address}: {reason}" for address, reason in attempts)
         super().__init__(f"{message} ({detail})" if detail else message, peer=peer)
         self.summary = message
         self.attempts = attempts
+        self.lasting = lasting
+
+    @property
+    def reason(self) -> str:
+        """Why, in short: what the one attempt met, or everything where there were several."""
+        return self.attempts[0][1] if len(self.attempts) == 1 else str(self)
 
 
 class LinkClosed(RemoteError):
@@ -107,6 +120,10 @@ class DecodeError(RemoteProtocolError):
 
 class HandshakeError(RemoteProtocolError):
     """The secure handshake failed: identity, version, key or proof."""
+
+    def __init__(self, message: str, *, peer: str = "", lasting: bool = False) -> None:
+        super().__init__(message, peer=peer)
+        self.lasting = lasting
 
 
 class RecordError(RemoteProtocolError):

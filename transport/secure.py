@@ -326,6 +326,7 @@ class SecureChannel:
                 f"it speaks wire version {version}, we speak version {defaults.WIRE_VERSION}; "
                 f"update the one with the lower version",
                 peer=self._expected_name,
+                lasting=True,
             )
         if len(got) <= at or len(got) < at + 1 + got[at]:
             return
@@ -338,6 +339,7 @@ class SecureChannel:
                 if theirs is None
                 else f"it belongs to {theirs}, we to {'a private' if self._private else 'an open'} swarm",
                 peer=self._expected_name,
+                lasting=True,
             )
         del self._buffer[: len(self._preamble)]
         self._say_preamble()
@@ -383,10 +385,12 @@ class SecureChannel:
 
     def _refused(self, body: bytes) -> HandshakeError:
         try:
-            text = _REFUSAL_TEXTS[_Refusal(int.from_bytes(body, "big"))]
+            why: _Refusal | None = _Refusal(int.from_bytes(body, "big"))
         except ValueError:
-            text = "for a reason unknown to this version"
-        return HandshakeError(f"it refused the handshake: {text}", peer=self._expected_name)
+            why = None
+        text = "for a reason unknown to this version" if why is None else _REFUSAL_TEXTS[why]
+        lasting = why in (_Refusal.NOT_A_MEMBER, _Refusal.NO_CIPHER)
+        return HandshakeError(f"it refused the handshake: {text}", peer=self._expected_name, lasting=lasting)
 
     def _confirmed(self) -> bool:
         """Has the peer taken our last handshake message? What it sends first is a record, or a refusal of it."""
