@@ -326,3 +326,19 @@ MAX_OUTCOME_PEERS = 1024
 #: second figure. An attempt takes seconds and packets of three peers.
 WAY_BACKOFF = 5.0
 WAY_BACKOFF_MAX = 600.0
+
+#: Bytes of one signal, or its answer: WebRTC's offers with their candidates take 2 to 8 KiB.
+MAX_SIGNAL = 16 << 10
+MAX_SIGNAL_KIND = 32
+
+#: Signals per second, and at once, that one peer may have forwarded: an attempt to reach a peer takes three or so.
+SIGNAL_RATE, SIGNAL_BURST = 2.0, 32.0
+
+#: The same, for what one peer may forward to us: it may be the relay of many.
+SIGNALLED_RATE, SIGNALLED_BURST = 16.0, 128.0
+
+#: Peers whose rates are remembered; the ones unheard longest begin anew. More than links can be made to us meanwhile.
+MAX_RATED_PEERS = 4096
+
+#: Seconds for the answer to a signal: the handlers answer at once, or within a few round trips (STUN).
+SIGNAL_TIME = 10.0
