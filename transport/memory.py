@@ -14,6 +14,7 @@ addresses ``mem://name:port``. The model (of TCP, as its users see it):
   here, so their calls never return: cancel them. *Frozen* (SIGSTOP): the kernel still connects and receives up to the
   window; nothing is accepted, read or sent. *Partitioned*: pieces vanish silently and are sent again when TCP's timer
   next fires after healing.
+- *Behind NAT* (:meth:`MemoryWorld.set_nat`): see :mod:`shoal.transport.memory_nat`.
 
 No task and no timer belongs to an idle stream: who waits for bytes sleeps until they arrive. Bytes are passed by
 reference: ``bytes``, and views of them, are never copied; what the sender could still change is copied once.
@@ -21,208 +22,24 @@ reference: ``bytes``, and views of them, are never copied; what the sender could
 
 from __future__ import annotations
 
-import math
 import random
-from collections import deque
 from collections.abc import Callable, Iterable
 
 import trio
 
 from .address import Address
 from .errors import ConfigError, PeerUnreachable
-from .memory_flow import EOF, RESET, Flow, Lane, Machine, Route, Sleeper
-from .network import ByteStream, Listener, Network
+from .memory_flow import Flow, Lane, Machine, Route
+from .memory_nat import CONNECT_LIMIT, CONNECT_RETRY, REFUSED, TIMED_OUT, Kind, Knock, Nats, knock
+from .memory_stream import BACKLOG, MemoryListener, MemoryStream
+from .network import Listener, Network
 
-#: Seconds until an unanswered connection request is repeated (then doubling), and until the kernel gives up (Linux).
-CONNECT_RETRY, CONNECT_LIMIT = 1.0, 127.0
-#: Connections waiting to be accepted.
-BACKLOG = 1024
+__all__ = ["BACKLOG", "MemoryListener", "MemoryNetwork", "MemoryStream", "MemoryWorld", "Route", "Trace"]
+
 FIRST_EPHEMERAL_PORT = 49152
 
 #: ``trace(time, what, source machine, target machine, bytes)``, called for everything that happens.
 Trace = Callable[[float, str, str, str, int], None]
-
-
-def _immutable(data: bytes | bytearray | memoryview) -> bytes | memoryview:
-    """``data`` itself where nobody can change it, else a copy."""
-    if isinstance(data, bytes):
-        return data
-    if isinstance(data, memoryview) and isinstance(data.obj, bytes):
-        return data.cast("B") if data.format != "B" else data
-    return bytes(data)
-
-
-class MemoryStream(ByteStream):
-    """One end of a connection. Its flows outlive it: what was sent still arrives after ``aclose``."""
-
-    def __init__(self, process: MemoryNetwork, out: Flow, into: Flow, local: Address, remote: Address) -> None:
-        self.local, self.remote = local, remote
-        self._process, self._out, self._in = process, out, into
-        self._sending = self._receiving = self._closed = self._ended = False
-        process.streams[self] = None
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """As :class:`trio.abc.SendStream`. A cancelled call has sent everything all the same."""
-        await self._send(_immutable(data))
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self._send(None)
-
-    async def _send(self, data: bytes | memoryview | None) -> None:
-        if self._sending:
-            raise trio.BusyResourceError("another task is sending on this stream")
-        self._sending = True
-        try:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            await self._process.running()
-            self._check_writable(sending=data is not None)
-            if data:
-                self._out.push(data, len(data))
-            waited = False
-            while not self._closed and (ready := self._out.ready_at()) > trio.current_time():
-                await self._out.writer.sleep(ready)
-                waited = True
-            if not waited:
-                await trio.lowlevel.cancel_shielded_checkpoint()
-            await self._process.running()
-            self._check_writable(sending=data is not None)
-        finally:
-            self._sending = False
-
-    def _check_writable(self, *, sending: bool) -> None:
-        if self._closed or (self._out.eof and sending):
-            raise trio.ClosedResourceError("this stream was already closed")
-        if self._out.broken() and sending:
-            raise trio.BrokenResourceError(f"{self.remote} reset the connection")
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """As :class:`trio.abc.ReceiveStream`; without a limit one whole piece as it was sent, not copied."""
-        if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
-            raise (ValueError if isinstance(max_bytes, int) else TypeError)("max_bytes must be a positive integer")
-        if self._receiving:
-            raise trio.BusyResourceError("another task is receiving on this stream")
-        self._receiving = True
-        try:
-            if self._closed or self._ended or self._in.ready() is not None:
-                await trio.lowlevel.checkpoint()  # else it waits below
-            while True:
-                await self._process.running()
-                if self._closed:
-                    raise trio.ClosedResourceError("this stream was already closed")
-                if self._ended:
-                    return b""
-                piece = self._in.ready()
-                if piece is None:
-                    await self._in.reader.sleep(self._in.pieces[0].arrival if self._in.pieces else math.inf)
-                elif piece.data is EOF:
-                    self._in.pieces.popleft()
-                    self._ended = True
-                elif piece.data is RESET:
-                    raise trio.BrokenResourceError(f"{self.remote} reset the connection")
-                else:
-                    return self._in.take(piece, max_bytes)
-        finally:
-            self._receiving = False
-
-    async def send_eof(self) -> None:
-        if self._sending:
-            raise trio.BusyResourceError("another task is sending on this stream")
-        self._sending = True
-        try:
-            await trio.lowlevel.checkpoint()
-            await self._process.running()
-            if self._closed:
-                raise trio.ClosedResourceError("this stream was already closed")
-            self._push_eof()
-        finally:
-            self._sending = False
-
-    def _push_eof(self) -> None:
-        if not self._out.eof:
-            self._out.eof = True
-            self._out.push(EOF, 0)
-
-    async def aclose(self) -> None:
-        self.close()
-        await trio.lowlevel.checkpoint()
-
-    def close(self) -> None:
-        """Close at once. A frozen machine's peers learn of it when it goes on."""
-        if not self._closed:
-            self._closed = True
-            self._in.reader.wake()
-            self._out.writer.wake()
-            self._process.when_running(self.hang_up)
-
-    def abort(self) -> None:
-        """Close with a reset, whatever was read or not."""
-        self._closed = True
-        self._out.push_reset(-math.inf)
-        self.hang_up()
-
-    def hang_up(self) -> None:
-        """The kernel's part of closing."""
-        if self in self._process.streams:
-            del self._process.streams[self]
-            self._push_eof()
-            self._in.close_reader()
-            if self._out.closed:
-                self._process.world.forget(self._in, self._out)
-
-
-class MemoryListener(Listener):
-    """Connections waiting to be accepted at one port."""
-
-    def __init__(self, process: MemoryNetwork, address: Address) -> None:
-        self.address = address
-        self.process = process
-        self._waiting: deque[tuple[float, MemoryStream]] = deque()
-        self._accepting = False
-        self._arrived = Sleeper()
-        self.closed = False
-
-    @property
-    def full(self) -> bool:
-        return len(self._waiting) >= BACKLOG
-
-    def offer(self, at: float, stream: MemoryStream) -> None:
-        """A connection that is complete at the time ``at``."""
-        self._waiting.append((at, stream))
-        self._arrived.wake()
-
-    async def accept(self) -> MemoryStream:
-        """The next connection, for one task at a time. Cancellation loses none."""
-        if self._accepting:
-            raise trio.BusyResourceError("another task is accepting here")
-        self._accepting = True
-        try:
-            await trio.lowlevel.checkpoint()
-            while True:
-                await self.process.running()
-                if self.closed:
-                    raise trio.ClosedResourceError("this listener was already closed")
-                if self._waiting and self._waiting[0][0] <= trio.current_time():
-                    return self._waiting.popleft()[1]
-                await self._arrived.sleep(self._waiting[0][0] if self._waiting else math.inf)
-        finally:
-            self._accepting = False
-
-    async def aclose(self) -> None:
-        self.close()
-        await trio.lowlevel.checkpoint()
-
-    def close(self) -> None:
-        """Refuse from now on; connections not accepted are reset."""
-        if not self.closed:
-            self.closed = True
-            self._arrived.wake()
-            self.process.when_running(self.hang_up)
-
-    def hang_up(self) -> None:
-        self.process.listeners.pop(self.address.port, None)
-        for _, stream in self._waiting:
-            stream.abort()
-        self._waiting.clear()
 
 
 class MemoryNetwork(Network):
@@ -233,7 +50,11 @@ class MemoryNetwork(Network):
         # dicts, not sets: they are gone through in order of opening
         self.streams: dict[MemoryStream, None] = {}
         self.listeners: dict[int, MemoryListener] = {}
+        #: Requests to connect that are on their way from a port that listens too.
+        self.knocks: dict[tuple[int, Address], Knock] = {}
         self.frozen = self.killed = False
+        #: Where this machine is addressed now, and how often that has changed.
+        self.host, self.moves = world.host_of(machine.name), 0
         self._stopped = trio.lowlevel.ParkingLot()
         self._deferred: list[Callable[[], None]] = []
         self._next_port = FIRST_EPHEMERAL_PORT
@@ -241,12 +62,12 @@ class MemoryNetwork(Network):
     async def listen(self, bind: Address) -> MemoryListener:
         await trio.lowlevel.checkpoint()
         await self.running()
-        if bind.kind != "mem" or bind.host != self.name:
-            raise ConfigError(f"{bind} is not an address of this machine; listen at mem://{self.name}:PORT")
+        if bind.kind != "mem" or bind.host != self.host:
+            raise ConfigError(f"{bind} is not an address of this machine; listen at mem://{self.host}:PORT")
         port = bind.port or self._free_port()
         if port in self.listeners:
             raise ConfigError(f"{bind} is in use by another program; choose another port (0 picks a free one)")
-        self.listeners[port] = MemoryListener(self, Address("mem", self.name, port))
+        self.listeners[port] = MemoryListener(self, Address("mem", self.host, port))
         return self.listeners[port]
 
     async def dial(self, address: Address, *, shared_port: bool = False) -> MemoryStream:
@@ -254,8 +75,10 @@ class MemoryNetwork(Network):
         if address.kind != "mem":
             raise PeerUnreachable("cannot connect", attempts=((str(address), "not an address of this network"),))
         await self.running()
-        out, back = self.world.lane(self.name, address.host), self.world.lane(address.host, self.name)
-        pause, give_up = CONNECT_RETRY, trio.current_time() + CONNECT_LIMIT
+        if shared_port or self.world.nats:
+            return await knock(self, address, self._origin(address) if shared_port else self._free_port())
+        out, back = self.world.lanes(self.name, address)
+        pause, give_up, moves = CONNECT_RETRY, trio.current_time() + CONNECT_LIMIT, self.moves
         self.world.note("dial", out, 0)
         while True:
             await trio.sleep(out.route.latency)
@@ -265,28 +88,25 @@ class MemoryNetwork(Network):
                 await self.running()
                 if reason:
                     raise PeerUnreachable("cannot connect", attempts=((str(address), reason),))
-                if listener is not None and not self.world.lost(back):
-                    return self._connect(listener, out, back)
+                if listener is not None and not self.world.lost(back) and moves == self.moves:
+                    local = Address("mem", self.host, self._free_port())
+                    ours, theirs = self.world.join(self, local, address, listener.process, address, local)
+                    listener.offer(trio.current_time() + out.route.latency, theirs)
+                    return ours
             if trio.current_time() + pause > give_up:
-                reason = "timed out (no answer at all: host down, or a firewall drops it)"
-                raise PeerUnreachable("cannot connect", attempts=((str(address), reason),))
+                raise PeerUnreachable("cannot connect", attempts=((str(address), TIMED_OUT),))
             await trio.sleep(pause)
             await self.running()
             pause *= 2
+            moves = self.moves
 
-    def _connect(self, listener: MemoryListener, out: Lane, back: Lane) -> MemoryStream:
-        there, here = Flow(self.world, out), Flow(self.world, back)
-        there.reverse, here.reverse = here, there
-        self.world.remember(there, here)
-        local = Address("mem", self.name, self._free_port())
-        ours = MemoryStream(self, there, here, local, listener.address)
-        theirs = MemoryStream(listener.process, here, there, listener.address, local)
-        if listener.closed:
-            theirs.abort()  # closed since it answered
-        else:
-            listener.offer(trio.current_time() + out.route.latency, theirs)
-        self.world.note("connect", out, 0)
-        return ours
+    def _origin(self, address: Address) -> int:
+        """The port for a dial that shares our listener's, or a free one where the two are connected already."""
+        for port in self.listeners:
+            connected = (stream.local.port == port and stream.remote == address for stream in self.streams)
+            if (port, address) not in self.knocks and not any(connected):
+                return port
+        return self._free_port()
 
     def _free_port(self) -> int:
         for _ in range(FIRST_EPHEMERAL_PORT, 65536):
@@ -311,10 +131,18 @@ class MemoryNetwork(Network):
         elif not self.killed:
             act()
 
+    def move(self, host: str) -> None:
+        """This machine is addressed otherwise from now on; its listeners listen there."""
+        self.host = host
+        self.moves += 1
+        for listener in self.listeners.values():
+            listener.address = Address("mem", host, listener.address.port)
+
     def kill(self) -> None:
         """SIGKILL: the kernel closes everything."""
         self.killed, self.frozen = True, False
         self._deferred.clear()
+        self.knocks.clear()
         for listener in list(self.listeners.values()):
             listener.hang_up()
         for stream in list(self.streams):
@@ -346,6 +174,10 @@ class MemoryWorld:
         self._group: dict[str, int] = {}
         self._cuts: dict[tuple[str, str], None] = {}
         self._closed = False
+        self.nats = Nats(random)
+        # machines whose address is not their name: machine → host and back; None: nobody's any more
+        self._hosts: dict[str, str] = {}
+        self._tenants: dict[str, str | None] = {}
 
     # setting up
 
@@ -365,6 +197,37 @@ class MemoryWorld:
     def set_uplink(self, name: str, bandwidth: float) -> None:
         """Bytes per second which all streams from ``name`` to other machines share."""
         self._machine(name).uplink = bandwidth
+
+    def set_nat(self, name: str, kind: Kind, *, site: str = "", resets: bool = False) -> None:
+        """Put machine ``name`` behind a router, as :mod:`shoal.transport.memory_nat` describes, or take it out.
+
+        ``site``: the network behind one router (default: a network of its own); its outer host name is ``SITE-nat``.
+        ``resets``: the router answers what it does not let pass. Connections that ``name`` had go silent.
+        """
+        self._event("nat", name, kind)
+        self.nats.place(self._machine(name).name, kind, site or name, resets=resets)
+        self._sever([name])
+
+    def readdress(self, name: str, host: str) -> None:
+        """Others see machine ``name`` under another address from now on: ``mem://host:port``.
+
+        Behind a ``cone`` or ``symmetric`` NAT it is the router's outer address that changes, for its whole site (a line
+        that was dialled anew). Connections go silent, nothing answers at the old address.
+        """
+        if host in self._machines or host in self._tenants:
+            raise ValueError(f"{host!r} is or was the name of another machine")
+        self._event("readdress", name, host)
+        router = self.nats.of(name)
+        if router is not None and router.kind != "blocked":
+            self.nats.rename(router, host)
+            self._sever(router.members, outside=True)
+            return
+        self._tenants[self.host_of(name)], self._tenants[host] = None, name
+        self._hosts[name] = host
+        self._sever([name])
+        process = self._processes.get(name)
+        if process is not None:
+            process.move(host)
 
     # faults
 
@@ -441,6 +304,37 @@ class MemoryWorld:
             found = self._lanes[source, target] = Lane(sender, self._machine(target), route)
         return found
 
+    def lanes(self, source: str, to: Address) -> tuple[Lane, Lane]:
+        """The lanes from machine ``source`` to the machine at an address, and back."""
+        target = self.nats.machine(to.host) or self._tenants.get(to.host) or to.host
+        return self.lane(source, target), self.lane(target, source)
+
+    def host_of(self, name: str) -> str:
+        """The host in the addresses of machine ``name``, as itself sees them."""
+        return self._hosts.get(name, name)
+
+    def process_at(self, address: Address) -> MemoryNetwork | None:
+        """The process on the machine at an address, which is not a router's outer one."""
+        tenant = self._tenants.get(address.host, address.host)
+        return self._processes.get(tenant) if tenant is not None else None
+
+    def join(
+        self,
+        near: MemoryNetwork,
+        local: Address,
+        remote: Address,
+        far: MemoryNetwork,
+        far_local: Address,
+        far_remote: Address,
+    ) -> tuple[MemoryStream, MemoryStream]:
+        """The two ends of a new connection between two processes, with the addresses that each end sees."""
+        out, back = self.lane(near.name, far.name), self.lane(far.name, near.name)
+        there, here = Flow(self, out), Flow(self, back)
+        there.reverse, here.reverse = here, there
+        self.remember(there, here)
+        self.note("connect", out, 0)
+        return MemoryStream(near, there, here, local, remote), MemoryStream(far, here, there, far_local, far_remote)
+
     def separated(self, source: str, target: str) -> bool:
         if source == target:
             return False
@@ -454,12 +348,13 @@ class MemoryWorld:
 
     def answer(self, address: Address) -> tuple[MemoryListener | None, str]:
         """What answers a connection request: a listener, silence (it has no room), or a refusal with its reason."""
-        process = self._processes.get(address.host)
+        process = self.process_at(address)
         if process is None or self._closed:
-            return None, "no route to host"
+            vacated = not self._closed and address.host in self._tenants
+            return None, "" if vacated else "no route to host"
         listener = process.listeners.get(address.port)
         if listener is None:
-            return None, "connection refused (nobody listens there)"
+            return None, REFUSED
         return (None, "") if listener.full else (listener, "")
 
     def remember(self, *flows: Flow) -> None:
@@ -471,6 +366,17 @@ class MemoryWorld:
 
     def _machine(self, name: str) -> Machine:
         return self._machines.setdefault(name, Machine(name))
+
+    def _sever(self, names: Iterable[str], *, outside: bool = False) -> None:
+        """All connections of these machines go silent for ever; with ``outside``, not those among themselves."""
+        gone = dict.fromkeys(names)
+        for flow in list(self._flows):
+            source, target = flow.lane.source.name, flow.lane.target.name
+            ends = (source in gone) + (target in gone)
+            if source != target and (ends == 1 or (ends == 2 and not outside)):
+                if not flow.stalled:
+                    flow.stall()
+                self.forget(flow)
 
     def _rewire(self) -> None:
         for flow in list(self._flows):
