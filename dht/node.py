@@ -108,7 +108,11 @@ class Dht:
         if len(self.table):
             await self._find_neighbours()
         elif attempts and (addresses or peers):
-            raise PeerUnreachable("nobody there to join through", attempts=tuple(attempts))
+            raise PeerUnreachable(
+                "nobody there to join through",
+                attempts=tuple((name, reason) for name, reason, _ in attempts),
+                lasting=_is_lasting([(name, lasting) for name, _, lasting in attempts]),
+            )
         self._wake.set()
         return len(self.table)
 
@@ -117,17 +121,19 @@ class Dht:
         own = self.endpoint.addresses()
         return [address for address in self._bootstrap if address not in own]
 
-    async def _reach(self, addresses: Sequence[Address], lost: Sequence[PeerId]) -> list[tuple[str, str]]:
-        """Try to hear ``addresses`` and ``lost`` contacts, ALPHA_MAX at a time. Returns what failed, and why."""
-        failures: list[tuple[str, str]] = []
+    async def _reach(self, addresses: Sequence[Address], lost: Sequence[PeerId]) -> list[tuple[str, str, bool]]:
+        """Try to hear ``addresses`` and ``lost`` contacts, ALPHA_MAX at a time. What failed, why, would it again?"""
+        failures: list[tuple[str, str, bool]] = []
         limit = trio.CapacityLimiter(defaults.ALPHA_MAX)
 
         async def attempt(name: str, reach: Callable[[], Awaitable[PeerId]]) -> None:
             async with limit:
                 try:
                     await self._ping(await reach())
+                except PeerUnreachable as error:
+                    failures.append((name, error.reason, error.lasting))
                 except (RemoteError, Overloaded) as error:
-                    failures.append((name, str(error)))
+                    failures.append((name, str(error), isinstance(error, RemoteError) and error.lasting))
 
         async def identify(address: Address) -> PeerId:
             return (await self.endpoint.identify(address)).peer
@@ -477,3 +483,13 @@ class Dht:
         for own in snapshot.own:
             if own.expires > wall and own.author == self.endpoint.peer_id:
                 self._own[own.namespace, own.key] = (own, Published(self.host.now()))
+
+
+def _is_lasting(failures: Sequence[tuple[str, bool]]) -> bool:
+    """Would all of it fail again? Somebody there has said so, as ``(address or name, whether it would)`` tell.
+
+    What answers at a loopback address of somebody else's ticket says little: it is another program of this machine.
+    """
+    here = ("tcp://127.", "tcp://[::1]")
+    remote = [failure for failure in failures if not failure[0].startswith(here)]
+    return any(lasting for _, lasting in remote or failures)

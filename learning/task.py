@@ -18,6 +18,8 @@ from ..transport.errors import ConfigError
 from . import defaults
 from .shard import Shard
 from .spec import ParameterSpec
+from .tasks import BUILTIN as BUILTIN
+from .tasks import check_name
 
 #: What ``batches`` yields and ``loss`` takes: a tensor, or tuples, lists and dicts of them, nested as the task likes.
 Batch: TypeAlias = Any
@@ -101,14 +103,6 @@ def _first_tensor(batch: Batch) -> Tensor | None:
 
 # --- finding a task ---------------------------------------------------------------------------------------------------
 
-#: Built-in tasks: the only names that a run spec from the network may resolve to.
-BUILTIN: Mapping[str, tuple[str, str]] = {
-    "digits": (".tasks.digits", "Digits"),
-    "stdlib": (".tasks.stdlib", "Stdlib"),
-    "stdlib-small": (".tasks.stdlib", "StdlibSmall"),
-    "stdlib-large": (".tasks.stdlib", "StdlibLarge"),
-}
-
 
 def resolve(name: str, *, allow_import: bool) -> Task:
     """The task called ``name``: a built-in, or ``module:Class`` if ``allow_import``.
@@ -118,9 +112,7 @@ def resolve(name: str, *, allow_import: bool) -> Task:
     user's module or constructor raises by itself passes through.
     """
     if ":" not in name:
-        if name not in BUILTIN:
-            known = ", ".join(sorted(BUILTIN))
-            raise ConfigError(f"unknown task {name!r}: built-in tasks are {known}; a task of your own is module:Class")
+        check_name(name)
         module_name, class_name = BUILTIN[name]
         built_in: type[Task] = getattr(importlib.import_module(module_name, __package__), class_name)
         return built_in()

@@ -51,6 +51,8 @@ examples:
   shoal start digits --rounds 50                  a built-in task, 50 rounds
   shoal start stdlib --strategy noloco            another strategy: see --strategy
   shoal start my_task:MyTask --set inner_steps=50 your own task, an argument of the strategy
+  shoal start digits --private                    only who has the ticket gets in: keep it secret
+  shoal start digits --via 203.0.113.5:4001       not reachable from outside? begin with a `shoal relay` that is
   shoal start                                     go on with the run in the data directory
 
 Started in a data directory that already holds a run, it resumes that run, with the same key and ticket.
@@ -185,6 +187,11 @@ def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--min-peers", type=positive, metavar="N", help="begin once N peers are there (default 1)")
     run.add_argument("--group", type=count, metavar="N", help="peers in one group reduce (default 0: all of them)")
     run.add_argument("--seed", type=count, metavar="N", help="seed of the split of the data (default 0)")
+    run.add_argument(
+        "--private", metavar="KEYFILE", nargs="?", const="",
+        help="a private swarm: only who has the ticket gets in, or learns who is there. With KEYFILE several runs and "
+        "relays share one key (made there if the file does not exist)",
+    )  # fmt: skip
     _add_node_options(parser)
 
 
@@ -201,8 +208,11 @@ def _add_join(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_node_options(parser: argparse.ArgumentParser) -> None:
     node = parser.add_argument_group("this node")
     _add_data_dir(node)
-    node.add_argument("--host", metavar="IP", help="address to listen on (default 0.0.0.0: every interface)")
-    node.add_argument("--port", type=_port, metavar="N", help="port to listen on (default: the last one used, or any)")
+    _add_listening(node)
+    node.add_argument(
+        "--via", metavar="ADDRESS", action="append", default=[],
+        help="a relay or other peer to begin with, as `shoal relay` prints it; may be repeated",
+    )  # fmt: skip
     node.add_argument("--device", metavar="DEVICE", default="cpu", help="cpu (default), cuda, cuda:1, mps …")
     node.add_argument(
         "--threads",
@@ -223,6 +233,16 @@ def _add_node_options(parser: argparse.ArgumentParser) -> None:
     node.add_argument("--fault", action="append", default=[], help=argparse.SUPPRESS)
     # For whoever starts nodes as children: end when standard input closes.
     node.add_argument("--leash", action="store_true", help=argparse.SUPPRESS)
+
+
+def _add_listening(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--host", metavar="IP", action="append", default=[],
+        help="address to listen on (default: every interface, IPv4 and IPv6); may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--port", type=_port, metavar="N", help="port to listen on (default: the last one used, or any)"
+    )
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

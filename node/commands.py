@@ -16,6 +16,10 @@ from . import defaults
 from .control import ControlClient, NodeStatus
 from .datadir import DataDir
 
+#: Said wherever the ticket of a private swarm is shown, and where only its key is.
+SECRET = "the ticket below is a secret: whoever has it can join and see who is there; hand it on with care"
+SECRET_KEY = "a private swarm: only who has its key gets in"
+
 
 def status(options: argparse.Namespace) -> int:
     found = ControlClient(DataDir(options.data_dir)).status()
@@ -87,9 +91,11 @@ def render_status(found: NodeStatus) -> str:
         ("links", f"{found.links}, sent {size(found.bytes_sent)}, received {size(found.bytes_received)}"),
     ]
     run = found.run
-    if run is None:
+    if found.role == "relay":
+        rows[0] = ("relay", rows[0][1])
+    elif run is None:
         rows.append(("run", "none yet: still looking for it"))
-    else:
+    if run is not None:
         rows += [
             ("run", f"{run.run[:8]}  {run.task}, {run.strategy}, {run.mode} mode"),
             ("round", f"{run.round}  {run.phase}" + (f": {run.reason}" if run.reason else "")),
@@ -103,6 +109,9 @@ def render_status(found: NodeStatus) -> str:
         if run.metric is not None:
             rows.append((run.metric_name or "metric", f"{run.metric:.4f}"))
         rows.append(("state", run.digest[:16] + (f"  branch {run.branch}" if run.branch else "")))
+    rows += found.notes
+    if found.private:
+        rows.append(("private", SECRET if found.ticket else SECRET_KEY))
     if found.ticket:
         rows.append(("join with", f"shoal join {found.ticket}"))
     width = max(len(name) for name, _ in rows)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
 from ..learning.events import Event, RoundReport
-from .commands import duration, size
+from .commands import SECRET, duration, size
 from .ticket import Ticket
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class Console:
         self.line(f"run        {ticket.run_id.hex()[:8]}: {spec.task}, {spec.strategy}, {spec.mode} mode, {rounds}")
         self.line(f"listening  {', '.join(map(str, node.endpoint.addresses())) or 'nowhere'}")
         self.line(f"reach      {reach}")
+        if ticket.psk is not None:
+            self.line(f"private    {SECRET}")
         self.line(f"join with  shoal join {ticket}")
         self.line("")
 

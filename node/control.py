@@ -62,7 +62,10 @@ class Watch:
 
 @attrs.frozen
 class NodeStatus:
-    """The moment. ``reach``: who can connect to this node, a sentence. ``t``: seconds since the node started."""
+    """The moment. ``reach``: who can connect to this node, a sentence. ``t``: seconds since the node started.
+
+    ``role``: ``peer`` or ``relay``. ``private``: whether the ticket is a secret. ``notes``: further lines for people.
+    """
 
     pid: int
     data_dir: str
@@ -76,6 +79,9 @@ class NodeStatus:
     bytes_received: int
     rounds: int
     run: RunStatus | None
+    role: str = "peer"
+    private: bool = False
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @attrs.frozen

@@ -44,12 +44,12 @@ log = logging.getLogger(__name__)
 
 @attrs.frozen
 class DaemonOptions:
-    """What a process adds to a node. ``task`` and ``host``: remembered for a restart. ``export``: written when the node
-    ends. ``leash``: end with standard input.
+    """What a process adds to a node. ``task`` and ``hosts``: remembered for a restart. ``export``: written at the end.
+    ``leash``: end with standard input.
     """
 
     task: str
-    host: str
+    hosts: tuple[str, ...] = ()
     export: Path | None = None
     leash: bool = False
 
@@ -110,7 +110,9 @@ class Daemon:
         founder = spec is not None and spec.founder == self.node.identity.peer_id
         addresses = self.node.endpoint.addresses()
         port = next((address.port for address in addresses), 0)
-        self._data.write_record(NodeRecord(ticket.encode(), self._options.task, self._options.host, port, founder))
+        via = tuple(map(str, self.node.config.via))
+        hosts = ",".join(self._options.hosts)
+        self._data.write_record(NodeRecord(ticket.encode(), self._options.task, hosts, port, founder, via))
         if spec is not None:
             self._console.ready(self.node, spec, ticket, self.node.reach())
 
@@ -204,6 +206,7 @@ class Daemon:
             bytes_received=received,
             rounds=len(self.node.run_here.reports) if self.node.run_here is not None else 0,
             run=run,
+            private=self.node.psk is not None,
         )
 
     async def _answer(self, request: Any) -> Any:

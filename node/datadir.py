@@ -3,6 +3,7 @@
 ::
 
     DIR/key        the identity, mode 0600
+    DIR/swarm-key  the key of the private swarm that the node belongs to, mode 0600; none in an open one
     DIR/lock       held while a node runs; holds its pid
     DIR/control    where the control socket of the running node is
     DIR/node       what the node was doing: ticket, task, port (msgpack)
@@ -25,6 +26,7 @@ import attrs
 from ..transport.errors import ConfigError, DecodeError
 from ..transport.identity import Identity
 from ..transport.wire import pack, unpack
+from . import swarm_key
 
 T = TypeVar("T")
 
@@ -34,9 +36,10 @@ class NodeRecord:
     """What a node was doing when it last ran, so that it resumes without being told again.
 
     ``ticket``: text form. ``task``: as named on the command line here (a name or ``module:Class``).
-    ``host``: the IP address it was told to listen on; a node that was kept off the network stays off.
+    ``host``: the IP addresses it was told to listen on, with commas, empty for all: a node that was kept off the
+    network stays off.
     ``port``: the one it listened on; taken again if it is free, so old tickets keep working.
-    ``founder``: whether this node founded the run.
+    ``founder``: whether this node founded the run. ``via``: text of the addresses it was told to begin with.
     """
 
     ticket: str
@@ -44,6 +47,7 @@ class NodeRecord:
     host: str
     port: int
     founder: bool
+    via: tuple[str, ...] = ()
 
 
 def default_path() -> Path:
@@ -61,6 +65,7 @@ class DataDir:
     def __init__(self, path: Path | None = None) -> None:
         self.path = (default_path() if path is None else path).expanduser().absolute()
         self.key_path = self.path / "key"
+        self.swarm_key_path = self.path / "swarm-key"
         self.lock_path = self.path / "lock"
         self.node_path = self.path / "node"
         self.dht_path = self.path / "dht"
@@ -116,6 +121,27 @@ class DataDir:
     def identity(self, entropy: Callable[[int], bytes]) -> Identity:
         """The node's key, made on first use. Raises :class:`ConfigError` (readable by others, damaged)."""
         return Identity.load_or_create(self.key_path, entropy)
+
+    def swarm_key(self) -> bytes | None:
+        """The key of the private swarm that this directory is for, None in an open one. Raises :class:`ConfigError`."""
+        return swarm_key.load(self.swarm_key_path) if self.swarm_key_path.exists() else None
+
+    def make_private(self, file: Path | None, entropy: Callable[[int], bytes]) -> bytes:
+        """Belong to a private swarm, with the key in ``file`` (made if there is none) or a fresh one; it is kept here.
+
+        Raises :class:`ConfigError`, also when the directory belongs to a swarm with another key already.
+        """
+        if file is None:
+            return swarm_key.load_or_create(self.swarm_key_path, entropy)
+        key, own = swarm_key.load_or_create(file, entropy), self.swarm_key()
+        if own is None:
+            swarm_key.save(self.swarm_key_path, key)
+        elif own != key:
+            raise ConfigError(
+                f"the data directory {self.path} belongs to a private swarm with another key than {file}; "
+                "leave out the key file to resume that one, or found another with another --data-dir"
+            )
+        return key
 
     def read_record(self) -> NodeRecord | None:
         """What ran here before, or None. Raises :class:`ConfigError` when the file is damaged."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 #: Addresses in a ticket. More make the line too long to paste into a chat; one that answers is enough.
-MAX_TICKET_ADDRESSES = 8
+MAX_TICKET_ADDRESSES = 12
 
-#: Bytes of a decoded ticket: 8 ``mem`` addresses of 257 bytes and the fixed part fit.
+#: Bytes of a decoded ticket: 12 ``mem`` addresses of 257 bytes and the fixed part fit.
 MAX_TICKET_BYTES = 4096
 
 #: Bytes of a Unix socket's path, terminator included: 108 on Linux, 104 on macOS and the BSDs. The smaller one counts.
@@ -52,8 +52,12 @@ LINGER_POLL = 0.1
 #: Seconds that members have to answer that question. One that leaves while it is asked does not answer.
 LINGER_ASK = 1.0
 
-#: Own addresses in a ticket; the rest is left for other peers, so that the founder may leave.
-OWN_TICKET_ADDRESSES = 4
+#: Own addresses in a ticket: a public, a local and a loopback one of each IP version. The rest is left for other peers
+#: and relays, so that the founder may leave.
+OWN_TICKET_ADDRESSES = 6
+
+#: Tries to find a port that is free by IPv4 and IPv6. One in ten thousand is free by one of them only.
+PORT_TRIES = 8
 
 #: Seconds that one question to a peer about the run may take while joining.
 ASK_TIMEOUT = 5.0

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..learning import strategies, tasks
 from ..transport.address import Address
 from ..transport.errors import ConfigError
+from . import swarm_key
 from .datadir import DataDir, NodeRecord
+from .listening import parse_hosts, parse_via
 from .ticket import Ticket
 
 if TYPE_CHECKING:
     from ..learning.run import Faults
     from ..learning.spec import RunSpec
 
-ALL_INTERFACES = "0.0.0.0"
+#: What argparse stores for ``--private`` without a file.
+FRESH_KEY = ""
 
 
 def start(options: argparse.Namespace) -> int:
     """Found a run, or resume the one in the data directory."""
     data = DataDir(options.data_dir)
-    if options.task and ":" in options.task:
-        _check_module_form(options.task)
+    _take_task_back(options)
+    check_usage(options)
     data.create()
     with data.locked():
         record = data.read_record()
@@ -33,15 +40,17 @@ def start(options: argparse.Namespace) -> int:
                 f"the data directory {data.path} holds no run to resume: name a task (digits, stdlib or module:Class), "
                 "or join a run with `shoal join TICKET`"
             )
-        if record is not None:
-            _refuse_conflicts(options, data, record)
-        return _run(options, data, record, ticket=Ticket.parse(record.ticket) if record else None)
+        if record is None:
+            return _run(options, data, None, ticket=None, psk=_swarm_key(options, data))
+        ticket = Ticket.parse(record.ticket)
+        _refuse_conflicts(options, data, record)
+        _refuse_other_swarm(options, data, ticket)
+        return _run(options, data, record, ticket=ticket)
 
 
 def join(options: argparse.Namespace) -> int:
     """Join the run of a ticket, or resume it where the data directory holds it already."""
-    if options.task:
-        _check_module_form(options.task)
+    check_usage(options)
     if options.ticket == "-":
         # The imports take longest, and whoever writes the ticket may still be working on it.
         _load_torch(options.threads)
@@ -64,10 +73,70 @@ def join(options: argparse.Namespace) -> int:
         return _run(options, data, record, ticket=ticket)
 
 
-def _check_module_form(task: str) -> None:
+def check_usage(options: argparse.Namespace) -> None:
+    """What can be said of the arguments at once: before torch, which takes seconds. Raises :class:`ConfigError`."""
+    if options.task:
+        _check_task(options.task)
+    if getattr(options, "strategy", None):
+        strategies.check_name(options.strategy)
+    parse_hosts(options.host, options.port or 0)
+    parse_via(options.via)
+    parse_export(options.export)
+
+
+def _check_task(task: str) -> None:
+    if ":" not in task:
+        tasks.check_name(task)
+        return
     module, _, name = task.partition(":")
-    if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+    parts = module.split(".")
+    if not name.isidentifier() or not all(part.isidentifier() for part in parts):
         raise ConfigError(f"{task!r} does not name a task: expected module:Class, for instance my_task:MyTask")
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    if parts[0] not in sys.modules and importlib.util.find_spec(parts[0]) is None:
+        raise ConfigError(f"task {task!r}: no module {parts[0]!r} here ({folder}) or installed")
+
+
+def parse_export(path: Path | None) -> Path | None:
+    """``--export``, absolute. Raises :class:`ConfigError` when nothing could be written there."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+    return None if path is None else path.absolute()
+
+
+def _take_task_back(options: argparse.Namespace) -> None:
+    """``shoal start --private digits`` means the task: no file of that name is there, and no task was named."""
+    given = options.private
+    if given and not options.task and not os.path.exists(given) and (given in tasks.BUILTIN or ":" in given):
+        options.task, options.private = given, FRESH_KEY
+
+
+def _swarm_key(options: argparse.Namespace, data: DataDir) -> bytes | None:
+    """The key of the private swarm to found, None for an open one.
+
+    A directory with a key in it stays private, also when its first start was cut short.
+    """
+    if options.private is None:
+        return data.swarm_key()
+    return data.make_private(Path(options.private) if options.private else None, os.urandom)
+
+
+def _refuse_other_swarm(options: argparse.Namespace, data: DataDir, ticket: Ticket) -> None:
+    """A run is private from its founding on, or never: ``--private`` cannot change that later."""
+    if options.private is None:
+        return
+    if ticket.psk is None:
+        raise ConfigError(
+            f"the data directory {data.path} holds the run {ticket.run_id.hex()[:8]} of an open swarm: a run cannot "
+            "become private later, as tickets are out. Found another with another --data-dir"
+        )
+    if options.private and swarm_key.load_or_create(Path(options.private), os.urandom) != ticket.psk:
+        raise ConfigError(
+            f"the data directory {data.path} holds the run {ticket.run_id.hex()[:8]} of a private swarm with another "
+            f"key than {options.private}; leave out the key file to resume it"
+        )
 
 
 def _read_line() -> str:
@@ -112,7 +181,17 @@ def conflicts(options: argparse.Namespace, spec: RunSpec, record: NodeRecord) ->
     ]
 
 
-def _run(options: argparse.Namespace, data: DataDir, record: NodeRecord | None, *, ticket: Ticket | None) -> int:
+def _run(
+    options: argparse.Namespace,
+    data: DataDir,
+    record: NodeRecord | None,
+    *,
+    ticket: Ticket | None,
+    psk: bytes | None = None,
+) -> int:
+    identity = data.identity(os.urandom)
+    bind, fallback = choose_bind(options.host, options.port, record)
+    via = parse_via([*options.via, *(record.via if record is not None else ())])
     _load_torch(options.threads)
     from ..transport.host import RealHost
     from .console import Console
@@ -121,9 +200,6 @@ def _run(options: argparse.Namespace, data: DataDir, record: NodeRecord | None, 
 
     _configure_logging(options.log_level)
     device = _check_device(options.device)
-    if options.export is not None and not options.export.absolute().parent.is_dir():
-        raise ConfigError(f"cannot write {options.export}: there is no folder {options.export.absolute().parent}")
-    identity = data.identity(RealHost().entropy)
     founding = None
     if ticket is None:
         founding = Founding(
@@ -136,7 +212,6 @@ def _run(options: argparse.Namespace, data: DataDir, record: NodeRecord | None, 
             seed=options.seed or 0,
         )
     task = options.task or (record.task if record is not None else "")
-    bind, fallback = choose_bind(options.host, options.port, record)
     config = NodeConfig(
         bind=bind,
         fallback=fallback,
@@ -144,33 +219,34 @@ def _run(options: argparse.Namespace, data: DataDir, record: NodeRecord | None, 
         task=task,
         founding=founding,
         ticket=ticket,
+        psk=psk,
+        via=via,
         device=device,
         time_budget=options.time_budget,
         evaluate_every=options.evaluate_every,
         faults=parse_faults(options.fault),
         snapshot=data.read_dht(),
     )
-    extra = DaemonOptions(task, bind[0].host, options.export.absolute() if options.export else None, options.leash)
+    extra = DaemonOptions(task, remembered_hosts(options.host, record), parse_export(options.export), options.leash)
     return run_daemon(lambda: Daemon(RealHost(), identity, data, config, extra, Console()))
 
 
 def choose_bind(
-    host: str | None, port: int | None, record: NodeRecord | None
+    hosts: Sequence[str], port: int | None, record: NodeRecord | None
 ) -> tuple[tuple[Address, ...], tuple[Address, ...]]:
     """Where to listen, and where instead if the port of an earlier life is taken (nowhere else for a port asked for).
 
     Raises :class:`ConfigError` for a host that is no IP address.
     """
-    remembered = port is None and record is not None and record.port != 0
-    number = record.port if remembered and record is not None else (port or 0)
-    wanted = host or (record.host if record is not None else "") or ALL_INTERFACES
-    try:
-        first = Address("tcp", wanted, number)
-    except ValueError:
-        raise ConfigError(
-            f"--host {host!r} is not an IP address; 0.0.0.0 listens on every interface, 127.0.0.1 on this machine only"
-        ) from None
-    return (first,), (Address("tcp", first.host, 0),) if remembered else ()
+    hosts = remembered_hosts(hosts, record)
+    if port is None and record is not None and record.port != 0:
+        return parse_hosts(hosts, record.port), parse_hosts(hosts, 0)
+    return parse_hosts(hosts, port or 0), ()
+
+
+def remembered_hosts(hosts: Sequence[str], record: NodeRecord | None) -> tuple[str, ...]:
+    """What ``--host`` said, now or in an earlier life; empty: everywhere."""
+    return tuple(hosts) or (tuple(filter(None, record.host.split(","))) if record is not None else ())
 
 
 def parse_faults(texts: list[str]) -> Faults:

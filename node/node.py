@@ -20,12 +20,13 @@ from ..learning.sync import HEAD, AskHead, ask_heads
 from ..learning.task import BUILTIN, Task, resolve, signature, source_hash, title
 from ..transport.address import Address
 from ..transport.endpoint import Endpoint
-from ..transport.errors import ConfigError, DecodeError, PeerUnreachable, RemoteError
+from ..transport.errors import ConfigError, DecodeError, PeerUnreachable, RemoteError, RemoteRefused
 from ..transport.host import Host
 from ..transport.identity import Identity
 from ..transport.link import Link
 from . import defaults
 from .control import PeerInfo
+from .listening import for_ticket, free_bind
 from .reach import reach
 from .ticket import Ticket
 
@@ -51,8 +52,9 @@ class NodeConfig:
 
     ``bind``: addresses to listen at; ``fallback``: tried when those are taken. ``folder``: where the run is kept, None
     for memory only; a run found there is resumed. ``task``: as named on this machine, empty for the built-in one that
-    the run names. ``founding`` or ``ticket``: one of them unless ``folder`` holds a run. ``snapshot``: of an earlier
-    life's DHT. ``linger``: seconds to stay, at most, for others that have not finished yet.
+    the run names. ``founding`` or ``ticket``: one of them unless ``folder`` holds a run. ``psk``: 32 bytes, the key of
+    a private swarm to found (a ticket brings its own). ``via``: addresses of relays and other peers to begin with.
+    ``snapshot``: of an earlier life's DHT. ``linger``: seconds to stay, at most, for others that are not finished yet.
     """
 
     bind: tuple[Address, ...] = ()
@@ -61,6 +63,8 @@ class NodeConfig:
     task: str = ""
     founding: Founding | None = None
     ticket: Ticket | None = None
+    psk: bytes | None = attrs.field(default=None, repr=False)
+    via: tuple[Address, ...] = ()
     device: str = "cpu"
     time_budget: float | None = None
     evaluate_every: int = 1
@@ -92,7 +96,9 @@ class Node:
     ) -> None:
         self.host, self.identity, self.config = host, identity, config
         self.store = RunStore(config.folder)
-        self.endpoint = Endpoint(host, identity, psk=config.ticket.psk if config.ticket else None)
+        #: The key of the private swarm that this node belongs to; None in an open one.
+        self.psk = config.ticket.psk if config.ticket else config.psk
+        self.endpoint = Endpoint(host, identity, psk=self.psk)
         self.endpoint.on_link_lost.append(self._link_lost)
         self.dht = Dht(self.endpoint)
         self.run_here: Run | None = None
@@ -117,7 +123,8 @@ class Node:
         """
         self._started = self.host.now()
         async with trio.open_nursery() as nursery:
-            await nursery.start(self.endpoint.run, await self._free_bind())
+            bind = await free_bind(self.host.network, self.config.bind, self.config.fallback, self._on_note)
+            await nursery.start(self.endpoint.run, bind)
             self._restore()
             nursery.start_soon(self._until_stopped, nursery.cancel_scope)
             self.signed = await self._find_spec()
@@ -159,17 +166,6 @@ class Node:
             await self.run_here.leave()
         scope.cancel()
 
-    async def _free_bind(self) -> tuple[Address, ...]:
-        """``bind``, or ``fallback`` where a port of an earlier life has been taken by somebody else since."""
-        if self.config.fallback:
-            try:
-                for address in self.config.bind:
-                    await (await self.host.network.listen(address)).aclose()
-            except ConfigError as error:
-                self._on_note(f"{error}; taking another port: tickets printed earlier may lead nowhere")
-                return self.config.fallback
-        return self.config.bind
-
     def _restore(self) -> None:
         if self.config.snapshot is None:
             return
@@ -190,7 +186,10 @@ class Node:
             return await self._fetch_spec(self.config.ticket)
         if self.config.founding is None:
             raise ConfigError("a node needs a run to found, a ticket, or a folder that holds a run")
-        return await self._found(self.config.founding)
+        signed = await self._found(self.config.founding)
+        if self.config.via:
+            await self._enter_swarm()
+        return signed
 
     async def _enter_swarm(self) -> None:
         """After a restart: the others may be there, or not yet."""
@@ -233,11 +232,16 @@ class Node:
             try:
                 return await self._ask_for_spec(ticket)
             except RemoteError as error:
+                if error.lasting:
+                    raise PeerUnreachable(
+                        f"could not join the run {ticket.run_id.hex()[:8]}: {error}. Trying again would not help"
+                    ) from error
                 if self.host.now() + pause > give_up:
                     raise PeerUnreachable(
                         f"could not join the run {ticket.run_id.hex()[:8]} "
                         f"within {self.config.join_timeout:g} s: {error}. "
-                        "Is the node that printed the ticket still running, and can this machine reach it?"
+                        "Is the node that printed the ticket still running, and can this machine reach it? "
+                        "`shoal doctor TICKET` looks into it"
                     ) from error
                 if str(error) != told:
                     told = str(error)
@@ -251,6 +255,7 @@ class Node:
         for record in await self.dht.providers(ticket.run_id):
             known[record.open(self.host.wall()).peer] = None
         failures: list[tuple[str, str]] = []
+        elsewhere = 0
         for peer in known:
             signed: SignedSpec | None = None
             try:
@@ -264,10 +269,16 @@ class Node:
                     raise ConfigError(f"this run cannot be joined: {error}") from None
                 failures.append((peer.short, error.message))
             except RemoteError as error:
+                elsewhere += isinstance(error, RemoteRefused) and error.code == "unknown-run"
                 failures.append((peer.short, error.message))
             else:
                 return signed
-        raise PeerUnreachable("no peer there takes part in the run", attempts=tuple(failures))
+        raise PeerUnreachable(
+            "no peer there takes part in the run",
+            attempts=tuple(failures),
+            # Each takes part in a run, and it is another one. (A relay, or a node that begins, answers otherwise.)
+            lasting=elsewhere == len(failures) > 0,
+        )
 
     async def _load_task(self, spec: RunSpec | None) -> Task:
         """The task of this node: what the user named here, else the built-in one that the spec names."""
@@ -309,21 +320,22 @@ class Node:
         """A ticket for this node's run through this node and others it knows; None before there is a run."""
         if self.signed is None:
             return None
-        addresses = dict.fromkeys(self.endpoint.addresses()[: defaults.OWN_TICKET_ADDRESSES])
+        addresses = dict.fromkeys(for_ticket(self.endpoint.addresses()))
+        addresses |= dict.fromkeys(self.config.via)
         for link in self.endpoint.links():
             contact = self.endpoint.contact(link.peer)
             if contact is not None:
                 addresses |= dict.fromkeys(contact.open(self.host.wall()).addresses[:1])
         addresses |= dict.fromkeys(self._bootstrap())
-        psk = self.config.ticket.psk if self.config.ticket else None
         return Ticket(
-            self.signed.run_id, self.signed.open().founder, tuple(addresses)[: defaults.MAX_TICKET_ADDRESSES], psk
+            self.signed.run_id, self.signed.open().founder, tuple(addresses)[: defaults.MAX_TICKET_ADDRESSES], self.psk
         )
 
     def _bootstrap(self) -> tuple[Address, ...]:
-        """The addresses of the ticket but our own: a founder may be started with its own ticket."""
+        """Where to begin: ``via`` and the ticket, but our own addresses (a founder may be started with its ticket)."""
         own = self.endpoint.addresses()
-        return tuple(a for a in self.config.ticket.addresses if a not in own) if self.config.ticket else ()
+        given = self.config.via + (self.config.ticket.addresses if self.config.ticket else ())
+        return tuple(dict.fromkeys(address for address in given if address not in own))
 
     def status(self) -> RunStatus | None:
         return None if self.run_here is None else self.run_here.status()

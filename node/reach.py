@@ -23,5 +23,6 @@ def reach(addresses: Sequence[Address]) -> tuple[str, str]:
         )
     return "network", (
         "this machine and its local network, not the internet: none of its addresses is public. "
-        "One member with a public address, or a forwarded port, is enough for a swarm across networks"
+        "For a swarm across networks one member must be reachable: run `shoal relay` on a machine with a public "
+        "address and start with --via ITS_ADDRESS, or forward this port at the router (`shoal doctor` looks into it)"
     )

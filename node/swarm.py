@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from ..learning.events import RoundReport, RunStatus
 from ..learning.shard import Shard
 from ..learning.task import Batch, Task
-from ..transport.address import Address
 from ..transport.errors import ConfigError
 from ..transport.host import RealHost
 from ..transport.identity import Identity
-from . import defaults
+from . import defaults, swarm_key
 from .boundary import first_error
 from .datadir import DataDir, NodeRecord
+from .listening import parse_hosts, parse_via
 from .node import Founding, Node, NodeConfig
 from .own_loop import Evaluate, OwnLoop
 from .ticket import Ticket
@@ -69,6 +69,7 @@ class Swarm:
 
     def __init__(self, identity: Identity, config: NodeConfig, loop: OwnLoop, data: DataDir | None) -> None:
         self._identity, self._config, self._loop, self._data = identity, config, loop, data
+        self._host = ""
         self._node: Node | None = None
         self._ready = threading.Event()
         self._failure: BaseException | None = None
@@ -84,23 +85,26 @@ class Swarm:
         optimizer: torch.optim.Optimizer | None = None,
         *,
         data_dir: str | Path | None = None,
-        host: str = "0.0.0.0",
+        host: str = "",
         port: int = 0,
         evaluate: Evaluate | None = None,
         samples_per_step: int = 1,
         time_budget: float | None = None,
         timeout: float = defaults.JOIN_TIMEOUT,
+        via: Sequence[str] = (),
     ) -> Self:
         """Join the run of ``ticket``. Entering the ``with`` block waits until ``model`` holds the run's weights.
 
         ``optimizer``: only said for symmetry with :meth:`start`; it stays the loop's. ``data_dir``: where identity and
-        state are kept; None for a new peer that forgets all. ``evaluate``: held-out metrics of the model, after each
-        round. ``time_budget``: seconds per round instead of the strategy's steps. Raises :class:`ConfigError` for a bad
-        ticket or a model that is not the run's, :class:`RemoteError` when nobody answers within ``timeout`` seconds.
+        state are kept; None for a new peer that forgets all. ``host``: an IP address to listen on, empty for every
+        interface. ``evaluate``: held-out metrics of the model, after each round. ``time_budget``: seconds per round
+        instead of the strategy's steps. ``via``: addresses of relays and peers to begin with. Raises
+        :class:`ConfigError` for a bad ticket or a model that is not the run's, :class:`RemoteError` when nobody answers
+        within ``timeout`` seconds.
         """
         return cls._begin(
             model, data_dir, host, port, evaluate, samples_per_step, time_budget,
-            ticket=Ticket.parse(ticket), founding=None, timeout=timeout,
+            ticket=Ticket.parse(ticket), founding=None, timeout=timeout, via=via,
         )  # fmt: skip
 
     @classmethod
@@ -116,17 +120,20 @@ class Swarm:
         min_peers: int = 1,
         seed: int = 0,
         data_dir: str | Path | None = None,
-        host: str = "0.0.0.0",
+        host: str = "",
         port: int = 0,
         evaluate: Evaluate | None = None,
         samples_per_step: int = 1,
         time_budget: float | None = None,
+        private: bool | str | Path = False,
+        via: Sequence[str] = (),
     ) -> Self:
         """Found a run whose initial weights are ``model``'s; :attr:`ticket` invites others. Entering the ``with`` block
         waits for ``min_peers``, so print the ticket before.
 
         ``strategy``: one that exchanges weights (diloco, noloco, local); ``strategy_args`` for instance
-        ``{"inner_steps": 50}``. ``rounds``: 0 for until stopped. Others as for :meth:`join`.
+        ``{"inner_steps": 50}``. ``rounds``: 0 for until stopped. ``private``: only who has the ticket gets in, which is
+        a secret then; a path: the file with the swarm's key, made if there is none. Others as for :meth:`join`.
         """
         founding = Founding(
             strategy=strategy,
@@ -138,7 +145,7 @@ class Swarm:
         )
         return cls._begin(
             model, data_dir, host, port, evaluate, samples_per_step, time_budget,
-            ticket=None, founding=founding, timeout=defaults.JOIN_TIMEOUT,
+            ticket=None, founding=founding, timeout=defaults.JOIN_TIMEOUT, via=via, private=private,
         )  # fmt: skip
 
     @classmethod
@@ -155,14 +162,20 @@ class Swarm:
         ticket: Ticket | None,
         founding: Founding | None,
         timeout: float,
+        via: Sequence[str],
+        private: bool | str | Path = False,
     ) -> Self:
         loop = OwnLoop(model, evaluate=evaluate, samples=samples)
         entropy = RealHost().entropy
         with ExitStack() as stack:
             data = None if data_dir is None else DataDir(Path(data_dir))
-            snapshot = None
+            snapshot = psk = record = None
             if data is None:
                 identity = Identity(entropy(32))
+                if private:
+                    psk = (
+                        entropy(swarm_key.SIZE) if private is True else swarm_key.load_or_create(Path(private), entropy)
+                    )
             else:
                 data.create()
                 stack.enter_context(data.locked())
@@ -171,17 +184,24 @@ class Swarm:
                 record = data.read_record()
                 if record is not None and ticket is None:
                     ticket = Ticket.parse(record.ticket)
+                if ticket is None and private:
+                    psk = data.make_private(None if private is True else Path(private), entropy)
+                elif ticket is None:
+                    psk = data.swarm_key()
             config = NodeConfig(
-                bind=(Address("tcp", host, port),),
+                bind=parse_hosts([host] if host else (), port),
                 folder=None if data is None else data.run_path,
                 founding=founding,
                 ticket=ticket,
+                psk=psk,
+                via=parse_via([*via, *(record.via if record is not None else ())]),
                 time_budget=time_budget,
                 evaluate_every=0 if evaluate is None else 1,
                 snapshot=snapshot,
                 join_timeout=timeout,
             )
             swarm = cls(identity, config, loop, data)
+            swarm._host = host
             swarm._locks = stack.pop_all()
         swarm._thread.start()
         swarm._wait_for_node()
@@ -278,6 +298,7 @@ class Swarm:
                 assert ticket is not None and node.signed is not None
                 founder = node.signed.open().founder == self._identity.peer_id
                 port = next((address.port for address in node.endpoint.addresses()), 0)
-                self._data.write_record(NodeRecord(ticket.encode(), "", self._config.bind[0].host, port, founder))
+                via = tuple(map(str, self._config.via))
+                self._data.write_record(NodeRecord(ticket.encode(), "", self._host, port, founder, via))
             self._node = node
             self._ready.set()

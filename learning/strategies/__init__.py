@@ -20,10 +20,15 @@ BUILTIN: Mapping[str, tuple[str, str]] = {
 }
 
 
-def resolve(name: str, args: Mapping[str, float]) -> Strategy:
-    """The strategy ``name`` with ``args`` over its defaults. Raises :class:`ConfigError` naming what is wrong."""
+def check_name(name: str) -> None:
+    """Raises :class:`ConfigError` for a name that is none of these; needs no torch."""
     if name not in BUILTIN:
         raise ConfigError(f"unknown strategy {name!r}: built-in strategies are {', '.join(sorted(BUILTIN))}")
+
+
+def resolve(name: str, args: Mapping[str, float]) -> Strategy:
+    """The strategy ``name`` with ``args`` over its defaults. Raises :class:`ConfigError` naming what is wrong."""
+    check_name(name)
     module, kind = BUILTIN[name]
     found: type[Strategy] = getattr(importlib.import_module(module, __package__), kind)
     return found.configure(name, args)
