@@ -1,4 +1,4 @@
-"""The whole `shoal` command: the node's commands and `shoal sim`. Imports nothing heavy until a command runs."""
+"""The whole `shoal` command: the node's commands, `shoal sim` and `shoal lab`. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -22,9 +22,23 @@ Exits 0 only if every claim held: all survivors finish with identical bits, each
 late peer takes part, and training did what it should. When something fails, the logs are kept and named.
 """
 
+NAT_EPILOG = """\
+examples:
+  shoal lab nat                                     every kind of host dials every kind
+  shoal lab nat --kinds cone,symmetric              only these kinds
+  shoal lab nat --json nat.json --plot nat.png      for programs, and as a picture
+  shoal lab nat --scenario kill-relay               the relay dies after the upgrade; the link must live
+
+The hosts are network namespaces of this machine with real kernel NAT between them; nothing leaves the machine. Needs
+Linux, root, `ip` and `iptables`; UPnP routers need miniupnpd and nftables.
+
+Exits 0 only if every pair is connected by a way that its kinds of hosts allow: directly where one of them can be
+dialled, by hole punching between NATs that keep the port, through the relay otherwise. 2: this machine has no lab.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.main(argv, extra=(_add_sim,))
+    return cli.main(argv, extra=(_add_sim, _add_lab))
 
 
 def entry() -> NoReturn:
@@ -61,6 +75,33 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="of the nodes' logs (info)"
     )
+
+
+def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "lab", help="trials of real nodes on this machine: NAT between them", allow_abbrev=False,
+        description="Trials of real nodes on this machine.",
+    )  # fmt: skip
+    trials = parser.add_subparsers(title="trials", metavar="TRIAL", required=True)
+    nat = command(
+        trials, "nat", "every pair of kinds of hosts behind real kernel NAT, and how they connect",
+        ".lab:nat", package=__package__, epilog=NAT_EPILOG,
+    )  # fmt: skip
+    nat.add_argument(
+        "--kinds", metavar="A,B", type=_names, default=(), help="kinds of hosts (all but dual); see the output"
+    )
+    nat.add_argument(
+        "--scenario",
+        metavar="NAME",
+        type=_names,
+        help="address-change, kill-relay or train-relay instead of the matrix",
+    )
+    nat.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    nat.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the matrix")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.replace(" ", "").split(",") if name)
 
 
 if __name__ == "__main__":

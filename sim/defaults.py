@@ -62,3 +62,54 @@ LAB_DAEMON = 10.0
 
 #: Most sites (customers of the lab's internet), so that each has an IPv4 /24 and an IPv6 /48 of its own.
 LAB_SITES = 250
+
+#: The port at which nodes of the lab listen, and at which its relay does.
+LAB_PORT = 4001
+
+#: Seconds that a node process has from its launch to its first answer. Seen: 0.5; ten at once on two cores: 5.
+LAB_BOOT = 30.0
+
+#: Seconds that an answer of a node process may take beyond what it was asked to spend.
+LAB_ANSWER = 20.0
+
+#: Seconds that a pair has to connect. Longer than every deadline of connecting, so that its own error is reported.
+LAB_MEET = 40.0
+
+#: Seconds for which a pair's link is watched for a better way. An upgrade begins at once and takes a few round trips
+#: and retries; what has not come by then has failed.
+LAB_WATCH = 8.0
+
+#: Seconds between two looks at a link's way: the resolution of "time to the best way".
+LAB_LOOK = 0.005
+
+#: Bytes that a pair moves over its final way, for the rate; the most a node hands out.
+LAB_BULK = 8 << 20
+LAB_BULK_MAX = 1 << 28
+
+#: Seconds that moving them may take: at the 20 Mbit/s of SCTP in Python it takes 4.
+LAB_PULL = 30.0
+
+#: Seconds that a node behind NAT has to find that out and to hold a reservation at the relay.
+LAB_SETTLE = 20.0
+
+#: Pairs of the matrix that are in the lab at once. Starting and watching overlap; only one pair at a time connects.
+LAB_PAIRS = 6
+
+#: Seconds between two beats of a link that is watched while something happens to it, and until it happens.
+LAB_BEAT = 0.1
+LAB_CALM = 2.0
+
+#: Seconds for which a link is watched after an address changed. The loss is noticed by the absence of a sign of life
+#: (keepalive of 15 s, then its deadline), and then it takes a dial.
+LAB_CHANGE = 45.0
+#: Seconds of undisturbed service after which such a link counts as recovered.
+LAB_AFTER = 2.0
+
+#: Seconds for which a link is watched after its relay was killed, and how long no beat may be answered meanwhile: a
+#: link that does not need the relay notices nothing.
+LAB_KILLED = 10.0
+LAB_UNDISTURBED = 1.0
+
+#: Rounds that two nodes train through a relay, and seconds they have for it: two torch imports on two cores take 10.
+LAB_ROUNDS = 8
+LAB_TRAIN = 100.0

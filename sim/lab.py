@@ -1,0 +1,184 @@
+"""`shoal lab nat`: every pair of kinds of hosts connects with real node processes, and the matrix of how."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import attrs
+import trio
+import trio.lowlevel
+from rich.console import Console
+from rich.progress import Progress
+
+from ..node.cli import FAILED, INTERRUPTED, OK, USAGE
+from ..transport.errors import ConfigError, ShoalError
+from . import defaults
+from .lab_messages import Meet, Met, Pull, Pulled, Watched
+from .lab_nodes import Builder, LabNode, started
+from .lab_report import Matrix, PairResult, legend, required
+from .netlab import KINDS, NetLab, unavailable
+
+#: The kinds that the matrix has unless told otherwise.
+MATRIX = ("public", "public4", "cone", "symmetric", "cgnat", "udp_blocked", "upnp", "ipv6")
+
+
+def choose_kinds(wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """``(kinds to run, (kind, why not) of the others)``. Raises :class:`ConfigError` for a kind nobody knows."""
+    for kind in wanted:
+        if kind not in KINDS:
+            raise ConfigError(f"no kind of host is called {kind!r}; there are {', '.join(KINDS)}")
+    chosen = [kind for kind in KINDS if kind in (wanted or MATRIX)]
+    reasons = [(kind, unavailable(kind)) for kind in chosen]
+    missing = tuple((kind, reason) for kind, reason in reasons if reason is not None)
+    return tuple(kind for kind, reason in reasons if reason is None), missing
+
+
+async def run_matrix(
+    lab: NetLab, kinds: Sequence[str], folder: Path, *, on_result: Callable[[PairResult], None] = lambda result: None
+) -> tuple[PairResult, ...]:
+    """Every kind dials every kind, through one common public peer. Logs go to ``folder``."""
+    builder = Builder(lab)
+    turn = trio.CapacityLimiter(defaults.LAB_PAIRS)
+    measuring = trio.Lock()
+    pairs = [(dialler, answerer) for dialler in kinds for answerer in kinds]
+    results: dict[tuple[str, str], PairResult] = {}
+    async with AsyncExitStack() as stack:
+        common_host = await stack.enter_async_context(builder.host("common", "public"))
+        common = await stack.enter_async_context(started(lab, common_host, folder))
+
+        async def run(number: int, pair: tuple[str, str]) -> None:
+            async with turn:
+                results[pair] = await _pair(builder, common, folder, number, pair, measuring)
+            on_result(results[pair])
+
+        async with trio.open_nursery() as nursery:
+            for number, pair in enumerate(pairs):
+                nursery.start_soon(run, number, pair)
+                # In this order: a limiter serves tasks as they come.
+                await trio.lowlevel.checkpoint()
+    return tuple(results[pair] for pair in pairs)
+
+
+async def _pair(
+    builder: Builder, common: LabNode, folder: Path, number: int, pair: tuple[str, str], measuring: trio.Lock
+) -> PairResult:
+    result = PairResult(*pair)
+    try:
+        async with AsyncExitStack() as stack:
+            nodes = []
+            for letter, kind in zip("ab", pair, strict=True):
+                host = await stack.enter_async_context(builder.host(f"p{number}{letter}", kind))
+                nodes.append(await stack.enter_async_context(started(builder.lab, host, folder)))
+            one, other = nodes
+            for node in nodes:
+                await node.attach(common)
+            await one.learn(other)
+            async with measuring:  # nobody else connects meanwhile: the two cores are this pair's
+                await one.tell(Meet(other.account.peer, defaults.LAB_WATCH, required(*pair).enough))
+                met = await one.hear(Met, defaults.LAB_MEET + defaults.LAB_ANSWER)
+            result = attrs.evolve(result, first=met.seconds, first_way=met.way)
+            watched = await one.hear(Watched, defaults.LAB_WATCH + defaults.LAB_ANSWER)
+            best, way = watched.changes[-1]
+            result = attrs.evolve(result, best=best, way=way, changes=watched.changes)
+            async with measuring:
+                pull = Pull(other.account.peer, defaults.LAB_BULK)
+                pulled = await one.ask(pull, Pulled, defaults.LAB_PULL + defaults.LAB_ANSWER)
+            return attrs.evolve(result, rate=pulled.bytes / pulled.seconds)
+    except ShoalError as error:
+        return attrs.evolve(result, error=str(error))
+
+
+def nat(options: argparse.Namespace) -> int:
+    """The command."""
+    console = Console(highlight=False)
+    choose_kinds(options.kinds)
+    for path in (options.json, options.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+    if (reason := unavailable()) is not None:
+        console.print(f"skipped: no NAT lab on this machine: {reason}", soft_wrap=True)
+        return USAGE
+    folder = Path(tempfile.mkdtemp(prefix="shoal-lab-logs-"))
+    work = _scenarios if options.scenario else _matrix
+    code = until_signalled(lambda: work(options, folder, console))
+    if code == FAILED:
+        console.print(f"logs of the nodes: {folder}", soft_wrap=True)
+    else:
+        shutil.rmtree(folder)
+    return code
+
+
+def until_signalled(work: Callable[[], Awaitable[bool]]) -> int:
+    """Run ``work`` to its end, or until Ctrl-C or SIGTERM, which let it clear up; the exit code."""
+
+    async def main() -> int:
+        code = INTERRUPTED
+        failure: ShoalError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
+            try:
+                code = OK if await work() else FAILED
+            except ShoalError as error:
+                failure = error  # not in a group: the command line shows its text
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return code
+
+    return trio.run(main)
+
+
+async def _cancel_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            scope.cancel()
+
+
+async def _scenarios(options: argparse.Namespace, folder: Path, console: Console) -> bool:
+    from .lab_scenarios import run_scenarios
+
+    results = await run_scenarios(options.scenario, folder, console)
+    if options.json is not None:
+        _write(options.json, json.dumps([attrs.asdict(result) for result in results], indent=1))
+    return all(result.ok for result in results)
+
+
+async def _matrix(options: argparse.Namespace, folder: Path, console: Console) -> bool:
+    kinds, skipped = choose_kinds(options.kinds)
+    began = trio.current_time()
+    console.print(legend(kinds))
+    for kind, reason in skipped:
+        console.print(f"  {kind} is left out: {reason}", soft_wrap=True)
+    with NetLab() as lab:
+        notes = () if lab.no_delay is None else (f"no delay on any path: {lab.no_delay}",)
+        with Progress(console=console, transient=True) as progress:
+            bar = progress.add_task("pairs", total=len(kinds) ** 2)
+            results = await run_matrix(lab, kinds, folder, on_result=lambda _: progress.advance(bar))
+    matrix = Matrix(tuple(kinds), results, trio.current_time() - began, skipped, notes)
+    console.print(matrix.table())
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    failures = [result.complaint() for result in results if not result.ok]
+    for failure in failures:
+        console.print(f"not as required: {failure}", soft_wrap=True, markup=False)
+    verdict = "every pair is connected as required" if matrix.ok else f"{len(failures)} pairs are not as required"
+    console.print(f"{len(results)} pairs in {matrix.seconds:.0f} s: {verdict}")
+    if options.json is not None:
+        _write(options.json, matrix.to_json())
+    if options.plot is not None:
+        matrix.plot(options.plot)
+    return matrix.ok
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
