@@ -48,6 +48,16 @@ def dial(lag: float = 0.0) -> float:
     return defaults.DIAL_FLOOR + lag
 
 
+def signal(lag: float = 0.0) -> float:
+    """For the answer to a signal that a common peer forwards, connecting to that peer included."""
+    return defaults.SIGNAL_TIME + lag
+
+
+def reversal(lag: float = 0.0) -> float:
+    """For the connection of a peer that has agreed to dial us."""
+    return defaults.DIAL_FLOOR + lag
+
+
 def handshake(lag: float = 0.0) -> float:
     """For a whole handshake, whose round trip nobody knows yet."""
     return defaults.HANDSHAKE_FLOOR + lag
@@ -57,6 +67,22 @@ def sign_of_life(rtt: float, lag: float = 0.0, unheard: int = 0, bandwidth: floa
     """For the answer to a keepalive ping; ``unheard``: bytes sent since the peer was last heard, queued before it."""
     queue = transfer(unheard, bandwidth) if bandwidth is not None else 0.0
     return max(defaults.PING_FLOOR, 4.0 * rtt) + lag + min(queue, defaults.MAX_QUEUE_ALLOWANCE)
+
+
+def probe(rtt: float, lag: float = 0.0) -> float:
+    """For an answer to what was sent, before a ping asks for one."""
+    return max(defaults.PROBE_FLOOR, 4.0 * rtt) + lag
+
+
+def suspect(rtt: float, lag: float = 0.0, unheard: int = 0, bandwidth: float | None = None) -> float:
+    """For the answer to a ping, before another way is tried beside."""
+    queue = transfer(unheard, bandwidth) if bandwidth is not None else 0.0
+    return max(defaults.SUSPECT_FLOOR, 4.0 * rtt) + lag + min(queue, defaults.MAX_QUEUE_ALLOWANCE)
+
+
+def resume(rtt: float, lag: float = 0.0) -> float:
+    """For another pipe of a link that has lost its last one."""
+    return max(defaults.RESUME_FLOOR, 16.0 * rtt) + lag
 
 
 def call(rtt: float, lag: float = 0.0, size: int = 0, bandwidth: float | None = None) -> float:
@@ -112,3 +138,52 @@ def stun_repeats() -> tuple[float, ...]:
 def stun() -> float:
     """For the answer to a STUN request, repetitions included."""
     return sum(stun_repeats())
+
+
+def webrtc_setup(lag: float = 0.0) -> float:
+    """For the engine of a WebRTC connection to start and to gather candidates."""
+    return defaults.WEBRTC_SETUP + lag
+
+
+def webrtc_connect(lag: float = 0.0) -> float:
+    """For ICE, DTLS and SCTP to come up between two ends that know each other's candidates."""
+    return defaults.WEBRTC_CONNECT + lag
+
+
+def webrtc_close() -> float:
+    """For the last bytes of a WebRTC connection that is closed, and its engine's end."""
+    return defaults.WEBRTC_CLOSE
+
+
+def punch(rtt: float, lag: float = 0.0) -> float:
+    """For knocking at a peer's addresses through both NATs; ``rtt`` by way of the common peer."""
+    return defaults.PUNCH_FLOOR + 8.0 * rtt + lag
+
+
+def punch_start(rtt: float) -> float:
+    """From sending "punch-go" until it has arrived."""
+    return rtt / 2.0
+
+
+def punch_go() -> float:
+    """From an offer that was answered until its go: a message there and one back."""
+    return defaults.PUNCH_GO_TIME
+
+
+def punch_attempt(rtt: float, before: int, draw: float) -> float:
+    """For one request to connect; ``before``: how many were not answered, ``draw``: uniform in 0 to 1.
+
+    Must outlast the direct round trip and a half, which is mostly shorter than that by way of the common peer: it grows
+    in case it is not. The spread keeps two sides from missing each other in step.
+    """
+    return max(defaults.PUNCH_ATTEMPT, 2.0 * rtt) * (1.0 + 0.15 * before + 0.2 * draw)
+
+
+def punch_pause(refused: int, draw: float) -> float:
+    """After the ``refused``th refusal, until the next request: short, as it leaves the hole closed."""
+    return defaults.PUNCH_PAUSE * refused * draw
+
+
+def punch_rest(rtt: float) -> float:
+    """After the first stream, for the others that the peer may choose instead."""
+    return defaults.PUNCH_REST + 2.0 * rtt

@@ -192,9 +192,17 @@ MAX_HANDSHAKE = 4096
 #: Ciphers a peer may offer.
 MAX_CIPHER_OFFERS = 16
 
-#: Seconds the certificate of a session's key is valid. It is made for one session, so hours would do; a day lets
+#: Seconds the certificate of a session's key is valid. It is used for an hour, so hours would do; a day lets
 #: machines in whose clocks are wrong by hours (time zones), which then show up as clock skew instead of as no link.
 CERTIFICATE_LIFETIME = 86_400.0
+
+#: Seconds for which handshakes use the same certified key: long enough to cost nothing, short beside the lifetime.
+CERTIFICATE_REUSE = 3600.0
+
+#: Checked certificates that a process remembers, of about 2 KiB each with what they hold: checking one takes 54 µs,
+#: and more than a quarter of the time that a handshake takes. More than the links of a node, so that returning peers
+#: are known; who fills it with identities of his own makes others' handshakes no slower than they were without it.
+KNOWN_CERTIFICATES = 1024
 
 #: Bytes sealed per run when the ciphers are measured at start. A cipher in hardware takes 4 µs, AEGIS in software 2 ms.
 MEASURE_BYTES = 16 << 10
@@ -342,3 +350,108 @@ MAX_RATED_PEERS = 4096
 
 #: Seconds for the answer to a signal: the handlers answer at once, or within a few round trips (STUN).
 SIGNAL_TIME = 10.0
+
+# WebRTC (webrtc*.py)
+
+#: Engines (child processes, 45 MB each) at once.
+MAX_WEBRTC = 8
+
+#: Candidates of one end: 3 interfaces × (IPv4, IPv6) × (host, reflexive), and some relayed. Pairs are their product.
+MAX_ICE_CANDIDATES = 16
+
+#: Bytes of an offer or answer, and of a message between parent and engine: 16 candidates of 100 bytes and change.
+MAX_WEBRTC_MESSAGE = 8192
+
+#: STUN servers that are asked in turn until one answers.
+MAX_STUN_ASKED = 3
+
+#: Seconds to start an engine (0.5 here, idle) and to gather candidates (aioice gives a STUN server 5).
+WEBRTC_SETUP = 15.0
+
+#: Seconds for ICE, DTLS and SCTP. Checks of a pair that nobody answers take aioice 32 s; what connects does so in 3.
+WEBRTC_CONNECT = 15.0
+
+#: Seconds in which a closed connection may still deliver what was sent before.
+WEBRTC_CLOSE = 1.0
+
+#: Bytes sent on a channel that the far side has not read: 20 MB/s (more than this way moves) at 200 ms round trip.
+WEBRTC_WINDOW = 4 << 20
+
+#: Bytes of one message of a channel. aiortc puts messages together in time that grows with their pieces' square.
+WEBRTC_MESSAGE = 16 << 10
+
+#: Bytes read from our side at once.
+WEBRTC_READ = 64 << 10
+
+#: Bytes waiting in a channel above which no more are read from our side, and below which reading goes on.
+WEBRTC_BUFFER_HIGH, WEBRTC_BUFFER_LOW = 512 << 10, 128 << 10
+
+#: Bytes of memory that an engine may use above what it has after it was loaded: a far side that breaks SCTP's window
+#: ends its engine, not the machine.
+WEBRTC_MEMORY = 256 << 20
+
+#: Peers that may be reachable through one relay: each costs it a link and one idle stream.
+RELAY_RESERVATIONS = 128
+
+#: Circuits through one relay; each may hold a stream's window (8 MiB) in each direction.
+RELAY_CIRCUITS = 256
+
+#: Circuits that end at one peer: it may be linked with as many other hidden peers.
+RELAY_CIRCUITS_PER_PEER = 32
+
+#: The same for all peers behind one address: a classroom. Names are free, addresses are not.
+RELAY_RESERVATIONS_PER_SOURCE = 64
+RELAY_CIRCUITS_PER_SOURCE = 128
+
+#: Bytes per second, and at once, that a relay passes on for one peer: an update of 100 MB of parameters at once, then
+#: as much as a good home line has. A swarm that trains must get through a relay, a film service need not.
+RELAY_RATE, RELAY_BURST = 16e6, 256e6
+
+#: The same for all peers: what a line of 1 Gbit/s has.
+RELAY_TOTAL_RATE, RELAY_TOTAL_BURST = 100e6, 500e6
+
+#: Bytes of one circuit. Then its ends must ask again, and find a better way or the relay's refusal.
+RELAY_CIRCUIT_BYTES = 64 << 30
+
+#: Seconds without a byte on a circuit. Links are pinged every KEEPALIVE_IDLE seconds, so both ends are dead.
+RELAY_IDLE = 60.0
+
+#: Bytes passed on at once: one piece costs the relay about 50 µs of Python.
+RELAY_CHUNK = 64 << 10
+
+#: Bytes of a request to a relay, or its answer.
+MAX_RELAY_MESSAGE = 1024
+
+#: Times per second, and at once, that we dial back for one peer that asks, and for all of them: a few packets each.
+REVERSAL_RATE, REVERSAL_BURST = 0.2, 8.0
+REVERSAL_TOTAL_RATE, REVERSAL_TOTAL_BURST = 4.0, 64.0
+
+# Hole punching (punch.py)
+
+#: Addresses offered, and knocked at: interfaces and what observers saw. More would make nodes knock at strangers' doors.
+MAX_PUNCH_ADDRESSES = 8
+
+#: Seconds of knocking: a dozen requests at each address. Two cones need one or two; others never succeed.
+PUNCH_FLOOR = 4.0
+
+#: Seconds that one request is given, at least: the kernel would repeat it only after 1 s.
+PUNCH_ATTEMPT = 0.25
+
+#: Seconds between a refusal and the next request, times their number: routers that refuse close the hole, so that the
+#: two requests have to cross on the way.
+PUNCH_PAUSE = 0.004
+
+#: Refusals after which an address is given up: enough for the two sides to meet, few enough for who is no peer.
+MAX_PUNCH_REFUSALS = 40
+
+#: Seconds for the streams beside the first: the offerer chose it when it came, or another a moment before.
+PUNCH_REST = 0.5
+
+#: Seconds between the answer to an offer and its go; they are one after the other on the same links.
+PUNCH_GO_TIME = 10.0
+
+#: Seconds of round trip by way of the common peer that are believed.
+MAX_PUNCH_RTT = 3.0
+
+#: Offers answered, or holes being punched for others, at once.
+MAX_PUNCHES = 32

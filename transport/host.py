@@ -19,6 +19,7 @@ import trio
 if TYPE_CHECKING:
     from .aead import CipherOffer
     from .network import Network
+    from .webrtc import WebRtcEngine
 
 T = TypeVar("T")
 
@@ -31,6 +32,8 @@ class Host(ABC):
     random: random.Random
     #: Ciphers to offer; None: what this machine measures. Virtual time fixes them (``aead.NOMINAL_CIPHERS``).
     ciphers: tuple[CipherOffer, ...] | None = None
+    #: Engines for WebRTC connections; None: that way to a peer does not exist (virtual time).
+    webrtc: WebRtcEngine | None = None
 
     @abstractmethod
     def now(self) -> float:
@@ -69,7 +72,10 @@ class RealHost(Host):
             from .tcp import TcpNetwork
 
             network = TcpNetwork()
+        from .webrtc_process import ChildEngine
+
         self.network = network
+        self.webrtc = ChildEngine()
         self.random = random.Random(os.urandom(16))
 
     def now(self) -> float:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections import OrderedDict
-from typing import TYPE_CHECKING
 
 import attrs
 import trio
 
 from . import deadlines, defaults, stun
 from .address import Address
+from .errors import PeerUnreachable
 from .host import Host
+from .network import Datagrams
 from .stun import Observation
-
-if TYPE_CHECKING:
-    from .network import Datagrams
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +86,9 @@ class StunServer:
                 continue
             try:
                 await self.datagrams.send(reply, source)
-            except OSError as error:  # no route back, or the kernel has no buffer: theirs to repeat
+            except PeerUnreachable as error:  # no route back, or the kernel has no buffer: theirs to repeat
                 self.dropped += 1
-                log.debug("STUN answer to %s: %s", source, error)
+                log.debug("STUN answer: %s", error)
                 continue
             self.answered += 1
 
@@ -110,8 +108,8 @@ async def observe(host: Host, datagrams: Datagrams, observers: tuple[Address, ..
             for wait in deadlines.stun_repeats():
                 await datagrams.send(stun.request(asked[address]), address)
                 await trio.sleep(wait)
-        except OSError as error:
-            settle(address, Observation(address, None, f"cannot be reached: {error.strerror or error}"))
+        except PeerUnreachable as error:
+            settle(address, Observation(address, None, error.attempts[0][1] if error.attempts else error.message))
             return
         seconds = deadlines.stun()
         settle(
