@@ -20,7 +20,7 @@ class Acceptor:
     """Turns incoming byte streams into links of ``table``. ``shake`` makes a link of a stream, as the responder."""
 
     def __init__(
-        self, table: LinkTable, shake: Callable[[ByteStream], Awaitable[Link]], count: Callable[[str], None]
+        self, table: LinkTable, shake: Callable[[ByteStream, str], Awaitable[Link]], count: Callable[[str], None]
     ) -> None:
         self._table, self._shake, self._count = table, shake, count
         self._half_open: dict[int, trio.CancelScope] = {}
@@ -44,7 +44,7 @@ class Acceptor:
         with trio.CancelScope() as scope:
             self._half_open[number] = scope
             try:
-                link = await self._shake(stream)
+                link = await self._shake(stream, way)
             except RemoteError as error:
                 log.info("no link with %s: %s", stream.remote, error)
             finally:

@@ -1,28 +1,57 @@
-"""From a peer's name to a link: attempts shared by all who wait for the same peer."""
+"""From a peer's name to a link, a better link, a link again: plans and races, shared by all who wait."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import TypeAlias
 
+import attrs
 import trio
 
 from . import deadlines
-from .address import Address
+from .address import Address, RelayAddress
 from .contacts import Contacts
-from .dialer import Attempt, dial_one, race
 from .errors import ConfigError, PeerUnreachable, ProtocolMisuse, RemoteError, WaitExpired
 from .host import Host
 from .identity import PeerId
 from .link import Link
 from .linktable import LinkTable
 from .network import ByteStream
+from .planner import Outcome, OwnReach, Plan, Step, plan
+from .race import Past, Race, reason_of
+from .ways import Direct, Way
 
 log = logging.getLogger(__name__)
 
-#: Turns a stream that we opened into a running link, adopted by the table; the peer must be the given one.
-Dial = Callable[[PeerId | None, ByteStream], Awaitable[Link]]
+#: Turns a stream that we opened by the named way into a running link, adopted by the table; the peer must be the given.
+Dial: TypeAlias = Callable[[PeerId | None, ByteStream, str], Awaitable[Link]]
+
+
+class Attempt:
+    """One attempt to reach a peer, shared by all who wait for it."""
+
+    def __init__(self, addresses: tuple[Address, ...]) -> None:
+        self.addresses = addresses
+        self.done = trio.Event()
+        self.scope = trio.CancelScope()
+        self.waiters = 0
+        self.race: Race | None = None
+        self.link: Link | None = None
+        self.error: PeerUnreachable | None = None
+
+
+@attrs.frozen
+class Connection:
+    """A live link as ``status`` and ``doctor`` show it. ``reason``: why this way, or why not a better one."""
+
+    peer: PeerId
+    way: str
+    remote: Address
+    initiator: bool
+    rtt: float
+    reason: str
 
 
 class Connector:
@@ -31,6 +60,7 @@ class Connector:
     def __init__(
         self,
         host: Host,
+        own: PeerId,
         table: LinkTable,
         contacts: Contacts,
         lag: deadlines.LoopLag,
@@ -41,14 +71,31 @@ class Connector:
     ) -> None:
         #: Where attempts run, while the endpoint does.
         self.nursery: trio.Nursery | None = None
+        self.direct = Direct(host, lag)
+        #: The means we have, by name.
+        self.ways: dict[str, Way] = {"direct": self.direct}
+        #: What we know of ourselves; who may help to reach a peer whose record names no relay.
+        self.reach: Callable[[], OwnReach] = lambda: OwnReach(own)
+        self.helpers: Callable[[PeerId], Sequence[RelayAddress]] = lambda peer: ()
+        self.past = Past()
         self._host, self._table, self._contacts, self._lag = host, table, contacts, lag
         self._dial, self._greet, self._count = dial, greet, count
         self._attempts: dict[PeerId, Attempt] = {}
+        self._reasons: dict[Link, str] = {}
         table.on_link.append(self._linked)
+        table.on_link_lost.append(self._lost)
 
     def _linked(self, link: Link) -> None:
         if not link.initiator and (attempt := self._attempts.get(link.peer)) is not None:
+            if attempt.race is not None:
+                if attempt.race.asked is not None and link.way == "direct":
+                    link.way = "reversal"
+                    self._reasons[link] = attempt.race.asked.reason
+                attempt.race.arrive()
             attempt.done.set()  # it came to us while we were on the way to it
+
+    def _lost(self, link: Link) -> None:
+        self._reasons.pop(link, None)
 
     async def connect(self, peer: PeerId, addresses: Sequence[Address], timeout: float | None) -> Link:
         """See :meth:`Endpoint.connect`."""
@@ -67,14 +114,7 @@ class Connector:
             if link is not None:
                 link.last_used = self._host.now()
                 return link
-            attempt = self._attempts.get(peer)
-            if attempt is None:
-                if self.nursery is None:
-                    raise ProtocolMisuse("the endpoint does not run")
-                known = self._contacts.get(peer, self._host.wall())
-                ways = addresses + (known[1].addresses if known is not None else ())
-                attempt = self._attempts[peer] = Attempt(tuple(dict.fromkeys(ways)))
-                self.nursery.start_soon(self._attempt, peer, attempt)
+            attempt = self._begin(peer, addresses)
             attempt.waiters += 1
             try:
                 await attempt.done.wait()
@@ -93,19 +133,28 @@ class Connector:
                         attempt.error.summary, peer=peer.short, attempts=attempt.error.attempts
                     ) from attempt.error
 
-    async def _attempt(self, peer: PeerId, attempt: Attempt) -> None:
+    def _begin(self, peer: PeerId, addresses: tuple[Address, ...]) -> Attempt:
+        """The attempt that is on, or a new one."""
+        attempt = self._attempts.get(peer)
+        if attempt is None or attempt.done.is_set():
+            if self.nursery is None:
+                raise ProtocolMisuse("the endpoint does not run")
+            known = self._contacts.get(peer, self._host.wall())
+            ways = addresses + (known[1].addresses if known is not None else ())
+            attempt = self._attempts[peer] = Attempt(tuple(dict.fromkeys(ways)))
+            self.nursery.start_soon(self._attempt, peer, attempt, addresses)
+        return attempt
+
+    async def _attempt(self, peer: PeerId, attempt: Attempt, addresses: tuple[Address, ...]) -> None:
         try:
             with attempt.scope:
                 try:
-                    link = await race(
-                        self._host,
-                        peer,
-                        attempt.addresses,
-                        partial(self._dial, peer),
-                        self._lag.value(self._host.now()),
-                    )
-                    attempt.link = link
-                    await self._greet(link)
+                    attempt.race = self._race(peer, self.plan(peer, addresses), partial(self._dial, peer))
+                    link = await attempt.race.run()
+                    if link is not None:
+                        attempt.link = link
+                        self._note_reason(link, attempt.race.won)
+                        await self._greet(link)
                 except PeerUnreachable as error:
                     attempt.error = error
                     self._count("dials_failed")
@@ -114,21 +163,58 @@ class Connector:
                 del self._attempts[peer]
             attempt.done.set()
 
+    def plan(self, peer: PeerId, addresses: Sequence[Address] = ()) -> Plan:
+        """How we would reach ``peer`` now."""
+        known = self._contacts.get(peer, self._host.wall())
+        return plan(
+            self.reach(),
+            peer,
+            known[1] if known is not None else None,
+            addresses,
+            self.past.of(peer),
+            helpers=self.helpers(peer),
+            now=self._host.now(),
+        )
+
+    def _race(self, peer: PeerId, steps: Plan, finish: Callable[[ByteStream, str], Awaitable[Link]]) -> Race:
+        now = self._host.now
+        return Race(peer, steps, self.ways, finish, partial(self._note, peer), now, self._lag.value(now()))
+
+    def _note(self, peer: PeerId, outcome: Outcome) -> None:
+        self.past.note(peer, outcome)
+
+    def _note_reason(self, link: Link, step: Step | None) -> None:
+        if step is not None and link.alive:
+            self._reasons[link] = step.reason
+
+    def call_back(self, peer: PeerId, addresses: Sequence[Address]) -> None:
+        """``peer`` has asked us to dial it at ``addresses``: begin, without waiting."""
+        if self.nursery is not None:
+            self.nursery.start_soon(self._call_back, peer, tuple(addresses))
+
+    async def _call_back(self, peer: PeerId, addresses: tuple[Address, ...]) -> None:
+        try:
+            await self.connect(peer, addresses, None)
+        except RemoteError as error:
+            log.info("%s asked us to dial it, in vain: %s", peer.short, error)
+
+    def connections(self) -> list[Connection]:
+        """All live links and why they are as they are."""
+        return [
+            Connection(
+                link.peer, link.way, link.remote, link.initiator, link.rtt, self._reasons.get(link, "it came to us")
+            )
+            for link in self._table.live()
+        ]
+
     async def identify(self, address: Address) -> Link:
         """See :meth:`Endpoint.identify`."""
         if self.nursery is None:
             raise ProtocolMisuse("the endpoint does not run")
         try:
-            lag = self._lag.value(self._host.now())
-            link = await dial_one(self._host, address, partial(self._dial, None), lag)
-        except PeerUnreachable as error:
-            reason = error.attempts[0][1] if error.attempts else error.message
-            raise PeerUnreachable("nobody was reached", attempts=((str(address), reason),)) from error
+            link = await self._dial(None, await self.direct.dial(address), "direct")
         except (RemoteError, ConfigError) as error:
-            lasting = isinstance(error, RemoteError) and error.lasting
-            raise PeerUnreachable(
-                "nobody was reached", attempts=((str(address), str(error)),), lasting=lasting
-            ) from error
+            raise PeerUnreachable("nobody was reached", attempts=((str(address), reason_of(error)),)) from error
         await self._greet(link)
         if not link.alive:
             reason = link.close_reason.message if link.close_reason is not None else "closed by us"

@@ -7,7 +7,7 @@ can still say goodbye; everything else (accept loops, dials, handlers of calls) 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
@@ -84,10 +84,18 @@ class Endpoint:
         self.on_link_lost = self._table.on_link_lost
         self._acceptor = Acceptor(self._table, partial(self._establish, initiator=False), self._count)
         self._connector = Connector(
-            host, self._table, self._contacts, self.lag, dial=self._dial, greet=self._say_hello, count=self._count
+            host,
+            self.peer_id,
+            self._table,
+            self._contacts,
+            self.lag,
+            dial=self._dial,
+            greet=self._say_hello,
+            count=self._count,
         )
         self._listeners: list[Listener] = []
         self._server = RpcServer(host)
+        self._protocols: dict[str, Callable[[LinkStream], Awaitable[None]]] = {}
         self._nursery: trio.Nursery | None = None
         self._own = OwnRecord(identity)
         self.serve(HELLO, self._answer_hello)
@@ -137,7 +145,9 @@ class Endpoint:
                 await trio.aclose_forcefully(listener)
             self._listeners = []
 
-    async def _establish(self, stream: ByteStream, *, initiator: bool, expected: PeerId | None = None) -> Link:
+    async def _establish(
+        self, stream: ByteStream, way: str, *, initiator: bool, expected: PeerId | None = None
+    ) -> Link:
         channel = SecureChannel(
             initiator=initiator,
             identity=self.identity,
@@ -161,10 +171,11 @@ class Endpoint:
         if link.peer == self.peer_id:
             await trio.aclose_forcefully(stream)
             raise PeerUnreachable("that address is this node itself")
+        link.way = way
         return link
 
-    async def _dial(self, expected: PeerId | None, stream: ByteStream) -> Link:
-        link = await self._establish(stream, initiator=True, expected=expected)
+    async def _dial(self, expected: PeerId | None, stream: ByteStream, way: str) -> Link:
+        link = await self._establish(stream, way, initiator=True, expected=expected)
         self._table.adopt(link)
         return link
 
@@ -258,6 +269,10 @@ class Endpoint:
         """Answer calls of ``method`` with ``handler``. It may raise RemoteRefused to refuse with a code of its own."""
         self._server.serve(method, handler)
 
+    def serve_streams(self, protocol: str, handler: Callable[[LinkStream], Awaitable[None]]) -> None:
+        """Give streams that peers open with ``protocol`` to ``handler``, in a task each. Remote errors may leave it."""
+        self._protocols[protocol] = handler
+
     async def call(
         self,
         peer: PeerId,
@@ -331,9 +346,26 @@ class Endpoint:
         if self._nursery is None:
             stream.reset(ResetCode.CANCELLED)
             return
+        if (handler := self._protocols.get(stream.protocol)) is not None:
+            self._nursery.start_soon(_handle_stream, handler, stream)
+            return
         scope = trio.CancelScope()
         stream.on_broken = scope.cancel
         self._nursery.start_soon(self._server.handle, stream, scope)
+
+
+async def _handle_stream(handler: Callable[[LinkStream], Awaitable[None]], stream: LinkStream) -> None:
+    try:
+        await handler(stream)
+    except (RemoteError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        log.info("a stream %s of %s ended: %s", stream.protocol, stream.peer.short, error)
+        stream.reset(ResetCode.CANCELLED)
+    except trio.Cancelled:
+        stream.reset(ResetCode.CANCELLED)
+        raise
+    except Exception:  # boundary: a bug in a handler must not reach the link
+        log.exception("our handler of %s failed for %s", stream.protocol, stream.peer.short)
+        stream.reset(ResetCode.CANCELLED)
 
 
 async def _shielded_nursery(*, task_status: trio.TaskStatus[trio.Nursery]) -> None:

@@ -115,6 +115,8 @@ class Link:
     ) -> None:
         self.peer: PeerId = channel.peer
         self.remote: Address = stream.remote
+        #: How the link came about: "direct", "reversal", "punch", "webrtc" or "relay".
+        self.way = "direct"
         self.initiator: bool = channel.initiator
         self.cipher: str = channel.cipher
         self.exporter: bytes = channel.exporter
