@@ -65,8 +65,6 @@ async def free_bind(
 
 
 async def _together(network: Network, bind: Sequence[Address]) -> tuple[Address, ...]:
-    if any(address.kind != "tcp" for address in bind):
-        return tuple(bind)
     for last in [False] * (defaults.PORT_TRIES - 1) + [True]:
         found: list[Address] = []
         try:
