@@ -98,6 +98,9 @@ MAX_PROVIDERS = 256
 #: Topics one provider may announce here.
 MAX_TOPICS_PER_PROVIDER = 256
 
+#: Seconds between two searches of a full store for what has expired: a flood of requests must not pay for more.
+SWEEP_INTERVAL = 1.0
+
 #: Announcements held in all: about 15 MiB. With MAX_RECORDS below the values of one message (a snapshot).
 MAX_ANNOUNCEMENTS = 32768
 

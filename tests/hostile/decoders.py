@@ -1,0 +1,412 @@
+"""Every decoder of bytes from outside behind one face: samples of what it takes, and ``feed`` for any bytes.
+
+``feed`` returns what it made of the bytes. It may raise the errors of :data:`TYPED` and nothing else; the tests here
+and ``scripts/fuzz`` hold every decoder to that. ``sealed``: the bytes are signed or carry a checksum, so what is
+accepted after a change must be equal to what was there before.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from shoal.dht.keys import node_key
+from shoal.dht.records import VALIDATORS, Announcement, SignedRecord, digest, owned_key
+from shoal.dht.store import Store
+from shoal.learning.spec import SignedSpec
+from shoal.learning.store import Head, RunStore, Vote
+from shoal.node import control
+from shoal.node.datadir import DataDir, NodeRecord
+from shoal.node.ticket import Ticket
+from shoal.transport import stun
+from shoal.transport.address import Address, SignedPeerRecord
+from shoal.transport.aead import NOMINAL_CIPHERS
+from shoal.transport.errors import ConfigError, RemoteError
+from shoal.transport.frames import Priority
+from shoal.transport.identity import PeerId
+from shoal.transport.mux import Mux
+from shoal.transport.records import RecordOpener, RecordSealer
+from shoal.transport.secure import Established, Record, SecureChannel
+from shoal.transport.wire import pack, unpack
+
+from . import registry
+from .samples import IDENTITIES, WALL, sample
+
+#: What hostile bytes may cause: the peer's fault, or (for what a user types and what lies on disk) a named setting.
+TYPED = (RemoteError, ConfigError)
+
+ALICE, BOB = IDENTITIES[:2]
+
+
+@attrs.frozen
+class Decoder:
+    name: str
+    seed: Callable[[random.Random], bytes]
+    feed: Callable[[bytes], Any]
+    sealed: bool = False
+
+
+# --- messages ----------------------------------------------------------------------------------------------------
+
+
+def _message(kind: type[Any]) -> Decoder:
+    def feed(data: bytes) -> Any:
+        message = unpack(kind, data)
+        assert unpack(kind, pack(message)) == message
+        return message
+
+    return Decoder(f"message {kind.__module__.removeprefix('shoal.')}.{kind.__name__}", partial(_packed, kind), feed)
+
+
+def _packed(kind: type[Any], rng: random.Random) -> bytes:
+    return pack(sample(kind, rng))
+
+
+# --- what is signed ----------------------------------------------------------------------------------------------
+
+
+def _peer_record(data: bytes) -> Any:
+    return unpack(SignedPeerRecord, data).open(WALL)
+
+
+def _dht_record(rng: random.Random) -> bytes:
+    value = rng.randbytes(rng.choice((0, 1, 100)))
+    if rng.random() < 0.5:
+        return pack(SignedRecord.sign(ALICE, "run", digest(value), value, seq=0, expires=WALL + 60))
+    key = owned_key(ALICE.peer_id, rng.randbytes(rng.choice((0, 1, 32))))
+    return pack(SignedRecord.sign(ALICE, "owned", key, value, seq=rng.randrange(1 << 63), expires=WALL + 60))
+
+
+def _check_dht_record(data: bytes) -> Any:
+    record = unpack(SignedRecord, data)
+    record.check(WALL, VALIDATORS)
+    assert 0 <= record.place < 1 << 256
+    Store(node_key(BOB.peer_id)).put(record, WALL)
+    return record
+
+
+def _announcement(rng: random.Random) -> bytes:
+    contact = SignedPeerRecord.sign(ALICE, (Address("tcp", "192.0.2.1", 1),), seq=1, expires=WALL + 60)
+    made = Announcement.sign(ALICE, rng.randbytes(32), contact, issued=rng.randrange(9), expires=WALL + 60)
+    return pack(made)
+
+
+def _check_announcement(data: bytes) -> Any:
+    announcement = unpack(Announcement, data)
+    announcement.check(WALL)
+    store = Store(node_key(BOB.peer_id))
+    store.announce(announcement, WALL)
+    store.providers(announcement.topic, WALL)
+    return announcement
+
+
+def _spec(rng: random.Random) -> bytes:
+    from shoal.learning.spec import RunSpec
+
+    spec = attrs.evolve(sample(RunSpec, rng, tame=True), founder=ALICE.peer_id, task="digits", mode="available")
+    return pack(SignedSpec.sign(ALICE, spec))
+
+
+def _open_spec(data: bytes) -> Any:
+    return unpack(SignedSpec, data).open()
+
+
+# --- the secure channel ------------------------------------------------------------------------------------------
+
+
+def channel(initiator: bool, *, psk: bytes | None = None, kind: type[SecureChannel] = SecureChannel) -> SecureChannel:
+    """One side between ALICE (initiator) and BOB, with the same keys every time."""
+    keys = random.Random(f"{initiator}")
+    return kind(
+        initiator=initiator,
+        identity=ALICE if initiator else BOB,
+        entropy=keys.randbytes,
+        wall=WALL,
+        psk=psk,
+        ciphers=NOMINAL_CIPHERS,
+    )
+
+
+def transcript(psk: bytes | None = None, records: Sequence[bytes] = (b"hello", b"x" * 300)) -> tuple[bytes, bytes]:
+    """All bytes that ALICE and BOB send each other, handshake and some records: (hers, his)."""
+    a, b = channel(True, psk=psk), channel(False, psk=psk)
+    b.start()
+    one = a.start()
+    b.receive(one)
+    two = b.outgoing()
+    a.receive(two)
+    three = a.outgoing()
+    b.receive(three)
+    hers, his = one + three, two
+    for text in records:
+        hers += a.seal([text])
+        his += b.seal([text])
+    return hers, his
+
+
+def _secure(initiator: bool, psk: bytes | None) -> Decoder:
+    def seed(rng: random.Random) -> bytes:
+        hers, his = transcript(psk)
+        return his if initiator else hers
+
+    def feed(data: bytes) -> Any:
+        side = channel(initiator, psk=psk)
+        side.start()
+        events = side.receive(data)
+        side.eof()
+        return [bytes(event.data) if isinstance(event, Record) else event for event in events]
+
+    name = f"secure {'initiator' if initiator else 'responder'}{' psk' if psk else ''}"
+    return Decoder(name, seed, feed, sealed=True)
+
+
+def _hello(initiator: bool) -> Decoder:
+    """What stands, encrypted, in the handshake of one who holds all keys: ``initiator`` sends it."""
+
+    def seed(rng: random.Random) -> bytes:
+        return channel(initiator)._hello()
+
+    def feed(data: bytes) -> Any:
+        if len(data) > 3000:  # more does not fit in a handshake frame
+            data = data[:3000]
+
+        class Liar(SecureChannel):
+            def _hello(self) -> bytes:
+                return data
+
+        a = channel(True, kind=Liar if initiator else SecureChannel)
+        b = channel(False, kind=SecureChannel if initiator else Liar)
+        b.start()
+        b.receive(a.start())
+        events = a.receive(b.outgoing())
+        if initiator:
+            events = b.receive(a.outgoing())
+        assert events == [Established((ALICE if initiator else BOB).peer_id, events[0].cipher)]
+        return events
+
+    return Decoder(f"secure hello of the {'initiator' if initiator else 'responder'}", seed, feed)
+
+
+_SECRET = bytes(range(32))
+
+
+def _records_seed(rng: random.Random) -> bytes:
+    sealer = RecordSealer("aegis-128l", _SECRET, rekey_after=2)
+    return b"".join(bytes(_wire(sealer, [rng.randbytes(rng.choice((0, 1, 40, 5000)))])) for _ in range(4))
+
+
+def _wire(sealer: RecordSealer, parts: list[bytes]) -> bytes:
+    sealed = sealer.seal(parts)
+    return bytes(getattr(sealed, "wire", sealed))
+
+
+def _records(data: bytes) -> Any:
+    opener = RecordOpener("aegis-128l", _SECRET, rekey_after=2)
+    records, at = [], 0
+    while at < len(data):
+        room = opener.room()
+        if room is None:
+            records += opener.feed(data[at : at + 977])
+            at += 977
+        else:
+            piece = data[at : at + len(room)]
+            room[: len(piece)] = piece
+            records += opener.fill(len(piece))
+            at += len(piece)
+    opener.eof()
+    return [bytes(record) for record in records]
+
+
+# --- the mux -----------------------------------------------------------------------------------------------------
+
+
+def _mux_seed(rng: random.Random) -> bytes:
+    """Records of a real mux that does a bit of everything, each behind a channel byte and a length."""
+    mux, out = Mux(initiator=True), b""
+    streams = []
+    for _ in range(rng.randrange(2, 12)):
+        match rng.randrange(6):
+            case 0 | 1 if mux.can_open:
+                streams.append(mux.open(rng.choice(("shoal-rpc/1", "x")), rng.choice(list(Priority))))
+            case 2 if streams:
+                stream = rng.choice(streams)
+                if stream.sending.value == "open":
+                    mux.send(stream, rng.randbytes(rng.choice((1, 100, 6000))))
+            case 3 if streams:
+                mux.end(rng.choice(streams))
+            case 4 if streams:
+                mux.stop(rng.choice(streams))
+            case 5 if streams:
+                mux.reset(rng.choice(streams), rng.randrange(9))
+        parts = mux.next_record(4096)
+        if parts is not None:
+            record = b"".join(parts)
+            out += struct.pack(">BH", 0, len(record)) + record
+    return out
+
+
+def _mux(data: bytes) -> Any:
+    """Feed records; read, answer, stop and go on as an application would. Nothing here may break but by the peer."""
+    mux, at = Mux(initiator=False), 0
+    while at + 3 <= len(data):
+        _, size = struct.unpack_from(">BH", data, at)
+        record = memoryview(data)[at + 3 : at + 3 + size]
+        at += 3 + size
+        for event in mux.receive(record, 0.0):
+            stream = getattr(event, "stream", None)
+            if stream is None:
+                continue
+            match (stream.id >> 2) & 3:
+                case 0:
+                    while mux.read(stream, 1000):
+                        pass
+                case 1:
+                    mux.stop(stream)
+                case 2 if stream.sending.value == "open":
+                    mux.send(stream, b"answer" * 100)
+                    mux.end(stream)
+                case 3:
+                    mux.reset(stream)
+        while (parts := mux.next_record(2048)) is not None:
+            assert sum(map(len, parts)) <= 2048
+        mux.take_drained()
+    held = sum(stream.unread for stream in mux.live_streams())
+    assert held <= len(data)
+    return None
+
+
+# --- texts and files ---------------------------------------------------------------------------------------------
+
+
+def _text(name: str, texts: Callable[[random.Random], str], parse: Callable[[str], Any], sealed: bool) -> Decoder:
+    def feed(data: bytes) -> Any:
+        value = parse(data.decode(errors="surrogateescape"))
+        assert parse(str(value)) == value
+        return value
+
+    return Decoder(name, lambda rng: texts(rng).encode(), feed, sealed=sealed)
+
+
+def _ticket(rng: random.Random) -> str:
+    addresses = tuple(sample(Address, rng) for _ in range(rng.randrange(4)))
+    return str(Ticket(rng.randbytes(32), ALICE.peer_id, addresses, rng.choice((None, rng.randbytes(32)))))
+
+
+def _file(name: str, write: Callable[[Path, random.Random], None], read: Callable[[Path], Any], file: str) -> Decoder:
+    """A decoder of one file in a folder: seeds are what ``write`` writes there."""
+
+    def seed(rng: random.Random) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder), rng)
+            return (Path(folder) / file).read_bytes()
+
+    def feed(data: bytes) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / file
+            path.write_bytes(data)
+            path.chmod(0o600)
+            return read(Path(folder))
+
+    return Decoder(f"file {name}", seed, feed)
+
+
+def _write_state(folder: Path, rng: random.Random) -> None:
+    import torch
+
+    RunStore(folder).save_state({"weights": torch.arange(8, dtype=torch.float32)}, sample(Head, rng, tame=True))
+
+
+def _read_state(folder: Path) -> Any:
+    loaded = RunStore(folder).load_state()
+    return None if loaded is None else (sorted(loaded[0]), loaded[1])
+
+
+def _identity(folder: Path) -> Any:
+    return DataDir(folder).identity(random.Random(1).randbytes).peer_id
+
+
+def _store_snapshot(rng: random.Random) -> bytes:
+    store = Store(node_key(BOB.peer_id))
+    for _ in range(rng.randrange(4)):
+        store.put(unpack(SignedRecord, _dht_record(rng)), WALL)
+        store.announce(unpack(Announcement, _announcement(rng)), WALL)
+    return store.save()
+
+
+def _load_snapshot(data: bytes) -> Any:
+    store = Store(node_key(BOB.peer_id))
+    store.load(data, WALL)
+    assert Store(node_key(BOB.peer_id)).load(store.save(), WALL) == store.record_count + store.announcement_count
+    return None
+
+
+# --- the control socket ------------------------------------------------------------------------------------------
+
+
+def _control_seed(rng: random.Random) -> bytes:
+    kinds = list(control.MESSAGES.values())
+    return b"".join(control.encode(sample(rng.choice(kinds), rng)) for _ in range(rng.randrange(1, 4)))
+
+
+def _control(data: bytes) -> Any:
+    framer = control.Framer()
+    return [message for at in range(0, len(data), 700) for message in framer.feed(data[at : at + 700])]
+
+
+# --- STUN --------------------------------------------------------------------------------------------------------
+
+_TRANSACTION = bytes(range(12))
+
+
+def _stun_seed(rng: random.Random) -> bytes:
+    source = Address("tcp", rng.choice(("192.0.2.1", "2001:db8::1")), 4001)
+    asked = stun.request(_TRANSACTION)
+    return rng.choice((asked, stun.answer(asked, source) or b""))
+
+
+def _stun(data: bytes) -> Any:
+    source = Address("tcp", "192.0.2.9", 9)
+    answered = stun.answer(data, source)
+    assert answered is None or len(answered) <= len(data) + 64
+    stun.read_answer(data, _TRANSACTION)
+    message = stun.decode(data)
+    assert stun.decode(stun.encode(message)) == message or len(data) > 512
+    return message
+
+
+def decoders() -> dict[str, Decoder]:
+    """All of them by name."""
+    psk = bytes(32)
+    found = [
+        *map(_message, registry.messages().values()),
+        Decoder("signed peer record", lambda rng: pack(sample(SignedPeerRecord, rng)), _peer_record, sealed=True),
+        Decoder("dht record", _dht_record, _check_dht_record, sealed=True),
+        Decoder("dht announcement", _announcement, _check_announcement, sealed=True),
+        Decoder("dht store snapshot", _store_snapshot, _load_snapshot),
+        Decoder("run spec", _spec, _open_spec, sealed=True),
+        _secure(True, None), _secure(False, None), _secure(True, psk), _secure(False, psk),
+        _hello(True), _hello(False),
+        Decoder("records", _records_seed, _records, sealed=True),
+        Decoder("mux", _mux_seed, _mux),
+        _text("ticket", _ticket, Ticket.parse, True),
+        _text("address", lambda rng: str(sample(Address, rng)), Address.parse, False),
+        _text("peer id", lambda rng: rng.choice(IDENTITIES).peer_id.text, PeerId.parse, False),
+        _file("key", lambda folder, rng: _identity(folder) and None, _identity, "key"),
+        _file("node", lambda folder, rng: DataDir(folder).write_record(sample(NodeRecord, rng)),
+              lambda folder: DataDir(folder).read_record(), "node"),
+        _file("vote", lambda folder, rng: RunStore(folder).save_vote(sample(Vote, rng)),
+              lambda folder: RunStore(folder).load_vote(bytes(32)), "vote"),
+        _file("trust", lambda folder, rng: RunStore(folder).save_trust(sample(tuple[Head, ...], rng)),
+              lambda folder: RunStore(folder).load_trust(), "trust"),
+        _file("state", _write_state, _read_state, "state.safetensors"),
+        Decoder("control", _control_seed, _control),
+        Decoder("stun", _stun_seed, _stun),
+    ]  # fmt: skip
+    return {decoder.name: decoder for decoder in found}
