@@ -17,13 +17,13 @@ import trio.lowlevel
 from rich.console import Console
 from rich.progress import Progress
 
-from ..node.cli import FAILED, INTERRUPTED, OK, USAGE
+from ..node.cli import FAILED, INTERRUPTED, OK
 from ..transport.errors import ConfigError, ShoalError
 from . import defaults
 from .lab_messages import Meet, Met, Pull, Pulled, Watched
 from .lab_nodes import Builder, LabNode, started
 from .lab_report import Matrix, PairResult, legend, required
-from .netlab import KINDS, NetLab, unavailable
+from .netlab import KINDS, NetLab, NetLabUnavailable, unavailable
 
 #: The kinds that the matrix has unless told otherwise.
 MATRIX = ("public", "public4", "cone", "symmetric", "cgnat", "udp_blocked", "upnp", "ipv6")
@@ -103,8 +103,7 @@ def nat(options: argparse.Namespace) -> int:
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"cannot write {path}: there is no folder {path.absolute().parent}")
     if (reason := unavailable()) is not None:
-        console.print(f"skipped: no NAT lab on this machine: {reason}", soft_wrap=True)
-        return USAGE
+        raise NetLabUnavailable(f"no NAT lab on this machine: {reason}")
     folder = Path(tempfile.mkdtemp(prefix="shoal-lab-logs-"))
     work = _scenarios if options.scenario else _matrix
     code = until_signalled(lambda: work(options, folder, console))
