@@ -13,14 +13,22 @@ On the wire::
     records                            <->      records
 
 The preamble is in the clear so that two versions can tell each other which they speak; the prologue of the handshake
-holds it too, so nobody changes it unnoticed. A :class:`Hello` certifies the fresh X25519 key of this session with the
-peer's identity key, and offers ciphers. A refusal says why the handshake ends; nobody vouches for it (it may come
-before any key is shared), so it is only ever shown, as one of our own texts, and ends what was ending anyway.
+holds it too, so nobody changes it unnoticed. A :class:`Hello` certifies the X25519 key of its sender with the peer's
+identity key, and offers ciphers. A refusal says why the handshake ends; nobody vouches for it (it may come before any
+key is shared), so it is only ever shown, as one of our own texts, and ends what was ending anyway.
+
+A node uses one certified X25519 key for many handshakes (:class:`Credentials`, an hour by default), and remembers which
+certificates it has checked. Both halve the cost of a handshake and take nothing from it: forward secrecy comes from the
+ephemeral keys, fresh on both sides of each handshake and forgotten at its end (Noise 7.7: the payloads of XX after
+message 2 have strong forward secrecy with static keys of any age). Who steals that key out of our memory can pass for
+us until its certificate expires; but in the same memory lies the identity key, which certifies others. A certificate
+that was checked is remembered by all its bytes, so nothing else passes for it; its expiry is looked at each time.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 import struct
 from collections.abc import Callable, Sequence
 
@@ -37,7 +45,7 @@ from .wire import pack, unpack
 #: No text protocol and no TLS begins like this; the line break shows pipes that alter line breaks.
 MAGIC = b"\xf5shoal\r\n"
 
-_VERSION = struct.Struct(">H")
+VERSION = struct.Struct(">H")
 _EXPIRY = struct.Struct(">d")
 _FRAME = 4
 _CERTIFICATE_LABEL = b"shoal session key v1\0"
@@ -60,7 +68,7 @@ _STRANGERS = {
 class Hello:
     """What a peer says of itself, encrypted in the handshake.
 
-    ``signature`` by ``peer`` over a fixed label, the X25519 key of the session and ``expires`` (Unix seconds).
+    ``signature`` by ``peer`` over a fixed label, its X25519 key and ``expires`` (Unix seconds).
     """
 
     peer: PeerId
@@ -112,11 +120,54 @@ _REFUSAL_TEXTS = {
 }
 
 
+class Credentials:
+    """The X25519 key of ``identity`` and its :class:`Hello`, kept for :data:`defaults.CERTIFICATE_REUSE` seconds."""
+
+    def __init__(self, identity: Identity, entropy: Callable[[int], bytes]) -> None:
+        self.identity = identity
+        self._entropy = entropy
+        self._made = 0.0
+        self._static: KeyPair | None = None
+        self._expires = 0.0
+        self._signature = b""
+        self._hello: tuple[tuple[CipherOffer, ...], bytes] = ((), b"")
+
+    def at(self, wall: float) -> KeyPair:
+        """The key to shake hands with at ``wall`` (Unix seconds); a new one when the last is too old."""
+        if self._static is None or not self._made <= wall < self._made + defaults.CERTIFICATE_REUSE:
+            self._made = wall
+            self._static = KeyPair.generate(self._entropy)
+            self._expires = wall + defaults.CERTIFICATE_LIFETIME
+            self._signature = self.identity.sign(_certified(self._static.public, self._expires))
+            self._hello = ((), b"")
+        return self._static
+
+    def hello(self, ciphers: tuple[CipherOffer, ...]) -> bytes:
+        """The packed :class:`Hello` for the key that :meth:`at` returned last."""
+        if not self._hello[1] or self._hello[0] != ciphers:
+            hello = Hello(self.identity.peer_id, self._expires, self._signature, ciphers)
+            self._hello = (ciphers, pack(hello))
+        return self._hello[1]
+
+
+@functools.lru_cache(maxsize=defaults.KNOWN_CERTIFICATES)
+def _read_hello(payload: bytes, static: bytes) -> Hello:
+    """The hello in ``payload``, once its signature has proved good for the key ``static``.
+
+    Raises :class:`DecodeError`, :class:`HandshakeError` for the signature. What raises is not remembered.
+    """
+    hello = unpack(Hello, payload, limit=defaults.MAX_HANDSHAKE)
+    if not hello.peer.verify(_certified(static, hello.expires), hello.signature):
+        raise HandshakeError("its session key is not certified by the identity it claims")
+    return hello
+
+
 class SecureChannel:
     """One side of a secure channel over one ordered byte pipe.
 
     ``entropy``: source of the session's keys. ``wall``: now, Unix seconds. ``expected``: the only peer to accept.
-    ``psk``: the 32-byte key of a private swarm. ``ciphers``: what to offer; default: what this machine measured, which
+    ``psk``: the 32-byte key of a private swarm. ``credentials``: of the node, to be used again; default: some for this
+    channel alone. ``ciphers``: what to offer; default: what this machine measured, which
     differs between machines and runs (give :data:`aead.NOMINAL_CIPHERS` where that must not be).
 
     Use: send :meth:`start`; feed received bytes to :meth:`receive` and send :meth:`outgoing` after each call, also
@@ -134,6 +185,7 @@ class SecureChannel:
         expected: PeerId | None = None,
         psk: bytes | None = None,
         ciphers: tuple[CipherOffer, ...] | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         if psk is not None and len(psk) != 32:
             raise ProtocolMisuse(f"the key of a private swarm has 32 bytes, not {len(psk)}")
@@ -147,10 +199,12 @@ class SecureChannel:
         self._private = psk is not None
         pattern = "XXpsk0" if self._private else "XX"
         name = protocol_name(pattern).encode()
-        self._preamble = MAGIC + _VERSION.pack(defaults.WIRE_VERSION) + bytes([len(name)]) + name
-        self._static = KeyPair.generate(entropy)
+        self._preamble = MAGIC + VERSION.pack(defaults.WIRE_VERSION) + bytes([len(name)]) + name
+        credentials = credentials or Credentials(identity, entropy)
+        static = credentials.at(wall)
+        self._hello = credentials.hello(self._ciphers)
         self._noise = HandshakeState(
-            pattern, initiator=initiator, prologue=self._preamble, static=self._static, entropy=entropy, psk=psk
+            pattern, initiator=initiator, prologue=self._preamble, static=static, entropy=entropy, psk=psk
         )
         self._started = False
         self._preamble_sent = False
@@ -193,6 +247,13 @@ class SecureChannel:
         if not self.established:
             raise ProtocolMisuse("the handshake has not finished")
         return self._exporter
+
+    @property
+    def sealer(self) -> RecordSealer:
+        """What seals the records of this pipe."""
+        if self._sealer is None:
+            raise ProtocolMisuse("the handshake has not finished")
+        return self._sealer
 
     # Bytes out
 
@@ -316,10 +377,10 @@ class SecureChannel:
         got = bytes(self._buffer[:300])
         if got[: len(MAGIC)] != MAGIC[: len(got)]:
             raise HandshakeError(_stranger(got), peer=self._expected_name)
-        at = len(MAGIC) + _VERSION.size
+        at = len(MAGIC) + VERSION.size
         if len(got) < at:
             return
-        (version,) = _VERSION.unpack_from(got, len(MAGIC))
+        (version,) = VERSION.unpack_from(got, len(MAGIC))
         if version != defaults.WIRE_VERSION:
             self._say_preamble()  # enough for the other side to say the same
             raise HandshakeError(
@@ -372,13 +433,13 @@ class SecureChannel:
             raise self._refuse(_Refusal.MALFORMED, f"a broken handshake: {error.message}") from None
         if self.initiator:
             self._check_hello(payload)
-            self._send(_Frame.MESSAGE, self._noise.write_message(self._hello()))
+            self._send(_Frame.MESSAGE, self._noise.write_message(self._hello))
             self._finish()
         elif not self._greeted:
             self._greeted = True
             if payload:
                 raise self._refuse(_Refusal.MALFORMED, "a broken handshake: message 1 holds data")
-            self._send(_Frame.MESSAGE, self._noise.write_message(self._hello()))
+            self._send(_Frame.MESSAGE, self._noise.write_message(self._hello))
         else:
             self._check_hello(payload)
             self._finish()
@@ -404,21 +465,16 @@ class SecureChannel:
 
     # Proofs
 
-    def _hello(self) -> bytes:
-        expires = self._wall + defaults.CERTIFICATE_LIFETIME
-        signature = self._identity.sign(_certified(self._static.public, expires))
-        return pack(Hello(self._identity.peer_id, expires, signature, self._ciphers))
-
     def _check_hello(self, payload: bytes) -> None:
         """Check who the peer is, and choose the cipher."""
+        assert self._noise.remote_static is not None
         try:
-            hello = unpack(Hello, payload, limit=defaults.MAX_HANDSHAKE)
+            hello = _read_hello(payload, self._noise.remote_static)
         except DecodeError as error:
             raise self._refuse(_Refusal.MALFORMED, f"a broken handshake: {error.message}") from None
+        except HandshakeError as error:
+            raise self._refuse(_Refusal.CERTIFICATE, error.message) from None
         peer = hello.peer
-        assert self._noise.remote_static is not None
-        if not peer.verify(_certified(self._noise.remote_static, hello.expires), hello.signature):
-            raise self._refuse(_Refusal.CERTIFICATE, "its session key is not certified by the identity it claims")
         if peer == self._identity.peer_id:
             raise self._refuse(_Refusal.OURSELVES, "this is ourselves: a node does not connect to itself")
         if self._expected is not None and peer != self._expected:
@@ -455,7 +511,7 @@ class SecureChannel:
         self._opener = RecordOpener(self._cipher, receiving)
         self._unconfirmed = self.initiator
         # From here on a stolen memory must not give away how the first keys came about.
-        del self._noise, self._static
+        del self._noise
 
 
 def _certified(static: bytes, expires: float) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import random
 import warnings
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.transport import noise
 from shoal.transport.errors import HandshakeError, ProtocolMisuse
 from shoal.transport.noise import PATTERNS, CipherState, HandshakeState, KeyPair, protocol_name
 
@@ -275,3 +278,9 @@ def test_a_cipher_state_stops_before_its_last_nonce() -> None:
     cipher._n = 2**64 - 1
     with pytest.raises(ProtocolMisuse):
         cipher.encrypt(b"", b"")
+
+
+@pytest.mark.parametrize("size", [0, 32, 64, 128])
+def test_the_hmac_is_that_of_the_standard_library(size: int) -> None:
+    key, data = random.Random(size).randbytes(size), random.Random(1).randbytes(99)
+    assert noise._hmac(key, data) == hmac.new(key, data, hashlib.blake2b).digest()

@@ -15,7 +15,7 @@ from shoal.transport import defaults, secure
 from shoal.transport.aead import NOMINAL_CIPHERS, CipherOffer
 from shoal.transport.errors import HandshakeError, ProtocolMisuse, RecordError, RemoteProtocolError
 from shoal.transport.identity import Identity
-from shoal.transport.secure import MAGIC, Established, Record, SecureChannel
+from shoal.transport.secure import MAGIC, Credentials, Established, Record, SecureChannel
 
 ALICE, BOB, EVE = (Identity(bytes([n]) * 32) for n in (1, 2, 3))
 NOW = 1_800_000_000.0
@@ -451,4 +451,53 @@ def test_the_measured_ciphers_of_this_machine_are_offered_by_default() -> None:
 def test_the_session_forgets_how_its_keys_came_about() -> None:
     a = _meet().sides[0]
     assert not hasattr(a, "_noise")
-    assert not hasattr(a, "_static")
+
+
+def _sessions(credentials: Credentials, *walls: float) -> list[SecureChannel]:
+    """Alice's sides of sessions at these times, all with the same credentials."""
+    channels = [_channel(True, seed=n, wall=wall, credentials=credentials) for n, wall in enumerate(walls)]
+    for n, channel in enumerate(channels):
+        assert _meet(channel, _channel(False, seed=n)).errors == [None, None]
+    return channels
+
+
+def test_a_certified_key_serves_many_sessions_whose_keys_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    hellos: list[bytes] = []
+    real = secure.pack
+    monkeypatch.setattr(secure, "pack", lambda message: hellos.append(real(message)) or hellos[-1])
+    credentials = Credentials(ALICE, random.Random(1).randbytes)
+    first, second = _sessions(credentials, NOW, NOW + defaults.CERTIFICATE_REUSE - 1)
+    assert len([hello for hello in hellos if ALICE.peer_id.key in hello]) == 1
+    assert first.exporter != second.exporter
+    assert first.seal([b"same"]) != second.seal([b"same"])
+
+
+@pytest.mark.parametrize("later", [defaults.CERTIFICATE_REUSE, -1.0])
+def test_a_certified_key_is_made_anew_when_it_is_old_or_the_clock_was_put_back(later: float) -> None:
+    credentials = Credentials(ALICE, random.Random(1).randbytes)
+    old = credentials.at(NOW)
+    assert credentials.at(NOW + 1) is old
+    assert credentials.at(NOW + later).private != old.private
+
+
+def test_a_remembered_certificate_expires_like_any_other() -> None:
+    credentials = Credentials(ALICE, random.Random(1).randbytes)
+    credentials.at(NOW)
+    for later, fine in ((0.0, True), (DAY, True), (DAY + defaults.CLOCK_SKEW + 1, False)):
+        alice = _channel(True, wall=NOW, credentials=credentials)
+        bob = _channel(
+            False, seed=int(later), wall=NOW + later, credentials=Credentials(BOB, random.Random(3).randbytes)
+        )
+        wire = _meet(alice, bob)
+        assert (wire.errors == [None, None]) == fine, later
+    assert "out of date" in str(wire.errors[0])
+
+
+def test_a_remembered_certificate_vouches_for_nothing_but_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    credentials = Credentials(ALICE, random.Random(1).randbytes)
+    _sessions(credentials, NOW)
+    other_key = Credentials(ALICE, random.Random(2).randbytes)
+    other_key.at(NOW)
+    monkeypatch.setattr(other_key, "hello", credentials.hello)  # Alice's valid words for another key of hers
+    wire = _meet(_channel(True, credentials=other_key), _channel(False))
+    assert "not certified by the identity it claims" in str(wire.errors[1])
