@@ -51,16 +51,16 @@ MAX_UNACKNOWLEDGED = 64 << 20
 #: Records that may be ahead of the one that is missing: a bulk window in the smallest records.
 MAX_EARLY_RECORDS = 1 << 13
 
-#: Pipes of one session, over its life (a bit each is kept), and at a time. Long fat networks need 8 to 64 connections to
-#: fill; one TCP connection of today's kernels fills 1 Gbit/s at 50 ms.
+#: Pipes of one session, over its life (a bit each is kept), and at a time. Long fat networks need 8 to 64 connections
+#: to fill; one TCP connection of today's kernels fills 1 Gbit/s at 50 ms.
 MAX_PIPE_INDEX, MAX_PIPES = 1 << 16, 16
 
 #: Seconds for a link without any pipe to get a new one: several tries by every way, and time for the other side to come
 #: to us; beyond, whoever waits for the link is better served by an error.
 RESUME_FLOOR = 3.0
 
-#: Seconds after which bytes that were sent and not answered make us ask for a sign of life: an address that changed or a
-#: path that died is so found before the keepalive finds it.
+#: Seconds after which bytes that were sent and not answered make us ask for a sign of life: an address that changed or
+#: a path that died is so found before the keepalive finds it.
 PROBE_FLOOR = 1.0
 
 #: Least seconds without an answer to a ping after which another way is tried beside: TCP's first retransmissions come

@@ -28,10 +28,11 @@ from .errors import (
     RemoteProtocolError,
     WaitExpired,
 )
+from .establish import establish
 from .frames import Buffer, GoodbyeCode, MuxLimits, ResetCode
 from .host import Host
 from .identity import Identity, PeerId
-from .link import Link, establish
+from .link import Link
 from .linktable import LinkTable
 from .network import ByteStream, Listener
 from .rpc import Call, Handler, Method, Q, R, Reply, RpcServer, exchange
@@ -158,7 +159,7 @@ class Endpoint:
             ciphers=self.host.ciphers,
         )
         try:
-            link = await establish(self.host, stream, channel, self.lag, limits=self._limits)
+            link = await establish(self.host, stream, channel, self.lag, limits=self._limits, way=way)
         except WaitExpired:
             self._count("handshakes_expired")
             raise
@@ -171,7 +172,6 @@ class Endpoint:
         if link.peer == self.peer_id:
             await trio.aclose_forcefully(stream)
             raise PeerUnreachable("that address is this node itself")
-        link.way = way
         return link
 
     async def _dial(self, expected: PeerId | None, stream: ByteStream, way: str) -> Link:

@@ -33,9 +33,7 @@ class Frame(IntEnum):
     RESET = 5
     CREDIT = 6
     LINK_CREDIT = 7
-    PING = 8
-    PONG = 9
-    GOODBYE = 10
+    GOODBYE = 8
 
 
 class ResetCode(IntEnum):
@@ -158,14 +156,9 @@ class StreamWasReset:
 
 
 @attrs.frozen
-class PongReceived:
-    rtt: float
-
-
-@attrs.frozen
 class GoodbyeReceived:
     code: int
     reason: str
 
 
-Event: TypeAlias = StreamOpened | DataReceived | StreamStopped | StreamWasReset | PongReceived | GoodbyeReceived
+Event: TypeAlias = StreamOpened | DataReceived | StreamStopped | StreamWasReset | GoodbyeReceived

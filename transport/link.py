@@ -1,7 +1,16 @@
-"""One live link to one peer: a secure channel and a mux over a byte stream, run by three small tasks."""
+"""One live link to one peer: a session of many streams over one or more pipes, which outlives each of them.
+
+A pipe is a byte stream with keys of its own (:mod:`pipe`). The link sends control on the best pipe, bulk on the pipes
+opened for it, or on the best one when there are none. When a pipe dies, what was not acknowledged goes out again on
+another one (:mod:`session`); the streams notice nothing. A link without a pipe is *interrupted*: somebody (through
+``on_trouble``, the connector) has :func:`deadlines.resume` seconds to attach another; then it ends, with the reason for
+which the last pipe was lost. Without that somebody it ends at once.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -9,14 +18,13 @@ import trio
 from trio.lowlevel import ParkingLot
 
 from . import deadlines, defaults
-from .errors import LinkClosed, Overloaded, RemoteError, RemoteProtocolError, WaitExpired
+from .errors import LinkClosed, Overloaded, RecordError, RemoteError, RemoteProtocolError
 from .frames import (
     DataReceived,
     Event,
     GoodbyeCode,
     GoodbyeReceived,
     MuxLimits,
-    PongReceived,
     Priority,
     ResetCode,
     StreamOpened,
@@ -24,9 +32,12 @@ from .frames import (
     StreamWasReset,
 )
 from .mux import Mux
-from .secure import Established, Record, SecureChannel
+from .pipe import Pipe
+from .pipehello import SessionSecrets
+from .pipeset import PipeSet, SeenThroughPipes
+from .secure import Record, SecureChannel
+from .session import HEAD_BYTES, PIPE, Session
 from .stream import LinkStream, StreamLost
-from .waiter import Waiter
 from .wire import printable
 
 if TYPE_CHECKING:
@@ -34,68 +45,13 @@ if TYPE_CHECKING:
     from .deadlines import LoopLag
     from .host import Host
     from .identity import PeerId
-    from .network import ByteStream
 
-__all__ = ["Link", "LinkStream", "Priority", "StreamLost", "establish"]
+__all__ = ["Link", "LinkStream", "Priority", "StreamLost"]
 
-
-async def establish(
-    host: Host, stream: ByteStream, channel: SecureChannel, lag: LoopLag, *, limits: MuxLimits | None = None
-) -> Link:
-    """Shake hands over ``stream`` and return the link, not yet running.
-
-    Raises :class:`HandshakeError` (and other :class:`RemoteProtocolError`), :class:`LinkClosed` when the other side
-    hangs up, :class:`WaitExpired` when it is silent. ``stream`` is closed on every error, and on cancellation.
-    """
-    began = host.now()
-    seconds = deadlines.handshake(lag.value(began))
-    sent = received = 0
-    records: list[memoryview] = []
-    try:
-        with trio.move_on_after(seconds) as scope:
-            due = channel.start()
-            while True:
-                if due:
-                    await stream.send_all(due)
-                    sent += len(due)
-                if channel.established:
-                    break
-                data = await stream.receive_some(defaults.READ_SIZE)
-                if not data:
-                    raise LinkClosed("it hung up during the handshake")
-                received += len(data)
-                for event in channel.receive(data):
-                    if isinstance(event, Record):
-                        records.append(event.data)
-                    else:
-                        assert isinstance(event, Established)
-                due = channel.outgoing()
-        if scope.cancelled_caught:
-            what = "complete handshake" if received else "handshake: it connected and says nothing"
-            raise WaitExpired(what, seconds)
-    except (trio.BrokenResourceError, trio.ClosedResourceError):
-        await trio.aclose_forcefully(stream)
-        raise LinkClosed("the connection broke during the handshake") from None
-    except RemoteProtocolError:
-        # Our refusal (another version, a wrong identity) may still be worth hearing for the other side.
-        due = channel.outgoing()
-        with trio.move_on_after(deadlines.goodbye()):
-            try:
-                if due:
-                    await stream.send_all(due)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                pass
-        await trio.aclose_forcefully(stream)
-        raise
-    except BaseException:
-        await trio.aclose_forcefully(stream)
-        raise
-    link = Link(host, stream, channel, lag, limits=limits, rtt=host.now() - began, records=records)
-    link.bytes_sent, link.bytes_received = sent, received
-    return link
+log = logging.getLogger(__name__)
 
 
-class Link:
+class Link(SeenThroughPipes):
     """An authenticated, encrypted connection to ``peer`` that carries many streams.
 
     Run by :meth:`run`, in a nursery of the endpoint. ``closed`` is set when everything about it has ended;
@@ -105,25 +61,18 @@ class Link:
     def __init__(
         self,
         host: Host,
-        stream: ByteStream,
         channel: SecureChannel,
+        pipe: Pipe,
         lag: LoopLag,
         *,
         limits: MuxLimits | None = None,
-        rtt: float = 0.0,
-        records: list[memoryview] | None = None,
     ) -> None:
         self.peer: PeerId = channel.peer
-        self.remote: Address = stream.remote
-        #: How the link came about: "direct", "reversal", "punch", "webrtc" or "relay".
-        self.way = "direct"
         self.initiator: bool = channel.initiator
         self.cipher: str = channel.cipher
         self.exporter: bytes = channel.exporter
-        self.bytes_sent = 0
-        self.bytes_received = 0
-        #: Bytes per second, smoothed, at which the network took larger records; None: not measured yet.
-        self.bandwidth: float | None = None
+        #: What further pipes derive their keys from.
+        self.secrets = SessionSecrets(channel.exporter, channel.cipher, initiator=channel.initiator)
         self.opened_at = self.last_used = host.now()
         self.closed = trio.Event()
         self.close_reason: LinkClosed | RemoteError | None = None
@@ -137,37 +86,44 @@ class Link:
         self.on_stream: Callable[[LinkStream], None] | None = None
         #: Called each time the link has been idle for a keepalive interval. Must not wait.
         self.on_idle: Callable[[], None] | None = None
+        #: Called when :attr:`troubled` becomes true. Must not wait.
+        self.on_trouble: Callable[[], None] | None = None
+        #: Called when the best pipe has become another one, or one has gone. Must not wait.
+        self.on_pipes: Callable[[], None] | None = None
+        #: Pipes lost so far, those that were retired for better ones not counted.
+        self.pipes_lost = 0
         self._host = host
-        self._stream = stream
-        self._channel = channel
         self._lag = lag
         self._mux = Mux(initiator=channel.initiator, limits=limits, peer=self.peer.short)
-        self._handshake_rtt = rtt
-        self._records = records or []
-        self._work = Waiter()
+        self._pipes = PipeSet(pipe, self.peer.short, self._pipes_changed)
+        control, bulk = self._mux.limits.link_window
+        self._session = Session((control + defaults.MAX_RECORD, bulk + defaults.MAX_RECORD))
         self._slots = ParkingLot()
-        self._scope: trio.CancelScope | None = None
-        self._writing = False
-        self._pace: float | None = None  # smoothed seconds per byte of larger records
-        self._record_limit = defaults.FIRST_RECORD
-        self._fast = False  # the line, so that more may wait in the kernel
+        self._nursery: trio.Nursery | None = None
+        self._watching: trio.CancelScope | None = None
+        self._interrupted: float | None = None
         self._parting = ""  # what we said in our goodbye
-        self._heard = host.now()
-        self._unheard = 0  # bytes sent since we last heard from the peer
 
     def __repr__(self) -> str:
-        state = "closed" if self.close_reason is not None else "live"
+        state = "closed" if self.close_reason is not None else "interrupted" if self.interrupted else "live"
         return f"<Link to {self.peer.short} at {self.remote} {state}>"
 
-    @property
-    def rtt(self) -> float:
-        """Smoothed round trip in seconds: of pings, before the first of them the handshake's duration."""
-        return self._handshake_rtt if self._mux.rtt is None else self._mux.rtt
+    # What is known of it
 
     @property
     def alive(self) -> bool:
         """True while streams can be opened."""
         return self.close_reason is None and not self._mux.goodbye_sent
+
+    @property
+    def interrupted(self) -> bool:
+        """True while it has no pipe and waits for one."""
+        return self._interrupted is not None and self.close_reason is None
+
+    @property
+    def troubled(self) -> bool:
+        """True while it has no pipe, or none that answers in time."""
+        return self.alive and (self.interrupted or self._pipes.best.suspect)
 
     @property
     def idle(self) -> bool:
@@ -182,6 +138,8 @@ class Link:
     def lag(self) -> float:
         """Our loop's lag in seconds, for deadlines."""
         return self._lag.value(self._host.now())
+
+    # Streams
 
     async def open_stream(self, protocol: str, priority: Priority = Priority.CONTROL) -> LinkStream:
         """Open a stream. Waits while our side holds the most streams allowed; the caller's deadline bounds that.
@@ -228,146 +186,267 @@ class Link:
             self.closed_idle = code == GoodbyeCode.IDLE
             self._mux.goodbye(code, reason)
             self._break_streams(LinkClosed(f"closed by us: {reason}", peer=self.peer.short))
-            self._work.wake()
+            if self.interrupted:
+                self._end(LinkClosed(f"closed by us: {reason}", peer=self.peer.short))
+            self._pipes.best.work.wake()
+
+    # Pipes
+
+    def attach(self, pipe: Pipe) -> None:
+        """Take another pipe, opened by either side. It carries something once it has proved itself.
+
+        Raises :class:`LinkClosed`.
+        """
+        if not self.alive:
+            raise self._closed_error()
+        self._pipes.all.append(pipe)
+        pipe.ping(self._host.now())
+        if self._nursery is not None:
+            self._nursery.start_soon(self._run_pipe, pipe)
+        self._look_now()
+
+    def probe(self) -> None:
+        """Ask every pipe for a sign of life now: something about the network has changed."""
+        for pipe in self._pipes.all:
+            pipe.ping(self._host.now())
+        self._look_now()
+
+    def give_up(self, reason: RemoteError) -> None:
+        """End an interrupted link before its time: there is nobody any more."""
+        if self.interrupted:
+            self._end(reason)
+
+    def _pipes_changed(self) -> None:
+        self._interrupted = None
+        if self.on_pipes is not None:
+            self.on_pipes()
+
+    def _pipe_ended(self, pipe: Pipe) -> None:
+        self._pipes.remove(pipe)
+        self._session.lost(pipe.index)
+        if self.close_reason is not None or (pipe.reason is None and not pipe.retired):
+            return
+        reason = pipe.reason or LinkClosed("its last pipe was retired", peer=self.peer.short)
+        if pipe.reason is not None:
+            self.pipes_lost += 1
+        if self._mux.goodbye_sent:
+            self._end(LinkClosed(f"closed by us: {self._parting}", peer=self.peer.short))
+        elif self._pipes.elect():
+            log.info("a pipe of the link to %s is gone: %s", self.peer.short, reason)
+        elif isinstance(reason, RecordError) or self.on_trouble is None:
+            self._end(reason)
+        elif self._interrupted is None:
+            log.info("the link to %s is interrupted: %s", self.peer.short, reason)
+            self._interrupted = self._host.now()
+            self._pipes.best = pipe
+            self._look_now()
+            self.on_trouble()
+
+    # Life
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve the link until it ends, for whatever reason. A peer's fault is no exception here: it is recorded."""
         try:
             async with trio.open_nursery() as nursery:
-                self._scope = nursery.cancel_scope
+                self._nursery = nursery
                 if self.close_reason is not None:
                     nursery.cancel_scope.cancel()
                 task_status.started()
-                for task in (self._read, self._write, self._keepalive):
-                    nursery.start_soon(self._guard, task)
+                for pipe in self._pipes.all:
+                    nursery.start_soon(self._run_pipe, pipe)
+                await self._watch()
         finally:
+            self._nursery = None
             if self.close_reason is None:
                 self.close_reason = LinkClosed("closed by us", peer=self.peer.short)
-            with trio.CancelScope(shield=True):
-                await self._say_why()
-                await trio.aclose_forcefully(self._stream)
             self._break_streams(self.close_reason)
             self._slots.unpark_all()
-            self._records.clear()
             self.closed.set()
 
-    async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
+    async def _run_pipe(self, pipe: Pipe) -> None:
         try:
-            await task()
+            async with trio.open_nursery() as nursery:
+                pipe.scope = nursery.cancel_scope
+                if pipe.reason is not None:
+                    nursery.cancel_scope.cancel()
+                nursery.start_soon(self._guard, pipe, self._write)
+                await self._guard(pipe, self._read)
+        finally:
+            self._pipe_ended(pipe)
+            pipe.records.clear()
+            with trio.CancelScope(shield=True):
+                await self._say_why(pipe)
+                await trio.aclose_forcefully(pipe.stream)
+
+    async def _guard(self, pipe: Pipe, task: Callable[[Pipe], Awaitable[None]]) -> None:
+        try:
+            await task(pipe)
         except RemoteError as error:
-            self._end(error)
+            pipe.fail(error)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            how = (
-                f"closed by us: {self._parting}" if self._mux.goodbye_sent else "the connection broke without a goodbye"
-            )
-            self._end(LinkClosed(how, peer=self.peer.short))
+            pipe.fail(LinkClosed("the connection broke without a goodbye", peer=self.peer.short))
 
     def _end(self, reason: LinkClosed | RemoteError) -> None:
         if self.close_reason is None:
             self.close_reason = reason
-        if self._scope is not None:
-            self._scope.cancel()
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
 
-    async def _say_why(self) -> None:
+    async def _say_why(self, pipe: Pipe) -> None:
         """Tell a peer that broke the protocol what it did: the other side's log is where somebody will look."""
         reason = self.close_reason
-        if not isinstance(reason, RemoteProtocolError) or self._writing or self._mux.goodbye_sent:
+        if not isinstance(reason, RemoteProtocolError) or pipe.writing or pipe is not self._pipes.best:
             return
         self._mux.goodbye(GoodbyeCode.PROTOCOL_ERROR, reason.message)
-        record = self._mux.next_record(defaults.MAX_RECORD)
         with trio.move_on_after(deadlines.goodbye()):
             try:
-                if record is not None:
-                    await self._stream.send_all(self._channel.seal(record))
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                wire = self._compose_channel(pipe, Priority.CONTROL)
+                if wire is not None:
+                    await pipe.stream.send_all(wire)
+            except (trio.BrokenResourceError, trio.ClosedResourceError, RemoteProtocolError):
                 pass
 
-    # The three tasks
-
-    async def _read(self) -> None:
-        for record in self._records:
-            self._receive(record)
-        self._records.clear()
+    async def _read(self, pipe: Pipe) -> None:
+        channel, stream = pipe.channel, pipe.stream
+        for record in pipe.records:
+            self._record(pipe, record)
+        pipe.records.clear()
         while True:
             data: bytes | bytearray = b""
-            room = self._channel.room()
+            room = channel.room()
             if room is None:
-                data = await self._stream.receive_some(defaults.READ_SIZE)
+                data = await stream.receive_some(defaults.READ_SIZE)
                 size = len(data)
             else:
-                size = await self._stream.receive_into(room)
-            if not size and self._mux.goodbye_sent:
-                raise LinkClosed(f"closed by us: {self._parting}", peer=self.peer.short)
+                size = await stream.receive_into(room)
             if not size:
-                self._channel.eof()
+                if pipe.peer_retired:
+                    return  # it stays until we have retired too
+                if not self._mux.goodbye_sent:
+                    channel.eof()
                 raise LinkClosed("the connection ended without a goodbye", peer=self.peer.short)
-            self._heard = self._host.now()
-            self._unheard = 0
-            self.bytes_received += size
+            pipe.note_heard(size, self._host.now())
             if self._mux.goodbye_sent:
                 continue
-            for event in self._channel.receive(data) if room is None else self._channel.fill(size):
-                assert isinstance(event, Record)
-                self._receive(event.data)
+            for event in channel.receive(data) if room is None else channel.fill(size):
+                if isinstance(event, Record):
+                    self._record(pipe, event.data)
 
-    async def _write(self) -> None:
+    def _record(self, pipe: Pipe, record: memoryview) -> None:
+        """What an authenticated record says; nonsense in it is the peer's fault and ends the link."""
+        try:
+            kind, payloads = self._session.receive(record)
+            for payload in payloads:
+                if kind == PIPE:
+                    pipe.receive_frames(payload, self._host.now())
+                    continue
+                for event in self._mux.receive(payload, Priority(kind)):
+                    self._handle(event)
+        except LinkClosed as goodbye:
+            self._end(goodbye)
+        except RemoteProtocolError as error:
+            self._end(type(error)(error.message, peer=self.peer.short))
+        if not pipe.confirmed or pipe.suspect:
+            pipe.confirmed, pipe.suspect = True, False
+            self._pipes.elect()
+        self._changed()
+
+    async def _write(self, pipe: Pipe) -> None:
+        host, stream = self._host, pipe.stream
         while True:
-            record = self._mux.next_record(self._record_limit)
-            if record is None:
-                if self._mux.goodbye_sent:
-                    await self._stream.send_eof()
+            wire = self._compose(pipe)
+            if wire is None:
+                if self._mux.goodbye_sent and pipe is self._pipes.best:
+                    await stream.send_eof()
                     return  # the reader goes on until the peer has hung up, so that no reset overtakes the goodbye
-                await self._work.wait()
+                if pipe.retiring and not pipe.retired:
+                    pipe.retired = True
+                    await stream.send_all(self._seal_pipe(pipe, pipe.retirement()))
+                    await stream.send_eof()
+                if pipe.retired and pipe.peer_retired and pipe.scope is not None:
+                    pipe.scope.cancel()
+                await pipe.work.wait()
                 continue
-            wire = self._channel.seal(record)
-            del record
-            for drained in self._mux.take_drained():
-                if drained.owner is not None:
-                    drained.owner._wake_sender()
-            self._slots_changed()
-            began = self._host.now()
-            self._writing = True
-            await self._stream.send_all(wire)
-            self._writing = False
-            self.bytes_sent += len(wire)
-            self._unheard += len(wire)
-            if len(wire) >= defaults.MIN_RECORD // 2:
-                self._measure(len(wire), self._host.now() - began)
+            began = host.now()
+            pipe.writing = True
+            await stream.send_all(wire)
+            pipe.writing = False
+            now = host.now()
+            if pipe.unheard_since is None and self._watching is not None and not self.idle:
+                due = now + deadlines.probe(pipe.rtt, self._lag.value(now))
+                if due < self._watching.deadline:
+                    self._watching.deadline = due
+            pipe.note_sent(len(wire), now - began, now)
 
-    async def _keepalive(self) -> None:
+    def _compose(self, pipe: Pipe) -> bytearray | None:
+        """The next record of ``pipe`` for the wire."""
+        if pipe.retired:
+            return None
+        if pipe.has_frames:
+            return self._seal_pipe(pipe, pipe.take_frames())
+        if pipe is self._pipes.best and pipe.usable:
+            wire = self._compose_channel(pipe, Priority.CONTROL)
+            if wire is not None:
+                return wire
+        if self._pipes.carries_bulk(pipe):
+            wire = self._compose_channel(pipe, Priority.BULK)
+            if wire is not None:
+                return wire
+        if pipe is self._pipes.best and self._session.owes:
+            return self._seal_pipe(pipe, b"")
+        return None
+
+    def _compose_channel(self, pipe: Pipe, channel: Priority) -> bytearray | None:
+        limit = min(pipe.record_limit, defaults.MAX_RECORD) - HEAD_BYTES
+        wire = self._session.compose(
+            channel, pipe.index, pipe.channel.sealer, lambda: self._mux.next_record(channel, limit)
+        )
+        for drained in self._mux.take_drained():
+            if drained.owner is not None:
+                drained.owner._wake_sender()
+        self._slots_changed()
+        return wire
+
+    def _seal_pipe(self, pipe: Pipe, frames: bytes) -> bytearray:
+        return self._session.seal(pipe.channel.sealer, frames)
+
+    # Signs of life
+
+    async def _watch(self) -> None:
         while True:
-            due = self._heard + defaults.KEEPALIVE_IDLE
-            await self._sleep_until(due)
-            if self._heard + defaults.KEEPALIVE_IDLE > self._host.now():
+            now = self._host.now()
+            lag = self._lag.value(now)
+            due, before = math.inf, self._pipes.best.suspect
+            for pipe in list(self._pipes.all):
+                due = min(due, self._pipes.look_after(pipe, now, lag, busy=not self.idle, on_idle=self._was_idle))
+            if self.troubled and not before and not self.interrupted and self.on_trouble is not None:
+                self.on_trouble()
+            if self._interrupted is not None:
+                give_up = self._interrupted + deadlines.resume(self._pipes.best.rtt, lag)
+                if now >= give_up:
+                    self._end(self._pipes.best.reason or LinkClosed("no pipe is left", peer=self.peer.short))
+                due = min(due, give_up)
+            with trio.CancelScope(deadline=due) as self._watching:
+                await trio.sleep_forever()
+            now = self._host.now()
+            if now < due:
                 continue
-            if self.on_idle is not None:
-                self.on_idle()
-            asked = self._host.now()
-            self._mux.ping(asked)
-            self._changed()
-            while True:
-                seconds = deadlines.sign_of_life(self.rtt, self.lag, self._unheard, self.bandwidth)
-                overshoot = await self._sleep_until(self._host.now() + seconds)
-                if self._heard >= asked:
-                    break
-                if overshoot < defaults.LAG_TOLERANCE:
-                    waited = self._host.now() - asked
-                    raise WaitExpired("sign of life", waited, peer=self.peer.short)
+            self._lag.note(now - due, now)
+            if now - due >= defaults.LAG_TOLERANCE:
+                # We were suspended, or starved: that says nothing about the peer. It gets another go.
+                for pipe in self._pipes.all:
+                    pipe.asked = None if pipe.asked is None else now
+                self._interrupted = None if self._interrupted is None else now
 
-    async def _sleep_until(self, deadline: float) -> float:
-        """Sleep, and return (and note) by how many seconds too long."""
-        await trio.sleep(max(0.0, deadline - self._host.now()))
-        now = self._host.now()
-        overshoot = max(0.0, now - deadline)
-        self._lag.note(overshoot, now)
-        return overshoot
+    def _was_idle(self) -> None:
+        if self.on_idle is not None:
+            self.on_idle()
+
+    def _look_now(self) -> None:
+        if self._watching is not None:
+            self._watching.deadline = -math.inf
 
     # Between the mux and its streams
-
-    def _receive(self, record: memoryview) -> None:
-        for event in self._mux.receive(record, self._host.now()):
-            self._handle(event)
-        self._changed()
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -386,8 +465,6 @@ class Link:
             case StreamWasReset(stream):
                 if stream.owner is not None:
                     stream.owner._broken()
-            case PongReceived():
-                pass
             case GoodbyeReceived(code, reason):
                 self.goodbye_code = code
                 what = f"it said goodbye: {printable(reason)}" if reason else "it said goodbye"
@@ -395,8 +472,12 @@ class Link:
 
     def _changed(self) -> None:
         """Something happened in the mux: there may be a record to write, or a slot for a stream."""
-        if self._work and self._mux.has_output:
-            self._work.wake()
+        best = self._pipes.best
+        if best.work and (self._mux.has_output or best.has_frames or self._session.owes):
+            best.work.wake()
+        if len(self._pipes.all) > 1:
+            for pipe in self._pipes.all:
+                pipe.work.wake()
         if self._slots:
             self._slots_changed()
 
@@ -415,15 +496,3 @@ class Link:
             return StreamLost("the link is being closed by us", peer=self.peer.short)
         goodbye = isinstance(reason, LinkClosed) and reason.goodbye
         return StreamLost(f"the link ended: {reason.message}", peer=self.peer.short, goodbye=goodbye)
-
-    def _measure(self, size: int, seconds: float) -> None:
-        # Seconds per byte are averaged, not bytes per second: a record that vanished in the kernel's buffer in no time
-        # says little about the line, one that took long says much.
-        sample = seconds / size
-        self._pace = sample if self._pace is None else 0.5 * (self._pace + sample)
-        self.bandwidth = 1.0 / max(self._pace, 1e-12)
-        self._record_limit = deadlines.record_size(self.bandwidth, self._record_limit)
-        fast = self.bandwidth > (defaults.SLOW_LINE if self._fast else defaults.FAST_LINE)
-        if fast != self._fast:
-            self._fast = fast
-            self._stream.allow_unsent(defaults.UNSENT_FAST if fast else defaults.UNSENT_SLOW)

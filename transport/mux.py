@@ -7,11 +7,14 @@ The mux is fed with the plaintext of records (:meth:`Mux.receive`) and asked for
 value u32, big-endian), followed for ``OPEN``, ``DATA`` and ``GOODBYE`` by ``value`` bytes::
 
     OPEN(stream, protocol name)  DATA(stream, bytes)  EOF(stream)      STOP(stream, code)   RESET(stream, code)
-    CREDIT(stream, bytes)        LINK_CREDIT(priority, bytes)          PING(token)          PONG(token)
-    GOODBYE(code, reason)
+    CREDIT(stream, bytes)        LINK_CREDIT(priority, bytes)          GOODBYE(code, reason)
+
+Records belong to one of two channels, CONTROL and BULK, each in order in itself but not to the other (they may travel
+on different pipes). The first line above travels in the channel of the stream's priority, the second in CONTROL.
 
 A stream id is ``number << 2 | priority << 1 | opener``: the opener bit is 1 for the initiator of the link (odd ids) and
-0 for the responder; numbers only rise. So what may be said about a forgotten stream is known without remembering it.
+0 for the responder; numbers of one priority and opener only rise. So what may be said about a forgotten stream is known
+without remembering it.
 
 A stream has two halves that close on their own::
 
@@ -43,7 +46,6 @@ from .frames import (
     GoodbyeReceived,
     MuxLimits,
     MuxStream,
-    PongReceived,
     Priority,
     Receiving,
     ResetCode,
@@ -67,23 +69,18 @@ class Mux:
     def __init__(self, *, initiator: bool, limits: MuxLimits | None = None, peer: str = "") -> None:
         self.limits = limits or MuxLimits()
         self.peer = peer
-        #: Last measured and smoothed round trip, seconds; None before the first pong.
-        self.rtt: float | None = None
         self.goodbye_sent = False
         self._opener = 1 if initiator else 0
         self._streams: dict[int, MuxStream] = {}
-        self._number = [0, 0]  # highest stream number so far: opened by the responder, by the initiator
+        self._number = [0, 0, 0, 0]  # highest stream number so far, by priority and opener: the last two bits of an id
         self._open_count = [0, 0]  # live streams: opened by the responder, by the initiator
-        self._frames: deque[bytes] = deque()  # link frames, in order, before all data
+        self._frames: tuple[deque[bytes], deque[bytes]] = (deque(), deque())  # by channel, in order, before all data
         self._ready: tuple[deque[MuxStream], deque[MuxStream]] = (deque(), deque())
         self._credit = list(self.limits.link_window)
         self._allowance = list(self.limits.link_window)
         self._unacknowledged = [0, 0]
         self._drained: list[MuxStream] = []
         self._answers = 0  # queued frames that the peer made us send; bounded
-        self._ping: tuple[int, float] | None = None
-        self._ping_token = 0
-        self._pong: int | None = None
 
     # What the application does
 
@@ -106,15 +103,16 @@ class Mux:
             raise ProtocolMisuse(f"protocol name of {len(name)} bytes")
         if not self.can_open:
             raise Overloaded(f"{self.limits.max_outgoing} streams to {self.peer or 'one peer'} are open already")
-        number = self._number[self._opener] + 1
+        place = priority << 1 | self._opener
+        number = self._number[place] + 1
         if number >= 1 << 30:
             raise Overloaded("this link has used up its stream numbers")
-        self._number[self._opener] = number
-        id = number << 2 | priority << 1 | self._opener
+        self._number[place] = number
+        id = number << 2 | place
         stream = MuxStream(id, protocol, True, self.limits.stream_window[priority])
         self._streams[id] = stream
         self._open_count[self._opener] += 1
-        self._frames.append(HEADER.pack(Frame.OPEN, id, len(name)) + name)
+        self._frames[priority].append(HEADER.pack(Frame.OPEN, id, len(name)) + name)
         return stream
 
     def send(self, stream: MuxStream, data: Buffer) -> None:
@@ -191,20 +189,13 @@ class Mux:
             self._consumed(stream, done)
         return done
 
-    def ping(self, now: float) -> None:
-        """Ask for a sign of life. One at a time: a second one before the answer changes nothing."""
-        if self._ping is None:
-            self._ping_token = self._ping_token + 1 & 0xFFFFFFFF
-            self._ping = (self._ping_token, now)
-            self._frames.append(HEADER.pack(Frame.PING, 0, self._ping_token))
-
     def goodbye(self, code: int = GoodbyeCode.LEAVING, reason: str = "") -> None:
         """Say that nothing follows. Everything queued and not yet in a record is dropped."""
         if self.goodbye_sent:
             return
         self.goodbye_sent = True
         text = reason.encode()[: defaults.MAX_GOODBYE]
-        self._frames.append(HEADER.pack(Frame.GOODBYE, code, len(text)) + text)
+        self._frames[0].append(HEADER.pack(Frame.GOODBYE, code, len(text)) + text)
         for ready in self._ready:
             ready.clear()
 
@@ -212,32 +203,30 @@ class Mux:
 
     @property
     def has_output(self) -> bool:
-        if self._frames or self._pong is not None:
-            return True
-        (control, bulk), credit = self._ready, self._credit
-        return bool((control and credit[0] > 0) or (bulk and credit[1] > 0))
+        return self.has(Priority.CONTROL) or self.has(Priority.BULK)
 
-    def next_record(self, limit: int) -> list[Buffer] | None:
-        """The buffers that make up the next record (at most ``limit`` bytes), or None when nothing may be sent.
+    def has(self, channel: Priority) -> bool:
+        """True when :meth:`next_record` has something for ``channel``."""
+        return bool(self._frames[channel] or (self._ready[channel] and self._credit[channel] > 0))
+
+    def next_record(self, channel: Priority, limit: int) -> list[Buffer] | None:
+        """The buffers that make up the next record of ``channel`` (at most ``limit`` bytes); None: nothing may be sent.
 
         The buffers are views of what was given to :meth:`send`: seal them first, then call :meth:`take_drained` and
-        tell those who wait. Call it always: it keeps what nobody took.
+        tell those who wait.
         """
         out: list[Buffer] = []
         room = limit
-        if self._pong is not None:
-            out.append(HEADER.pack(Frame.PONG, 0, self._pong))
-            self._pong = None
-            room -= HEADER_BYTES
-        while self._frames and len(self._frames[0]) <= room:
-            frame = self._frames.popleft()
+        frames = self._frames[channel]
+        while frames and len(frames[0]) <= room:
+            frame = frames.popleft()
             out.append(frame)
             room -= len(frame)
-        if not self._frames:
-            self._answers = 0
-            for priority in (Priority.CONTROL, Priority.BULK):
-                if self._ready[priority]:
-                    room = self._fill(out, room, priority)
+        if not frames:
+            if not self._frames[1 - channel]:
+                self._answers = 0
+            if self._ready[channel]:
+                self._fill(out, room, channel)
         return out or None
 
     def take_drained(self) -> list[MuxStream]:
@@ -245,7 +234,7 @@ class Mux:
         drained, self._drained = self._drained, []
         return drained
 
-    def _fill(self, out: list[Buffer], room: int, priority: Priority) -> int:
+    def _fill(self, out: list[Buffer], room: int, priority: Priority) -> None:
         ready = self._ready[priority]
         while ready and self._credit[priority] > 0 and room > HEADER_BYTES:
             stream = ready.popleft()
@@ -276,13 +265,12 @@ class Mux:
                     out.append(eof)
                     room -= HEADER_BYTES
                 else:
-                    self._frames.append(eof)
-        return room
+                    self._frames[priority].append(eof)
 
     # Input
 
-    def receive(self, record: memoryview, now: float) -> list[Event]:
-        """Take the plaintext of one record. Raises :class:`RemoteProtocolError`; the link must then end.
+    def receive(self, record: memoryview, channel: Priority) -> list[Event]:
+        """Take the plaintext of the next record of ``channel``. Raises :class:`RemoteProtocolError`: the link must end.
 
         Received data stay views of ``record`` unless they are a small part of it.
         """
@@ -299,6 +287,11 @@ class Mux:
                     raise self._broken(f"a frame announces {value} bytes, its record holds {size - at}")
                 payload = record[at : at + value]
                 at += value
+            if kind > Frame.RESET:
+                if channel is not Priority.CONTROL:
+                    raise self._broken(f"a frame of kind {kind} among bulk")
+            elif id >> 1 & 1 != channel:
+                raise self._broken(f"a frame of stream {id} in the wrong channel")
             match kind:
                 case Frame.DATA:
                     self._on_data(id, payload, size, events)
@@ -314,10 +307,6 @@ class Mux:
                     self._on_credit(id, value)
                 case Frame.LINK_CREDIT:
                     self._on_link_credit(id, value)
-                case Frame.PING:
-                    self._pong = value  # only the last one is answered: a flood of pings makes no queue
-                case Frame.PONG:
-                    self._on_pong(value, now, events)
                 case Frame.GOODBYE:
                     if value > defaults.MAX_GOODBYE:
                         raise self._broken(f"a goodbye of {value} bytes")
@@ -330,7 +319,7 @@ class Mux:
         if id & 1 == self._opener:
             raise self._broken(f"it opened stream {id}, whose number is ours to give")
         other = 1 - self._opener
-        if id >> 2 <= self._number[other]:
+        if id >> 2 <= self._number[id & 3]:
             raise self._broken(f"it opened stream {id} again")
         if not 0 < len(payload) <= defaults.MAX_PROTOCOL_NAME:
             raise self._broken(f"a protocol name of {len(payload)} bytes")
@@ -338,12 +327,12 @@ class Mux:
             protocol = bytes(payload).decode()
         except UnicodeDecodeError:
             raise self._broken("a protocol name that is not UTF-8") from None
-        self._number[other] = id >> 2
+        self._number[id & 3] = id >> 2
         if self._answers > defaults.MAX_PENDING_ANSWERS:
             raise self._broken("it keeps opening streams without reading our answers")
         if self._open_count[other] >= self.limits.max_incoming:
             self._answers += 1
-            self._frames.append(HEADER.pack(Frame.RESET, id, ResetCode.TOO_MANY_STREAMS))
+            self._frames[id >> 1 & 1].append(HEADER.pack(Frame.RESET, id, ResetCode.TOO_MANY_STREAMS))
             return
         stream = MuxStream(id, protocol, False, self.limits.stream_window[id >> 1 & 1])
         self._streams[id] = stream
@@ -421,20 +410,12 @@ class Mux:
         if amount == 0 or self._credit[priority] > self.limits.link_window[priority]:
             raise self._broken(f"it granted {amount} bytes to the link, more than it was sent")
 
-    def _on_pong(self, token: int, now: float, events: list[Event]) -> None:
-        if self._ping is None or self._ping[0] != token:
-            raise self._broken("an answer to no ping of ours")
-        sample = max(0.0, now - self._ping[1])
-        self._ping = None
-        self.rtt = sample if self.rtt is None else 0.875 * self.rtt + 0.125 * sample  # RFC 6298
-        events.append(PongReceived(sample))
-
     # Bookkeeping
 
     def _find(self, id: int) -> MuxStream | None:
         """The stream, or None when it has been forgotten; an id that nobody ever opened breaks the protocol."""
         stream = self._streams.get(id)
-        if stream is None and not 0 < id >> 2 <= self._number[id & 1]:
+        if stream is None and not 0 < id >> 2 <= self._number[id & 3]:
             raise self._broken(f"a frame for stream {id}, which was never opened")
         return stream
 
@@ -450,7 +431,7 @@ class Mux:
             stream._unacknowledged += n
             # A quarter: few credit frames, and the sender never waits for one while the reader keeps up.
             if stream._unacknowledged >= self.limits.stream_window[stream.priority] // 4:
-                self._frames.append(HEADER.pack(Frame.CREDIT, stream.id, stream._unacknowledged))
+                self._frames[0].append(HEADER.pack(Frame.CREDIT, stream.id, stream._unacknowledged))
                 stream._allowance += stream._unacknowledged
                 stream._unacknowledged = 0
         self._settle(stream)
@@ -459,7 +440,7 @@ class Mux:
         self._unacknowledged[priority] += n
         if self._unacknowledged[priority] >= self.limits.link_window[priority] // 4:
             amount = self._unacknowledged[priority]
-            self._frames.append(HEADER.pack(Frame.LINK_CREDIT, priority, amount))
+            self._frames[0].append(HEADER.pack(Frame.LINK_CREDIT, priority, amount))
             self._allowance[priority] += amount
             self._unacknowledged[priority] = 0
 
@@ -494,7 +475,7 @@ class Mux:
     def _say(self, stream: MuxStream, kind: Frame, value: int) -> None:
         if not stream.outgoing:
             self._answers += 1
-        self._frames.append(HEADER.pack(kind, stream.id, value))
+        self._frames[stream.priority].append(HEADER.pack(kind, stream.id, value))
 
     def _broken(self, what: str) -> RemoteProtocolError:
         return RemoteProtocolError(what, peer=self.peer)

@@ -53,6 +53,22 @@ class _KeyChain:
             self._step()
 
 
+class Sealed:
+    """A record as it went out, which the one who sealed it can open again."""
+
+    __slots__ = ("_aead", "_counter", "wire")
+
+    def __init__(self, wire: bytearray, aead: Aead, counter: int) -> None:
+        self.wire, self._aead, self._counter = wire, aead, counter
+
+    def plain(self) -> memoryview:
+        """The plaintext, in a new buffer."""
+        body = self.wire[HEADER:]
+        if not self._aead.open(body, 0, len(body), self._counter, bytes(self.wire[:HEADER])):
+            raise ProtocolMisuse("a record that waited to be sent again was changed in memory")
+        return memoryview(body)[: len(body) - self._aead.suite.tag]
+
+
 class RecordSealer:
     """The sending half: ``cipher`` names a suite of :mod:`aead`, ``secret`` is this direction's (32 bytes)."""
 
@@ -61,6 +77,11 @@ class RecordSealer:
         self._tail = bytes(self._keys.suite.tag)
         #: Bytes that a record is longer than its plaintext.
         self.overhead = HEADER + len(self._tail)
+
+    def seal_to_keep(self, parts: Sequence[Buffer]) -> Sealed:
+        """As :meth:`seal`, for a record that may have to be opened again here."""
+        aead, counter = self._keys.aead, self._keys.counter
+        return Sealed(self.seal(parts), aead, counter)
 
     def seal(self, parts: Sequence[Buffer]) -> bytearray:
         """One record holding the concatenation of ``parts``: the bytes for the wire, in a new buffer.

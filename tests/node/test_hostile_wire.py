@@ -63,7 +63,7 @@ async def until_closed(address: Address, data: bytes) -> bytes:
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500), "TLS"),
         (b"SSH-2.0-OpenSSH_9.6\r\n", "SSH"),
         (MAGIC + struct.pack(">H", defaults.WIRE_VERSION) + b"\xff" + b"N" * 255, "it speaks another handshake"),
-        (MAGIC + struct.pack(">H", 77), "it speaks wire version 77, we speak version 1"),
+        (MAGIC + struct.pack(">H", 77), "it speaks wire version 77, we speak version 2"),
     ],
 )
 async def test_a_peer_that_speaks_something_else_is_named_and_shut_out(
@@ -331,7 +331,7 @@ def answering(data: bytes) -> Iterator[Address]:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (MAGIC + struct.pack(">H", 9), "it speaks wire version 9, we speak version 1"),
+        (MAGIC + struct.pack(">H", 9), "it speaks wire version 9, we speak version 2"),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "HTTP"),
         (b"", "it hung up during the handshake"),
     ],

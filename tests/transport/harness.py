@@ -14,10 +14,11 @@ from shoal.transport.address import Address
 from shoal.transport.aead import NOMINAL_CIPHERS
 from shoal.transport.deadlines import LoopLag
 from shoal.transport.endpoint import Endpoint
+from shoal.transport.establish import establish
 from shoal.transport.frames import MuxLimits
 from shoal.transport.host import Host, RealHost
 from shoal.transport.identity import Identity
-from shoal.transport.link import Link, establish
+from shoal.transport.link import Link
 from shoal.transport.memory import MemoryWorld, Route
 from shoal.transport.network import ByteStream, Network
 from shoal.transport.secure import SecureChannel

@@ -9,8 +9,9 @@ import trio.testing
 from shoal.transport import defaults
 from shoal.transport.deadlines import LoopLag
 from shoal.transport.errors import HandshakeError, LinkClosed, WaitExpired
+from shoal.transport.establish import establish
 from shoal.transport.identity import Identity
-from shoal.transport.link import Priority, establish
+from shoal.transport.link import Priority
 from shoal.transport.memory import Route
 from shoal.transport.secure import SecureChannel
 

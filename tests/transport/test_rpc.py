@@ -347,7 +347,7 @@ async def test_a_link_lost_in_mid_call_ends_the_call_and_the_handler_at_once() -
             nursery.start_soon(ask)
             await trio.sleep(1)
             began = trio.current_time()
-            await trio.aclose_forcefully(b.far._stream)
+            await trio.aclose_forcefully(b.far.best.stream)
         await cancelled.wait()
         assert trio.current_time() - began < 0.1
 

@@ -1,0 +1,120 @@
+"""Fresh byte streams become links, or further pipes of one: both handshakes with their deadlines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from . import deadlines, defaults
+from .errors import LinkClosed, RemoteProtocolError, WaitExpired
+from .link import Link
+from .pipe import Pipe
+from .pipehello import ANSWER_BYTES, PipeOpening
+from .secure import Established, Record, SecureChannel
+
+if TYPE_CHECKING:
+    from .deadlines import LoopLag
+    from .frames import MuxLimits
+    from .host import Host
+    from .network import ByteStream
+
+
+async def establish(
+    host: Host,
+    stream: ByteStream,
+    channel: SecureChannel,
+    lag: LoopLag,
+    *,
+    limits: MuxLimits | None = None,
+    way: str = "direct",
+    first: bytes = b"",
+) -> Link:
+    """Shake hands over ``stream``, which came about by ``way``, and return the link, not yet running.
+
+    ``first``: bytes that have been read from the stream already.
+
+    Raises :class:`HandshakeError` (and other :class:`RemoteProtocolError`), :class:`LinkClosed` when the other side
+    hangs up, :class:`WaitExpired` when it is silent. ``stream`` is closed on every error, and on cancellation.
+    """
+    began = host.now()
+    seconds = deadlines.handshake(lag.value(began))
+    sent = received = 0
+    records: list[memoryview] = []
+    try:
+        with trio.move_on_after(seconds) as scope:
+            due = channel.start()
+            while True:
+                if due:
+                    await stream.send_all(due)
+                    sent += len(due)
+                if channel.established:
+                    break
+                data, first = first or await stream.receive_some(defaults.READ_SIZE), b""
+                if not data:
+                    raise LinkClosed("it hung up during the handshake")
+                received += len(data)
+                for event in channel.receive(data):
+                    if isinstance(event, Record):
+                        records.append(event.data)
+                    else:
+                        assert isinstance(event, Established)
+                due = channel.outgoing()
+        if scope.cancelled_caught:
+            what = "complete handshake" if received else "handshake: it connected and says nothing"
+            raise WaitExpired(what, seconds)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        await trio.aclose_forcefully(stream)
+        raise LinkClosed("the connection broke during the handshake") from None
+    except RemoteProtocolError:
+        # Our refusal (another version, a wrong identity) may still be worth hearing for the other side.
+        due = channel.outgoing()
+        with trio.move_on_after(deadlines.goodbye()):
+            try:
+                if due:
+                    await stream.send_all(due)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+        await trio.aclose_forcefully(stream)
+        raise
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    now = host.now()
+    pipe = Pipe(stream, channel, way=way, rtt=now - began, now=now, records=records)
+    pipe.bytes_sent, pipe.bytes_received = sent, received
+    return Link(host, channel, pipe, lag, limits=limits)
+
+
+async def open_pipe(host: Host, link: Link, stream: ByteStream, way: str, *, bulk_only: bool = False) -> Pipe:
+    """Make ``stream``, which we opened by ``way``, a further pipe of ``link``, and attach it.
+
+    Raises :class:`PipeRefused` with the reason, :class:`LinkClosed`, :class:`WaitExpired`,
+    :class:`RemoteProtocolError`. ``stream`` is closed on every error, and on cancellation.
+    """
+    began = host.now()
+    seconds = deadlines.handshake(link.lag)
+    pipe: Pipe | None = None
+    try:
+        opening = PipeOpening(link.secrets, way, bulk_only=bulk_only, entropy=host.entropy, peer=link.peer.short)
+        with trio.move_on_after(seconds):
+            await stream.send_all(opening.hello)
+            channel = None
+            while channel is None:
+                data = await stream.receive_some(opening.missing)
+                if not data:
+                    raise LinkClosed("it hung up on a pipe's hello", peer=link.peer.short)
+                channel = opening.receive(data)
+            now = host.now()
+            pipe = Pipe(stream, channel, index=opening.index, way=way, bulk_only=bulk_only, rtt=now - began, now=now)
+            pipe.bytes_sent, pipe.bytes_received = len(opening.hello), ANSWER_BYTES
+            link.attach(pipe)
+        if pipe is None:
+            raise WaitExpired("answer to a pipe's hello", seconds, peer=link.peer.short)
+        return pipe
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        await trio.aclose_forcefully(stream)
+        raise LinkClosed("the connection broke during a pipe's hello", peer=link.peer.short) from None
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise

@@ -1,0 +1,150 @@
+"""The pipes of one link: which carries control, which carry bulk, which give way, which still live. Sans-IO."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from . import deadlines, defaults
+from .errors import WaitExpired
+from .pipe import Pipe
+
+if TYPE_CHECKING:
+    from .address import Address
+
+log = logging.getLogger(__name__)
+
+
+class PipeSet:
+    """``first``: the pipe of the handshake. ``peer``: short name of the other end. ``on_change`` hears of elections."""
+
+    def __init__(self, first: Pipe, peer: str, on_change: Callable[[], None]) -> None:
+        self.all = [first]
+        #: The pipe that carries control; while there is none, the last that did.
+        self.best = first
+        self._peer, self._on_change = peer, on_change
+        self._past_sent = self._past_received = 0  # bytes of pipes that are gone
+
+    @property
+    def usable(self) -> list[Pipe]:
+        return [pipe for pipe in self.all if pipe.usable]
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._past_sent + sum(pipe.bytes_sent for pipe in self.all)
+
+    @property
+    def bytes_received(self) -> int:
+        return self._past_received + sum(pipe.bytes_received for pipe in self.all)
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes per second, smoothed, of the pipes that carry bulk; None: not measured yet."""
+        measured = [pipe.bandwidth for pipe in self.all if pipe.bandwidth and self.carries_bulk(pipe)]
+        return sum(measured) if measured else None
+
+    def carries_bulk(self, pipe: Pipe) -> bool:
+        if len(self.all) == 1:
+            return pipe.usable
+        if any(other.bulk_only and other.usable and not other.suspect for other in self.all):
+            return pipe.bulk_only and pipe.usable and not pipe.suspect
+        return pipe is self.best and pipe.usable
+
+    def remove(self, pipe: Pipe) -> None:
+        self.all.remove(pipe)
+        self._past_sent += pipe.bytes_sent
+        self._past_received += pipe.bytes_received
+
+    def elect(self) -> bool:
+        """Choose the pipe for control anew, and retire those that are worse. False when there is none to choose."""
+        usable = self.usable
+        if not usable:
+            return False
+        best = min(usable, key=lambda pipe: (pipe.suspect, pipe.bulk_only, pipe.rank, pipe.index))
+        if best is not self.best:
+            before, self.best = self.best, best
+            if before in self.all or before.way != best.way:
+                log.info("the link to %s goes on by %s instead of %s", self._peer, best.way, before.way)
+        for pipe in usable:
+            spare = pipe.rank > best.rank or not (pipe.bulk_only or best.bulk_only)
+            if pipe is not best and spare and not best.suspect:
+                pipe.retire()
+        for pipe in self.all:
+            pipe.work.wake()
+        self._on_change()
+        return True
+
+    def look_after(self, pipe: Pipe, now: float, lag: float, *, busy: bool, on_idle: Callable[[], None]) -> float:
+        """Ping, suspect or give up ``pipe`` where it is time; returns when to look again.
+
+        ``lag``: of our loop, seconds. ``busy``: somebody waits for an answer. ``on_idle``: called when ``pipe`` is the
+        best one and was silent for a keepalive interval.
+        """
+        if pipe.asked is not None and pipe.heard >= pipe.asked:
+            pipe.asked = None
+        if pipe.asked is None:
+            due = idle = pipe.heard + defaults.KEEPALIVE_IDLE
+            if pipe.unheard_since is not None and busy:
+                due = min(due, pipe.unheard_since + deadlines.probe(pipe.rtt, lag))
+            if now < due:
+                return due
+            if now >= idle and pipe is self.best:
+                on_idle()
+            pipe.ping(now)
+        assert pipe.asked is not None
+        suspect = pipe.asked + deadlines.suspect(pipe.rtt, lag, pipe.unheard, pipe.bandwidth)
+        dead = pipe.asked + deadlines.sign_of_life(pipe.rtt, lag, pipe.unheard, pipe.bandwidth)
+        if now >= dead:
+            pipe.fail(WaitExpired("sign of life", now - pipe.asked, peer=self._peer))
+            return math.inf
+        if now < suspect:
+            return suspect
+        if not pipe.suspect:
+            pipe.suspect = True
+            self.elect()
+        return dead
+
+
+class SeenThroughPipes:
+    """What can be said of a link by looking at its pipes."""
+
+    _pipes: PipeSet
+
+    @property
+    def pipes(self) -> tuple[Pipe, ...]:
+        """The pipes it has, the best one first."""
+        return tuple(sorted(self._pipes.all, key=lambda pipe: (pipe is not self._pipes.best, pipe.index)))
+
+    @property
+    def best(self) -> Pipe:
+        """The pipe that carries control; of an interrupted link, the last that did."""
+        return self._pipes.best
+
+    @property
+    def way(self) -> str:
+        """How the best pipe came about: one of :data:`pipehello.WAYS`."""
+        return self._pipes.best.way
+
+    @property
+    def remote(self) -> Address:
+        return self._pipes.best.remote
+
+    @property
+    def rtt(self) -> float:
+        """Smoothed round trip of the best pipe, seconds."""
+        return self._pipes.best.rtt
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes per second, smoothed, at which the network took bulk; None: not measured yet."""
+        return self._pipes.bandwidth
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._pipes.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        return self._pipes.bytes_received

@@ -1,0 +1,211 @@
+"""What a link keeps so that its records survive the pipe they travelled on: numbers, acknowledgements, copies. Sans-IO.
+
+A session has two channels, CONTROL and BULK, each an ordered sequence of records in each direction. A record may travel
+on any pipe of the link; its head carries its number, and what its sender has received so far::
+
+    kind u8 (0 control, 1 bulk, 2 of this pipe alone)   number u32   received control u32   received bulk u32
+
+Numbers count modulo 2^32. The receiver hands records on in order, holds those that came early, drops those it had.
+The sender keeps each record, sealed as it went out, until it is acknowledged; when its pipe dies, the record is opened
+again and goes out anew on another pipe. So nothing is copied for this, and nothing is lost or delivered twice.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import attrs
+
+from . import defaults
+from .errors import RemoteProtocolError
+from .records import Buffer, RecordSealer, Sealed
+
+_HEAD = struct.Struct(">BIII")
+#: Bytes before the payload of every record.
+HEAD_BYTES = _HEAD.size
+#: The kind of a record that concerns only the pipe it travels on: not numbered, never sent again.
+PIPE = 2
+
+_MASK = 0xFFFFFFFF
+_HALF = 1 << 31
+
+
+@attrs.define(slots=True)
+class Sent:
+    """A record on its way. ``sealed`` gives its whole plaintext back, head included."""
+
+    number: int
+    pipe: int
+    sealed: Sealed
+
+
+class Outbox:
+    """The sending half of one channel."""
+
+    def __init__(self) -> None:
+        #: Bytes sent and not acknowledged.
+        self.kept = 0
+        self._next = 0
+        self._acknowledged = 0  # all before this number
+        self._sent: deque[Sent] = deque()  # in order of numbers; those to be sent again are in both
+        self._again: deque[Sent] = deque()
+
+    @property
+    def next(self) -> int:
+        """The number of the next new record, not yet modulo."""
+        return self._next
+
+    def keep(self, pipe: int, sealed: Sealed) -> None:
+        """The record :attr:`next` went out on ``pipe``. Raises :class:`RemoteProtocolError` when too much is kept."""
+        self._sent.append(Sent(self._next, pipe, sealed))
+        self._next += 1
+        self.kept += len(sealed.wire)
+        if self.kept > defaults.MAX_UNACKNOWLEDGED:
+            raise RemoteProtocolError("it takes our records and never acknowledges them")
+
+    def acknowledge(self, received: int) -> None:
+        """The peer has everything before ``received`` (modulo 2^32). Raises :class:`RemoteProtocolError`."""
+        if received == self._acknowledged & _MASK:
+            return
+        step = (received - self._acknowledged) & _MASK
+        if step >= _HALF:
+            return  # an older acknowledgement, overtaken on another pipe
+        if self._acknowledged + step > self._next:
+            raise RemoteProtocolError("it acknowledges records that were never sent")
+        self._acknowledged += step
+        while self._sent and self._sent[0].number < self._acknowledged:
+            self.kept -= len(self._sent.popleft().sealed.wire)
+        while self._again and self._again[0].number < self._acknowledged:
+            self._again.popleft()
+
+    def lost(self, pipe: int) -> None:
+        """``pipe`` is dead: what went out on it and is not acknowledged must go out again."""
+        if any(sent.pipe == pipe for sent in self._sent):
+            waiting = {sent.number: None for sent in self._again}
+            self._again = deque(sent for sent in self._sent if sent.pipe == pipe or sent.number in waiting)
+
+    def repeat(self) -> Sent | None:
+        """The next record that must go out again, in order of numbers; then say :meth:`moved`."""
+        return self._again[0] if self._again else None
+
+    def moved(self, sent: Sent, pipe: int, sealed: Sealed) -> None:
+        """``sent``, the head of what must be repeated, went out again on ``pipe``."""
+        assert self._again[0] is sent
+        self._again.popleft()
+        sent.pipe, sent.sealed = pipe, sealed
+
+
+class Inbox:
+    """The receiving half of one channel. ``limit``: bytes of early records held at most."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._expected = 0
+        self._early: dict[int, memoryview] = {}
+        self._early_bytes = 0
+        self._told = 0
+        #: Bytes and records taken since the last acknowledgement.
+        self._untold = 0
+
+    @property
+    def expected(self) -> int:
+        """The number of the next record in order, modulo 2^32: what to acknowledge."""
+        return self._expected & _MASK
+
+    @property
+    def owes(self) -> bool:
+        """True when enough has come to be worth an acknowledgement of its own."""
+        return self._untold >= defaults.ACKNOWLEDGE_BYTES or self._expected - self._told >= defaults.ACKNOWLEDGE_RECORDS
+
+    def told(self) -> None:
+        """:attr:`expected` is on its way to the peer."""
+        self._told, self._untold = self._expected, 0
+
+    def take(self, number: int, payload: memoryview) -> Sequence[memoryview]:
+        """A record came: the payloads that are now in order. Raises :class:`RemoteProtocolError` for one far ahead."""
+        ahead = (number - self._expected) & _MASK
+        if ahead == 0:
+            self._expected += 1
+            self._untold += len(payload)
+            if not self._early:
+                return (payload,)
+            ready = [payload]
+            while (early := self._early.pop(self._expected, None)) is not None:
+                self._early_bytes -= len(early)
+                self._untold += len(early)
+                self._expected += 1
+                ready.append(early)
+            return ready
+        if ahead >= _HALF:
+            return ()  # it came before, on another pipe
+        place = self._expected + ahead
+        if place not in self._early:
+            self._early_bytes += len(payload)
+            if ahead > defaults.MAX_EARLY_RECORDS or self._early_bytes > self._limit:
+                raise RemoteProtocolError(f"record {number} is too far ahead of record {self.expected}")
+            self._early[place] = payload
+        return ()
+
+
+class Session:
+    """Both channels of a link, in both directions. ``windows``: bytes of early records held at most, by channel."""
+
+    def __init__(self, windows: tuple[int, int]) -> None:
+        self.out = (Outbox(), Outbox())
+        self.into = (Inbox(windows[0]), Inbox(windows[1]))
+
+    @property
+    def owes(self) -> bool:
+        """True when an acknowledgement should go out even if nothing else does."""
+        return self.into[0].owes or self.into[1].owes
+
+    def lost(self, pipe: int) -> None:
+        """``pipe`` is dead."""
+        for outbox in self.out:
+            outbox.lost(pipe)
+
+    def receive(self, record: memoryview) -> tuple[int, Sequence[memoryview]]:
+        """The kind of a record, and the payloads that are now in order (of :data:`PIPE`: its own).
+
+        Raises :class:`RemoteProtocolError`.
+        """
+        if len(record) < HEAD_BYTES:
+            raise RemoteProtocolError(f"a record of {len(record)} bytes, shorter than its head")
+        kind, number, control, bulk = _HEAD.unpack_from(record)
+        self.out[0].acknowledge(control)
+        self.out[1].acknowledge(bulk)
+        payload = record[HEAD_BYTES:]
+        if kind == PIPE:
+            return kind, (payload,)
+        if kind > PIPE:
+            raise RemoteProtocolError(f"a record of an unknown kind, {kind}")
+        return kind, self.into[kind].take(number, payload)
+
+    def seal(self, sealer: RecordSealer, frames: bytes) -> bytearray:
+        """A record of :data:`PIPE` for the wire."""
+        return sealer.seal((self._head(PIPE, 0), frames))
+
+    def compose(
+        self, channel: int, pipe: int, sealer: RecordSealer, fresh: Callable[[], Sequence[Buffer] | None]
+    ) -> bytearray | None:
+        """The next record of ``channel`` for the wire: one that must go out again, else what ``fresh`` gives."""
+        outbox = self.out[channel]
+        sent = outbox.repeat()
+        if sent is not None:
+            sealed = sealer.seal_to_keep((self._head(channel, sent.number), sent.sealed.plain()[HEAD_BYTES:]))
+            outbox.moved(sent, pipe, sealed)
+            return sealed.wire
+        parts = fresh()
+        if parts is None:
+            return None
+        sealed = sealer.seal_to_keep((self._head(channel, outbox.next), *parts))
+        outbox.keep(pipe, sealed)
+        return sealed.wire
+
+    def _head(self, kind: int, number: int) -> bytes:
+        control, bulk = self.into
+        control.told()
+        bulk.told()
+        return _HEAD.pack(kind, number & _MASK, control.expected, bulk.expected)
