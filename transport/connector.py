@@ -214,7 +214,10 @@ class Connector:
         try:
             link = await self._dial(None, await self.direct.dial(address), "direct")
         except (RemoteError, ConfigError) as error:
-            raise PeerUnreachable("nobody was reached", attempts=((str(address), reason_of(error)),)) from error
+            lasting = isinstance(error, RemoteError) and error.lasting
+            raise PeerUnreachable(
+                "nobody was reached", attempts=((str(address), reason_of(error)),), lasting=lasting
+            ) from error
         await self._greet(link)
         if not link.alive:
             reason = link.close_reason.message if link.close_reason is not None else "closed by us"
