@@ -96,8 +96,22 @@ def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         type=_names,
         help="address-change, kill-relay or train-relay instead of the matrix",
     )
+    nat.add_argument(
+        "--delay", type=_milliseconds, default=0.0, metavar="MS", help="each way at every host (0); 4 make a round trip"
+    )
     nat.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     nat.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the matrix")
+
+
+def _milliseconds(text: str) -> float:
+    """Seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of milliseconds, 0 to 1000")
+    return value / 1e3
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -113,3 +113,6 @@ LAB_UNDISTURBED = 1.0
 #: Rounds that two nodes train through a relay, and seconds they have for it: two torch imports on two cores take 10.
 LAB_ROUNDS = 8
 LAB_TRAIN = 100.0
+
+#: Packets that may be under way in one direction of a delayed link: 6 MB, more than any window here at 100 ms.
+LAB_DELAY_QUEUE = 4096

@@ -41,10 +41,18 @@ def choose_kinds(wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[st
 
 
 async def run_matrix(
-    lab: NetLab, kinds: Sequence[str], folder: Path, *, on_result: Callable[[PairResult], None] = lambda result: None
+    lab: NetLab,
+    kinds: Sequence[str],
+    folder: Path,
+    *,
+    delay: float = 0.0,
+    on_result: Callable[[PairResult], None] = lambda result: None,
 ) -> tuple[PairResult, ...]:
-    """Every kind dials every kind, through one common public peer. Logs go to ``folder``."""
-    builder = Builder(lab)
+    """Every kind dials every kind, through one common public peer. Logs go to ``folder``.
+
+    ``delay``: seconds, either way, at each host's uplink: a round trip between two takes four times as long.
+    """
+    builder = Builder(lab, delay)
     turn = trio.CapacityLimiter(defaults.LAB_PAIRS)
     measuring = trio.Lock()
     pairs = [(dialler, answerer) for dialler in kinds for answerer in kinds]
@@ -156,10 +164,13 @@ async def _matrix(options: argparse.Namespace, folder: Path, console: Console) -
     for kind, reason in skipped:
         console.print(f"  {kind} is left out: {reason}", soft_wrap=True)
     with NetLab() as lab:
-        notes = () if lab.no_delay is None else (f"no delay on any path: {lab.no_delay}",)
+        how = f"{options.delay * 1e3:g} ms each way at every host: {lab.delays[1]}"
+        notes = (how,) if options.delay else ()
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("pairs", total=len(kinds) ** 2)
-            results = await run_matrix(lab, kinds, folder, on_result=lambda _: progress.advance(bar))
+            results = await run_matrix(
+                lab, kinds, folder, delay=options.delay, on_result=lambda _: progress.advance(bar)
+            )
     matrix = Matrix(tuple(kinds), results, trio.current_time() - began, skipped, notes)
     console.print(matrix.table())
     for note in notes:

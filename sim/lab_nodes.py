@@ -113,10 +113,10 @@ async def started(lab: NetLab, host: LabHost, folder: Path) -> AsyncIterator[Lab
 
 
 class Builder:
-    """Changes a lab from trio tasks: each change in a worker thread, one at a time."""
+    """Changes a lab from trio tasks: each change in a worker thread, one at a time. ``delay``: of its hosts, s."""
 
-    def __init__(self, lab: NetLab) -> None:
-        self.lab = lab
+    def __init__(self, lab: NetLab, delay: float = 0.0) -> None:
+        self.lab, self.delay = lab, delay
         self._one = trio.Lock()
 
     async def __call__(self, change: Callable[[], T]) -> T:
@@ -126,7 +126,7 @@ class Builder:
     @asynccontextmanager
     async def host(self, name: str, kind: str) -> AsyncIterator[LabHost]:
         """A host for the time of a block."""
-        host = await self(lambda: self.lab.add(name, kind))
+        host = await self(lambda: self.lab.add(name, kind, delay=self.delay))
         try:
             yield host
         finally:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -34,7 +35,7 @@ from .netlab_system import (
     NetLabError,
     NetLabUnavailable,
     add_namespace,
-    can_delay,
+    delays,
     inside,
     ip,
     missing,
@@ -89,13 +90,13 @@ class NetLab(AbstractContextManager["NetLab"]):
         self._net = f"{self._prefix}-net"
         self._hosts: dict[str, LabHost] = {}
         self._namespaces: list[str] = []
-        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._daemons: dict[str, list[subprocess.Popen[bytes]]] = {}
         self._guardian: Guardian | None = None
         self._folder: Path | None = None
         self._iptables = ("", "")
         self._sites = 0
-        #: Why packets cannot be delayed here; None: they can.
-        self.no_delay: str | None = None
+        #: How packets are delayed here (``netem``, ``tun``, or empty: not at all), and why so.
+        self.delays = ("", "")
 
     def __enter__(self) -> NetLab:
         """Raises :class:`NetLabUnavailable` naming what this machine lacks."""
@@ -108,7 +109,7 @@ class NetLab(AbstractContextManager["NetLab"]):
             self._guardian = Guardian()
             self._add(self._net)
             self._iptables = working_iptables(self._net)
-            self.no_delay = can_delay(self._net)
+            self.delays = delays(self._net)
             sysctl(self._net, ipv4__ip_forward=1, ipv6__conf__all__forwarding=1)
             ip(self._net, "route add blackhole 0.0.0.0/0", "route add blackhole ::/0")
         except BaseException:
@@ -144,7 +145,7 @@ class NetLab(AbstractContextManager["NetLab"]):
         Raises :class:`NetLabUnavailable` for what this machine lacks (miniupnpd, netem), :class:`NetLabError`.
         """
         what = KINDS[kind]
-        reason = unavailable(kind) or (self.no_delay if delay else None)
+        reason = unavailable(kind) or (self.delays[1] if delay and not self.delays[0] else None)
         if reason is not None:
             raise NetLabUnavailable(f"no {kind} host{f' with a delay of {delay:g} s' if delay else ''}: {reason}")
         if self._sites == defaults.LAB_SITES:
@@ -155,9 +156,8 @@ class NetLab(AbstractContextManager["NetLab"]):
         site = self._sites
         before = len(self._namespaces)
         try:
-            host = self._behind_router(name, what, site) if what.nat else self._on_the_internet(name, what, site)
-            if delay:
-                self._delay(host, delay)
+            build = self._behind_router if what.nat else self._on_the_internet
+            host = build(name, what, site, delay)
         except BaseException:
             self._remove(tuple(reversed(self._namespaces[before:])))
             raise
@@ -245,15 +245,19 @@ class NetLab(AbstractContextManager["NetLab"]):
     def _remove(self, namespaces: Sequence[str]) -> None:
         for namespace in namespaces:
             remove_namespace(namespace)
-            daemon = self._daemons.pop(namespace, None)
-            if daemon is not None:
-                daemon.wait()
+            for process in self._daemons.pop(namespace, ()):
+                with process:  # closes its pipes and waits for it
+                    pass
             if namespace in self._namespaces:
                 self._namespaces.remove(namespace)
 
-    def _uplink(self, namespace: str, device: str, site: int, *, four: bool, six: bool) -> None:
-        """Connect a namespace to the internet as ``site``."""
-        ip(self._net, f"link add s{site} type veth peer name {device} netns {namespace}", f"link set s{site} up")
+    def _uplink(self, namespace: str, device: str, site: int, delay: float, *, four: bool, six: bool) -> None:
+        """Connect a namespace to the internet as ``site``. ``delay``: seconds, either way."""
+        if delay and self.delays[0] == "tun":
+            self._carry(namespace, device, site, delay)
+        else:
+            ip(self._net, f"link add s{site} type veth peer name {device} netns {namespace}")
+        ip(self._net, f"link set s{site} up")
         lines = [f"link set {device} up"]
         gateway = []
         if four:
@@ -265,27 +269,42 @@ class NetLab(AbstractContextManager["NetLab"]):
             lines += [f"address add {_six(site)}2/64 dev {device}", f"route add default via {_six(site)}1"]
         ip(self._net, *gateway)
         ip(namespace, *lines)
+        if delay and self.delays[0] == "netem":
+            for where, name in ((namespace, device), (self._net, f"s{site}")):
+                run(["tc", "-n", where, *f"qdisc add dev {name} root netem delay {delay * 1e3:g}ms".split()])
 
-    def _on_the_internet(self, name: str, kind: Kind, site: int) -> LabHost:
+    def _carry(self, namespace: str, device: str, site: int, delay: float) -> None:
+        """A delayed link instead of a cable. Its process belongs to ``namespace``, and ends with it."""
+        command = [sys.executable, "-m", "shoal.sim.netlab_delay", self._net, f"s{site}", namespace, device, str(delay)]
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", namespace, *command],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        self._daemons.setdefault(namespace, []).append(process)
+        assert process.stdout is not None and process.stderr is not None
+        if process.stdout.readline() != b"ready\n":
+            raise NetLabError(f"no delayed link: {process.stderr.read().decode(errors='replace')[-500:]}")
+
+    def _on_the_internet(self, name: str, kind: Kind, site: int, delay: float) -> LabHost:
         namespace = f"{self._prefix}-{name}"
         self._add(namespace)
-        self._uplink(namespace, "eth0", site, four=kind.four, six=kind.six)
+        self._uplink(namespace, "eth0", site, delay, four=kind.four, six=kind.six)
         four = f"30.0.{site}.2" if kind.four else None
         return LabHost(name, kind, namespace, site, four, f"{_six(site)}2" if kind.six else None, four, ())
 
-    def _behind_router(self, name: str, kind: Kind, site: int) -> LabHost:
+    def _behind_router(self, name: str, kind: Kind, site: int, delay: float) -> LabHost:
         router, carrier = f"{self._prefix}-{name}-nat", f"{self._prefix}-{name}-cgn"
         self._router(router, "192.168.1.1/24")
         if kind.carrier:
             self._router(carrier, f"100.64.{site}.1/24")
-            self._uplink(carrier, "wan", site, four=True, six=False)
+            self._uplink(carrier, "wan", site, delay, four=True, six=False)
             ip(router, f"link add wan type veth peer name home netns {carrier}")
             ip(carrier, "link set home up master lan")
             ip(router, "link set wan up", f"address add 100.64.{site}.2/24 dev wan")
             ip(router, f"route add default via 100.64.{site}.1")
             self._filter(carrier, carrier_rules())
         else:
-            self._uplink(router, "wan", site, four=True, six=kind.six)
+            self._uplink(router, "wan", site, delay, four=True, six=kind.six)
         if kind.six_lan:
             ip(router, f"address add {_six(site, 1)}1/64 dev lan")
             self._filter(router, six_rules(), six=True)
@@ -328,10 +347,11 @@ class NetLab(AbstractContextManager["NetLab"]):
         log = self._folder / f"{router}.log"
         arguments = ["miniupnpd", "-d", "-f", str(configuration), "-P", str(self._folder / f"{router}.pid")]
         with log.open("wb") as output:
-            daemon = self._daemons[router] = subprocess.Popen(
+            daemon = subprocess.Popen(
                 ["ip", "netns", "exec", router, *arguments],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
+        self._daemons.setdefault(router, []).append(daemon)
         for _ in range(int(defaults.LAB_DAEMON / 0.02)):
             if _listens_for_ssdp(router):
                 return
@@ -341,13 +361,6 @@ class NetLab(AbstractContextManager["NetLab"]):
                 continue
             break
         raise NetLabError(f"miniupnpd does not listen: {log.read_text(errors='replace')[-500:]}")
-
-    def _delay(self, host: LabHost, seconds: float) -> None:
-        last = host.namespaces[-1] if host.namespaces else host.namespace
-        for namespace, device in ((last, "wan" if host.namespaces else "eth0"), (self._net, f"s{host.site}")):
-            run(
-                ["tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "netem", "delay", f"{seconds * 1e3:g}ms"]
-            )
 
 
 def _six(site: int, lan: int = 0) -> str:

@@ -191,16 +191,21 @@ def working_iptables(namespace: str) -> tuple[str, str]:
     raise NetLabUnavailable("no iptables here can do NAT in a namespace: " + "; ".join(complaints))
 
 
-def can_delay(namespace: str) -> str | None:
-    """Why packets cannot be delayed in a lab on this machine, or None; tried in a namespace."""
-    if shutil.which("tc") is None:
-        return "`tc` is not installed (Debian package iproute2)"
-    try:
-        run(["tc", "-n", namespace, "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"])
-    except NetLabError:
-        return "this kernel has no netem (CONFIG_NET_SCH_NETEM)"
-    run(["tc", "-n", namespace, "qdisc", "del", "dev", "lo", "root"])
-    return None
+def delays(namespace: str) -> tuple[str, str]:
+    """How packets can be delayed here, and why so: ``netem``, ``tun`` (:mod:`.netlab_delay`), or empty: not at all."""
+    if shutil.which("tc") is not None:
+        try:
+            run(["tc", "-n", namespace, "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"])
+        except NetLabError:
+            without = "this kernel has no netem (CONFIG_NET_SCH_NETEM)"
+        else:
+            run(["tc", "-n", namespace, "qdisc", "del", "dev", "lo", "root"])
+            return "netem", "the kernel's netem"
+    else:
+        without = "`tc` is not installed (Debian package iproute2)"
+    if not Path("/dev/net/tun").exists():
+        return "", f"{without}, and there is no /dev/net/tun"
+    return "tun", f"{without}; a process of the lab carries delayed packets between TUN devices"
 
 
 class Guardian:

@@ -56,6 +56,7 @@ WORLD_USES = {
     ("node/local_socket.py", "socket"): "the control socket of this machine, not the swarm's network",
     ("node/local_socket.py", "trio.socket"): "the control socket of this machine, not the swarm's network",
     ("node/commands.py", "time"): "a command that waits for a node from outside; it is no node",
+    ("sim/netlab_delay.py", "time"): "a cable of the NAT lab; it is no node",
     ("sim/simulate.py", "time"): "how long the whole simulation takes, before and after its event loop; it is no node",
 }
 WORLD_CALLS = (

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -319,18 +320,37 @@ def test_a_host_can_move_within_its_lan(world: World) -> None:
     assert world.accept(server)[0] == home.external
 
 
-def test_a_delay_holds_packets_up_or_says_why_it_cannot(world: World) -> None:
-    if world.lab.no_delay is not None:
-        with pytest.raises(NetLabUnavailable, match=re.escape(world.lab.no_delay)):
-            world.add("cone", delay=0.05)
-        return
-    host = world.add("cone", delay=0.05)
-    world.listener(world.public, 4001)
-    began = time.monotonic()
+@pytest.mark.parametrize("how", ["as this kernel does", "tun"])
+@pytest.mark.parametrize("kind", ["public", "cone"])
+def test_a_delay_holds_every_packet_up(world: World, kind: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "tun":
+        monkeypatch.setattr(world.lab, "delays", ("tun", ""))
+    if not world.lab.delays[0]:
+        pytest.skip(world.lab.delays[1])
+    host = world.add(kind, delay=0.05)
+    server = world.listener(world.public, 4001)
     dialler = world.socket(host)
     dialler.settimeout(5)
+    began = time.monotonic()
     dialler.connect((world.public.four, 4001))
-    assert time.monotonic() - began >= 0.1
+    assert 0.1 <= time.monotonic() - began < 0.5
+    accepted, _ = server.accept()
+    world.stack.callback(accepted.close)
+    data = os.urandom(1 << 20)
+    received = bytearray()
+    began = time.monotonic()
+    thread = threading.Thread(target=dialler.sendall, args=(data,))
+    thread.start()
+    while len(received) < len(data):
+        received += accepted.recv(1 << 16)
+    thread.join()
+    assert received == data and time.monotonic() - began >= 0.05
+
+
+def test_where_packets_cannot_be_delayed_the_lab_says_why(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world.lab, "delays", ("", "this kernel has no netem, and there is no /dev/net/tun"))
+    with pytest.raises(NetLabUnavailable, match="no cone host with a delay of 0.05 s: this kernel has no netem"):
+        world.add("cone", delay=0.05)
 
 
 def test_a_name_is_taken_once(world: World) -> None:
