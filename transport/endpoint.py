@@ -16,7 +16,7 @@ import trio
 
 from . import deadlines, defaults
 from .acceptor import Acceptor
-from .address import Address, SignedPeerRecord
+from .address import Address, PeerRecord, Service, SignedPeerRecord
 from .connector import Connector
 from .contacts import Contacts, OwnRecord
 from .errors import (
@@ -83,7 +83,7 @@ class Endpoint:
         #: Called for every new link and every lost one. Must not wait.
         self.on_link = self._table.on_link
         self.on_link_lost = self._table.on_link_lost
-        self._acceptor = Acceptor(self._table, partial(self._establish, initiator=False), self._count)
+        self._acceptor = Acceptor(host, self._table, self.lag, partial(self._establish, initiator=False), self._count)
         self._connector = Connector(
             host,
             self.peer_id,
@@ -149,15 +149,7 @@ class Endpoint:
     async def _establish(
         self, stream: ByteStream, way: str, *, initiator: bool, expected: PeerId | None = None
     ) -> Link:
-        channel = SecureChannel(
-            initiator=initiator,
-            identity=self.identity,
-            entropy=self.host.entropy,
-            wall=self.host.wall(),
-            expected=expected,
-            psk=self._psk,
-            ciphers=self.host.ciphers,
-        )
+        channel = self.channel(initiator=initiator, expected=expected)
         try:
             link = await establish(self.host, stream, channel, self.lag, limits=self._limits, way=way)
         except WaitExpired:
@@ -173,6 +165,18 @@ class Endpoint:
             await trio.aclose_forcefully(stream)
             raise PeerUnreachable("that address is this node itself")
         return link
+
+    def channel(self, *, initiator: bool, expected: PeerId | None = None) -> SecureChannel:
+        """Our side of a handshake that has not begun."""
+        return SecureChannel(
+            initiator=initiator,
+            identity=self.identity,
+            entropy=self.host.entropy,
+            wall=self.host.wall(),
+            expected=expected,
+            psk=self._psk,
+            ciphers=self.host.ciphers,
+        )
 
     async def _dial(self, expected: PeerId | None, stream: ByteStream, way: str) -> Link:
         link = await self._establish(stream, way, initiator=True, expected=expected)
@@ -237,6 +241,10 @@ class Endpoint:
         """The newest record of ``peer`` that has not expired."""
         known = self._contacts.get(peer, self.host.wall())
         return None if known is None else known[0]
+
+    def contacts_offering(self, service: Service) -> list[PeerRecord]:
+        """Records of known peers that offer ``service``, most recently used first."""
+        return self._contacts.offering(service, self.host.wall())
 
     async def _say_hello(self, link: Link) -> None:
         seconds = deadlines.request_header(link.rtt, link.lag)

@@ -10,10 +10,21 @@ from . import deadlines, defaults
 from .errors import LinkClosed, RemoteProtocolError, WaitExpired
 from .link import Link
 from .pipe import Pipe
-from .pipehello import ANSWER_BYTES, PipeOpening
-from .secure import Established, Record, SecureChannel
+from .pipehello import (
+    ANSWER_BYTES,
+    HELLO_BYTES,
+    TOO_MANY,
+    UNKNOWN_SESSION,
+    PipeGreeting,
+    PipeOpening,
+    PipeRefused,
+    refusal,
+)
+from .secure import Established, PipeKnock, Record, SecureChannel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .deadlines import LoopLag
     from .frames import MuxLimits
     from .host import Host
@@ -28,14 +39,12 @@ async def establish(
     *,
     limits: MuxLimits | None = None,
     way: str = "direct",
-    first: bytes = b"",
 ) -> Link:
     """Shake hands over ``stream``, which came about by ``way``, and return the link, not yet running.
 
-    ``first``: bytes that have been read from the stream already.
-
     Raises :class:`HandshakeError` (and other :class:`RemoteProtocolError`), :class:`LinkClosed` when the other side
-    hangs up, :class:`WaitExpired` when it is silent. ``stream`` is closed on every error, and on cancellation.
+    hangs up, :class:`WaitExpired` when it is silent. ``stream`` is closed on every error, and on cancellation; but not
+    when a responder raises :class:`PipeKnock`.
     """
     began = host.now()
     seconds = deadlines.handshake(lag.value(began))
@@ -50,7 +59,7 @@ async def establish(
                     sent += len(due)
                 if channel.established:
                     break
-                data, first = first or await stream.receive_some(defaults.READ_SIZE), b""
+                data = await stream.receive_some(defaults.READ_SIZE)
                 if not data:
                     raise LinkClosed("it hung up during the handshake")
                 received += len(data)
@@ -76,6 +85,8 @@ async def establish(
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass
         await trio.aclose_forcefully(stream)
+        raise
+    except PipeKnock:
         raise
     except BaseException:
         await trio.aclose_forcefully(stream)
@@ -115,6 +126,56 @@ async def open_pipe(host: Host, link: Link, stream: ByteStream, way: str, *, bul
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         await trio.aclose_forcefully(stream)
         raise LinkClosed("the connection broke during a pipe's hello", peer=link.peer.short) from None
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+
+
+async def join_pipe(
+    host: Host, stream: ByteStream, got: bytes, way: str, find: Callable[[bytes], Link | None], lag: LoopLag
+) -> Pipe:
+    """Answer the hello of a pipe, of which ``got`` has been read, and attach the pipe to the link that ``find`` names.
+
+    ``find`` takes a session id. Errors as :func:`open_pipe`; the other side is told why.
+    """
+    began = host.now()
+    seconds = deadlines.handshake(lag.value(began))
+    try:
+        with trio.move_on_after(seconds):
+            while len(got) < HELLO_BYTES:
+                data = await stream.receive_some(HELLO_BYTES - len(got))
+                if not data:
+                    raise LinkClosed("it hung up in a pipe's hello")
+                got += data
+            greeting = PipeGreeting(got)
+            link = find(greeting.session)
+            try:
+                if link is None or not link.alive:
+                    raise PipeRefused("a pipe's hello for a session that we do not have", code=UNKNOWN_SESSION)
+                if len(link.pipes) >= defaults.MAX_PIPES:
+                    raise PipeRefused("it opens too many pipes", code=TOO_MANY, peer=link.peer.short)
+                answer, channel = greeting.answer(link.secrets, host.entropy)
+            except PipeRefused as refused:
+                await stream.send_all(refusal(refused.code))
+                raise
+            await stream.send_all(answer)
+            now = host.now()
+            pipe = Pipe(
+                stream,
+                channel,
+                index=greeting.index,
+                way=greeting.way if way == "direct" else way,
+                bulk_only=greeting.bulk_only,
+                rtt=link.rtt,
+                now=now,
+            )
+            pipe.bytes_sent, pipe.bytes_received = len(answer), HELLO_BYTES
+            link.attach(pipe)
+            return pipe
+        raise WaitExpired("complete hello of a pipe", seconds)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        await trio.aclose_forcefully(stream)
+        raise LinkClosed("the connection broke during a pipe's hello") from None
     except BaseException:
         await trio.aclose_forcefully(stream)
         raise

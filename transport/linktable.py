@@ -9,7 +9,7 @@ from functools import partial
 import trio
 
 from . import defaults
-from .errors import RemoteProtocolError
+from .errors import LinkClosed, RemoteProtocolError
 from .frames import GoodbyeCode
 from .host import Host
 from .identity import PeerId
@@ -32,9 +32,16 @@ class LinkTable:
         self.on_link_lost: list[Callable[[Link], None]] = []
         #: Takes the streams that peers open.
         self.on_stream: Callable[[LinkStream], None] = lambda stream: None
+        #: Called when a link is interrupted or answers late. Must not wait. None: interrupted links end at once.
+        self.on_trouble: Callable[[Link], None] | None = None
         self.nursery: trio.Nursery | None = None
         self._host, self._own, self._count = host, own, count
         self._links: dict[PeerId, list[Link]] = {}
+        self._sessions: dict[bytes, Link] = {}
+
+    def session(self, id: bytes) -> Link | None:
+        """The link of a session, by what :class:`SessionSecrets` calls ``id``."""
+        return self._sessions.get(id)
 
     def live(self) -> list[Link]:
         """All live links, oldest peer first; two to one peer may exist for a while."""
@@ -55,7 +62,13 @@ class LinkTable:
     def adopt(self, link: Link) -> None:
         """Run ``link`` from now on, until it ends."""
         assert self.nursery is not None
+        for older in self._links.get(link.peer, ()):
+            # Whoever still knew that session would have brought a pipe for it.
+            older.give_up(LinkClosed("it came back without its memory of this link", peer=link.peer.short))
         self._links.setdefault(link.peer, []).append(link)
+        self._sessions[link.secrets.id] = link
+        if self.on_trouble is not None:
+            link.on_trouble = partial(self.on_trouble, link)
         link.on_stream = self.on_stream
         link.on_idle = partial(self._on_idle, link)
         self.nursery.start_soon(self._run, link)
@@ -90,6 +103,7 @@ class LinkTable:
         finally:
             links = self._links[link.peer]
             links.remove(link)
+            self._sessions.pop(link.secrets.id, None)
             if not links:
                 del self._links[link.peer]
         if isinstance(link.close_reason, RemoteProtocolError):

@@ -20,13 +20,11 @@ import struct
 from collections.abc import Callable
 
 from . import defaults
-from .errors import HandshakeError, RecordError
+from .errors import HandshakeError
 from .records import Buffer, RecordOpener, RecordSealer
-from .secure import MAGIC, VERSION, Record
+from .secure import MAGIC, PIPE_NAME, VERSION, Record
 
-#: What stands in the preamble where a link names its Noise protocol.
-NAME = b"shoal-pipe"
-_PREAMBLE = MAGIC + VERSION.pack(defaults.WIRE_VERSION) + bytes([len(NAME)]) + NAME
+_PREAMBLE = MAGIC + VERSION.pack(defaults.WIRE_VERSION) + bytes([len(PIPE_NAME)]) + PIPE_NAME
 _BODY = struct.Struct(">16sIBB32s")
 _ANSWER = struct.Struct(">B32s")
 _PROOF = 16
@@ -184,6 +182,6 @@ def refusal(code: int) -> bytes:
 
 
 __all__ = [
-    "ANSWER_BYTES", "BAD_PROOF", "HELLO_BYTES", "NAME", "TOO_MANY", "UNKNOWN_SESSION", "USED_INDEX", "WAYS",
-    "PipeChannel", "PipeGreeting", "PipeOpening", "PipeRefused", "RecordError", "SessionSecrets", "refusal",
+    "ANSWER_BYTES", "BAD_PROOF", "HELLO_BYTES", "TOO_MANY", "UNKNOWN_SESSION", "USED_INDEX", "WAYS",
+    "PipeChannel", "PipeGreeting", "PipeOpening", "PipeRefused", "SessionSecrets", "refusal",
 ]  # fmt: skip

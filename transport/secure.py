@@ -50,6 +50,8 @@ _EXPIRY = struct.Struct(">d")
 _FRAME = 4
 _CERTIFICATE_LABEL = b"shoal session key v1\0"
 _EXPORTER_LABEL = b"shoal exporter v1\0"
+#: What stands in the preamble of a further pipe instead of the name of a Noise protocol.
+PIPE_NAME = b"shoal-pipe"
 _PATTERNS = {protocol_name("XX"): "an open swarm", protocol_name("XXpsk0"): "a private swarm"}
 _STRANGERS = {
     b"GET ": "HTTP",
@@ -90,6 +92,14 @@ class Record:
     """The plaintext of one record, in a buffer of its own."""
 
     data: memoryview
+
+
+class PipeKnock(Exception):
+    """Not a new link begins here but a further pipe of one (:mod:`pipehello`). ``got``: all bytes that have come."""
+
+    def __init__(self, got: bytes) -> None:
+        super().__init__("a pipe's hello")
+        self.got = got
 
 
 class _Frame(enum.IntEnum):
@@ -302,7 +312,8 @@ class SecureChannel:
     def receive(self, data: Buffer) -> list[Established | Record]:
         """Take bytes as they come and return what they complete. ``data`` is not kept.
 
-        Raises :class:`HandshakeError` or :class:`RecordError`, from then on always: the channel is dead.
+        Raises :class:`HandshakeError` or :class:`RecordError`, from then on always: the channel is dead. A responder
+        raises :class:`PipeKnock` for the hello of a further pipe.
         """
         if not self._started:
             raise ProtocolMisuse("receive before start")
@@ -392,6 +403,8 @@ class SecureChannel:
         if len(got) <= at or len(got) < at + 1 + got[at]:
             return
         name = got[at + 1 : at + 1 + got[at]]
+        if name == PIPE_NAME and not self.initiator:
+            raise PipeKnock(bytes(self._buffer))
         if got[: at + 1 + got[at]] != self._preamble:
             self._say_preamble()
             theirs = _PATTERNS.get(name.decode("ascii", "replace"))
