@@ -48,6 +48,21 @@ def dial(lag: float = 0.0) -> float:
     return defaults.DIAL_FLOOR + lag
 
 
+def dial_once(lag: float = 0.0) -> float:
+    """For a dial, or a handshake, that only finds out whether it can be done."""
+    return defaults.DIAL_ONCE_FLOOR + lag
+
+
+def dial_for(rtt: float, lag: float = 0.0) -> float:
+    """For a peer that tries some addresses at once."""
+    return 2.0 * dial_once(lag) + 4.0 * rtt
+
+
+def dial_back(rtt: float, lag: float = 0.0) -> float:
+    """For a peer that asks others to dial us, and then dials itself."""
+    return (1.0 + defaults.DIAL_BACK_THIRDS) * dial_for(rtt, lag)
+
+
 def signal(lag: float = 0.0) -> float:
     """For the answer to a signal that a common peer forwards, connecting to that peer included."""
     return defaults.SIGNAL_TIME + lag
@@ -181,9 +196,14 @@ def punch_attempt(rtt: float, before: int, draw: float) -> float:
 
 def punch_pause(refused: int, draw: float) -> float:
     """After the ``refused``th refusal, until the next request: short, as it leaves the hole closed."""
-    return defaults.PUNCH_PAUSE * refused * draw
+    return defaults.PUNCH_PAUSE * (1.0 + refused / 10.0) * draw
 
 
 def punch_rest(rtt: float) -> float:
     """After the first stream, for the others that the peer may choose instead."""
     return defaults.PUNCH_REST + 2.0 * rtt
+
+
+def webrtc_abort() -> float:
+    """For an engine to tell the far side that it goes, and go."""
+    return defaults.WEBRTC_ABORT

@@ -374,6 +374,9 @@ WEBRTC_CONNECT = 15.0
 #: Seconds in which a closed connection may still deliver what was sent before.
 WEBRTC_CLOSE = 1.0
 
+#: Seconds in which an engine that is given up may tell the far side; it takes 10 ms.
+WEBRTC_ABORT = 0.25
+
 #: Bytes sent on a channel that the far side has not read: 20 MB/s (more than this way moves) at 200 ms round trip.
 WEBRTC_WINDOW = 4 << 20
 
@@ -428,8 +431,9 @@ REVERSAL_TOTAL_RATE, REVERSAL_TOTAL_BURST = 4.0, 64.0
 
 # Hole punching (punch.py)
 
-#: Addresses offered, and knocked at: interfaces and what observers saw. More would make nodes knock at strangers' doors.
-MAX_PUNCH_ADDRESSES = 8
+#: Addresses offered, and knocked at: what observers saw, and interfaces. With more, an offer could make us knock at many
+#: strangers' doors.
+MAX_PUNCH_ADDRESSES = 6
 
 #: Seconds of knocking: a dozen requests at each address. Two cones need one or two; others never succeed.
 PUNCH_FLOOR = 4.0
@@ -437,12 +441,12 @@ PUNCH_FLOOR = 4.0
 #: Seconds that one request is given, at least: the kernel would repeat it only after 1 s.
 PUNCH_ATTEMPT = 0.25
 
-#: Seconds between a refusal and the next request, times their number: routers that refuse close the hole, so that the
-#: two requests have to cross on the way.
+#: Seconds between a refusal and the next request, growing with their number: routers that refuse close the hole, so
+#: that the two requests have to cross on the way.
 PUNCH_PAUSE = 0.004
 
 #: Refusals after which an address is given up: enough for the two sides to meet, few enough for who is no peer.
-MAX_PUNCH_REFUSALS = 40
+MAX_PUNCH_REFUSALS = 60
 
 #: Seconds for the streams beside the first: the offerer chose it when it came, or another a moment before.
 PUNCH_REST = 0.5
@@ -454,4 +458,40 @@ PUNCH_GO_TIME = 10.0
 MAX_PUNCH_RTT = 3.0
 
 #: Offers answered, or holes being punched for others, at once.
-MAX_PUNCHES = 32
+MAX_PUNCHES = 16
+
+#: Addresses that one dial-back may try.
+MAX_DIAL_BACK = 4
+
+#: Other peers that are asked to dial before the one that was asked does it itself.
+DIAL_BACK_THIRDS = 2
+
+#: Dial-backs per second, and at once, for one peer that asks, and for all of them.
+DIAL_BACK_RATE, DIAL_BACK_BURST = 0.1, 6.0
+DIAL_BACK_TOTAL_RATE, DIAL_BACK_TOTAL_BURST = 2.0, 64.0
+
+#: Seconds for a dial that only finds out whether it can be done: one repetition of a lost SYN.
+DIAL_ONCE_FLOOR = 4.0
+
+#: Relays at which a peer that cannot be dialled keeps a place: one may fail.
+RESERVATIONS = 2
+
+#: Seconds until relays are looked for again when there were too few, and until one that refused is asked again.
+RESERVATION_RETRY = 5.0
+RESERVATION_PAUSE = 15.0
+
+#: Seconds between looks at our own addresses and links. Asking the C library for them takes about 0.1 ms.
+REACH_POLL = 3.0
+
+#: Seconds after the first link until others are asked to dial us: who is dialled meanwhile need not ask.
+REACH_SETTLE = 1.0
+
+#: Seconds after which what others found is asked for again: when we could be dialled, and when we could not.
+REACH_LIFETIME = 1800.0
+UNREACH_LIFETIME = 300.0
+
+#: Seconds until a question that nobody could answer is asked again; doubles up to UNREACH_LIFETIME.
+REACH_RETRY = 10.0
+
+#: Links lost within REACH_POLL that mean that the network has changed under us, if they are half of all.
+MASS_LOSS = 3
