@@ -32,6 +32,7 @@ examples:
   shoal start digits                     found a run here; prints a ticket and trains until you stop it
   shoal join shoal1aaq…                  join it from another machine, or from another terminal with --data-dir
   shoal start my_task:MyTask             train a model of your own: a subclass of shoal.Task in my_task.py
+  shoal relay                            on a machine with a public address: helps the others meet through NAT
   shoal status                           what the node of this machine is doing, and why
   shoal export model.safetensors         the weights as they are now
 
@@ -64,6 +65,17 @@ examples:
   shoal join shoal1aaq… --task my_task:MyTask      a run of your own task: the network never names code to import
   shoal join shoal1aaq… --data-dir /tmp/second     a second node on the same machine
   shoal join - < ticket.txt                        the ticket from a file: it does not show in the list of processes
+"""
+
+RELAY_EPILOG = """\
+examples:
+  shoal relay                                      an open relay at port 4001; prints the address to give out
+  shoal start digits --via 203.0.113.5:4001        on the machines that train
+  shoal relay shoal1aaq…                           for the swarm of one run, also a private one
+  shoal relay --private team.key                   for all runs of a private swarm that share this key file
+
+It must be reachable from outside: a public address, or TCP and UDP port 4001 forwarded at the router. It relays with
+limits, answers STUN, tells peers whether they can be reached, and keeps addresses; what it carries it cannot read.
 """
 
 
@@ -122,7 +134,7 @@ def build_parser(extra: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (*extra, _add_start, _add_join, _add_status, _add_peers, _add_stop, _add_export):
+    for add in (*extra, _add_start, _add_join, _add_relay, _add_status, _add_peers, _add_stop, _add_export):
         add(commands)
     return parser
 
@@ -208,11 +220,8 @@ def _add_join(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_node_options(parser: argparse.ArgumentParser) -> None:
     node = parser.add_argument_group("this node")
     _add_data_dir(node)
-    _add_listening(node)
-    node.add_argument(
-        "--via", metavar="ADDRESS", action="append", default=[],
-        help="a relay or other peer to begin with, as `shoal relay` prints it; may be repeated",
-    )  # fmt: skip
+    _add_listening(node, "the last one used, or any")
+    _add_via(node)
     node.add_argument("--device", metavar="DEVICE", default="cpu", help="cpu (default), cuda, cuda:1, mps …")
     node.add_argument(
         "--threads",
@@ -226,23 +235,55 @@ def _add_node_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     node.add_argument("--evaluate-every", type=count, metavar="N", default=1, help="rounds between two evaluations")
     node.add_argument("--export", metavar="FILE", type=Path, help="write the weights to FILE when the node ends")
-    node.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="of the log on stderr"
-    )
+    _add_log_level(node)
     # For tests and the simulator: announce a phase of a round, then wait there to be killed.
     node.add_argument("--fault", action="append", default=[], help=argparse.SUPPRESS)
+    _add_leash(node)
+
+
+def _add_relay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = command(
+        commands, "relay", "help others meet: run this on a machine that can be reached from outside; needs no torch",
+        ".relay:relay", epilog=RELAY_EPILOG,
+    )  # fmt: skip
+    parser.add_argument(
+        "ticket", nargs="?", metavar="TICKET", help="of a run whose swarm to serve (- reads it from standard input)"
+    )
+    parser.add_argument(
+        "--private", metavar="KEYFILE", nargs="?", const="",
+        help="serve a private swarm: only who has this key gets in; made if the file does not exist",
+    )  # fmt: skip
+    _add_data_dir(parser)
+    _add_listening(parser, "4001")
+    _add_via(parser)
+    _add_log_level(parser)
+    _add_leash(parser)
+
+
+def _add_via(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--via", metavar="ADDRESS", action="append", default=[],
+        help="a relay or other peer to begin with, as `shoal relay` prints it; may be repeated",
+    )  # fmt: skip
+
+
+def _add_log_level(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="of the log on stderr"
+    )
+
+
+def _add_leash(parser: argparse._ActionsContainer) -> None:
     # For whoever starts nodes as children: end when standard input closes.
-    node.add_argument("--leash", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--leash", action="store_true", help=argparse.SUPPRESS)
 
 
-def _add_listening(parser: argparse._ActionsContainer) -> None:
+def _add_listening(parser: argparse._ActionsContainer, port: str) -> None:
     parser.add_argument(
         "--host", metavar="IP", action="append", default=[],
         help="address to listen on (default: every interface, IPv4 and IPv6); may be repeated",
     )  # fmt: skip
-    parser.add_argument(
-        "--port", type=_port, metavar="N", help="port to listen on (default: the last one used, or any)"
-    )
+    parser.add_argument("--port", type=_port, metavar="N", help=f"port to listen on (default: {port})")
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -53,13 +53,14 @@ def stop(options: argparse.Namespace) -> int:
     data = DataDir(options.data_dir)
     client = ControlClient(data)
     pid = data.holder()
+    again = "`shoal relay`" if client.status().role == "relay" else "`shoal start`"
     client.stop()
     give_up = time.monotonic() + defaults.SHUTDOWN + defaults.CONTROL_TIMEOUT
     while data.holder() is not None:
         if time.monotonic() > give_up:
             raise ConfigError(f"the node (pid {pid}) said it would stop but is still there; end it with: kill {pid}")
         time.sleep(0.02)
-    _say(f"stopped the node in {data.path}; `shoal start` there goes on where it was")
+    _say(f"stopped the node in {data.path}; {again} there goes on where it was")
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ..learning.events import Event, RoundReport
 from .commands import SECRET, duration, size
+from .terminal import Lines
 from .ticket import Ticket
 
 if TYPE_CHECKING:
@@ -36,28 +37,14 @@ _SHOWN: dict[str, Callable[[Event], str]] = {
 }
 
 
-class Console:
+class Console(Lines):
     """Plain lines, for terminals and log files alike."""
 
     def __init__(self, out: TextIO | None = None) -> None:
-        self._out: TextIO | None = out or sys.stdout
+        super().__init__(out or sys.stdout)
         self._metric = "metric"
         self._headed = False
         self._rounds = 0
-
-    def flush(self) -> None:
-        if self._out is not None:
-            self._out.flush()
-
-    def line(self, text: str) -> None:
-        if self._out is None:
-            return
-        try:
-            self._out.write(text + "\n")
-            self._out.flush()
-        except (BrokenPipeError, ValueError):
-            # Whoever read our output is gone; the node goes on, and nobody is told any more.
-            self._out = None
 
     def note(self, text: str) -> None:
         self.line(text)

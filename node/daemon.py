@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from .control import (
     finite,
 )
 from .datadir import DataDir, NodeRecord
+from .lifetime import Lifetime
 from .node import Node, NodeConfig
 
 log = logging.getLogger(__name__)
@@ -68,10 +67,10 @@ class Daemon:
     ) -> None:
         self._data, self._options, self._console = data, options, console
         self._events = EventLog()
-        self._interrupts = 0
         self.node = Node(
             host, identity, config, on_event=self._event, on_round=self._round, on_note=console.note
         )  # fmt: skip
+        self._life = Lifetime(self.node.stop, console.note, console.flush)
 
     async def run(self) -> int:
         """Run the node to its end. Returns the exit code; raises what :meth:`Node.run` raises, ungrouped."""
@@ -79,9 +78,9 @@ class Daemon:
         async with trio.open_nursery() as nursery:
             server = ControlServer(self._data, self._answer, self._events)
             await nursery.start(_run_server, server)
-            await nursery.start(self._signals)
+            await nursery.start(self._life.watch_signals)
             if self._options.leash:
-                nursery.start_soon(self._hold_leash)
+                nursery.start_soon(self._life.hold_leash)
             nursery.start_soon(self._keep_snapshot)
             try:
                 async with trio.open_nursery() as inner:
@@ -133,35 +132,6 @@ class Daemon:
         with trio.move_on_after(defaults.GOODBYE / 2):
             await self._events.drained()
         self._console.ended(outcome, reason)
-
-    async def _signals(self, *, task_status: trio.TaskStatus[None]) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            task_status.started()
-            async for number in signals:
-                self._interrupts += 1
-                if number == signal.SIGINT and self._interrupts > 1:
-                    self._console.flush()
-                    # At once means at once: worker threads cannot be interrupted, and files are written whole.
-                    os._exit(130)
-                self._begin_stop(signal.Signals(number).name)
-
-    def _begin_stop(self, why: str) -> None:
-        self._console.note(f"{why}: saying goodbye and saving" + (" (again to end at once)" if why == "SIGINT" else ""))
-        self.node.stop()
-        limit = threading.Timer(defaults.SHUTDOWN, _too_slow)
-        limit.daemon = True
-        limit.start()
-
-    async def _hold_leash(self) -> None:
-        """End when standard input does: whoever started us is gone."""
-
-        def wait() -> None:
-            # Unbuffered: a thread inside a buffered read would hold its lock when the interpreter ends.
-            while os.read(0, 4096):
-                pass
-
-        await trio.to_thread.run_sync(wait, abandon_on_cancel=True)
-        self._begin_stop("standard input closed")
 
     async def _keep_snapshot(self) -> None:
         while True:
@@ -216,7 +186,7 @@ class Daemon:
             case GetPeers():
                 return PeerList(self.node.peers())
             case Stop():
-                self._begin_stop("shoal stop")
+                self._life.begin_stop("shoal stop")
                 return Done()
             case Export(path):
                 if self.node.run_here is None:
@@ -229,15 +199,6 @@ class Daemon:
 
 async def _run_server(server: ControlServer, *, task_status: trio.TaskStatus[None]) -> None:
     await server.run(task_status=task_status)
-
-
-def _too_slow() -> None:
-    sys.stderr.write(
-        f"shoal: error: not done {defaults.SHUTDOWN:g} s after it was told to stop; ending without a last save "
-        "(the state of an earlier round is on disk)\n"
-    )
-    sys.stderr.flush()
-    os._exit(1)
 
 
 def run_daemon(make: Callable[[], Daemon]) -> int:

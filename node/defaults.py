@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+#: Port of a relay, unless it is told otherwise: people type it, and firewalls are opened for it.
+RELAY_PORT = 4001
+
+#: Links that a relay keeps: 30 KiB each.
+RELAY_LINKS = 1024
+
 #: Addresses in a ticket. More make the line too long to paste into a chat; one that answers is enough.
 MAX_TICKET_ADDRESSES = 12
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from ..transport.errors import ConfigError
 from . import swarm_key
 from .datadir import DataDir, NodeRecord
 from .listening import parse_hosts, parse_via
+from .terminal import configure_logging, read_line
 from .ticket import Ticket
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def join(options: argparse.Namespace) -> int:
         _load_torch(options.threads)
         from . import daemon  # noqa: F401
 
-        ticket = Ticket.parse(_read_line())
+        ticket = Ticket.parse(read_line())
     else:
         ticket = Ticket.parse(options.ticket)
     data = DataDir(options.data_dir)
@@ -139,14 +139,6 @@ def _refuse_other_swarm(options: argparse.Namespace, data: DataDir, ticket: Tick
         )
 
 
-def _read_line() -> str:
-    """One line from standard input, unbuffered: what follows it belongs to others."""
-    line = b""
-    while not line.endswith(b"\n") and (byte := os.read(0, 1)):
-        line += byte
-    return line.decode("utf-8", "replace")
-
-
 def _refuse_conflicts(options: argparse.Namespace, data: DataDir, record: NodeRecord) -> None:
     from ..learning.store import RunStore
 
@@ -198,7 +190,7 @@ def _run(
     from .daemon import Daemon, DaemonOptions, run_daemon
     from .node import Founding, NodeConfig
 
-    _configure_logging(options.log_level)
+    configure_logging(options.log_level)
     device = _check_device(options.device)
     founding = None
     if ticket is None:
@@ -292,9 +284,3 @@ def _check_device(name: str) -> str:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device {name!r} cannot be used here: {reason}") from None
     return name
-
-
-def _configure_logging(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr, force=True
-    )

@@ -23,9 +23,9 @@ from ..transport.endpoint import Endpoint
 from ..transport.errors import ConfigError, DecodeError, PeerUnreachable, RemoteError, RemoteRefused
 from ..transport.host import Host
 from ..transport.identity import Identity
-from ..transport.link import Link
 from . import defaults
 from .control import PeerInfo
+from .linkinfo import Traffic, peer_infos
 from .listening import for_ticket, free_bind
 from .reach import reach
 from .ticket import Ticket
@@ -99,7 +99,7 @@ class Node:
         #: The key of the private swarm that this node belongs to; None in an open one.
         self.psk = config.ticket.psk if config.ticket else config.psk
         self.endpoint = Endpoint(host, identity, psk=self.psk)
-        self.endpoint.on_link_lost.append(self._link_lost)
+        self._traffic = Traffic(self.endpoint)
         self.dht = Dht(self.endpoint)
         self.run_here: Run | None = None
         self.signed: SignedSpec | None = None
@@ -111,7 +111,6 @@ class Node:
         #: Set once the node takes part in a run and has a ticket.
         self.taking_part = trio.Event()
         self._stop = trio.Event()
-        self._past_sent = self._past_received = 0
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -350,33 +349,12 @@ class Node:
 
     def traffic(self) -> tuple[int, int]:
         """Wire bytes sent and received over all links, past ones included."""
-        links = self.endpoint.links()
-        return (
-            self._past_sent + sum(link.bytes_sent for link in links),
-            self._past_received + sum(link.bytes_received for link in links),
-        )
+        return self._traffic.total()
 
     def peers(self) -> tuple[PeerInfo, ...]:
         """The live links, by peer."""
         status = self.status()
-        members = () if status is None else status.members
-        return tuple(
-            PeerInfo(
-                peer=link.peer.text,
-                address=str(link.remote),
-                direction="out" if link.initiator else "in",
-                cipher=link.cipher,
-                rtt_ms=1000.0 * link.rtt,
-                bytes_sent=link.bytes_sent,
-                bytes_received=link.bytes_received,
-                member=link.peer.text in members,
-            )
-            for link in sorted(self.endpoint.links(), key=lambda link: link.peer)
-        )
-
-    def _link_lost(self, link: Link) -> None:
-        self._past_sent += link.bytes_sent
-        self._past_received += link.bytes_received
+        return peer_infos(self.endpoint, () if status is None else status.members)
 
     def _event(self, event: Event) -> None:
         self._on_event(event)

@@ -7,8 +7,16 @@ from collections.abc import Sequence
 
 from ..transport.address import Address
 
+#: What helps when no member can be reached from outside.
+REMEDY = (
+    "For a swarm across networks one member must be reachable: run `shoal relay` on a machine with a public address "
+    "and start with --via ITS_ADDRESS, or forward this port at the router (`shoal doctor` looks into it)"
+)
+#: The same for the relay itself.
+RELAY_REMEDY = "A relay must be reachable from outside: forward its port (TCP and UDP) at the router to this machine"
 
-def reach(addresses: Sequence[Address]) -> tuple[str, str]:
+
+def reach(addresses: Sequence[Address], remedy: str = REMEDY) -> tuple[str, str]:
     """``(scope, sentence)``: scope is ``nobody``, ``machine``, ``network``, ``internet`` or ``world`` (simulated)."""
     if not addresses:
         return "nobody", "nobody can connect to this node: it listens nowhere and only dials out"
@@ -22,7 +30,5 @@ def reach(addresses: Sequence[Address]) -> tuple[str, str]:
             "only processes on this machine: it listens on loopback addresses alone (--host 0.0.0.0 for the network)"
         )
     return "network", (
-        "this machine and its local network, not the internet: none of its addresses is public. "
-        "For a swarm across networks one member must be reachable: run `shoal relay` on a machine with a public "
-        "address and start with --via ITS_ADDRESS, or forward this port at the router (`shoal doctor` looks into it)"
+        f"this machine and its local network, not the internet: none of its addresses is public. {remedy}"
     )
