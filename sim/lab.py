@@ -21,7 +21,7 @@ from ..node.cli import FAILED, INTERRUPTED, OK
 from ..transport.errors import ConfigError, ShoalError
 from . import defaults
 from .lab_messages import Meet, Met, Pull, Pulled, Watched
-from .lab_nodes import Builder, LabNode, started
+from .lab_nodes import Builder, ShoalProcess, started
 from .lab_report import Matrix, PairResult, legend, required
 from .netlab import KINDS, NetLab, NetLabUnavailable, unavailable
 
@@ -59,7 +59,8 @@ async def run_matrix(
     results: dict[tuple[str, str], PairResult] = {}
     async with AsyncExitStack() as stack:
         common_host = await stack.enter_async_context(builder.host("common", "public"))
-        common = await stack.enter_async_context(started(lab, common_host, folder))
+        common = ShoalProcess(lab, common_host, folder)
+        await stack.enter_async_context(common.relaying())
 
         async def run(number: int, pair: tuple[str, str]) -> None:
             async with turn:
@@ -75,7 +76,7 @@ async def run_matrix(
 
 
 async def _pair(
-    builder: Builder, common: LabNode, folder: Path, number: int, pair: tuple[str, str], measuring: trio.Lock
+    builder: Builder, common: ShoalProcess, folder: Path, number: int, pair: tuple[str, str], measuring: trio.Lock
 ) -> PairResult:
     result = PairResult(*pair)
     try:

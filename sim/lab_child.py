@@ -93,7 +93,6 @@ class Child:
             case Attach(peer, addresses):
                 began = self.host.now()
                 link = await self.endpoint.connect(PeerId.parse(peer), _addresses(addresses))
-                await self._byte(link.peer)
                 self._say(Linked(self.host.now() - began, str(link.observed or "")))
             case Learn(record, signature):
                 self.endpoint.learn(SignedPeerRecord(bytes.fromhex(record), bytes.fromhex(signature)))

@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import trio
 
-from ..transport.errors import ShoalError
+from ..learning.events import RoundReport
+from ..node.control import ControlClient, NodeStatus, RoundFrame, Watcher
+from ..node.datadir import DataDir
+from ..transport.errors import ConfigError, ShoalError
 from . import defaults
 from .lab_messages import Account, Answer, Attach, Command, Describe, Failed, Learn, Linked, read_answer, write_command
 from .netlab import LabHost, NetLab
@@ -44,7 +47,7 @@ class LabNode:
         try:
             await self.process.stdin.send_all(write_command(command))
         except trio.BrokenResourceError:
-            raise LabFailed(f"{self.name} is dead; log: {self.tail()}") from None
+            raise LabFailed(f"{self.name} is dead; log: {_tail(self.log)}") from None
 
     async def hear(self, kind: type[A], seconds: float) -> A:
         """The next answer, which must be a ``kind``. Raises :class:`LabFailed`, also when it says that it failed."""
@@ -61,19 +64,19 @@ class LabNode:
             while b"\n" not in self._rest:
                 data = await self.process.stdout.receive_some()
                 if not data:
-                    raise LabFailed(f"{self.name} died; log: {self.tail()}")
+                    raise LabFailed(f"{self.name} died; log: {_tail(self.log)}")
                 self._rest += data
             line, _, self._rest = self._rest.partition(b"\n")
             return read_answer(line)
-        raise LabFailed(f"{self.name} says nothing for {seconds:g} s; log: {self.tail()}")
+        raise LabFailed(f"{self.name} says nothing for {seconds:g} s; log: {_tail(self.log)}")
 
     async def ask(self, command: Command, kind: type[A], seconds: float = defaults.LAB_ANSWER) -> A:
         await self.tell(command)
         return await self.hear(kind, seconds)
 
-    async def attach(self, common: LabNode) -> Linked:
+    async def attach(self, common: ShoalProcess) -> Linked:
         """Connect it to the common peer."""
-        return await self.ask(Attach(common.account.peer, common.account.addresses), Linked)
+        return await self.ask(Attach(common.peer, common.addresses), Linked)
 
     async def describe(self) -> Account:
         self.account = await self.ask(Describe(), Account)
@@ -83,10 +86,6 @@ class LabNode:
         """Let it know the other's record, as it stands now."""
         account = await other.describe()
         self.account = await self.ask(Learn(account.record, account.signature), Account)
-
-    def tail(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()
-        return "\n".join(["", *(f"    {line}" for line in lines[-defaults.TAIL :])]) if lines else "(empty)"
 
 
 @asynccontextmanager
@@ -112,6 +111,72 @@ async def started(lab: NetLab, host: LabHost, folder: Path) -> AsyncIterator[Lab
                     await trio.aclose_forcefully(stream)
 
 
+class ShoalProcess:
+    """A real `shoal` process on a host, followed through its control socket."""
+
+    def __init__(self, lab: NetLab, host: LabHost, folder: Path) -> None:
+        self.lab, self.host = lab, host
+        self.data = DataDir(folder / f"{host.name}-data")
+        self.log = folder / f"{host.name}.log"
+        self.reports: list[RoundReport] = []
+        #: Of a relay that is up.
+        self.peer = ""
+        self.addresses: tuple[str, ...] = ()
+        self._process: trio.Process | None = None
+
+    @asynccontextmanager
+    async def running(self, *arguments: str) -> AsyncIterator[None]:
+        """Runs `shoal` with ``arguments``; killed at the end of the block."""
+        command = [sys.executable, "-m", "shoal.node.process", *arguments, "--data-dir", str(self.data.path)]
+        with self.log.open("wb") as output:
+            self._process = await trio.lowlevel.open_process(
+                self.lab.command(self.host, *command, "--log-level", "info"),
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            )  # fmt: skip
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                self.kill()
+                await self._process.wait()
+
+    @asynccontextmanager
+    async def relaying(self) -> AsyncIterator[None]:
+        """Runs `shoal relay`, and knows its peer id and addresses once it is up. Raises :class:`LabFailed`."""
+        async with self.running("relay", "--port", str(defaults.LAB_PORT)):
+            status = await self.status(lambda status: bool(status.addresses))
+            self.peer, self.addresses = status.peer, status.addresses
+            yield
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def status(self, ready: Callable[[NodeStatus], bool]) -> NodeStatus:
+        """What its control socket says, once that is ``ready``. Raises :class:`LabFailed`."""
+        with trio.move_on_after(defaults.BOOT):
+            while self._process is not None and self._process.returncode is None:
+                if self.data.control_path.exists():
+                    try:
+                        found = await trio.to_thread.run_sync(ControlClient(self.data).status, abandon_on_cancel=True)
+                    except ConfigError:
+                        pass
+                    else:
+                        if ready(found):
+                            return found
+                await trio.sleep(defaults.POLL)
+        raise LabFailed(f"{self.host.name} is not up; log: {_tail(self.log)}")
+
+    async def follow(self, rounds: int) -> None:
+        """Note its rounds until ``rounds`` of them are committed, or it ends."""
+        async with aclosing(await Watcher.open(self.data)) as watcher:
+            while len(self.reports) < rounds and (frame := await watcher.receive()) is not None:
+                if isinstance(frame, RoundFrame):
+                    self.reports.append(frame.report)
+
+
 class Builder:
     """Changes a lab from trio tasks: each change in a worker thread, one at a time. ``delay``: of its hosts, s."""
 
@@ -134,6 +199,6 @@ class Builder:
                 await self(lambda: self.lab.remove(host))
 
 
-def environment() -> dict[str, str]:
-    """Of node processes that train: one thread each, as two cores are shared by all."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return "\n".join(["", *(f"    {line}" for line in lines[-defaults.TAIL :])]) if lines else "(empty)"

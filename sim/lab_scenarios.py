@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import attrs
@@ -13,13 +11,11 @@ import trio
 from rich.console import Console
 
 from ..learning.events import RoundReport
-from ..node.control import ControlClient, NodeStatus, RoundFrame, Watcher
-from ..node.datadir import DataDir
 from ..transport.errors import ConfigError, ShoalError
 from . import defaults
 from .lab_messages import Beat, Beaten, Meet, Met, Watched
-from .lab_nodes import Builder, LabFailed, LabNode, environment, started
-from .netlab import LabHost, NetLab
+from .lab_nodes import Builder, LabFailed, LabNode, ShoalProcess, started
+from .netlab import NetLab
 
 
 @attrs.frozen
@@ -84,7 +80,7 @@ async def kill_relay(builder: Builder, folder: Path) -> tuple[ScenarioResult, ..
         seconds = defaults.LAB_CALM + defaults.LAB_KILLED
         await one.tell(Beat(other.account.peer, seconds, defaults.LAB_BEAT, 0.0))
         await trio.sleep(defaults.LAB_CALM)
-        relay.process.kill()
+        relay.kill()
         beaten = await one.hear(Beaten, seconds + defaults.LAB_ANSWER)
     figures = attrs.asdict(beaten)
     lost = beaten.asked - beaten.answered
@@ -98,16 +94,18 @@ async def kill_relay(builder: Builder, folder: Path) -> tuple[ScenarioResult, ..
 @asynccontextmanager
 async def _pair(
     builder: Builder, folder: Path, name: str, kinds: tuple[str, str], ways: tuple[str, ...]
-) -> AsyncIterator[tuple[LabNode, LabNode, LabNode]]:
+) -> AsyncIterator[tuple[ShoalProcess, LabNode, LabNode]]:
     """A relay and two nodes whose link has one of ``ways``. Raises :class:`LabFailed` when it gets none of them."""
     async with AsyncExitStack() as stack:
+        relay_host = await stack.enter_async_context(builder.host(f"{name}-r", "public"))
+        relay = ShoalProcess(builder.lab, relay_host, folder)
+        await stack.enter_async_context(relay.relaying())
         nodes = []
-        for letter, kind in zip("rab", ("public", *kinds), strict=True):
+        for letter, kind in zip("ab", kinds, strict=True):
             host = await stack.enter_async_context(builder.host(f"{name}-{letter}", kind))
             nodes.append(await stack.enter_async_context(started(builder.lab, host, folder)))
-        relay, one, other = nodes
-        for node in (one, other):
-            await node.attach(relay)
+            await nodes[-1].attach(relay)
+        one, other = nodes
         await one.learn(other)
         await one.ask(Meet(other.account.peer, defaults.LAB_WATCH, ways), Met, defaults.LAB_MEET)
         watched = await one.hear(Watched, defaults.LAB_WATCH + defaults.LAB_ANSWER)
@@ -119,60 +117,6 @@ async def _pair(
 # Two train through a relay
 
 
-class Trainer:
-    """A real `shoal` process on a host, followed through its control socket."""
-
-    def __init__(self, lab: NetLab, host: LabHost, folder: Path) -> None:
-        self.lab, self.host = lab, host
-        self.data = DataDir(folder / f"{host.name}-data")
-        self.log = folder / f"{host.name}.log"
-        self.reports: list[RoundReport] = []
-        self.process: trio.Process | None = None
-
-    @asynccontextmanager
-    async def running(self, *arguments: str) -> AsyncIterator[Trainer]:
-        command = [sys.executable, "-m", "shoal.node.process", *arguments, "--data-dir", str(self.data.path)]
-        with self.log.open("wb") as output:
-            self.process = await trio.lowlevel.open_process(
-                self.lab.command(self.host, *command, "--log-level", "info"),
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                env=environment(),
-            )  # fmt: skip
-        try:
-            yield self
-        finally:
-            with trio.CancelScope(shield=True):
-                if self.process.returncode is None:
-                    self.process.kill()
-                await self.process.wait()
-
-    async def status(self, ready: Callable[[NodeStatus], bool]) -> NodeStatus:
-        """What its control socket says, once that is ``ready``. Raises :class:`LabFailed`."""
-        with trio.move_on_after(defaults.BOOT):
-            while self.process is not None and self.process.returncode is None:
-                if self.data.control_path.exists():
-                    try:
-                        found = await trio.to_thread.run_sync(ControlClient(self.data).status, abandon_on_cancel=True)
-                    except ConfigError:
-                        pass
-                    else:
-                        if ready(found):
-                            return found
-                await trio.sleep(defaults.POLL)
-        raise LabFailed(f"{self.host.name} is not up; log:{self.tail()}")
-
-    async def follow(self, rounds: int) -> None:
-        """Note its rounds until ``rounds`` of them are committed, or it ends."""
-        async with aclosing(await Watcher.open(self.data)) as watcher:
-            while len(self.reports) < rounds and (frame := await watcher.receive()) is not None:
-                if isinstance(frame, RoundFrame):
-                    self.reports.append(frame.report)
-
-    def tail(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()
-        return "\n".join(["", *(f"    {line}" for line in lines[-defaults.TAIL :])])
-
-
 async def train_relay(builder: Builder, folder: Path) -> tuple[ScenarioResult, ...]:
     """Two hosts behind symmetric NATs train `digits` together; nothing but the relay connects them."""
     lab, name = builder.lab, "train-relay"
@@ -180,9 +124,8 @@ async def train_relay(builder: Builder, folder: Path) -> tuple[ScenarioResult, .
         hosts = []
         for letter, kind in zip("rab", ("public", "symmetric", "symmetric"), strict=True):
             hosts.append(await stack.enter_async_context(builder.host(f"train-{letter}", kind)))
-        relay, one, other = (Trainer(lab, host, folder) for host in hosts)
-        await stack.enter_async_context(relay.running("relay", "--port", str(defaults.LAB_PORT)))
-        await relay.status(lambda status: True)
+        relay, one, other = (ShoalProcess(lab, host, folder) for host in hosts)
+        await stack.enter_async_context(relay.relaying())
         via = f"{relay.host.four}:{defaults.LAB_PORT}"
         await stack.enter_async_context(
             one.running("start", "digits", "--min-peers", "2", "--rounds", str(defaults.LAB_ROUNDS), "--via", via)
@@ -192,8 +135,8 @@ async def train_relay(builder: Builder, folder: Path) -> tuple[ScenarioResult, .
         await other.status(lambda status: status.run is not None)
         async with trio.open_nursery() as nursery:
             nursery.cancel_scope.deadline = trio.current_time() + defaults.LAB_TRAIN
-            for trainer in (one, other):
-                nursery.start_soon(trainer.follow, defaults.LAB_ROUNDS)
+            for node in (one, other):
+                nursery.start_soon(node.follow, defaults.LAB_ROUNDS)
         moved = (await relay.status(lambda status: True)).bytes_received
     return (_judge_training(name, (one.reports, other.reports), moved),)
 
