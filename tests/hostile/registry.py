@@ -24,6 +24,7 @@ DYNAMIC = {
     ("shoal.transport.rpc", "self._method.response"): "the response of a Method",
     ("shoal.transport.rpc", "method.request"): "the request of a Method",
     ("shoal.learning.store", "kind"): "RunStore._unpack: SignedSpec, Vote, Head",
+    ("shoal.transport.relay", "kind"): "receive_message: Reserve, Circuit, RelayAnswer",
     ("shoal.node.datadir", "kind"): "DataDir._read: NodeRecord",
     ("shoal.node.control", "kind"): "control.MESSAGES",
 }
@@ -76,8 +77,9 @@ def messages() -> dict[str, type[Any]]:
     from shoal.learning.store import Head, Vote
     from shoal.node import control
     from shoal.node.datadir import NodeRecord
+    from shoal.transport.relay import Circuit, RelayAnswer, Reserve
 
     kinds = [kind for method in methods().values() for kind in (method.request, method.response)]
     kinds += [kind for _, _, kind in unpacked() if isinstance(kind, type)]
-    kinds += [*control.MESSAGES.values(), NodeRecord, Head, Vote]
+    kinds += [*control.MESSAGES.values(), NodeRecord, Head, Vote, Reserve, Circuit, RelayAnswer]
     return {f"{kind.__module__.removeprefix('shoal.')}.{kind.__name__}": kind for kind in sorted(kinds, key=str)}

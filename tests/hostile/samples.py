@@ -16,6 +16,7 @@ import msgpack
 
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.identity import Identity, PeerId
+from shoal.transport.webrtc_signal import Description, IceCandidate
 
 #: Unix seconds at which hostile tests play.
 WALL = 1.7e9
@@ -124,10 +125,22 @@ def _signed_peer_record(rng: random.Random) -> SignedPeerRecord:
     return SignedPeerRecord.sign(rng.choice(IDENTITIES), addresses, seq=rng.choice(_INTS), expires=WALL + 3600)
 
 
+def _candidate(rng: random.Random) -> IceCandidate:
+    host = rng.choice(("192.0.2.7", "127.0.0.1", "2001:db8::7"))
+    return IceCandidate(rng.choice(("host", "srflx", "relay")), host, rng.choice((1, 4001, 65535)), 1 << 24, "abc1")
+
+
+def _description(rng: random.Random) -> Description:
+    candidates = tuple(_candidate(rng) for _ in range(rng.randrange(4)))
+    return Description("ufrag", "p" * 22, rng.randbytes(32), candidates)
+
+
 _SPECIAL: dict[Any, Callable[[random.Random], Any]] = {
     PeerId: lambda rng: rng.choice(IDENTITIES).peer_id,
     Address: _address,
     SignedPeerRecord: _signed_peer_record,
+    IceCandidate: _candidate,
+    Description: _description,
 }
 
 
