@@ -207,3 +207,8 @@ def punch_rest(rtt: float) -> float:
 def webrtc_abort() -> float:
     """For an engine to tell the far side that it goes, and go."""
     return defaults.WEBRTC_ABORT
+
+
+def webrtc_ice() -> float:
+    """For ICE to find a pair of addresses that works: the part of ``webrtc_connect`` in which paths differ."""
+    return defaults.WEBRTC_ICE

@@ -368,8 +368,10 @@ MAX_STUN_ASKED = 3
 #: Seconds to start an engine (0.5 here, idle) and to gather candidates (aioice gives a STUN server 5).
 WEBRTC_SETUP = 15.0
 
-#: Seconds for ICE, DTLS and SCTP. Checks of a pair that nobody answers take aioice 32 s; what connects does so in 3.
+#: Seconds for ICE, DTLS and SCTP, and for ICE alone. Checks of a pair that nobody answers take aioice 32 s; what
+#: connects does so in 3, the time of the answer through the common peer included.
 WEBRTC_CONNECT = 15.0
+WEBRTC_ICE = 10.0
 
 #: Seconds in which a closed connection may still deliver what was sent before.
 WEBRTC_CLOSE = 1.0
@@ -492,6 +494,16 @@ UNREACH_LIFETIME = 300.0
 
 #: Seconds until a question that nobody could answer is asked again; doubles up to UNREACH_LIFETIME.
 REACH_RETRY = 10.0
+
+#: Peers that are asked in one go until one of them has had us dialled, and results that are remembered.
+DIAL_BACK_ASKED = 3
+MAX_TRIALS = 16
+
+#: Linked relays that are asked whether they know a peer whose record names none.
+MAX_HELPERS = 2
+
+#: Seconds between two tellings of our record to all linked peers.
+NEWS_PAUSE = 1.0
 
 #: Links lost within REACH_POLL that mean that the network has changed under us, if they are half of all.
 MASS_LOSS = 3

@@ -13,9 +13,9 @@ import os
 import resource
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from . import defaults
+from . import deadlines, defaults
 from .errors import RemoteProtocolError
 from .webrtc_flow import ChannelFlow
 from .webrtc_signal import Close, Ended, Failed, FromEngine, Remote, Setup, ToEngine
@@ -31,15 +31,15 @@ class Parent:
     def __init__(self, reader: asyncio.StreamReader) -> None:
         self._reader = reader
 
-    async def receive(self) -> Setup | Remote | Close:
-        """The next message. The end of the parent ends this process at once: nothing here matters without it."""
+    async def receive(self) -> Setup | Remote | Close | None:
+        """The next message; None when the parent is gone or wants us gone at once."""
         try:
             size = int.from_bytes(await self._reader.readexactly(4), "big")
             if size > defaults.MAX_WEBRTC_MESSAGE:
-                os._exit(2)
+                return None
             data = await self._reader.readexactly(size)
         except asyncio.IncompleteReadError:
-            os._exit(0)
+            return None
         return unpack(ToEngine, data, limit=defaults.MAX_WEBRTC_MESSAGE).message
 
     def send(self, message: FromEngine) -> None:
@@ -135,10 +135,10 @@ class Bridge:
         """Until both directions have ended. Raises :class:`ConnectionError` for a connection that is lost before."""
         outwards = asyncio.ensure_future(self._outwards())
         inwards = asyncio.ensure_future(self._inwards())
-        lost: asyncio.Future[object] = asyncio.ensure_future(self._engine.lost.wait())
-        both: asyncio.Future[object] = asyncio.gather(outwards, inwards)
+        lost = asyncio.ensure_future(self._engine.lost.wait())
+        both = asyncio.ensure_future(_all(outwards, inwards))
         try:
-            await asyncio.wait([both, lost], return_when=asyncio.FIRST_COMPLETED)
+            await _first(both, lost)
             if both.done():
                 both.result()
                 return
@@ -153,6 +153,14 @@ class Bridge:
                 task.cancel()
 
 
+async def _all(*tasks: asyncio.Future[None]) -> None:
+    await asyncio.gather(*tasks)
+
+
+async def _first(*tasks: asyncio.Future[Any], timeout: float | None = None) -> None:
+    await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+
+
 class Connection:
     """One connection, from Setup to its end."""
 
@@ -165,11 +173,11 @@ class Connection:
         self._bridge: Bridge | None = None
 
     async def _listen(self) -> None:
-        """Take the parent's messages; its end ends the process even while ICE is checking."""
-        while True:
-            match await self._parent.receive():
-                case Remote() as remote:
-                    await self._remotes.put(remote)
+        """Take the parent's messages, until it is gone."""
+        while message := await self._parent.receive():
+            match message:
+                case Remote():
+                    await self._remotes.put(message)
                 case Close():
                     self._closed.set()
 
@@ -199,13 +207,14 @@ class Connection:
         listening = asyncio.ensure_future(self._listen())
         working = asyncio.ensure_future(self._work(setup))
         closed = asyncio.ensure_future(self._closed.wait())
-        await asyncio.wait([working, closed, listening], return_when=asyncio.FIRST_COMPLETED)
-        if not working.done() and self._bridge is not None:
+        await _first(working, closed, listening)
+        if not working.done() and not listening.done() and self._bridge is not None:
             arrived = asyncio.ensure_future(self._bridge.end_confirmed.wait())
-            last = defaults.WEBRTC_CLOSE / 2
-            await asyncio.wait([working, arrived], timeout=last, return_when=asyncio.FIRST_COMPLETED)
+            await _first(working, arrived, listening, timeout=deadlines.webrtc_close() / 2)
         if self._engine is not None:
-            await asyncio.wait([asyncio.ensure_future(self._engine.aclose())], timeout=defaults.WEBRTC_CLOSE / 4)
+            # Without a parent only the far side is told: it would learn by silence, half a minute later.
+            closing = asyncio.ensure_future(self._engine.aclose(flush=not listening.done()))
+            await asyncio.wait([closing], timeout=deadlines.webrtc_close() / 4)
         for task in (listening, working):
             if task.done():
                 task.result()

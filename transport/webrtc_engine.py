@@ -28,7 +28,7 @@ from aiortc import (
     RTCSctpTransport,
 )
 
-from . import defaults
+from . import deadlines, defaults
 from .address import Address
 from .webrtc_sctp import BatchedDatagrams, BatchedSctp
 from .webrtc_signal import Description, Failed, IceCandidate, Local, Opened, Setup
@@ -68,6 +68,7 @@ class AiortcEngine:
         self.lost = asyncio.Event()
         self.lost_reason = ""
         self._opened = asyncio.Event()
+        self._local: Description
         self.channel.on("open", self._opened.set)
         self.channel.on("close", lambda: self.lose("the far side closed the channel"))
         self._dtls.on("statechange", self._on_dtls)
@@ -144,7 +145,14 @@ class AiortcEngine:
                 )
             )
         await self._ice.addRemoteCandidate(None)
-        await self._ice.start(RTCIceParameters(usernameFragment=remote.ufrag, password=remote.password))
+        try:
+            await asyncio.wait_for(
+                self._ice.start(RTCIceParameters(usernameFragment=remote.ufrag, password=remote.password)),
+                deadlines.webrtc_ice(),
+            )
+        except TimeoutError:
+            seconds = deadlines.webrtc_ice()
+            raise ConnectFailed(f"ICE found no pair of addresses that works in {seconds:.0f} s", self.tried()) from None
         if self._ice.state != "completed":
             raise ConnectFailed("ICE found no pair of addresses that works", self.tried())
         fingerprint = RTCDtlsFingerprint(algorithm="sha-256", value=remote.fingerprint.hex(":").upper())
@@ -172,6 +180,8 @@ class AiortcEngine:
 
     def tried(self) -> tuple[str, ...]:
         """The pairs of candidates that were checked, and how each went, for people."""
+        if not self._ice._connection._check_list:
+            return tuple(f"{one}: nothing to pair it with" for one in self._local.candidates)
         return tuple(
             f"{pair.local_candidate.type} {pair.local_candidate.host}:{pair.local_candidate.port} to "
             f"{pair.remote_candidate.type} {pair.remote_candidate.host}:{pair.remote_candidate.port}: "
@@ -179,9 +189,12 @@ class AiortcEngine:
             for pair in self._ice._connection._check_list[: defaults.MAX_ICE_CANDIDATES]
         )
 
-    async def aclose(self) -> None:
-        """Let the last messages arrive, tell the far side, and let go of the sockets. The caller bounds it."""
-        while not self.lost.is_set() and self.channel.readyState == "open" and self._unacknowledged():  # noqa: ASYNC110
+    async def aclose(self, *, flush: bool) -> None:
+        """Let the last messages arrive (``flush``), tell the far side, and let go of the sockets.
+
+        The caller bounds it.
+        """
+        while flush and not self.lost.is_set() and self.channel.readyState == "open" and self._unacknowledged():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         if self._datagrams is not None:
             self._datagrams.close()

@@ -26,6 +26,7 @@ class ChildProcess(EngineProcess):
         self._process = process
         self._owner = owner
         self._buffer = bytearray()
+        self._opened = False
         self._gone = False
 
     @property
@@ -52,14 +53,18 @@ class ChildProcess(EngineProcess):
                     data = bytes(self._buffer[4 : 4 + size])
                     del self._buffer[: 4 + size]
                     try:
-                        return unpack(FromEngine, data, limit=defaults.MAX_WEBRTC_MESSAGE).message
+                        message = unpack(FromEngine, data, limit=defaults.MAX_WEBRTC_MESSAGE).message
                     except DecodeError as error:
                         raise EngineGone(f"the WebRTC engine speaks nonsense: {error}") from None
+                    self._opened |= isinstance(message, Opened)
+                    return message
             try:
                 more = await self._process.stdout.receive_some(defaults.MAX_WEBRTC_MESSAGE)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 more = b""
             if not more:
+                with trio.move_on_after(deadlines.webrtc_abort()):
+                    await self._process.wait()  # its pipe closes a moment before it is dead
                 raise EngineGone(self.epitaph())
             self._buffer += more
 
@@ -86,9 +91,14 @@ class ChildProcess(EngineProcess):
             return
         self._gone = True
         self._owner.running -= 1
-        if self._process.poll() is None:
-            self._process.kill()
-        with trio.CancelScope(shield=True):  # as above
+        with trio.CancelScope(shield=True):  # bounded, as above
+            if self._opened and self._process.stdin is not None:
+                # The end of its stdin is enough, and lets it tell the far side, which would learn by silence.
+                await trio.aclose_forcefully(self._process.stdin)
+                with trio.move_on_after(deadlines.webrtc_abort()):
+                    await self._process.wait()
+            if self._process.poll() is None:
+                self._process.kill()
             await self._process.wait()
             for pipe in (self.data, self._process.stdin, self._process.stdout):
                 if pipe is not None:
