@@ -59,13 +59,7 @@ class Link(SeenThroughPipes):
     """
 
     def __init__(
-        self,
-        host: Host,
-        channel: SecureChannel,
-        pipe: Pipe,
-        lag: LoopLag,
-        *,
-        limits: MuxLimits | None = None,
+        self, host: Host, channel: SecureChannel, pipe: Pipe, lag: LoopLag, *, limits: MuxLimits | None = None
     ) -> None:
         self.peer: PeerId = channel.peer
         self.initiator: bool = channel.initiator
@@ -218,6 +212,9 @@ class Link(SeenThroughPipes):
 
     def _pipes_changed(self) -> None:
         self._interrupted = None
+        for pipe in self._pipes.all:
+            if pipe.suspect and pipe is not self._pipes.best:
+                self._session.lost(pipe.index)  # it may never arrive; if it does, once is enough for the receiver
         if self.on_pipes is not None:
             self.on_pipes()
 
