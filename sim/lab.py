@@ -22,7 +22,7 @@ from ..transport.errors import ConfigError, ShoalError
 from . import defaults
 from .lab_messages import Meet, Met, Pull, Pulled, Watched
 from .lab_nodes import Builder, ShoalProcess, started
-from .lab_report import Matrix, PairResult, legend, required
+from .lab_report import NEIGHBOUR, Matrix, PairResult, legend, required
 from .netlab import KINDS, NetLab, NetLabUnavailable, unavailable
 
 #: The kinds that the matrix has unless told otherwise.
@@ -48,14 +48,14 @@ async def run_matrix(
     delay: float = 0.0,
     on_result: Callable[[PairResult], None] = lambda result: None,
 ) -> tuple[PairResult, ...]:
-    """Every kind dials every kind, through one common public peer. Logs go to ``folder``.
+    """Every kind dials every kind, and a neighbour behind its own NAT. Logs go to ``folder``.
 
-    ``delay``: seconds, either way, at each host's uplink: a round trip between two takes four times as long.
+    All know one public peer. ``delay``: seconds, either way, at each host: a round trip between two takes four of them.
     """
     builder = Builder(lab, delay)
     turn = trio.CapacityLimiter(defaults.LAB_PAIRS)
     measuring = trio.Lock()
-    pairs = [(dialler, answerer) for dialler in kinds for answerer in kinds]
+    pairs = all_pairs(kinds)
     results: dict[tuple[str, str], PairResult] = {}
     async with AsyncExitStack() as stack:
         common_host = await stack.enter_async_context(builder.host("common", "public"))
@@ -75,18 +75,25 @@ async def run_matrix(
     return tuple(results[pair] for pair in pairs)
 
 
+def all_pairs(kinds: Sequence[str]) -> list[tuple[str, str]]:
+    """(dialler, answerer), row by row of the matrix."""
+    return [
+        (dialler, answerer) for dialler in kinds for answerer in (*kinds, *([NEIGHBOUR] if KINDS[dialler].nat else []))
+    ]
+
+
 async def _pair(
     builder: Builder, common: ShoalProcess, folder: Path, number: int, pair: tuple[str, str], measuring: trio.Lock
 ) -> PairResult:
     result = PairResult(*pair)
     try:
         async with AsyncExitStack() as stack:
-            nodes = []
-            for letter, kind in zip("ab", pair, strict=True):
-                host = await stack.enter_async_context(builder.host(f"p{number}{letter}", kind))
-                nodes.append(await stack.enter_async_context(started(builder.lab, host, folder)))
-            one, other = nodes
-            for node in nodes:
+            hosts = [await stack.enter_async_context(builder.host(f"p{number}a", pair[0]))]
+            beside = pair[1] == NEIGHBOUR
+            second = builder.beside(f"p{number}b", hosts[0]) if beside else builder.host(f"p{number}b", pair[1])
+            hosts.append(await stack.enter_async_context(second))
+            one, other = [await stack.enter_async_context(started(builder.lab, host, folder)) for host in hosts]
+            for node in (one, other):
                 await node.attach(common)
             await one.learn(other)
             async with measuring:  # nobody else connects meanwhile: the two cores are this pair's
@@ -168,7 +175,7 @@ async def _matrix(options: argparse.Namespace, folder: Path, console: Console) -
         how = f"{options.delay * 1e3:g} ms each way at every host: {lab.delays[1]}"
         notes = (how,) if options.delay else ()
         with Progress(console=console, transient=True) as progress:
-            bar = progress.add_task("pairs", total=len(kinds) ** 2)
+            bar = progress.add_task("pairs", total=len(all_pairs(kinds)))
             results = await run_matrix(
                 lab, kinds, folder, delay=options.delay, on_result=lambda _: progress.advance(bar)
             )

@@ -191,7 +191,18 @@ class Builder:
     @asynccontextmanager
     async def host(self, name: str, kind: str) -> AsyncIterator[LabHost]:
         """A host for the time of a block."""
-        host = await self(lambda: self.lab.add(name, kind, delay=self.delay))
+        async with self._while(lambda: self.lab.add(name, kind, delay=self.delay)) as host:
+            yield host
+
+    @asynccontextmanager
+    async def beside(self, name: str, host: LabHost) -> AsyncIterator[LabHost]:
+        """One more host on a LAN, for the time of a block within that of ``host``."""
+        async with self._while(lambda: self.lab.add_neighbour(name, host)) as neighbour:
+            yield neighbour
+
+    @asynccontextmanager
+    async def _while(self, build: Callable[[], LabHost]) -> AsyncIterator[LabHost]:
+        host = await self(build)
         try:
             yield host
         finally:

@@ -13,6 +13,9 @@ from rich.text import Text
 from ..transport.errors import ConfigError
 from .netlab_kinds import KINDS, Kind
 
+#: Not a kind, but an answerer: a second host behind the dialler's own NAT.
+NEIGHBOUR = "neighbour"
+
 #: Best first; the number is the shade in the picture.
 WAYS = ("direct", "reversal", "punch", "webrtc", "relay", "none")
 _COLOURS = {"direct": "green", "reversal": "green", "punch": "cyan", "webrtc": "yellow", "relay": "magenta"}
@@ -33,6 +36,8 @@ class Requirement:
 
 def required(dialler: str, answerer: str) -> Requirement:
     """What the link of two kinds of hosts must reach. Kinds are those of :data:`KINDS`."""
+    if answerer == NEIGHBOUR:
+        return Requirement(("direct",), "they are on one LAN")
     one, other = KINDS[dialler], KINDS[answerer]
     end_to_end = ("direct", "reversal")
     for there, here, sentence in (
@@ -98,7 +103,10 @@ class PairResult:
 
 @attrs.frozen
 class Matrix:
-    """All pairs of ``kinds``, each kind as dialler (row) and as answerer (column). ``skipped``: kind → why."""
+    """All pairs of ``kinds``, each kind as dialler (row) and as answerer (column), and neighbours behind one NAT.
+
+    ``skipped``: kind → why.
+    """
 
     kinds: tuple[str, ...]
     results: tuple[PairResult, ...]
@@ -109,6 +117,11 @@ class Matrix:
     @property
     def ok(self) -> bool:
         return all(result.ok for result in self.results)
+
+    @property
+    def answerers(self) -> tuple[str, ...]:
+        found = any(result.answerer == NEIGHBOUR for result in self.results)
+        return (*self.kinds, NEIGHBOUR) if found else self.kinds
 
     def result(self, dialler: str, answerer: str) -> PairResult | None:
         for result in self.results:
@@ -125,10 +138,10 @@ class Matrix:
             padding=(0, 1),
         )
         table.add_column("dials ↓  answers →", style="bold", no_wrap=True)
-        for answerer in self.kinds:
+        for answerer in self.answerers:
             table.add_column(answerer, justify="center")
         for dialler in self.kinds:
-            table.add_row(dialler, *(_cell(self.result(dialler, answerer)) for answerer in self.kinds))
+            table.add_row(dialler, *(_cell(self.result(dialler, answerer)) for answerer in self.answerers))
         return table
 
     def to_json(self) -> str:
@@ -160,11 +173,12 @@ class Matrix:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        size = len(self.kinds)
-        shades = [[len(WAYS) - 1] * size for _ in self.kinds]
-        figure, axis = pyplot.subplots(figsize=(2.2 + 1.25 * size, 1.6 + 0.8 * size), layout="constrained")
-        for row, dialler in enumerate(self.kinds):
-            for column, answerer in enumerate(self.kinds):
+        rows, columns = self.kinds, self.answerers
+        shades = [[float("nan")] * len(columns) for _ in rows]
+        size = 2.2 + 1.25 * len(columns), 1.6 + 0.8 * len(rows)
+        figure, axis = pyplot.subplots(figsize=size, layout="constrained")
+        for row, dialler in enumerate(rows):
+            for column, answerer in enumerate(columns):
                 result = self.result(dialler, answerer)
                 if result is None:
                     continue
@@ -172,8 +186,8 @@ class Matrix:
                 mark = "" if result.ok else "\n(not as required)"
                 axis.text(column, row, f"{result.way}\n{_times(result)}{mark}", ha="center", va="center", fontsize=7)
         axis.imshow(shades, cmap="Pastel1", vmin=0, vmax=8)
-        axis.set_xticks(range(size), self.kinds, rotation=30, ha="right")
-        axis.set_yticks(range(size), self.kinds)
+        axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+        axis.set_yticks(range(len(rows)), rows)
         axis.set_xlabel("answers")
         axis.set_ylabel("dials")
         axis.set_title("NAT lab: way in the end, ms to the first byte → ms to that way", fontsize=10)

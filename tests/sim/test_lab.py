@@ -15,7 +15,7 @@ import trio
 from rich.console import Console
 
 from shoal.sim import cli
-from shoal.sim.lab import choose_kinds
+from shoal.sim.lab import all_pairs, choose_kinds
 from shoal.sim.lab_messages import (
     Account,
     Attach,
@@ -77,6 +77,13 @@ def test_ipv6_behind_a_firewall_is_good_for_reversal_and_punching() -> None:
     assert "punch" in required("dual", "dual").ways
 
 
+def test_two_behind_one_nat_must_meet_on_their_lan() -> None:
+    assert all_pairs(["public", "cone"]) == [
+        ("public", "public"), ("public", "cone"), ("cone", "public"), ("cone", "cone"), ("cone", "neighbour"),
+    ]  # fmt: skip
+    assert required("cone", "neighbour").ways == ("direct",)
+
+
 # Choosing, messages, reports
 
 
@@ -128,6 +135,7 @@ MATRIX = Matrix(
     (
         PairResult("cone", "cone", 0.05, "relay", 0.4, "punch", ((0.05, "relay"), (0.4, "punch")), 1e8),
         PairResult("cone", "symmetric", 0.06, "relay", 0.06, "relay", ((0.06, "relay"),), 5e7),
+        PairResult("cone", "neighbour", 0.02, "direct", 0.02, "direct", ((0.02, "direct"),), 3e8),
         PairResult("symmetric", "cone", error="nobody answers"),
         PairResult("symmetric", "symmetric", 0.06, "relay", 0.06, "relay", ((0.06, "relay"),), 5e7),
     ),
@@ -152,7 +160,7 @@ def test_the_table_shows_way_and_times_of_every_pair() -> None:
 
 def test_the_json_holds_every_pair_with_what_is_required_of_it() -> None:
     report = json.loads(MATRIX.to_json())
-    assert report["ok"] is False and len(report["pairs"]) == 4
+    assert report["ok"] is False and len(report["pairs"]) == 5
     first = report["pairs"][0]
     assert first["way"] == "punch" and first["best"] == 0.4 and first["ok"] is True and "punch" in first["required"]
 
