@@ -38,6 +38,12 @@ class Contacts:
         self._records[peer] = known
         return known
 
+    def offering(self, service: Service, wall: float) -> list[PeerRecord]:
+        """Records of peers that offer ``service`` and have not expired, most recently used first."""
+        fresh = wall - defaults.CLOCK_SKEW
+        records = [record for _, record in self._records.values() if service in record.services]
+        return [record for record in reversed(records) if record.expires >= fresh]
+
     def peers(self) -> list[PeerId]:
         return list(self._records)
 

@@ -99,6 +99,19 @@ SMALL_CHUNK = 4096
 #: Refusals queued for a peer that does not read them, before that counts as an attack.
 MAX_PENDING_ANSWERS = 1024
 
+#: Small calls of each side that may be without an answer on one link; further ones wait. As many as MAX_CALLS_PER_PEER.
+MAX_LINK_CALLS = 256
+
+#: Bytes of a call's request, and of a part of its answer, in one frame: two fit into half of the smallest record.
+#: Larger requests take a stream.
+CALL_PIECE = 4096
+
+#: Bytes of one answer: a message and what is around it.
+MAX_ANSWER = MAX_MESSAGE + 16
+
+#: Bytes of answers that wait to be sent on one link before handlers have to wait with theirs: one message.
+ANSWER_WINDOW = 1 << 20
+
 # Waiting (deadlines.py, link.py)
 
 #: Seconds without a byte from the peer after which a link is pinged. With PING_FLOOR: a frozen or silently vanished

@@ -17,7 +17,7 @@ import trio
 from . import deadlines, defaults
 from .acceptor import Acceptor
 from .address import Address, PeerRecord, Service, SignedPeerRecord
-from .connector import Connector
+from .connector import Connection, Connector
 from .contacts import Contacts, OwnRecord
 from .errors import (
     ConfigError,
@@ -38,6 +38,7 @@ from .network import ByteStream, Listener
 from .rpc import Call, Handler, Method, Q, R, Reply, RpcServer, exchange
 from .secure import SecureChannel
 from .stream import LinkStream
+from .traversal import Traversal, Traversing
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class Endpoint:
     """A node on the network, under one identity.
 
     ``psk``: 32 bytes that all members of a private swarm share; None for an open one. ``max_links``: links kept; idle
-    ones beyond are closed, least recently used first. Nothing works before :meth:`run` has started.
+    ones beyond are closed, least recently used first. ``traversal``: what to do about NATs, for oneself and others;
+    None: dial and be dialled, nothing else. Nothing works before :meth:`run` has started.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Endpoint:
         psk: bytes | None = None,
         max_links: int = defaults.MAX_LINKS,
         limits: MuxLimits | None = None,
+        traversal: Traversal | None = None,
     ) -> None:
         self.host = host
         self.identity = identity
@@ -100,6 +103,8 @@ class Endpoint:
         self._nursery: trio.Nursery | None = None
         self._own = OwnRecord(identity)
         self.serve(HELLO, self._answer_hello)
+        #: The services that help where plain dialling fails; None where they are switched off.
+        self.traversal = Traversing(self, self._connector, traversal) if traversal is not None else None
 
     @property
     def max_links(self) -> int:
@@ -131,6 +136,8 @@ class Endpoint:
                         self._listeners = listeners
                         for listener in listeners:
                             nursery.start_soon(self._acceptor.serve, listener, nursery)
+                        if self.traversal is not None:
+                            nursery.start_soon(self.traversal.run)
                         task_status.started()
                         await trio.sleep_forever()
                 finally:
@@ -219,19 +226,29 @@ class Endpoint:
         """
         return await self._connector.identify(address)
 
+    def connections(self) -> list[Connection]:
+        """All live links, by which way each goes, and why."""
+        return self._connector.connections()
+
     def _count(self, what: str) -> None:
         self.counters[what] = self.counters.get(what, 0) + 1
 
     # Contacts
 
+    def own_addresses(self) -> tuple[Address, ...]:
+        """The addresses of this machine at which we listen."""
+        found = (a for listener in self._listeners for a in self.host.network.reachable_addresses(listener))
+        return tuple(dict.fromkeys(found))
+
     def addresses(self) -> tuple[Address, ...]:
         """Where others may reach us."""
-        found = (a for listener in self._listeners for a in self.host.network.reachable_addresses(listener))
-        return tuple(dict.fromkeys(found))[: defaults.MAX_ADDRESSES]
+        outer = self.traversal.addresses() if self.traversal is not None else ()
+        return tuple(dict.fromkeys((*outer, *self.own_addresses())))[: defaults.MAX_ADDRESSES]
 
     def record(self) -> SignedPeerRecord:
-        """Our own record, signed anew when our addresses have changed or half its life is over."""
-        return self._own.signed(self.addresses(), self.host.wall())
+        """Our own record, signed anew when what stands in it has changed or half its life is over."""
+        relays, services = ((), ()) if self.traversal is None else (self.traversal.relays, self.traversal.services)
+        return self._own.signed(self.addresses(), self.host.wall(), relays=relays, services=services)
 
     def learn(self, record: SignedPeerRecord) -> None:
         """Keep a contact (a contact is not a link). Raises :class:`DecodeError` when it does not verify."""

@@ -42,12 +42,14 @@ class Way(ABC):
 
 
 class Direct(Way):
-    """TCP to one of the peer's addresses. ``shared_port``: see :meth:`Network.dial`."""
+    """TCP to one of the peer's addresses."""
 
     name = "direct"
 
-    def __init__(self, host: Host, lag: deadlines.LoopLag, *, shared_port: bool = False) -> None:
-        self._host, self._lag, self._shared_port = host, lag, shared_port
+    def __init__(self, host: Host, lag: deadlines.LoopLag) -> None:
+        #: Dial from the port of our listener, see :meth:`Network.dial`.
+        self.shared_port = False
+        self._host, self._lag = host, lag
 
     async def open(self, peer: PeerId, step: Step) -> ByteStream:
         assert step.address is not None
@@ -57,7 +59,7 @@ class Direct(Way):
         """Connect within :func:`deadlines.dial`."""
         seconds = deadlines.dial(self._lag.value(self._host.now()))
         # The NAT should map our listening port: then what others see of us is what can be dialled or punched.
-        shared = self._shared_port and scope_of(address) == "public"
+        shared = self.shared_port and scope_of(address) == "public"
         stream: ByteStream | None = None
         with trio.move_on_after(seconds):
             stream = await self._host.network.dial(address, shared_port=shared)

@@ -23,6 +23,7 @@ from shoal.transport.memory import MemoryWorld, Route
 from shoal.transport.network import ByteStream, Network
 from shoal.transport.secure import SecureChannel
 from shoal.transport.stream import LinkStream
+from shoal.transport.traversal import Traversal
 
 T = TypeVar("T")
 
@@ -158,9 +159,18 @@ class Nodes:
         self.stopped: dict[str, trio.Event] = {}
         self._nursery = nursery
 
-    def make(self, name: str, *, psk: bytes | None = None, max_links: int = 64, seed: bytes | None = None) -> Endpoint:
+    def make(
+        self,
+        name: str,
+        *,
+        psk: bytes | None = None,
+        max_links: int = 64,
+        seed: bytes | None = None,
+        traversal: Traversal | None = None,
+    ) -> Endpoint:
         host = self.world.host(name)
-        return Endpoint(host, Identity(seed or host.entropy(32)), psk=psk, max_links=max_links)
+        identity = Identity(seed or host.entropy(32))
+        return Endpoint(host, identity, psk=psk, max_links=max_links, traversal=traversal)
 
     async def add(
         self,
@@ -170,9 +180,10 @@ class Nodes:
         psk: bytes | None = None,
         max_links: int = 64,
         seed: bytes | None = None,
+        traversal: Traversal | None = None,
     ) -> Endpoint:
         """A running endpoint."""
-        endpoint = self.make(name, psk=psk, max_links=max_links, seed=seed)
+        endpoint = self.make(name, psk=psk, max_links=max_links, seed=seed, traversal=traversal)
         self.scopes[name] = trio.CancelScope()
         self.stopped[name] = trio.Event()
 
