@@ -95,6 +95,8 @@ async def _pair(
             one, other = [await stack.enter_async_context(started(builder.lab, host, folder)) for host in hosts]
             for node in (one, other):
                 await node.attach(common)
+            for node in (one, other):
+                await node.settle()
             await one.learn(other)
             async with measuring:  # nobody else connects meanwhile: the two cores are this pair's
                 await one.tell(Meet(other.account.peer, defaults.LAB_WATCH, required(*pair).enough))

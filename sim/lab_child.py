@@ -23,6 +23,7 @@ from ..transport.host import Host, RealHost
 from ..transport.identity import Identity, PeerId
 from ..transport.link import Link
 from ..transport.rpc import Call, Method
+from ..transport.traversal import Traversal
 from . import defaults
 from .lab_messages import (
     Account,
@@ -109,12 +110,16 @@ class Child:
     def _account(self) -> Account:
         signed = self.endpoint.record()
         record = signed.open(self.host.wall())
+        assert self.endpoint.traversal is not None
+        verdict = self.endpoint.traversal.reachability.verdict
         return Account(
             peer=self.endpoint.peer_id.text,
             addresses=tuple(str(address) for address in record.addresses),
             record=signed.record.hex(),
             signature=signed.signature.hex(),
             relays=tuple(relay.peer.text for relay in record.relays),
+            reach=verdict.state.value,
+            reason=verdict.reason,
         )
 
     async def _byte(self, peer: PeerId) -> None:
@@ -136,7 +141,7 @@ class Child:
     def _way(self, peer: PeerId) -> str:
         """Of the link that calls use; ``none`` without one."""
         link = self.endpoint.link(peer)
-        return "none" if link is None else way_of(link)
+        return "none" if link is None else link.way
 
     async def _pull(self, peer: PeerId, size: int) -> None:
         part = bytearray(1 << 18)
@@ -185,11 +190,6 @@ class Child:
         self._say(Beaten(asked, answered, max(gap, silent), recovered, len(links), tuple(ways), tuple(errors[:8])))
 
 
-def way_of(link: Link) -> str:
-    way: str = getattr(link, "way", "direct")
-    return way
-
-
 def _addresses(texts: Sequence[str]) -> tuple[Address, ...]:
     return tuple(Address.parse(text) for text in texts)
 
@@ -206,7 +206,7 @@ async def _lines(stream: trio.abc.ReceiveStream) -> AsyncGenerator[bytes, None]:
 async def serve(port: int) -> None:
     """Be a node until standard input ends."""
     host = RealHost()
-    endpoint = Endpoint(host, Identity(host.entropy(32)))
+    endpoint = Endpoint(host, Identity(host.entropy(32)), traversal=Traversal())
 
     def say(answer: Answer) -> None:
         os.write(1, write_answer(answer))  # short lines: a pipe takes them whole

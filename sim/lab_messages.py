@@ -82,8 +82,8 @@ class Account:
     record: str
     signature: str
     relays: tuple[str, ...]
-    reach: str = ""
-    reason: str = ""
+    reach: str
+    reason: str
 
 
 @attrs.frozen

@@ -82,6 +82,16 @@ class LabNode:
         self.account = await self.ask(Describe(), Account)
         return self.account
 
+    async def settle(self) -> Account:
+        """Wait until it knows whether it can be dialled, and has a place at a relay if it cannot."""
+        with trio.move_on_after(defaults.LAB_SETTLE):
+            while True:
+                account = await self.describe()
+                if account.reach == "reachable" or (account.reach == "unreachable" and account.relays):
+                    return account
+                await trio.sleep(defaults.POLL)
+        raise LabFailed(f"{self.name} has no place after {defaults.LAB_SETTLE:g} s: it is {self.account.reach}")
+
     async def learn(self, other: LabNode) -> None:
         """Let it know the other's record, as it stands now."""
         account = await other.describe()

@@ -16,8 +16,12 @@ from .netlab_kinds import KINDS, Kind
 #: Not a kind, but an answerer: a second host behind the dialler's own NAT.
 NEIGHBOUR = "neighbour"
 
-#: Best first; the number is the shade in the picture.
-WAYS = ("direct", "reversal", "punch", "webrtc", "relay", "none")
+#: Best first, with the shade of each in the picture.
+_SHADES = {
+    "direct": "#a6dba0", "reversal": "#c7e9c0", "punch": "#9ecae1", "webrtc": "#fff2ae", "relay": "#fdcc8a",
+    "none": "#f4a6a6",
+}  # fmt: skip
+WAYS = tuple(_SHADES)
 _COLOURS = {"direct": "green", "reversal": "green", "punch": "cyan", "webrtc": "yellow", "relay": "magenta"}
 
 
@@ -172,6 +176,7 @@ class Matrix:
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
+        from matplotlib.colors import ListedColormap
 
         rows, columns = self.kinds, self.answerers
         shades = [[float("nan")] * len(columns) for _ in rows]
@@ -185,7 +190,7 @@ class Matrix:
                 shades[row][column] = WAYS.index(result.way)
                 mark = "" if result.ok else "\n(not as required)"
                 axis.text(column, row, f"{result.way}\n{_times(result)}{mark}", ha="center", va="center", fontsize=7)
-        axis.imshow(shades, cmap="Pastel1", vmin=0, vmax=8)
+        axis.imshow(shades, cmap=ListedColormap(list(_SHADES.values())), vmin=-0.5, vmax=len(WAYS) - 0.5)
         axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
         axis.set_yticks(range(len(rows)), rows)
         axis.set_xlabel("answers")

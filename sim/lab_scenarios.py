@@ -105,6 +105,7 @@ async def _pair(
             host = await stack.enter_async_context(builder.host(f"{name}-{letter}", kind))
             nodes.append(await stack.enter_async_context(started(builder.lab, host, folder)))
             await nodes[-1].attach(relay)
+            await nodes[-1].settle()
         one, other = nodes
         await one.learn(other)
         await one.ask(Meet(other.account.peer, defaults.LAB_WATCH, ways), Met, defaults.LAB_MEET)

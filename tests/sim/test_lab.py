@@ -116,7 +116,7 @@ def test_messages_survive_the_pipe() -> None:
     for command in (Attach("p", ("tcp://1.2.3.4:5",)), Meet("p", 8.0, ("direct",)), Beat("p", 1.0, 0.1, 0.0)):
         assert read_command(write_command(command)) == command
     for answer in (
-        Account("p", ("a",), "00", "11", ()),
+        Account("p", ("a",), "00", "11", (), "reachable", "why"),
         Watched(((0.1, "relay"), (0.5, "punch"))),
         Beaten(3, 2, 1.5, True, 1, ((0.0, "direct"),), ("why",)),
         Failed("because"),
