@@ -6,8 +6,8 @@ answerer's. :mod:`shoal.transport.punch` decides, this module dials.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import TypeAlias
 
 import trio
@@ -22,6 +22,10 @@ from .punch import NONCE_SIZE, Answers, Attempts, Going, Offer
 
 #: ``await ask(kind, body)`` → the answer's body; raises RemoteError. Has a deadline of its own.
 Ask: TypeAlias = Callable[[str, bytes], Awaitable[bytes]]
+#: Where a claimed stream comes out.
+Accepted: TypeAlias = trio.MemoryReceiveChannel[ByteStream]
+
+_BUSY = "another hole is punched to there"
 
 
 class Claims:
@@ -34,7 +38,7 @@ class Claims:
         self._wanted: dict[Address, trio.MemorySendChannel[ByteStream]] = {}
 
     @contextmanager
-    def claim(self, remote: Address) -> Iterator[trio.MemoryReceiveChannel[ByteStream]]:
+    def claim(self, remote: Address) -> Iterator[Accepted]:
         """While open, an accepted stream from ``remote`` goes to the channel. An address is claimed by one at a time.
 
         What is not received from the channel is the caller's to close.
@@ -129,19 +133,20 @@ class Puncher:
                 refusals.append(error)
                 nursery.cancel_scope.cancel()
 
-        async def knock(address: Address) -> None:
-            stream = await self._knock(address, going, reasons)
+        async def knock(address: Address, accepted: Accepted) -> None:
+            stream = await self._knock(address, going, accepted, reasons)
             if stream is not None:
                 streams.append(stream)
                 nursery.cancel_scope.cancel()
 
         try:
-            async with trio.open_nursery() as nursery:
+            # Claimed from now on: the peer may be quicker than we think.
+            async with self._claimed(going.targets) as claimed, trio.open_nursery() as nursery:
                 nursery.start_soon(say_go)
                 await self._sleep_until(going.start)
                 async with trio.open_nursery() as knocking:
-                    for address in going.targets:
-                        knocking.start_soon(knock, address)
+                    for address, accepted in claimed.items():
+                        knocking.start_soon(knock, address, accepted)
                 nursery.cancel_scope.cancel()
         except BaseException:
             await _close(streams)
@@ -151,7 +156,9 @@ class Puncher:
             return streams[0]
         if refusals:
             raise refusals[0]
-        raise PeerUnreachable("hole punching failed", attempts=tuple((str(a), reasons[a]) for a in going.targets))
+        raise PeerUnreachable(
+            "hole punching failed", attempts=tuple((str(a), reasons.get(a, _BUSY)) for a in going.targets)
+        )
 
     # the answerer: handlers of signals
 
@@ -180,8 +187,8 @@ class Puncher:
         """Knock until the end, or a little longer than the first stream: the offerer may choose another."""
         assert self.nursery is not None
 
-        async def knock(address: Address) -> None:
-            stream = await self._knock(address, going, {})
+        async def knock(address: Address, accepted: Accepted) -> None:
+            stream = await self._knock(address, going, accepted, {})
             if stream is not None:
                 assert self.nursery is not None
                 self.nursery.start_soon(self._incoming, stream, "punch")
@@ -189,38 +196,42 @@ class Puncher:
                 nursery.cancel_scope.cancel()
 
         try:
-            async with trio.open_nursery() as nursery:
-                for address in going.targets:
-                    nursery.start_soon(knock, address)
+            async with self._claimed(going.targets) as claimed, trio.open_nursery() as nursery:
+                for address, accepted in claimed.items():
+                    nursery.start_soon(knock, address, accepted)
         finally:
             del self._answering[origin]
 
     # both
 
-    async def _knock(self, address: Address, going: Going, reasons: dict[Address, str]) -> ByteStream | None:
-        """A stream from ``address``, dialled or accepted; None, with a reason, if none comes until the end."""
-        if self.claims.wanted(address):
-            reasons[address] = "another attempt to punch a hole to there is under way"
-            return None
-        attempts = Attempts(going, self._host.random)
-        with self.claims.claim(address) as accepted:
+    @asynccontextmanager
+    async def _claimed(self, targets: Sequence[Address]) -> AsyncIterator[dict[Address, Accepted]]:
+        """Claims of the targets that nobody else has claimed."""
+        with ExitStack() as stack:
+            free = [address for address in targets if not self.claims.wanted(address)]
+            claimed = {address: stack.enter_context(self.claims.claim(address)) for address in free}
             try:
-                while (until := attempts.next(self._host.now())) is not None:
-                    stream, reason = await self._attempt(address, until, accepted)
-                    if stream is not None:
-                        return stream
-                    if reason:
-                        await trio.sleep(min(attempts.failed(reason), max(0.0, going.end - self._host.now())))
-                    else:
-                        attempts.silent()
-                    reasons[address] = attempts.summary
-                return None
+                yield claimed
             finally:
-                await _close(_left(accepted))
+                await _close([stream for accepted in claimed.values() for stream in _left(accepted)])
 
-    async def _attempt(
-        self, address: Address, until: float, accepted: trio.MemoryReceiveChannel[ByteStream]
-    ) -> tuple[ByteStream | None, str]:
+    async def _knock(
+        self, address: Address, going: Going, accepted: Accepted, reasons: dict[Address, str]
+    ) -> ByteStream | None:
+        """A stream from ``address``, dialled or accepted; None, with a reason, if none comes until the end."""
+        attempts = Attempts(going, self._host.random)
+        while (until := attempts.next(self._host.now())) is not None:
+            stream, reason = await self._attempt(address, until, accepted)
+            if stream is not None:
+                return stream
+            if reason:
+                await trio.sleep(min(attempts.failed(reason), max(0.0, going.end - self._host.now())))
+            else:
+                attempts.silent()
+            reasons[address] = attempts.summary
+        return None
+
+    async def _attempt(self, address: Address, until: float, accepted: Accepted) -> tuple[ByteStream | None, str]:
         streams: list[ByteStream] = []
         reason = ""
 
@@ -250,7 +261,7 @@ class Puncher:
         await trio.sleep(max(0.0, time - self._host.now()))
 
 
-def _left(accepted: trio.MemoryReceiveChannel[ByteStream]) -> list[ByteStream]:
+def _left(accepted: Accepted) -> list[ByteStream]:
     """What was handed over and not received."""
     try:
         return [accepted.receive_nowait()]
