@@ -119,6 +119,10 @@ class ChildEngine(WebRtcEngine):
             return False, "aiortc is not installed (pip install aiortc)"
         return True, "aiortc is installed"
 
+    def interpreter(self) -> list[str]:
+        """What runs Python: the NAT lab's runs it on another host."""
+        return [sys.executable]
+
     async def launch(self) -> ChildProcess:
         usable, reason = self.available()
         if not usable:
@@ -130,7 +134,7 @@ class ChildEngine(WebRtcEngine):
         try:
             with theirs:
                 process = await trio.lowlevel.open_process(
-                    [sys.executable, "-m", "shoal.transport.webrtc_child", str(theirs.fileno())],
+                    [*self.interpreter(), "-m", "shoal.transport.webrtc_child", str(theirs.fileno())],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

@@ -7,7 +7,7 @@ import hmac
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.transport import defaults, stun
@@ -110,6 +110,7 @@ def test_an_attribute_that_must_be_understood_and_is_not_is_refused_by_number() 
     assert stun.read_answer(answered, TRANSACTION) == "refused with code 420"
 
 
+@settings(deadline=None)  # the strategy for IP addresses is slow to begin
 @given(SOURCES, st.binary(min_size=12, max_size=12))
 def test_every_source_is_told_its_own_address(source: Address, transaction: bytes) -> None:
     data = stun.request(transaction)

@@ -255,7 +255,10 @@ async def test_engines_end_when_their_parent_is_killed() -> None:
     root = str(Path(__file__).parents[2])
     process = await trio.lowlevel.open_process([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=root)
     assert process.stdout is not None
-    pids = [int(word) for word in (await process.stdout.receive_some()).split()]
+    line = b""
+    while not line.endswith(b"\n"):
+        line += await process.stdout.receive_some()
+    pids = [int(word) for word in line.split()]
     assert len(pids) == 2
     assert all(exists(pid) for pid in pids)
     process.kill()
