@@ -44,22 +44,23 @@ class Acceptor:
 
     async def serve(self, listener: Listener, nursery: trio.Nursery) -> None:
         """Accept from ``listener`` until cancelled; each stream that is admitted gets a task in ``nursery``."""
+        listener.admit = self._admit
         while True:
             stream = await listener.accept()
             if self.claim(stream):
                 continue
-            if self.throttle is not None:
-                admitted, reason = self.throttle.admit(stream.remote.host, self._host.now())
-                if not admitted:
-                    self._count("connections_throttled")
-                    self._throttled += 1
-                    if (
-                        self._throttled & (self._throttled - 1) == 0
-                    ):  # 1st, 2nd, 4th, 8th …: a flood must not fill the log
-                        log.warning("refused %d connections so far: %s", self._throttled, reason)
-                    await trio.aclose_forcefully(stream)
-                    continue
             nursery.start_soon(self.incoming, stream, "direct")
+
+    def _admit(self, host: str) -> bool:
+        if self.throttle is None:
+            return True
+        admitted, reason = self.throttle.admit(host, self._host.now())
+        if not admitted:
+            self._count("connections_throttled")
+            self._throttled += 1
+            if self._throttled & (self._throttled - 1) == 0:  # 1st, 2nd, 4th, 8th …: a flood must not fill the log
+                log.warning("refused %d connections so far: %s", self._throttled, reason)
+        return admitted
 
     async def incoming(self, stream: ByteStream, way: str) -> None:
         """Make a link, or a pipe of one, of ``stream``, which came by ``way``, or close it."""

@@ -55,6 +55,25 @@ MAX_EARLY_RECORDS = 1 << 13
 #: to fill; one TCP connection of today's kernels fills 1 Gbit/s at 50 ms.
 MAX_PIPE_INDEX, MAX_PIPES = 1 << 16, 16
 
+#: Connections for bulk that are tried one after the other (width.py), the last as many as MAX_PIPES allows.
+WIDE_STEPS = (0, 2, 4, 8, 15)
+
+#: Round trip in seconds below which one connection is enough: 4 MiB, what Linux lets a connection have under way, in
+#: 4 ms are 1 GB/s.
+WIDE_RTT = 0.004
+
+#: Seconds of bulk without a pause that are measured before each step: slow start must be over.
+WIDE_WINDOW, WIDE_WINDOW_MAX = 0.5, 4.0
+
+#: Seconds between two records of bulk above which something else than the line held them back.
+WIDE_GAP = 0.25
+
+#: A step is kept when it is this much faster; below, it is within what lines vary by themselves.
+WIDE_GAIN = 1.15
+
+#: Seconds after which a settled width is tried again: lines change.
+WIDE_RETRY = 60.0
+
 #: Seconds for a link without any pipe to get a new one: several tries by every way, and time for the other side to come
 #: to us; beyond, whoever waits for the link is better served by an error.
 RESUME_FLOOR = 3.0
@@ -179,6 +198,9 @@ UNSENT_FAST, UNSENT_SLOW = 256 << 10, 16 << 10
 
 #: Connections the kernel completes while we are busy; the system's own limit applies too (Linux: 4096).
 TCP_BACKLOG = 1024
+
+#: Connections refused in one turn of the loop: about half a millisecond, in which nobody else is served.
+REFUSED_AT_ONCE = 16
 
 #: Seconds until the next try while accept() fails for want of sockets.
 ACCEPT_RETRY = 0.1
@@ -404,6 +426,15 @@ WEBRTC_READ = 64 << 10
 #: Bytes waiting in a channel above which no more are read from our side, and below which reading goes on.
 WEBRTC_BUFFER_HIGH, WEBRTC_BUFFER_LOW = 512 << 10, 128 << 10
 
+#: Packets of 1.2 kB in flight at first (RFC 6928), and sent at once at most: 64 fit one call, as in TCP's offload.
+WEBRTC_FIRST_PACKETS = 10
+WEBRTC_BURST = 64
+
+#: Bytes in flight at most, and of a socket's buffers (the kernel counts twice a datagram's size): what is in flight can
+#: wait in the far side's buffer instead of being lost when its process is busy.
+WEBRTC_MAX_FLIGHT = 1 << 20
+WEBRTC_SOCKET_BUFFER = 4 << 20
+
 #: Bytes of memory that an engine may use above what it has after it was loaded: a far side that breaks SCTP's window
 #: ends its engine, not the machine.
 WEBRTC_MEMORY = 256 << 20
@@ -520,3 +551,37 @@ NEWS_PAUSE = 1.0
 
 #: Links lost within REACH_POLL that mean that the network has changed under us, if they are half of all.
 MASS_LOSS = 3
+
+# Port mapping (portmap.py, portmap_wire.py, upnp_child.py)
+
+#: Seconds a mapping is asked for; renewed at half of it. RFC 6886 3.3 recommends 7200; an hour leaves less behind when a
+#: node dies without a word.
+MAPPING_LIFETIME = 3600
+
+#: Seconds of life that a router may grant at least; what is shorter is asked for again and again, and is taken as this.
+MIN_MAPPING_LIFETIME = 120
+
+#: Seconds after each request by PCP or NAT-PMP before the next (RFC 6886 3.1: 0.25, doubling; its nine would take 128 s).
+#: Routers answer within milliseconds.
+MAPPING_REPEATS = (0.25, 0.5, 1.0)
+
+#: Seconds for UPnP, from the search (1.5 s, as devices may wait before they answer) to the mapping's confirmation.
+UPNP_TIME = 10.0
+UPNP_SEARCH = 1.5
+
+#: Bytes of what the UPnP child says.
+MAX_UPNP_REPLY = 4096
+
+#: Seconds until a router that mapped nothing is asked again: it may have been restarted, or another one be in charge.
+MAPPING_RETRY = 900.0
+
+#: Seconds for taking a mapping back when the node ends. It would run out by itself.
+UNMAP_TIME = 0.4
+
+#: Seconds between two races for a pipe of a link that has none: doubles up to the second figure.
+RESUME_PAUSE, RESUME_PAUSE_MAX = 0.25, 2.0
+
+#: Seconds before a link by a worse way tries the better ones again: soon, as often only the first dial was unlucky;
+#: then rarely, as each try costs packets of three peers.
+IMPROVE_PAUSES = (1.0, 5.0, 30.0, 120.0)
+IMPROVE_PAUSE_MAX = 600.0

@@ -181,7 +181,11 @@ class MemoryListener(Listener):
                 if self.closed:
                     raise trio.ClosedResourceError("this listener was already closed")
                 if self._waiting and self._waiting[0][0] <= trio.current_time():
-                    return self._waiting.popleft()[1]
+                    stream = self._waiting.popleft()[1]
+                    if self.admit(stream.remote.host):
+                        return stream
+                    stream.abort()
+                    continue
                 await self._arrived.sleep(self._waiting[0][0] if self._waiting else math.inf)
         finally:
             self._accepting = False

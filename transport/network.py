@@ -7,6 +7,7 @@ Implementations: :mod:`shoal.transport.tcp` (kernel sockets) and :mod:`shoal.tra
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import trio
 
@@ -40,10 +41,17 @@ class ByteStream(trio.abc.HalfCloseableStream):
         return  # what has no such buffer has nothing to do
 
 
+def everybody(host: str) -> bool:
+    """Admits connections from anywhere."""
+    return True
+
+
 class Listener(trio.abc.Listener[ByteStream]):
     """Accepts byte streams; ``address`` is where it really listens (port 0 resolved)."""
 
     address: Address
+    #: Asked with the source's host before anything is made of a connection; False: it is reset. Must not wait.
+    admit: Callable[[str], bool] = staticmethod(everybody)
 
 
 class Datagrams(ABC):

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import socket
+import struct
 
 import trio
 
@@ -20,6 +21,14 @@ log = logging.getLogger(__name__)
 
 #: What ``accept`` answers while this process or machine is out of sockets; it passes when others close theirs.
 _OUT_OF_SOCKETS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+
+#: What ``accept`` answers about a connection that is gone already (accept(2), "Error handling").
+_VANISHED = (
+    errno.ECONNABORTED, errno.ECONNRESET, errno.EPROTO, errno.EPERM, errno.ENETDOWN, errno.ENETUNREACH,
+    errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENOPROTOOPT, errno.ETIMEDOUT,
+)  # fmt: skip
+#: SO_LINGER for 0 s: a close resets, and no port stays taken for a minute.
+_RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 _REASONS = {
     errno.ECONNREFUSED: "connection refused (nobody listens there)",
@@ -101,12 +110,18 @@ class TcpStream(ByteStream):
 
 
 class TcpListener(Listener):
-    """A listening socket that survives a shortage of sockets and clients that vanish while they connect."""
+    """A listening socket that survives a shortage of sockets and clients that vanish while they connect.
 
-    def __init__(self, listening: trio.socket.SocketType, network: TcpNetwork) -> None:
+    Connections that are not admitted are taken from the kernel and reset many at a time, at about 10 µs each: left
+    there, or taken one for each turn of the loop, a flood of them would fill the backlog and keep others out.
+    """
+
+    def __init__(self, listening: socket.socket, network: TcpNetwork) -> None:
+        """Takes a listening socket that does not block."""
         self.address = _address(listening.getsockname())
         self._network = network
-        self._listener = trio.SocketListener(listening)
+        self._socket = listening
+        self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
         self._short = False
 
     async def accept(self) -> TcpStream:
@@ -115,10 +130,23 @@ class TcpListener(Listener):
         Out of file descriptors or buffers it waits and tries again, and logs when that begins and ends.
         Cancellation loses no connection.
         """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        dropped = 0
         while True:
+            if dropped == defaults.REFUSED_AT_ONCE:
+                dropped = 0
+                await trio.lowlevel.checkpoint()
             try:
-                accepted = (await self._listener.accept()).socket
+                accepted, source = self._socket.accept()
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._socket)
+                continue
             except OSError as error:
+                if error.errno in (errno.EBADF, errno.ENOTSOCK):
+                    raise trio.ClosedResourceError("this listener was already closed") from None
+                if error.errno in _VANISHED:
+                    dropped += 1
+                    continue
                 if error.errno not in _OUT_OF_SOCKETS:
                     raise
                 if not self._short:
@@ -130,9 +158,15 @@ class TcpListener(Listener):
                 log.warning("%s: accepts connections again", self.address)
                 self._short = False
             try:
-                return TcpStream(accepted)
+                if self.admit(source[0]):
+                    stream = TcpStream(trio.socket.from_stdlib_socket(accepted))
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+                    return stream
+                accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             except OSError:  # reset by the peer while it waited for us
-                accepted.close()
+                pass
+            accepted.close()
+            dropped += 1
 
     async def aclose(self) -> None:
         self._network.listeners.pop(self, None)
@@ -190,15 +224,16 @@ class TcpNetwork(Network):
         if bind.kind != "tcp":
             raise ConfigError(f"{bind} is not a TCP address; expected HOST:PORT or tcp://HOST:PORT")
         await trio.lowlevel.checkpoint()
-        listening: trio.socket.SocketType | None = None
+        listening: socket.socket | None = None
         try:
-            listening = trio.socket.socket(_family(bind), socket.SOCK_STREAM)
+            listening = socket.socket(_family(bind), socket.SOCK_STREAM)
+            listening.setblocking(False)
             if os.name != "nt":  # on Windows it would let two processes share the port
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if _family(bind) == socket.AF_INET6:
                 # so that [::]:4001 and 0.0.0.0:4001 can both be ours, and no peer looks like ::ffff:1.2.3.4
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            await listening.bind(_sockaddr(bind))
+            listening.bind(_sockaddr(bind))
             listening.listen(defaults.TCP_BACKLOG)
             if _SHARES_PORTS:
                 # Only now: set before, it would let two processes of one user listen here without an error.
