@@ -6,8 +6,8 @@ answerer's. :mod:`shoal.transport.punch` decides, this module dials.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TypeAlias
 
 import trio
@@ -22,8 +22,8 @@ from .punch import NONCE_SIZE, Answers, Attempts, Going, Offer
 
 #: ``await ask(kind, body)`` → the answer's body; raises RemoteError. Has a deadline of its own.
 Ask: TypeAlias = Callable[[str, bytes], Awaitable[bytes]]
-#: Where a claimed stream comes out.
-Accepted: TypeAlias = trio.MemoryReceiveChannel[ByteStream]
+#: Is told of a stream, and owns it.
+Found: TypeAlias = Callable[[ByteStream], None]
 
 _BUSY = "another hole is punched to there"
 
@@ -35,36 +35,28 @@ class Claims:
     """
 
     def __init__(self) -> None:
-        self._wanted: dict[Address, trio.MemorySendChannel[ByteStream]] = {}
+        self._wanted: dict[Address, Found] = {}
 
     @contextmanager
-    def claim(self, remote: Address) -> Iterator[Accepted]:
-        """While open, an accepted stream from ``remote`` goes to the channel. An address is claimed by one at a time.
-
-        What is not received from the channel is the caller's to close.
-        """
+    def claim(self, remote: Address, found: Found) -> Iterator[None]:
+        """While open, ``found`` is called with accepted streams from ``remote``. One claim per address at a time."""
         if remote in self._wanted:
             raise ProtocolMisuse(f"{remote} is claimed already")
-        send, receive = trio.open_memory_channel[ByteStream](1)
-        self._wanted[remote] = send
-        with send, receive:
-            try:
-                yield receive
-            finally:
-                del self._wanted[remote]
+        self._wanted[remote] = found
+        try:
+            yield
+        finally:
+            del self._wanted[remote]
 
     def wanted(self, remote: Address) -> bool:
         return remote in self._wanted
 
     def take(self, stream: ByteStream) -> bool:
-        """For the acceptor, with a stream that came to a listener: True if a punch waits for it and now owns it."""
-        channel = self._wanted.get(stream.remote)
-        if channel is None:
+        """For the acceptor, with a stream that came to a listener: True if a punch waited for it and now owns it."""
+        found = self._wanted.get(stream.remote)
+        if found is None:
             return False
-        try:
-            channel.send_nowait(stream)
-        except trio.WouldBlock:
-            return False
+        found(stream)
         return True
 
 
@@ -133,21 +125,25 @@ class Puncher:
                 refusals.append(error)
                 nursery.cancel_scope.cancel()
 
-        async def knock(address: Address, accepted: Accepted) -> None:
-            stream = await self._knock(address, going, accepted, reasons)
-            if stream is not None:
-                streams.append(stream)
-                nursery.cancel_scope.cancel()
+        def found(stream: ByteStream) -> None:
+            streams.append(stream)
+            nursery.cancel_scope.cancel()
+
+        async def knock_everywhere() -> None:
+            await self._sleep_until(going.start)
+            async with trio.open_nursery() as knocking:
+                for address in targets:
+                    knocking.start_soon(self._knock, address, going, found, reasons)
+            nursery.cancel_scope.cancel()
 
         try:
-            # Claimed from now on: the peer may be quicker than we think.
-            async with self._claimed(going.targets) as claimed, trio.open_nursery() as nursery:
-                nursery.start_soon(say_go)
-                await self._sleep_until(going.start)
-                async with trio.open_nursery() as knocking:
-                    for address, accepted in claimed.items():
-                        knocking.start_soon(knock, address, accepted)
-                nursery.cancel_scope.cancel()
+            async with trio.open_nursery() as nursery:
+                with ExitStack() as claims:  # from now on: the peer may be quicker than we think
+                    targets = [address for address in going.targets if not self.claims.wanted(address)]
+                    for address in targets:
+                        claims.enter_context(self.claims.claim(address, found))
+                    nursery.start_soon(say_go)
+                    await knock_everywhere()
         except BaseException:
             await _close(streams)
             raise
@@ -156,9 +152,8 @@ class Puncher:
             return streams[0]
         if refusals:
             raise refusals[0]
-        raise PeerUnreachable(
-            "hole punching failed", attempts=tuple((str(a), reasons.get(a, _BUSY)) for a in going.targets)
-        )
+        attempts = tuple((str(address), reasons.get(address, _BUSY)) for address in going.targets)
+        raise PeerUnreachable("hole punching failed", attempts=attempts)
 
     # the answerer: handlers of signals
 
@@ -185,88 +180,59 @@ class Puncher:
 
     async def _answer(self, origin: PeerId, going: Going) -> None:
         """Knock until the end, or a little longer than the first stream: the offerer may choose another."""
-        assert self.nursery is not None
+        first = trio.Event()
 
-        async def knock(address: Address, accepted: Accepted) -> None:
-            stream = await self._knock(address, going, accepted, {})
-            if stream is not None:
-                assert self.nursery is not None
-                self.nursery.start_soon(self._incoming, stream, "punch")
-                await trio.sleep(deadlines.punch_rest(going.rtt))
-                nursery.cancel_scope.cancel()
+        async def knock(address: Address) -> None:
+            with trio.CancelScope() as scope:
+
+                def found(stream: ByteStream) -> None:
+                    assert self.nursery is not None
+                    self.nursery.start_soon(self._incoming, stream, "punch")
+                    scope.cancel()
+                    first.set()
+
+                with self.claims.claim(address, found):
+                    await self._knock(address, going, found, {})
 
         try:
-            async with self._claimed(going.targets) as claimed, trio.open_nursery() as nursery:
-                for address, accepted in claimed.items():
-                    nursery.start_soon(knock, address, accepted)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._end, first, going, nursery.cancel_scope)
+                async with trio.open_nursery() as knocking:
+                    for address in going.targets:
+                        if not self.claims.wanted(address):
+                            knocking.start_soon(knock, address)
+                nursery.cancel_scope.cancel()
         finally:
             del self._answering[origin]
 
+    async def _end(self, first: trio.Event, going: Going, scope: trio.CancelScope) -> None:
+        await first.wait()
+        await trio.sleep(deadlines.punch_rest(going.rtt))
+        scope.cancel()
+
     # both
 
-    @asynccontextmanager
-    async def _claimed(self, targets: Sequence[Address]) -> AsyncIterator[dict[Address, Accepted]]:
-        """Claims of the targets that nobody else has claimed."""
-        with ExitStack() as stack:
-            free = [address for address in targets if not self.claims.wanted(address)]
-            claimed = {address: stack.enter_context(self.claims.claim(address)) for address in free}
-            try:
-                yield claimed
-            finally:
-                await _close([stream for accepted in claimed.values() for stream in _left(accepted)])
-
-    async def _knock(
-        self, address: Address, going: Going, accepted: Accepted, reasons: dict[Address, str]
-    ) -> ByteStream | None:
-        """A stream from ``address``, dialled or accepted; None, with a reason, if none comes until the end."""
+    async def _knock(self, address: Address, going: Going, found: Found, reasons: dict[Address, str]) -> None:
+        """Dial ``address`` again and again, until the end or until a stream was found; else says why there is none."""
         attempts = Attempts(going, self._host.random)
         while (until := attempts.next(self._host.now())) is not None:
-            stream, reason = await self._attempt(address, until, accepted)
-            if stream is not None:
-                return stream
-            if reason:
-                await trio.sleep(min(attempts.failed(reason), max(0.0, going.end - self._host.now())))
+            refusal = ""
+            with trio.move_on_after(until - self._host.now()):
+                try:
+                    found(await self._host.network.dial(address, shared_port=True))
+                    return
+                except PeerUnreachable as error:
+                    refusal = error.reason
+                except ConfigError as error:
+                    refusal = str(error)
+            if refusal:
+                await trio.sleep(min(attempts.failed(refusal), max(0.0, going.end - self._host.now())))
             else:
                 attempts.silent()
             reasons[address] = attempts.summary
-        return None
-
-    async def _attempt(self, address: Address, until: float, accepted: Accepted) -> tuple[ByteStream | None, str]:
-        streams: list[ByteStream] = []
-        reason = ""
-
-        async def dial() -> None:
-            nonlocal reason
-            try:
-                streams.append(await self._host.network.dial(address, shared_port=True))
-            except PeerUnreachable as error:
-                reason = error.reason
-            except ConfigError as error:
-                reason = str(error)
-            nursery.cancel_scope.cancel()
-
-        try:
-            with trio.move_on_after(until - self._host.now()):
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(dial)
-                    streams.append(await accepted.receive())
-                    nursery.cancel_scope.cancel()
-        except BaseException:
-            await _close(streams)
-            raise
-        await _close(streams[1:])
-        return (streams[0] if streams else None), reason
 
     async def _sleep_until(self, time: float) -> None:
         await trio.sleep(max(0.0, time - self._host.now()))
-
-
-def _left(accepted: Accepted) -> list[ByteStream]:
-    """What was handed over and not received."""
-    try:
-        return [accepted.receive_nowait()]
-    except (trio.WouldBlock, trio.EndOfChannel):
-        return []
 
 
 async def _close(streams: Sequence[ByteStream]) -> None:
