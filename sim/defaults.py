@@ -116,3 +116,6 @@ LAB_TRAIN = 100.0
 
 #: Packets that may be under way in one direction of a delayed link: 6 MB, more than any window here at 100 ms.
 LAB_DELAY_QUEUE = 4096
+
+#: Columns of the matrix where the output is no terminal.
+LAB_WIDTH = 160

@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -115,7 +116,8 @@ async def _pair(
 
 def nat(options: argparse.Namespace) -> int:
     """The command."""
-    console = Console(highlight=False)
+    # The matrix is wide, and a log or pipe has no width of its own.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else defaults.LAB_WIDTH)
     choose_kinds(options.kinds)
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
