@@ -81,6 +81,8 @@ class Pipe:
         #: Wakes its writer.
         self.work = Waiter()
         self.writing = False
+        #: Its last record was of bulk.
+        self.sent_bulk = False
         self.heard = now
         #: Bytes sent since the peer was last heard on it, and since when.
         self.unheard = 0

@@ -118,6 +118,16 @@ class SeenThroughPipes:
         return tuple(sorted(self._pipes.all, key=lambda pipe: (pipe is not self._pipes.best, pipe.index)))
 
     @property
+    def bulk_pipes(self) -> list[Pipe]:
+        """Those that were opened for bulk and can take some, oldest first."""
+        return [pipe for pipe in self._pipes.all if pipe.bulk_only and pipe.usable]
+
+    def narrow(self, count: int = 0) -> None:
+        """Give back all pipes for bulk but ``count``."""
+        for pipe in self.bulk_pipes[count:]:
+            pipe.retire()
+
+    @property
     def best(self) -> Pipe:
         """The pipe that carries control; of an interrupted link, the last that did."""
         return self._pipes.best
