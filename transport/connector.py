@@ -11,15 +11,17 @@ import attrs
 import trio
 
 from . import deadlines
-from .address import Address, RelayAddress
+from .address import Address, PeerRecord, RelayAddress
 from .contacts import Contacts
-from .errors import ConfigError, PeerUnreachable, ProtocolMisuse, RemoteError, WaitExpired
+from .errors import ConfigError, LinkClosed, PeerUnreachable, ProtocolMisuse, RemoteError, WaitExpired
+from .establish import open_pipe
 from .host import Host
 from .identity import PeerId
 from .link import Link
 from .linktable import LinkTable
+from .mender import Mender
 from .network import ByteStream
-from .planner import Outcome, OwnReach, Plan, Step, plan
+from .planner import OwnReach, Plan, Step, plan
 from .race import Past, Race, reason_of
 from .ways import Direct, Way
 
@@ -72,13 +74,16 @@ class Connector:
         #: Where attempts run, while the endpoint does.
         self.nursery: trio.Nursery | None = None
         self.direct = Direct(host, lag)
+        self.table = table
         #: The means we have, by name.
         self.ways: dict[str, Way] = {"direct": self.direct}
         #: What we know of ourselves; who may help to reach a peer whose record names no relay.
         self.reach: Callable[[], OwnReach] = lambda: OwnReach(own)
         self.helpers: Callable[[PeerId], Sequence[RelayAddress]] = lambda peer: ()
         self.past = Past()
-        self._host, self._table, self._contacts, self._lag = host, table, contacts, lag
+        #: Gives links that exist new and better pipes; None where that is switched off.
+        self.mender: Mender | None = None
+        self._host, self._contacts, self._lag = host, contacts, lag
         self._dial, self._greet, self._count = dial, greet, count
         self._attempts: dict[PeerId, Attempt] = {}
         self._reasons: dict[Link, str] = {}
@@ -110,7 +115,7 @@ class Connector:
     async def _connect(self, peer: PeerId, addresses: tuple[Address, ...]) -> Link:
         await trio.lowlevel.checkpoint()
         while True:
-            link = self._table.get(peer)
+            link = self.table.get(peer)
             if link is not None:
                 link.last_used = self._host.now()
                 return link
@@ -123,7 +128,7 @@ class Connector:
                 if not attempt.waiters and not attempt.done.is_set():
                     self._attempts.pop(peer, None)
                     attempt.scope.cancel()
-            if self._table.get(peer) is None:
+            if self.table.get(peer) is None:
                 if attempt.link is not None:
                     reason = attempt.link.close_reason
                     why = "the link ended as soon as it was made"
@@ -149,7 +154,7 @@ class Connector:
         try:
             with attempt.scope:
                 try:
-                    attempt.race = self._race(peer, self.plan(peer, addresses), partial(self._dial, peer))
+                    attempt.race = self.race(peer, self.plan(peer, addresses), partial(self._dial, peer))
                     link = await attempt.race.run()
                     if link is not None:
                         attempt.link = link
@@ -163,25 +168,28 @@ class Connector:
                 del self._attempts[peer]
             attempt.done.set()
 
-    def plan(self, peer: PeerId, addresses: Sequence[Address] = ()) -> Plan:
-        """How we would reach ``peer`` now."""
+    def contact(self, peer: PeerId) -> PeerRecord | None:
+        """The newest record of ``peer`` that has not expired."""
         known = self._contacts.get(peer, self._host.wall())
+        return known[1] if known is not None else None
+
+    def plan(self, peer: PeerId, addresses: Sequence[Address] = (), *, linked: bool = False) -> Plan:
+        """How we would reach ``peer`` now. ``linked``: there is a link with it, which can carry signals."""
         return plan(
             self.reach(),
             peer,
-            known[1] if known is not None else None,
+            self.contact(peer),
             addresses,
             self.past.of(peer),
             helpers=self.helpers(peer),
+            linked=linked,
             now=self._host.now(),
         )
 
-    def _race(self, peer: PeerId, steps: Plan, finish: Callable[[ByteStream, str], Awaitable[Link]]) -> Race:
+    def race(self, peer: PeerId, steps: Plan, finish: Callable[[ByteStream, str], Awaitable[Link]]) -> Race:
+        """A race that has not begun; what becomes of its steps is remembered."""
         now = self._host.now
-        return Race(peer, steps, self.ways, finish, partial(self._note, peer), now, self._lag.value(now()))
-
-    def _note(self, peer: PeerId, outcome: Outcome) -> None:
-        self.past.note(peer, outcome)
+        return Race(peer, steps, self.ways, finish, partial(self.past.note, peer), now, self._lag.value(now()))
 
     def _note_reason(self, link: Link, step: Step | None) -> None:
         if step is not None and link.alive:
@@ -193,18 +201,49 @@ class Connector:
             self.nursery.start_soon(self._call_back, peer, tuple(addresses))
 
     async def _call_back(self, peer: PeerId, addresses: tuple[Address, ...]) -> None:
+        """A pipe for the link that both may still have, else a new link, which an attempt of ours then finds."""
+        steps = self.plan(peer, addresses)
+        steps = attrs.evolve(steps, steps=tuple(step for step in steps.steps if step.way == "direct"))
+
+        made: list[Link] = []
+
+        async def finish(stream: ByteStream, way: str) -> Link:
+            link = self.table.get(peer)
+            if link is None:
+                made.append(await self._dial(peer, stream, "reversal"))
+                return made[-1]
+            await open_pipe(self._host, link, stream, "reversal")
+            return link
+
         try:
-            await self.connect(peer, addresses, None)
-        except RemoteError as error:
+            try:
+                await self.race(peer, steps, finish).run()
+            except PeerUnreachable:
+                old = self.table.get(peer)
+                if old is None or not old.troubled:
+                    raise
+                old.give_up(LinkClosed("it asked for another link", peer=peer.short))
+                await self.race(peer, steps, finish).run()
+        except PeerUnreachable as error:
             log.info("%s asked us to dial it, in vain: %s", peer.short, error)
+            return
+        if (attempt := self._attempts.get(peer)) is not None and attempt.race is not None:
+            attempt.race.arrive()
+            attempt.done.set()
+        for link in made:
+            self._reasons[link] = "it asked us to dial it"
+            await self._greet(link)
+
+    def why(self, link: Link) -> str:
+        """Why ``link`` goes the way it goes, or has no better one."""
+        found = self.mender.reasons.get(link) if self.mender is not None else None
+        return found or self._reasons.get(link) or "it came to us"
 
     def connections(self) -> list[Connection]:
         """All live links and why they are as they are."""
         return [
-            Connection(
-                link.peer, link.way, link.remote, link.initiator, link.rtt, self._reasons.get(link, "it came to us")
-            )
-            for link in self._table.live()
+            Connection(link.peer, link.way, link.remote, link.initiator, link.rtt, self.why(link))
+            for link in self.table.live()
         ]
 
     async def identify(self, address: Address) -> Link:

@@ -107,12 +107,14 @@ def plan(
     past: Sequence[Outcome] = (),
     *,
     helpers: Sequence[RelayAddress] = (),
+    linked: bool = False,
     now: float = 0.0,
 ) -> Plan:
     """How to reach ``peer``.
 
     ``record``: its newest one; ``extra``: addresses that somebody gave us (a ticket, a document); ``past``: outcomes
-    with this peer, oldest first; ``helpers``: peers that may share a link with it, where its record names no relays.
+    with this peer, oldest first; ``helpers``: peers that may share a link with it, where its record names no relays;
+    ``linked``: a link with it is up, if a poor one, and carries signals.
     """
     skipped: list[tuple[str, str]] = []
     known = record.addresses if record is not None else ()
@@ -120,15 +122,17 @@ def plan(
     vias = _vias(own, peer, relays, skipped)
     hidden = bool(vias)
     common = vias or [helper for helper in helpers if helper.peer not in (peer, own.peer)]
+    if linked:
+        common = [RelayAddress(peer, ())]
     steps: list[Step] = []
     if "reversal" in own.ways:
         steps += _reversal(own, common, hidden, skipped)
     if "direct" in own.ways:
         steps += _direct(own, tuple(extra), known, hidden, past, now, skipped)
     if "punch" in own.ways:
-        steps += _through(own, "punch", common, defaults.PUNCH_HEAD_START, past, now, skipped)
+        steps += _through(own, "punch", peer, common, defaults.PUNCH_HEAD_START, past, now, skipped)
     if "webrtc" in own.ways:
-        steps += _through(own, "webrtc", common, defaults.WEBRTC_HEAD_START, past, now, skipped)
+        steps += _through(own, "webrtc", peer, common, defaults.WEBRTC_HEAD_START, past, now, skipped)
     if "relay" in own.ways:
         if vias:
             first = defaults.RELAY_HEAD_START
@@ -181,6 +185,7 @@ def _reversal(
 def _through(
     own: OwnReach,
     way: str,
+    peer: PeerId,
     common: list[RelayAddress],
     head_start: float,
     past: Sequence[Outcome],
@@ -195,7 +200,8 @@ def _through(
     if way == "punch" and own.varying:
         skipped.append((title, "our NAT gives every destination another port, so the peer cannot know where to aim"))
         return
-    step = Step(way, head_start, f"{common[0].peer.short} is linked with both of us", via=common[0])
+    why = f"{common[0].peer.short} is linked with both of us" if common[0].peer != peer else "the link we have signals"
+    step = Step(way, head_start, why, via=common[0])
     failed = [
         outcome for outcome in past if outcome.target.startswith(title) and now - outcome.at < _memory(past, title)
     ]

@@ -55,6 +55,8 @@ class Race:
     note: Callable[[Outcome], None]
     now: Callable[[], float]
     lag: float = 0.0
+    #: Hears of each failure. Must not wait.
+    on_failure: Callable[[Step, Exception], None] | None = None
     #: The step that won.
     won: Step | None = None
     #: The step by which the peer has agreed to come to us.
@@ -110,6 +112,8 @@ class Race:
         except (RemoteError, ConfigError) as error:
             self.reasons[step] = reason_of(error)
             self.note(Outcome(step.target, False, self.now(), self.reasons[step]))
+            if self.on_failure is not None:
+                self.on_failure(step, error)
         failed.set()
 
     async def _open(self, step: Step) -> ByteStream | None:

@@ -13,6 +13,7 @@ from .address import Address, RelayAddress, Service, SignedPeerRecord
 from .errors import RemoteError, RemoteProtocolError
 from .frames import ResetCode
 from .identity import PeerId
+from .mender import Mender
 from .planner import OwnReach, Reach
 from .reachability import Reachability
 from .relay import RELAYED_PROTOCOL, RelayedStream, RelayLimits, RelayServer
@@ -72,6 +73,7 @@ class Traversing:
         self._endpoint, self._connector = endpoint, connector
         self._news = trio.Event()
         self._told: tuple[object, ...] = ()
+        connector.mender = Mender(endpoint.host, connector.table, connector)
         connector.ways["reversal"] = Reversal(endpoint, self.signals, connector.call_back)
         connector.ways["relay"] = Relay(endpoint)
         connector.direct.shared_port = True
