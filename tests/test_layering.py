@@ -47,6 +47,7 @@ WORLD = {
     "transport/host.py": "the real Host itself",
     "transport/tcp.py": "kernel sockets",
     "transport/interfaces.py": "the addresses of this machine's network interfaces, for tcp.py",
+    "transport/gateway.py": "the default route of this machine, for portmap.py",
     "transport/webrtc_process.py": "starts the engine of a WebRTC connection, a child process",
     "transport/webrtc_child.py": "that child process: asyncio, and no node",
     "transport/webrtc_sctp.py": "the datagram sockets of that child process",
