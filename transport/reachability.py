@@ -179,8 +179,8 @@ class Reachability:
         endpoint = self._endpoint
         now, links = endpoint.host.now(), endpoint.links()
         own = endpoint.own_addresses()
-        if self._own is not None and own != self._own:
-            self._own = own
+        changed = own != self._own
+        if changed and self._own is not None:
             self.recheck("our own addresses have changed")
             for link in links:
                 link.probe()
@@ -190,7 +190,6 @@ class Reachability:
         before = self.verdict
         self.observations = self._observe(links, own, now)
         self.verdict = judge(own, self.mapped, self.observations, self.trials, now)
-        changed = self._own is None or own != self._own
         self._own = own
         if (self.verdict.state, self.verdict.confirmed) != (before.state, before.confirmed) or changed:
             if self.verdict.state is not before.state:
