@@ -17,6 +17,7 @@ import trio
 from . import deadlines, defaults
 from .acceptor import Acceptor
 from .address import Address, PeerRecord, Service, SignedPeerRecord
+from .callmux import IncomingCall
 from .connector import Connection, Connector
 from .contacts import Contacts, OwnRecord
 from .errors import (
@@ -29,14 +30,15 @@ from .errors import (
     WaitExpired,
 )
 from .establish import establish
-from .frames import Buffer, GoodbyeCode, MuxLimits, ResetCode
+from .frames import Buffer, GoodbyeCode, MuxLimits, Priority, ResetCode
 from .host import Host
 from .identity import Identity, PeerId
 from .link import Link
 from .linktable import LinkTable
 from .network import ByteStream, Listener
-from .rpc import Call, Handler, Method, Q, R, Reply, RpcServer, exchange
-from .secure import SecureChannel
+from .rpc import Call, Handler, Method, Q, R, Reply, call, exchange
+from .secure import Credentials, SecureChannel
+from .serving import RpcServer
 from .stream import LinkStream
 from .traversal import Traversal, Traversing
 
@@ -83,6 +85,7 @@ class Endpoint:
         self._contacts = Contacts()
         self._table = LinkTable(host, self.peer_id, max_links, self._count)
         self._table.on_stream = self._on_stream
+        self._table.on_call = self._on_call
         #: Called for every new link and every lost one. Must not wait.
         self.on_link = self._table.on_link
         self.on_link_lost = self._table.on_link_lost
@@ -99,6 +102,7 @@ class Endpoint:
         )
         self._listeners: list[Listener] = []
         self._server = RpcServer(host)
+        self._credentials = Credentials(identity, host.entropy)
         self._protocols: dict[str, Callable[[LinkStream], Awaitable[None]]] = {}
         self._nursery: trio.Nursery | None = None
         self._own = OwnRecord(identity)
@@ -183,6 +187,7 @@ class Endpoint:
             expected=expected,
             psk=self._psk,
             ciphers=self.host.ciphers,
+            credentials=self._credentials,
         )
 
     async def _dial(self, expected: PeerId | None, stream: ByteStream, way: str) -> Link:
@@ -266,8 +271,7 @@ class Endpoint:
     async def _say_hello(self, link: Link) -> None:
         seconds = deadlines.request_header(link.rtt, link.lag)
         try:
-            async with exchange(link, HELLO, self._hello(link), timeout=seconds) as reply:
-                self._take_hello(link, await reply.result())
+            self._take_hello(link, await call(link, HELLO, self._hello(link), timeout=seconds))
         except RemoteError as error:
             self._count("hellos_failed")
             log.info("no hello from %s: %s", link.peer.short, error)
@@ -319,6 +323,9 @@ class Endpoint:
             link, left = await self._way(peer, body, end)
             begun = False
             try:
+                if method.priority is Priority.CONTROL and not body:
+                    result = await call(link, method, request, timeout=left)
+                    break
                 async with exchange(link, method, request, body=body, timeout=left) as reply:
                     await reply.begin()
                     begun = True
@@ -366,6 +373,10 @@ class Endpoint:
     def _unheard(link: Link) -> bool:
         """It was closed as idle before the peer looked at the call: nothing is lost by asking again."""
         return link.goodbye_code == GoodbyeCode.IDLE or link.closed_idle
+
+    def _on_call(self, link: Link, asked: IncomingCall, data: memoryview) -> None:
+        if self._nursery is not None:
+            self._server.accept(link, asked, data, self._nursery)
 
     def _on_stream(self, stream: LinkStream) -> None:
         if self._nursery is None:

@@ -34,6 +34,10 @@ class Frame(IntEnum):
     CREDIT = 6
     LINK_CREDIT = 7
     GOODBYE = 8
+    CALL = 9
+    ANSWER = 10
+    PART = 11
+    CANCEL = 12
 
 
 class ResetCode(IntEnum):

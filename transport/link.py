@@ -18,6 +18,7 @@ import trio
 from trio.lowlevel import ParkingLot
 
 from . import deadlines, defaults
+from .callmux import CallEvent
 from .errors import LinkClosed, Overloaded, RecordError, RemoteError, RemoteProtocolError
 from .frames import (
     DataReceived,
@@ -31,13 +32,14 @@ from .frames import (
     StreamStopped,
     StreamWasReset,
 )
+from .linkcalls import CarriesCalls
 from .mux import Mux
 from .pipe import Pipe
 from .pipehello import SessionSecrets
 from .pipeset import PipeSet, SeenThroughPipes
 from .secure import Record, SecureChannel
 from .session import HEAD_BYTES, PIPE, Session
-from .stream import LinkStream, StreamLost
+from .stream import LinkStream, StreamLost, link_lost
 from .wire import printable
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ __all__ = ["Link", "LinkStream", "Priority", "StreamLost"]
 log = logging.getLogger(__name__)
 
 
-class Link(SeenThroughPipes):
+class Link(SeenThroughPipes, CarriesCalls):
     """An authenticated, encrypted connection to ``peer`` that carries many streams.
 
     Run by :meth:`run`, in a nursery of the endpoint. ``closed`` is set when everything about it has ended;
@@ -61,6 +63,7 @@ class Link(SeenThroughPipes):
     def __init__(
         self, host: Host, channel: SecureChannel, pipe: Pipe, lag: LoopLag, *, limits: MuxLimits | None = None
     ) -> None:
+        super().__init__()
         self.peer: PeerId = channel.peer
         self.initiator: bool = channel.initiator
         self.cipher: str = channel.cipher
@@ -121,8 +124,8 @@ class Link(SeenThroughPipes):
 
     @property
     def idle(self) -> bool:
-        """True when no stream is open."""
-        return self._mux.streams == 0
+        """True when no stream is open and no call waits for its answer."""
+        return not self._mux.streams and not self._mux.calls.open
 
     @property
     def streams(self) -> int:
@@ -402,6 +405,7 @@ class Link(SeenThroughPipes):
             if drained.owner is not None:
                 drained.owner._wake_sender()
         self._slots_changed()
+        self._calls_sent()
         return wire
 
     def _seal_pipe(self, pipe: Pipe, frames: bytes) -> bytearray:
@@ -445,7 +449,7 @@ class Link(SeenThroughPipes):
 
     # Between the mux and its streams
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: Event | CallEvent) -> None:
         match event:
             case DataReceived(stream):
                 if stream.owner is not None:
@@ -466,6 +470,8 @@ class Link(SeenThroughPipes):
                 self.goodbye_code = code
                 what = f"it said goodbye: {printable(reason)}" if reason else "it said goodbye"
                 raise LinkClosed(what, peer=self.peer.short, goodbye=True)
+            case _:
+                self._on_call_event(event)
 
     def _changed(self) -> None:
         """Something happened in the mux: there may be a record to write, or a slot for a stream."""
@@ -486,10 +492,10 @@ class Link(SeenThroughPipes):
         for stream in self._mux.live_streams():
             if stream.owner is not None:
                 stream.owner._link_lost(reason)
+        self._break_calls(reason)
 
     def _closed_error(self) -> StreamLost:
         reason = self.close_reason
         if reason is None:
             return StreamLost("the link is being closed by us", peer=self.peer.short)
-        goodbye = isinstance(reason, LinkClosed) and reason.goodbye
-        return StreamLost(f"the link ended: {reason.message}", peer=self.peer.short, goodbye=goodbye)
+        return link_lost(reason, self.peer)

@@ -9,6 +9,7 @@ from functools import partial
 import trio
 
 from . import defaults
+from .callmux import IncomingCall
 from .errors import LinkClosed, RemoteProtocolError
 from .frames import GoodbyeCode
 from .host import Host
@@ -32,6 +33,8 @@ class LinkTable:
         self.on_link_lost: list[Callable[[Link], None]] = []
         #: Takes the streams that peers open.
         self.on_stream: Callable[[LinkStream], None] = lambda stream: None
+        #: Takes their small calls; see :attr:`Link.on_call`.
+        self.on_call: Callable[[Link, IncomingCall, memoryview], None] | None = None
         #: Called when a link is interrupted or answers late. Must not wait. None: interrupted links end at once.
         self.on_trouble: Callable[[Link], None] | None = None
         self.nursery: trio.Nursery | None = None
@@ -70,6 +73,7 @@ class LinkTable:
         if self.on_trouble is not None:
             link.on_trouble = partial(self.on_trouble, link)
         link.on_stream = self.on_stream
+        link.on_call = self.on_call
         link.on_idle = partial(self._on_idle, link)
         self.nursery.start_soon(self._run, link)
         self.trim()

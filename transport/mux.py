@@ -9,6 +9,8 @@ value u32, big-endian), followed for ``OPEN``, ``DATA`` and ``GOODBYE`` by ``val
     OPEN(stream, protocol name)  DATA(stream, bytes)  EOF(stream)      STOP(stream, code)   RESET(stream, code)
     CREDIT(stream, bytes)        LINK_CREDIT(priority, bytes)          GOODBYE(code, reason)
 
+and the frames of small calls, which need no stream (:mod:`callmux`).
+
 Records belong to one of two channels, CONTROL and BULK, each in order in itself but not to the other (they may travel
 on different pipes). The first line above travels in the channel of the stream's priority, the second in CONTROL.
 
@@ -26,14 +28,16 @@ bytes given back to the link's credit.
 
 Credit: DATA may be sent while the stream and the link (for each priority its own, so that unread bulk data never
 starve control) have credit left; a receiver grants more as its application reads. Output order: link frames first,
-then CONTROL data, then BULK, round robin among the streams of a priority.
+then calls (in half of a record when streams wait too), then data, round robin among the streams of a priority.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 from . import defaults
+from .callmux import CallEvent, CallMux
 from .errors import Overloaded, ProtocolMisuse, RemoteProtocolError
 from .frames import (
     HEADER,
@@ -56,6 +60,8 @@ from .frames import (
 )
 
 __all__ = ["Mux", "Priority"]
+
+_WITH_PAYLOAD = (Frame.DATA, Frame.CALL, Frame.ANSWER, Frame.OPEN, Frame.PART, Frame.GOODBYE)
 
 
 class Mux:
@@ -81,6 +87,7 @@ class Mux:
         self._unacknowledged = [0, 0]
         self._drained: list[MuxStream] = []
         self._answers = 0  # queued frames that the peer made us send; bounded
+        self.calls = CallMux(self._broken)
 
     # What the application does
 
@@ -207,7 +214,9 @@ class Mux:
 
     def has(self, channel: Priority) -> bool:
         """True when :meth:`next_record` has something for ``channel``."""
-        return bool(self._frames[channel] or (self._ready[channel] and self._credit[channel] > 0))
+        if self._frames[channel] or (self._ready[channel] and self._credit[channel] > 0):
+            return True
+        return channel is Priority.CONTROL and self.calls.has_output
 
     def next_record(self, channel: Priority, limit: int) -> list[Buffer] | None:
         """The buffers that make up the next record of ``channel`` (at most ``limit`` bytes); None: nothing may be sent.
@@ -225,6 +234,8 @@ class Mux:
         if not frames:
             if not self._frames[1 - channel]:
                 self._answers = 0
+            if channel is Priority.CONTROL and self.calls.has_output:
+                room -= self.calls.take(out, room // 2 if self._ready[channel] else room)
             if self._ready[channel]:
                 self._fill(out, room, channel)
         return out or None
@@ -269,12 +280,12 @@ class Mux:
 
     # Input
 
-    def receive(self, record: memoryview, channel: Priority) -> list[Event]:
+    def receive(self, record: memoryview, channel: Priority) -> list[Event | CallEvent]:
         """Take the plaintext of the next record of ``channel``. Raises :class:`RemoteProtocolError`: the link must end.
 
         Received data stay views of ``record`` unless they are a small part of it.
         """
-        events: list[Event] = []
+        events: list[Any] = []
         at, size = 0, len(record)
         while at < size:
             if size - at < HEADER_BYTES:
@@ -282,7 +293,7 @@ class Mux:
             kind, id, value = HEADER.unpack_from(record, at)
             at += HEADER_BYTES
             payload = record[at:at]
-            if kind in (Frame.DATA, Frame.OPEN, Frame.GOODBYE):
+            if kind in _WITH_PAYLOAD:
                 if value > size - at:
                     raise self._broken(f"a frame announces {value} bytes, its record holds {size - at}")
                 payload = record[at : at + value]
@@ -303,6 +314,9 @@ class Mux:
                     self._on_stop(id, value, events)
                 case Frame.RESET:
                     self._on_reset(id, value, events)
+                case Frame.CALL | Frame.ANSWER | Frame.PART | Frame.CANCEL:
+                    if (event := self.calls.receive(kind, id, payload)) is not None:
+                        events.append(event)
                 case Frame.CREDIT:
                     self._on_credit(id, value)
                 case Frame.LINK_CREDIT:

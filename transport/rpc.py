@@ -1,13 +1,17 @@
-"""Typed calls, one stream each: request, optional body up, optional body down, response or refusal.
+"""Typed calls: request, optional body up, optional body down, response or refusal. This is the caller's side.
 
-On the stream, lengths big-endian::
+A call with a bulk method, a body, or a request above some KiB takes a stream; lengths big-endian::
 
     caller    u32 length, Head (method, seconds left, body bytes) · u32 length, request · the body's raw bytes · end
     server    any number of BODY parts, then one RESULT or ERROR part · end        part = u8 kind, u32 length, bytes
 
+Any other is a small one, without a stream (:mod:`callmux`)::
+
+    request   f64 seconds left, u8 length of the method's name, name, request        answer   u8 kind, message
+
 The seconds left travel with the call: the server cancels its handler when they are over. A caller that gives up resets
-the stream, which cancels the handler too. A server that answers before it has read the body stops the stream; the
-caller then reads the answer. What goes wrong in a handler travels as a code, never as a traceback:
+the stream or cancels the call, which cancels the handler too. A server that answers before it has read the body stops
+the stream; the caller then reads the answer. What goes wrong in a handler travels as a code, never as a traceback:
 
     unknown_method, bad_request, busy, expired, failed (with the text of a ShoalError), internal (without any)
     and whatever code a handler gives a RemoteRefused of its own.
@@ -15,7 +19,7 @@ caller then reads the answer. What goes wrong in a handler travels as a code, ne
 
 from __future__ import annotations
 
-import logging
+import functools
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -25,18 +29,16 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import attrs
 import trio
 
-from . import deadlines, defaults
+from . import defaults
+from .callmux import NOT_SERVED
 from .errors import (
-    DecodeError,
     ProtocolMisuse,
     RemoteProtocolError,
     RemoteRefused,
-    ShoalError,
     StreamReset,
     WaitExpired,
 )
 from .frames import Buffer, Priority, ResetCode
-from .host import Host
 from .identity import PeerId
 from .link import Link
 from .stream import LinkStream
@@ -48,10 +50,10 @@ R = TypeVar("R")
 #: The protocol name of every RPC stream.
 PROTOCOL = "shoal-rpc/1"
 
-_LENGTH = struct.Struct(">I")
-_PART = struct.Struct(">BI")
-
-log = logging.getLogger(__name__)
+LENGTH = struct.Struct(">I")
+PART = struct.Struct(">BI")
+#: Head of a small call: seconds left, length of the method's name.
+SMALL_HEAD = struct.Struct(">dB")
 
 
 class Part(IntEnum):
@@ -89,9 +91,14 @@ class CallError:
 
 
 class Call(Generic[Q]):
-    """One call, on the server's side. ``deadline`` is on the scale of ``host.now()``."""
+    """One call, on the server's side. ``deadline`` is on the scale of ``host.now()``. A small one has no ``stream``."""
 
-    def __init__(self, stream: LinkStream, request: Q, deadline: float, body: int) -> None:
+    __slots__ = ("_stream", "body_left", "deadline", "link", "request")
+
+    def __init__(
+        self, link: Link, request: Q, deadline: float, body: int = 0, stream: LinkStream | None = None
+    ) -> None:
+        self.link = link
         self.request = request
         self.deadline = deadline
         #: Bytes of body that the caller announced and that are still to be read.
@@ -100,11 +107,7 @@ class Call(Generic[Q]):
 
     @property
     def peer(self) -> PeerId:
-        return self._stream.peer
-
-    @property
-    def link(self) -> Link:
-        return self._stream.link
+        return self.link.peer
 
     async def read_into(self, buffer: memoryview) -> None:
         """Fill ``buffer`` with the next bytes of the caller's body.
@@ -115,14 +118,20 @@ class Call(Generic[Q]):
         if size > self.body_left:
             raise RemoteProtocolError(f"a body with {self.body_left} bytes left, {size} expected", peer=self.peer.short)
         self.body_left -= size
-        await self._stream.read_exactly_into(buffer)
+        if self._stream is not None:
+            await self._stream.read_exactly_into(buffer)
 
     async def write(self, data: Buffer) -> None:
-        """Send bytes to the caller, before the response. ``data`` must not change until this returns."""
+        """Send bytes to the caller, before the response. ``data`` must not change until this returns.
+
+        Raises :class:`RemoteRefused`, which is then the answer, when the caller made a call that takes none.
+        """
+        if self._stream is None:
+            raise RemoteRefused("body_refused", "the answer has a body, which a call without a stream cannot take")
         view = memoryview(data).cast("B")
         for at in range(0, len(view), defaults.MAX_BODY_PART):
             part = view[at : at + defaults.MAX_BODY_PART]
-            await self._stream.send_all(_PART.pack(Part.BODY, len(part)))
+            await self._stream.send_all(PART.pack(Part.BODY, len(part)))
             await self._stream.send_all(part)
 
 
@@ -184,7 +193,7 @@ class Reply(Generic[R]):
         if self._first is not None:
             first, self._first = self._first, None
             return first
-        kind, length = _PART.unpack(await self._stream.read_exactly(_PART.size))
+        kind, length = PART.unpack(await self._stream.read_exactly(PART.size))
         if kind not in _KINDS:
             raise RemoteProtocolError(f"an answer with a part of unknown kind {kind}", peer=self._peer)
         return Part(kind), length
@@ -232,7 +241,7 @@ async def exchange(
             left = max(0.001, scope.deadline - trio.current_time())
             head = pack(Head(method.name, left, sum(len(view) for view in views)))
             try:
-                start = b"".join((_LENGTH.pack(len(head)), head, _LENGTH.pack(len(message)), message))
+                start = b"".join((LENGTH.pack(len(head)), head, LENGTH.pack(len(message)), message))
                 if not stream.post(start, end=not views):
                     await stream.send_all(start)
                 for view in views:
@@ -268,156 +277,42 @@ async def call(
 ) -> R:
     """One call without a body in its answer; see :func:`exchange` for errors and cancellation."""
     result: R
+    if not body and method.priority is Priority.CONTROL:
+        name, message = _name(method.name), pack(request)
+        if SMALL_HEAD.size + len(name) + len(message) <= defaults.CALL_PIECE:
+            return unpack(method.response, await _ask(link, method.name, name, message, timeout))
     async with exchange(link, method, request, body=body, timeout=timeout) as reply:
         result = await reply.result()
     return result
 
 
-class RpcServer:
-    """Serves the calls that peers make: looks up handlers, holds limits, turns errors into codes."""
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._handlers: dict[str, tuple[Method[Any, Any], Handler[Any, Any]]] = {}
-        self._active: dict[PeerId, int] = {}
-        self._total = 0
-
-    def serve(self, method: Method[Q, R], handler: Handler[Q, R]) -> None:
-        """Answer calls of ``method`` with ``handler``, which replaces an earlier one."""
-        self._handlers[method.name] = (method, handler)
-
-    def active(self, peer: PeerId | None = None) -> int:
-        """Calls being served now, of one peer or of all."""
-        return self._total if peer is None else self._active.get(peer, 0)
-
-    async def handle(self, stream: LinkStream, scope: trio.CancelScope) -> None:
-        """Serve one stream from its opening to its end. ``scope`` is cancelled when the stream breaks; here it holds
-        every deadline of the call as well, as each scope more would cost as much as the rest of a small call."""
-        peer = stream.peer
-        try:
-            with scope:
-                if stream.protocol != PROTOCOL:
-                    stream.reset(ResetCode.UNKNOWN_PROTOCOL)
-                    return
-                active = self._active.get(peer, 0)
-                # However many calls some peers make, every other one still gets a few through.
-                crowded = self._total >= defaults.MAX_CALLS and active >= defaults.FAIR_CALLS
-                if active >= defaults.MAX_CALLS_PER_PEER or crowded:
-                    seconds = deadlines.request_header(stream.link.rtt, stream.link.lag)
-                    scope.deadline = trio.current_time() + seconds
-                    whose = "your" if active >= defaults.MAX_CALLS_PER_PEER else "other peers'"
-                    await self._refuse(stream, "busy", f"{whose} calls use up what is allowed at once")
-                    return
-                self._active[peer] = active + 1
-                self._total += 1
-                try:
-                    await self._serve(stream, scope)
-                finally:
-                    self._total -= 1
-                    self._active[peer] -= 1
-                    if not self._active[peer]:
-                        del self._active[peer]
-        except (StreamReset, trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the caller has gone; nobody is left to tell
-        except RemoteProtocolError as error:
-            log.info("%s broke off a call: %s", peer.short, error)
-        finally:
-            if not stream.ended:  # the last words may still be queued: they must arrive
-                stream.reset(ResetCode.CANCELLED)
-
-    async def _serve(self, stream: LinkStream, scope: trio.CancelScope) -> None:
-        link, now = stream.link, trio.current_time  # a scope's deadlines are on trio's clock
-        seconds = deadlines.request_header(link.rtt, link.lag)
-        head: Head | None = None
-        scope.deadline = now() + seconds
-        try:
-            head = unpack(Head, await self._message(stream, defaults.MAX_CALL_HEAD))
-        except DecodeError as error:
-            await self._refuse(stream, "bad_request", error.message)
-            return
-        finally:
-            if head is None and not stream.ended and not stream.broken and now() >= scope.deadline:
-                stream.reset(ResetCode.EXPIRED)
-        timeout = min(max(head.timeout, 0.0), defaults.MAX_CALL_TIME)
-        scope.deadline = deadline = now() + timeout
-        answer: tuple[str, str, bytes] | None = None
-        try:
-            answer = await self._answer(stream, head, self._host.now() + timeout)
-        finally:
-            if answer is None and not stream.ended and not stream.broken and now() >= deadline:
-                # Cancelled, so this must not wait.
-                late = f"{head.method} took more than the {timeout:.1f} s it was given"
-                if stream.post(_error_part("expired", late), end=True):
-                    stream.stop_receiving()
-        code, message, result = answer
-        scope.deadline = max(deadline, now()) + seconds
-        if code:
-            await self._refuse(stream, code, message)
-        else:
-            await self._finish(stream, _PART.pack(Part.RESULT, len(result)) + result)
-
-    async def _answer(self, stream: LinkStream, head: Head, deadline: float) -> tuple[str, str, bytes]:
-        """``(code, message, result)``; an empty code means success."""
-        found = self._handlers.get(head.method)
-        if found is None:
-            return "unknown_method", f"no method {head.method[:64]!r} here", b""
-        method, handler = found
-        try:
-            request = unpack(method.request, await self._message(stream, defaults.MAX_MESSAGE))
-        except DecodeError as error:
-            return "bad_request", error.message, b""
-        try:
-            response = await handler(Call(stream, request, deadline, head.body))
-            if not isinstance(response, method.response):
-                raise ProtocolMisuse(f"the handler of {method.name} returned {type(response).__name__}")
-            result = pack(response)
-            if len(result) > defaults.MAX_MESSAGE:
-                raise ProtocolMisuse(f"the handler of {method.name} returned {len(result)} bytes")
-        except RemoteRefused as error:
-            return error.code, error.reason, b""
-        except ProtocolMisuse:
-            log.exception("our handler of %s broke a contract", method.name)
-            return "internal", "an error inside the node that was asked", b""
-        except ShoalError as error:
-            log.info("%s for %s failed: %s", method.name, stream.peer.short, error)
-            return "failed", str(error), b""
-        except Exception as error:  # boundary: a bug in a handler must not reach the link
-            failure = _only_shoal_errors(error)
-            if failure is not None:
-                return "failed", str(failure), b""
-            log.exception("our handler of %s failed for %s", method.name, stream.peer.short)
-            return "internal", "an error inside the node that was asked", b""
-        return "", "", result
-
-    async def _message(self, stream: LinkStream, limit: int) -> bytearray:
-        (length,) = _LENGTH.unpack(await stream.read_exactly(_LENGTH.size))
-        if length > limit:
-            raise DecodeError(f"a message of {length} bytes, at most {limit} allowed")
-        return await stream.read_exactly(length)
-
-    async def _refuse(self, stream: LinkStream, code: str, message: str) -> None:
-        await self._finish(stream, _error_part(code, message))
-
-    async def _finish(self, stream: LinkStream, part: bytes) -> None:
-        """Send the last part: in one record with the stream's end if it is small."""
-        if not stream.post(part, end=True):
-            await stream.send_all(part)
-            await stream.send_eof()
-        stream.stop_receiving()
+@functools.lru_cache(maxsize=1024)
+def _name(method: str) -> bytes:
+    name = method.encode()
+    if len(name) > 255:
+        raise ProtocolMisuse(f"the name of a method has {len(name)} bytes")
+    return name
 
 
-def _error_part(code: str, message: str) -> bytes:
-    error = pack(CallError(code[:64], message[:512]))
-    return _PART.pack(Part.ERROR, len(error)) + error
-
-
-def _only_shoal_errors(error: Exception) -> ShoalError | None:
-    """The first of a group of errors when all of them are Shoal's (a handler with a nursery raises groups)."""
-    if isinstance(error, ExceptionGroup):
-        ours, rest = error.split(ShoalError)
-        if ours is not None and rest is None:
-            first: BaseException = ours
-            while isinstance(first, BaseExceptionGroup):
-                first = first.exceptions[0]
-            return first if isinstance(first, ShoalError) else None
-    return None
+async def _ask(link: Link, method: str, name: bytes, message: bytes, timeout: float) -> memoryview:
+    """A small call: the packed response."""
+    peer = link.peer.short
+    answer: bytes | None = None
+    with trio.move_on_after(timeout) as scope:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if not link.can_call:
+            await link.wait_can_call()
+        left = max(0.001, scope.deadline - trio.current_time())
+        answer = await link.ask(SMALL_HEAD.pack(left, len(name)) + name + message)
+    if answer is None:
+        raise WaitExpired(f"answer to {method}", timeout, peer=peer)
+    if answer[0] == Part.RESULT:
+        return memoryview(answer)[1:]
+    if answer[0] != Part.ERROR:
+        if answer == NOT_SERVED:
+            raise RemoteRefused("unknown_protocol", "it serves no calls", peer=peer)
+        raise RemoteProtocolError(f"an answer of unknown kind {answer[0]}", peer=peer)
+    error = unpack(CallError, memoryview(answer)[1:], limit=defaults.MAX_CALL_ERROR)
+    if error.code == "expired":
+        raise WaitExpired(f"answer to {method}", timeout, peer=peer)
+    raise RemoteRefused(printable(error.code), printable(error.message, 512), peer=peer)

@@ -28,6 +28,12 @@ class StreamLost(LinkClosed, trio.BrokenResourceError):
     """A :class:`LinkClosed` that trio's stream interface understands as well."""
 
 
+def link_lost(reason: RemoteError, peer: PeerId) -> StreamLost:
+    """What a stream or call raises when its link ends for ``reason``."""
+    goodbye = isinstance(reason, LinkClosed) and reason.goodbye
+    return StreamLost(f"the link ended: {reason.message}", peer=peer.short, goodbye=goodbye)
+
+
 class LinkStream(trio.abc.HalfCloseableStream):
     """One stream to one peer. Got from :meth:`Link.open_stream`, or handed to whoever serves its protocol.
 
@@ -165,7 +171,7 @@ class LinkStream(trio.abc.HalfCloseableStream):
         if stream.reset_code is not None or stream.stop_code is not None:
             raise self._reset_error()
         if self._lost is not None:
-            raise self._lost_error(self._lost)
+            raise link_lost(self._lost, self.peer)
         if stream.sending is not Sending.OPEN:
             raise trio.ClosedResourceError("the sending half of this stream is closed")
 
@@ -239,7 +245,7 @@ class LinkStream(trio.abc.HalfCloseableStream):
 
     async def _wait_readable(self) -> None:
         if self._lost is not None:
-            raise self._lost_error(self._lost)
+            raise link_lost(self._lost, self.peer)
         await self._receiver.wait()
 
     def _begin_receiving(self) -> None:
@@ -314,7 +320,3 @@ class LinkStream(trio.abc.HalfCloseableStream):
         verb = "reset the stream" if stream.reset_code is not None else "no longer reads the stream"
         name = ResetCode(code).name.lower().replace("_", " ") if code in tuple(ResetCode) else "an application's reason"
         return StreamBroken(f"it {verb}: {name} ({code})", peer=self.peer.short, code=code)
-
-    def _lost_error(self, reason: RemoteError) -> StreamLost:
-        goodbye = isinstance(reason, LinkClosed) and reason.goodbye
-        return StreamLost(f"the link ended: {reason.message}", peer=self.peer.short, goodbye=goodbye)

@@ -23,7 +23,8 @@ from shoal.transport.errors import (
 )
 from shoal.transport.frames import ResetCode
 from shoal.transport.link import Link, Priority
-from shoal.transport.rpc import PROTOCOL, Call, CallError, Head, Method, Part, RpcServer, call, exchange
+from shoal.transport.rpc import PROTOCOL, Call, CallError, Head, Method, Part, call, exchange
+from shoal.transport.serving import RpcServer
 from shoal.transport.stream import LinkStream
 from shoal.transport.wire import pack
 
@@ -68,6 +69,7 @@ async def bench(world: World | None = None) -> AsyncIterator[Bench]:
             nursery.start_soon(server.handle, stream, scope)
 
         pair.b.on_stream = on_stream
+        pair.b.on_call = lambda link, asked, data: server.accept(link, asked, data, nursery)
 
         async def echo(call: Call[Text]) -> Text:
             return call.request
@@ -459,7 +461,7 @@ async def test_an_answer_that_announces_four_gigabytes_is_not_allocated() -> Non
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lie)
             with pytest.raises(RemoteProtocolError, match="answer of 4294967295 bytes"):
-                await call(pair.a, ECHO, Text("?"), timeout=5)
+                await call(pair.a, DOWNLOAD, Size(1), timeout=5)
         assert pair.a.alive
 
 
@@ -474,7 +476,7 @@ async def test_an_answer_with_a_part_of_unknown_kind_is_a_protocol_error() -> No
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lie)
             with pytest.raises(RemoteProtocolError, match="unknown kind 9"):
-                await call(pair.a, ECHO, Text("?"), timeout=5)
+                await call(pair.a, DOWNLOAD, Size(1), timeout=5)
 
 
 async def test_an_error_code_of_the_peer_is_carried_as_it_is() -> None:
@@ -489,7 +491,7 @@ async def test_an_error_code_of_the_peer_is_carried_as_it_is() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(refuse)
             with pytest.raises(RemoteRefused) as caught:
-                await call(pair.a, ECHO, Text("?"), timeout=5)
+                await call(pair.a, DOWNLOAD, Size(1), timeout=5)
         assert (caught.value.code, caught.value.reason) == ("custom", "for people")
 
 
@@ -538,3 +540,131 @@ async def test_calls_and_bodies_over_tcp() -> None:
             await reply.read_into(memoryview(got))
             assert await reply.result() == Size(len(data))
         assert got == data
+
+
+# Small calls: without a stream
+
+
+async def test_a_small_call_opens_no_stream_and_a_large_or_bulk_one_does() -> None:
+    opened: list[str] = []
+    async with bench() as b:
+        serve = b.far.on_stream
+        assert serve is not None
+
+        def noted(stream: LinkStream) -> None:
+            opened.append(stream.protocol)
+            serve(stream)
+
+        b.far.on_stream = noted
+        assert await b.echo("x" * 3000) == "x" * 3000
+        assert opened == []
+        assert await b.echo("x" * 5000) == "x" * 5000
+        assert opened == [PROTOCOL]
+
+
+@pytest.mark.parametrize("size", [0, 4000, 4096, 4097, 100_000, 1_000_000])
+async def test_a_small_call_may_have_a_large_answer(size: int) -> None:
+    async def many(call: Call[Size]) -> Text:
+        return Text("x" * call.request.bytes)
+
+    method = Method("many", Size, Text)
+    async with bench() as b:
+        b.server.serve(method, many)
+        assert len((await call(b.link, method, Size(size), timeout=60)).text) == size
+        assert b.link.idle
+
+
+async def test_large_answers_wait_until_earlier_ones_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defaults, "ANSWER_WINDOW", 50_000)
+    most = 0
+
+    async def many(call: Call[Size]) -> Text:
+        nonlocal most
+        most = max(most, call.link._mux.calls._queued)
+        return Text("x" * call.request.bytes)
+
+    method = Method("many", Size, Text)
+    async with bench() as b, trio.open_nursery() as nursery:
+        b.server.serve(method, many)
+
+        async def ask() -> None:
+            assert len((await call(b.link, method, Size(40_000), timeout=60)).text) == 40_000
+
+        for _ in range(100):
+            nursery.start_soon(ask)
+    assert most < 50_000 + 41_000
+
+
+async def test_a_small_call_whose_handler_writes_a_body_is_refused() -> None:
+    async def download(call: Call[Size]) -> Size:
+        await call.write(b"more than asked for")
+        return Size(3)
+
+    method = Method("control.download", Size, Size)
+    async with bench() as b:
+        b.server.serve(method, download)
+        with pytest.raises(RemoteRefused) as caught:
+            await call(b.link, method, Size(1), timeout=5)
+        assert caught.value.code == "body_refused"
+        async with exchange(b.link, method, Size(1), timeout=5) as reply:
+            await reply.read_into(memoryview(bytearray(19)))
+            assert await reply.result() == Size(3)
+
+
+async def test_more_small_calls_than_allowed_at_once_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defaults, "MAX_LINK_CALLS", 3)
+    now, most = 0, 0
+
+    async def slow(call: Call[Text]) -> Text:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await trio.sleep(1)
+        now -= 1
+        return call.request
+
+    async with bench() as b, trio.open_nursery() as nursery:
+        b.server.serve(ECHO, slow)
+        for number in range(10):
+            nursery.start_soon(b.echo, str(number), 60.0)
+    assert most == 3
+
+
+async def test_a_small_call_to_whoever_serves_none_is_refused() -> None:
+    async with link_pair(Virtual()) as pair:
+        with pytest.raises(RemoteRefused) as caught:
+            await call(pair.a, ECHO, Text("?"), timeout=5)
+        assert caught.value.code == "unknown_protocol"
+        assert pair.a.alive
+
+
+async def test_a_small_call_waiting_for_its_turn_ends_with_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defaults, "MAX_LINK_CALLS", 1)
+
+    async def never(call: Call[Text]) -> Text:
+        await trio.sleep_forever()
+
+    async with bench() as b, trio.open_nursery() as nursery:
+        b.server.serve(ECHO, never)
+
+        async def ask() -> None:
+            with pytest.raises(LinkClosed):
+                await b.echo(timeout=1000.0)
+
+        nursery.start_soon(ask)
+        nursery.start_soon(ask)
+        await trio.sleep(1)
+        await b.link.aclose()
+    assert b.server.active() == 0
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"", bytes(8), bytes(9), struct.pack(">dB", float("nan"), 4) + b"echo", struct.pack(">dB", 5.0, 9) + b"echo"],
+)
+async def test_a_small_call_with_a_broken_head_is_refused(head: bytes) -> None:
+    async with bench() as b:
+        answer = await b.link.ask(head)
+        assert answer[0] == Part.ERROR
+        assert b.link.alive
+        assert await b.echo("still") == "still"
