@@ -66,6 +66,13 @@ Links from so many peers to one process, after one exchange each: what its memor
 Beside Shoal: TCP and TLS 1.3 of trio, py-libp2p.
 """
 
+WEBRTC = """\
+A byte stream over a WebRTC data channel, its engine in a process of its own: bulk one way, an echo of 1 KiB, and the
+processor time of both engines. It is as shoal opens it between two hosts that nothing else connects.
+
+Beside it: aiortc without what webrtc_sctp.py changes, libdatachannel through its C interface, plain TCP of trio.
+"""
+
 
 def numbers(text: str) -> tuple[int, ...]:
     """Positive whole numbers, separated by commas."""
@@ -106,6 +113,12 @@ def arguments() -> argparse.ArgumentParser:
     four.add_argument("--at-once", type=int, default=16, metavar="N", help="handshakes at once (default: 16)")
     five = commands.add_parser("idle", help="memory of idle links", description=IDLE, formatter_class=shape)
     five.add_argument("--links", type=int, default=1000, metavar="N", help="links (default: 1000)")
+    six = commands.add_parser("webrtc", help="a WebRTC data channel", description=WEBRTC, formatter_class=shape)
+    six.add_argument("--mb", type=int, default=64, metavar="N", help="MiB of one run (default: 64)")
+    six.add_argument("--echoes", type=int, default=300, metavar="N", help="echoes of one run (default: 300)")
+    six.add_argument(
+        "--peer-python", default=sys.executable, metavar="PATH", help="the interpreter that has pylibdatachannel"
+    )
     for command in (two, three, four, five):
         command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
         command.add_argument(
@@ -118,8 +131,8 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument(
             "--time", type=float, default=0.5, metavar="S", help="seconds of one run, about (default: 0.5)"
         )
-    for command in (one, two, three, four, five):
-        runs = 3 if command is five else 9
+    for command in (one, two, three, four, five, six):
+        runs = 3 if command in (five, six) else 9
         command.add_argument(
             "--runs", type=int, default=runs, metavar="N", help=f"counted runs per case (default: {runs})"
         )
@@ -144,7 +157,7 @@ def main() -> int:
         arguments().error("--runs must be at least 1")
     # Imported late, so that --help answers at once.
     import trio
-    from benchmarks import allreduce, handshake, idle, link, rpc
+    from benchmarks import allreduce, handshake, idle, link, rpc, webrtc
     from benchmarks.processes import ChildFailed
 
     run = {
@@ -153,6 +166,7 @@ def main() -> int:
         "rpc": rpc.run,
         "handshake": handshake.run,
         "idle": idle.run,
+        "webrtc": webrtc.run,
     }[options.command]
     code = 0
     try:

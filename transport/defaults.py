@@ -481,7 +481,8 @@ REVERSAL_TOTAL_RATE, REVERSAL_TOTAL_BURST = 4.0, 64.0
 #: strangers' doors.
 MAX_PUNCH_ADDRESSES = 6
 
-#: Seconds of knocking: a dozen requests at each address. Two cones need one or two; others never succeed.
+#: Seconds of knocking: five requests at each address, each given longer than the one before. Two cones need one or two,
+#: more where the direct path is slow; others never succeed.
 PUNCH_FLOOR = 4.0
 
 #: Seconds that one request is given, at least: the kernel would repeat it only after 1 s.

@@ -45,9 +45,10 @@ class EngineGone(RemoteError):
 
 
 class EngineProcess(ABC):
-    """One engine, of one connection. ``data``: the connection's bytes."""
+    """One engine, of one connection. ``data``: the connection's bytes; ``pid``: of its process, for people."""
 
     data: trio.SocketStream
+    pid: int
 
     @abstractmethod
     async def send(self, message: Setup | Remote | Close) -> None:

@@ -161,7 +161,9 @@ class AiortcEngine:
             raise ConnectFailed("DTLS handshake failed: another certificate than announced, or no answer", self.tried())
         if isinstance(self._sctp, BatchedSctp):
             self._datagrams = BatchedDatagrams.take_over(self._ice, self._dtls)
-            self._sctp.datagrams = self._datagrams
+            if self._datagrams is not None:
+                self._datagrams.on_lost = self.lose
+                self._sctp.use(self._datagrams)
         await self._sctp.start(RTCSctpCapabilities(maxMessageSize=defaults.WEBRTC_MESSAGE), _SCTP_PORT)
         if self.channel.readyState != "open":
             await self._opened.wait()
@@ -196,9 +198,9 @@ class AiortcEngine:
         """
         while flush and not self.lost.is_set() and self.channel.readyState == "open" and self._unacknowledged():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
+        await self._sctp.stop()
         if self._datagrams is not None:
             self._datagrams.close()
-        await self._sctp.stop()
         await self._dtls.stop()
         await self._ice.stop()
 

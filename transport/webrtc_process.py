@@ -23,15 +23,12 @@ class ChildProcess(EngineProcess):
 
     def __init__(self, process: trio.Process, data: trio.SocketStream, owner: ChildEngine) -> None:
         self.data = data
+        self.pid = process.pid
         self._process = process
         self._owner = owner
         self._buffer = bytearray()
         self._opened = False
         self._gone = False
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     async def send(self, message: Setup | Remote | Close) -> None:
         data = pack(ToEngine(message))
