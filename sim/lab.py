@@ -185,8 +185,8 @@ async def _matrix(options: argparse.Namespace, folder: Path, console: Console) -
             )
     matrix = Matrix(tuple(kinds), results, trio.current_time() - began, skipped, notes)
     console.print(matrix.table())
-    for note in notes:
-        console.print(note, soft_wrap=True)
+    for line in (*matrix.summary(), *notes):
+        console.print(line, soft_wrap=True)
     failures = [result.complaint() for result in results if not result.ok]
     for failure in failures:
         console.print(f"not as required: {failure}", soft_wrap=True, markup=False)

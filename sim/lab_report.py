@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -147,6 +148,20 @@ class Matrix:
         for dialler in self.kinds:
             table.add_row(dialler, *(_cell(self.result(dialler, answerer)) for answerer in self.answerers))
         return table
+
+    def summary(self) -> list[str]:
+        """A line per way that links have in the end: how many, and medians."""
+        lines = []
+        for way in WAYS:
+            found = [result for result in self.results if result.way == way and result.first is not None]
+            if found:
+                first = statistics.median(result.first for result in found if result.first is not None)
+                best = statistics.median(result.best for result in found if result.best is not None)
+                rates = [result.rate for result in found if result.rate is not None]
+                rate = f"{statistics.median(rates) / 1e6:.0f} MB/s" if rates else "no rate"
+                times = f"first byte after {first * 1e3:.0f} ms, this way after {best * 1e3:.0f} ms"
+                lines.append(f"{way:<9} {len(found):3} pairs: {times}, {rate} (medians)")
+        return lines
 
     def to_json(self) -> str:
         pairs = [

@@ -158,6 +158,12 @@ def test_the_table_shows_way_and_times_of_every_pair() -> None:
     assert "50 → 400" in shown and "punch" in shown and "none!" in shown
 
 
+def test_the_summary_has_medians_by_way() -> None:
+    lines = MATRIX.summary()
+    assert [line.split()[:2] for line in lines] == [["direct", "1"], ["punch", "1"], ["relay", "2"]]
+    assert "first byte after 50 ms, this way after 400 ms, 100 MB/s" in lines[1]
+
+
 def test_the_json_holds_every_pair_with_what_is_required_of_it() -> None:
     report = json.loads(MATRIX.to_json())
     assert report["ok"] is False and len(report["pairs"]) == 5
