@@ -94,7 +94,7 @@ class Connector:
         if not link.initiator and (attempt := self._attempts.get(link.peer)) is not None:
             if attempt.race is not None:
                 if attempt.race.asked is not None and link.way == "direct":
-                    link.best.way = "reversal"
+                    link.best.way = attempt.race.asked.way
                     self._reasons[link] = attempt.race.asked.reason
                 attempt.race.arrive()
             attempt.done.set()  # it came to us while we were on the way to it

@@ -214,6 +214,10 @@ MAX_DATAGRAM = 2048
 #: own time, and a slice of bulk data delays control data by no more than its own time on the line.
 MAX_RECORD = 256 << 10
 
+#: Buffers for large records kept per thread (16 MiB, when a burst needed them), and how many are looked at for a free
+#: one: those in use are mostly few, or most of them.
+POOLED_BUFFERS, POOL_TRIES = 64, 12
+
 #: Records under one key, in one direction; then both sides step to the next key, and the old one is erased. At most
 #: 16 GiB. Far below every limit of the ciphers, with a counter as nonce: ChaCha20-Poly1305 is bounded by forgeries, and
 #: the first one ends a link (RFC 9147, 4.5.3: 2^36 of them; no bound on confidentiality); AEGIS-128L and AEGIS-256
@@ -350,9 +354,10 @@ MAX_VOUCHED = 512
 #: the ways that will work stand behind them.
 HIDDEN_HEAD_START = 0.02
 
-#: Seconds that direct dials get before hole punching begins, and punching before WebRTC: both go on beside the rest.
+#: Seconds that direct dials get before hole punching begins, and everything else before WebRTC, whose engine is a process
+#: of 50 MB that takes half a second of CPU to start.
 PUNCH_HEAD_START = 0.1
-WEBRTC_HEAD_START = 0.1
+WEBRTC_HEAD_START = 3.0
 
 #: Seconds that better ways get before a relay is asked: a dial across a continent. Small, because a relayed link is
 #: replaced later without anybody noticing, while a caller who waits does notice.
@@ -417,14 +422,15 @@ WEBRTC_ABORT = 0.25
 #: Bytes sent on a channel that the far side has not read: 20 MB/s (more than this way moves) at 200 ms round trip.
 WEBRTC_WINDOW = 4 << 20
 
-#: Bytes of one message of a channel. aiortc puts messages together in time that grows with their pieces' square.
-WEBRTC_MESSAGE = 16 << 10
+#: Bytes of one message of a channel. Larger ones are hardly faster (bench.py webrtc), and more waits behind them.
+WEBRTC_MESSAGE = 32 << 10
 
 #: Bytes read from our side at once.
 WEBRTC_READ = 64 << 10
 
-#: Bytes waiting in a channel above which no more are read from our side, and below which reading goes on.
-WEBRTC_BUFFER_HIGH, WEBRTC_BUFFER_LOW = 512 << 10, 128 << 10
+#: Bytes waiting in a channel above which no more are read from our side, and below which reading goes on. Little, as
+#: what comes later waits behind them, a second for every 125 kB on a slow uplink.
+WEBRTC_BUFFER_HIGH, WEBRTC_BUFFER_LOW = 64 << 10, 32 << 10
 
 #: Packets of 1.2 kB in flight at first (RFC 6928), and sent at once at most: 64 fit one call, as in TCP's offload.
 WEBRTC_FIRST_PACKETS = 10
@@ -586,3 +592,9 @@ RESUME_PAUSE, RESUME_PAUSE_MAX = 0.25, 2.0
 #: then rarely, as each try costs packets of three peers.
 IMPROVE_PAUSES = (1.0, 5.0, 30.0, 120.0)
 IMPROVE_PAUSE_MAX = 600.0
+
+#: WebRTC offers per second, and at once, that one peer may have answered: each starts a process.
+WEBRTC_ANSWER_RATE, WEBRTC_ANSWER_BURST = 0.02, 3.0
+
+#: STUN servers that a WebRTC connection asks.
+MAX_STUN_OBSERVERS = 4

@@ -41,6 +41,7 @@ from .secure import Credentials, SecureChannel
 from .serving import RpcServer
 from .stream import LinkStream
 from .traversal import Traversal, Traversing
+from .widening import WIDEN, Widening
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ class Endpoint:
             greet=self._say_hello,
             count=self._count,
         )
+        self._widening = Widening(host, self._connector.direct.dial)
+        self._table.on_width = self._widening.wanted
         self._listeners: list[Listener] = []
         self._server = RpcServer(host)
         self._credentials = Credentials(identity, host.entropy)
@@ -107,6 +110,7 @@ class Endpoint:
         self._nursery: trio.Nursery | None = None
         self._own = OwnRecord(identity)
         self.serve(HELLO, self._answer_hello)
+        self.serve(WIDEN, self._widening.answer)
         #: The services that help where plain dialling fails; None where they are switched off.
         self.traversal = Traversing(self, self._connector, traversal) if traversal is not None else None
 
@@ -136,7 +140,7 @@ class Endpoint:
                 self._table.nursery = links
                 try:
                     async with trio.open_nursery() as nursery:
-                        self._nursery = self._connector.nursery = nursery
+                        self._nursery = self._connector.nursery = self._widening.nursery = nursery
                         self._listeners = listeners
                         for listener in listeners:
                             nursery.start_soon(self._acceptor.serve, listener, nursery)
@@ -145,7 +149,7 @@ class Endpoint:
                         task_status.started()
                         await trio.sleep_forever()
                 finally:
-                    self._nursery = self._connector.nursery = None
+                    self._nursery = self._connector.nursery = self._widening.nursery = None
                     try:
                         with trio.CancelScope(shield=True):
                             await self._table.say_goodbye()
@@ -201,6 +205,10 @@ class Endpoint:
             raise ProtocolMisuse("the endpoint does not run")
         self._nursery.start_soon(self._acceptor.incoming, stream, way)
 
+    def claim_accepted(self, take: Callable[[ByteStream], bool]) -> None:
+        """Offer each stream that a listener accepts to ``take`` first; where it returns True, the stream is its own."""
+        self._acceptor.claim = take
+
     # Links
 
     def links(self) -> list[Link]:
@@ -244,6 +252,10 @@ class Endpoint:
         """The addresses of this machine at which we listen."""
         found = (a for listener in self._listeners for a in self.host.network.reachable_addresses(listener))
         return tuple(dict.fromkeys(found))
+
+    def listening(self) -> tuple[Address, ...]:
+        """The addresses that our listeners are bound to, wildcards as such."""
+        return tuple(listener.address for listener in self._listeners)
 
     def addresses(self) -> tuple[Address, ...]:
         """Where others may reach us."""

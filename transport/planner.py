@@ -1,6 +1,6 @@
 """Which ways to a peer are worth trying, in which order, with which head starts, and why: a pure decision.
 
-The order is that of the design: reversal when only we can be reached, direct TCP, hole punching, WebRTC, a relay. Head
+The order is that of the design: reversal when only we can be reached, direct TCP, hole punching, a relay, WebRTC. Head
 starts follow RFC 8305 (happy eyeballs v2) while the peer counts as reachable. A peer whose record names relays has
 found out that strangers cannot dial it; there everything is begun almost at once, so that a relayed link is up within
 well under a second; a better way then takes over from it.
@@ -131,8 +131,6 @@ def plan(
         steps += _direct(own, tuple(extra), known, hidden, past, now, skipped)
     if "punch" in own.ways:
         steps += _through(own, "punch", peer, common, defaults.PUNCH_HEAD_START, past, now, skipped)
-    if "webrtc" in own.ways:
-        steps += _through(own, "webrtc", peer, common, defaults.WEBRTC_HEAD_START, past, now, skipped)
     if "relay" in own.ways:
         if vias:
             first = defaults.RELAY_HEAD_START
@@ -142,6 +140,10 @@ def plan(
             ]
         else:
             skipped.append(("relay", "its record names no relay"))
+    if "webrtc" in own.ways:
+        # Behind the relay although it is better: it takes a process of its own and seconds, which a link through the
+        # relay bridges. It gets its turn when that link is to become a better one.
+        steps += _through(own, "webrtc", peer, common, defaults.WEBRTC_HEAD_START, past, now, skipped)
     return Plan(tuple(_begin_at_once(steps)), tuple(skipped))
 
 

@@ -13,6 +13,7 @@ from .address import Address, RelayAddress, Service, SignedPeerRecord
 from .errors import RemoteError, RemoteProtocolError
 from .frames import ResetCode
 from .identity import PeerId
+from .meeting import Punch, WebRtc, listening_port_seen
 from .mender import Mender
 from .planner import OwnReach, Reach
 from .reachability import Reachability
@@ -20,7 +21,9 @@ from .relay import RELAYED_PROTOCOL, RelayedStream, RelayLimits, RelayServer
 from .reservations import Reservations, relay_address
 from .rpc import Call, Method, exchange
 from .signals import Signals
+from .stun_serving import StunServing
 from .ways import Relay, Reversal
+from .webrtc_signal import TurnServer
 
 if TYPE_CHECKING:
     from .connector import Connector
@@ -36,13 +39,16 @@ class Traversal:
 
     ``ways``: those it may use beside direct dialling; ``relay``: relay for others, None: as soon as strangers can dial
     us; ``reservations``: places it keeps at relays while they cannot; ``dial_back``: ask others to dial us; ``limits``:
-    of relaying.
+    of relaying; ``turn``: a TURN server for WebRTC; ``stun``: answer STUN at our listening port while strangers can
+    dial us.
     """
 
     ways: tuple[str, ...] = ("direct", "reversal", "punch", "webrtc", "relay")
     relay: bool | None = None
     reservations: int = defaults.RESERVATIONS
     dial_back: bool = True
+    stun: bool = True
+    turn: TurnServer | None = None
     limits: RelayLimits = attrs.field(factory=RelayLimits)
 
 
@@ -76,6 +82,13 @@ class Traversing:
         connector.mender = Mender(endpoint.host, connector.table, connector)
         connector.ways["reversal"] = Reversal(endpoint, self.signals, connector.call_back)
         connector.ways["relay"] = Relay(endpoint)
+        self.punch: Punch | None = None
+        self.webrtc: WebRtc | None = None
+        if "punch" in options.ways:
+            self.punch = connector.ways["punch"] = Punch(endpoint, self.signals)
+        if "webrtc" in options.ways and endpoint.host.webrtc is not None:
+            self.webrtc = connector.ways["webrtc"] = WebRtc(endpoint, self.signals, options.turn)
+        self.stun = StunServing(endpoint, self._changed)
         connector.direct.shared_port = True
         connector.reach = self.reach
         connector.helpers = self.helpers
@@ -90,6 +103,15 @@ class Traversing:
             nursery.start_soon(self.reachability.run)
             nursery.start_soon(self.reservations.run)
             nursery.start_soon(self._tell)
+            if self.webrtc is not None:
+                nursery.start_soon(self.webrtc.answerer.run)
+            if self.punch is not None:
+                self.punch.puncher.nursery = nursery
+            try:
+                await self.stun.run()
+            finally:
+                if self.punch is not None:
+                    self.punch.puncher.nursery = None
 
     def reach(self) -> OwnReach:
         """What the planner should know of us."""
@@ -101,6 +123,7 @@ class Traversing:
             verdict.reason,
             addresses=self._endpoint.own_addresses(),
             external=verdict.external,
+            varying=listening_port_seen(self._endpoint)[1],
             ways=tuple(way for way in self.options.ways if way in self._connector.ways),
             linked=tuple(dict.fromkeys(link.peer for link in links if link.way != "relay")),
         )
@@ -121,7 +144,8 @@ class Traversing:
     @property
     def services(self) -> tuple[Service, ...]:
         """What we do for others."""
-        return ("relay",) if self.relay.active else ()
+        offered: tuple[Service, ...] = ("relay",) if self.relay.active else ()
+        return (*offered, "stun") if self.stun.serving else offered
 
     def addresses(self) -> tuple[Address, ...]:
         """Where strangers have reached us, beside the addresses of our own machine."""
@@ -133,6 +157,7 @@ class Traversing:
         if relaying != self.relay.active:
             self.relay.active = relaying
             log.info("relaying for others" if relaying else "no longer relaying for others")
+        self.stun.wanted = self.options.stun and state is Reach.REACHABLE
         self.reservations.wanted = self.options.reservations if state is Reach.UNREACHABLE else 0
         self._news.set()
 

@@ -187,3 +187,29 @@ def test_what_shows_that_a_process_has_ended(address: Address, relays: bool, err
     decision, reason = is_gone(ME.host, relays, step, error)
     assert decision is gone
     assert reason
+
+
+@pytest.mark.parametrize("relayed_first", [False, True])
+async def test_two_peers_behind_cone_nats_punch_through(relayed_first: bool) -> None:
+    ways = ("direct", "relay") if relayed_first else Traversal().ways
+    async with nodes(Virtual()) as n:
+        relay = await node(n, "relay", relay=True)
+        a, b = await node(n, "a", "cone"), await node(n, "b", "cone")
+        for endpoint in (a, b):
+            await endpoint.connect(relay.peer_id, relay.addresses())
+        await settled(relay, a, b)
+        assert a.traversal is not None
+        everything, a.traversal.options = a.traversal.options, attrs.evolve(a.traversal.options, ways=ways)
+        a.learn(b.record())
+        began = trio.current_time()
+        link = await a.connect(b.peer_id)
+        assert trio.current_time() - began < 0.8
+        assert (link.way == "relay") is relayed_first or not relayed_first
+        a.traversal.options = everything
+        with trio.fail_after(10):
+            while link.way != "punch":
+                await trio.sleep(0.1)
+        assert await a.call(b.peer_id, ECHO, Text("hi")) == Text("hi")
+        back = b.link(a.peer_id)
+        assert back is not None
+        assert back.way == "punch"

@@ -63,9 +63,9 @@ def test_ip_versions_take_turns() -> None:
 @pytest.mark.parametrize(
     ("state", "relays", "expected"),
     [
-        (Reach.UNREACHABLE, RELAYS, ["direct", "punch", "webrtc", "relay", "relay"]),
-        (Reach.UNKNOWN, RELAYS, ["direct", "punch", "webrtc", "relay", "relay"]),
-        (Reach.REACHABLE, RELAYS, ["reversal", "direct", "punch", "webrtc", "relay", "relay"]),
+        (Reach.UNREACHABLE, RELAYS, ["direct", "punch", "relay", "relay", "webrtc"]),
+        (Reach.UNKNOWN, RELAYS, ["direct", "punch", "relay", "relay", "webrtc"]),
+        (Reach.REACHABLE, RELAYS, ["reversal", "direct", "punch", "relay", "relay", "webrtc"]),
         (Reach.REACHABLE, (), ["direct"]),
         (Reach.UNREACHABLE, (), ["direct"]),
     ],
@@ -193,6 +193,8 @@ def test_a_way_that_failed_is_left_alone_for_longer_each_time() -> None:
 def test_only_better_ways_are_worth_replacing_a_link() -> None:
     found = plan(own(Reach.REACHABLE), IT, record(HOME, relays=RELAYS))
     assert ways(found.better_than("relay")) == ["reversal", "direct", "punch", "webrtc"]
+    over_the_link = plan(own(Reach.REACHABLE), IT, record(HOME, relays=RELAYS), linked=True).better_than("relay")
+    assert [step.via.peer for step in over_the_link.steps if step.via] == [IT] * 3
     assert ways(found.better_than("webrtc")) == ["reversal", "direct", "punch"]
     for way in ("direct", "reversal", "punch"):
         assert found.better_than(way).steps == ()
