@@ -188,10 +188,10 @@ def punch_go() -> float:
 def punch_attempt(rtt: float, before: int, draw: float) -> float:
     """For one request to connect; ``before``: how many were not answered, ``draw``: uniform in 0 to 1.
 
-    Must outlast the direct round trip and a half, which is mostly shorter than that by way of the common peer: it grows
+    Must outlast the direct round trip and a half, which is mostly shorter than that by way of the common peer; it grows
     in case it is not. The spread keeps two sides from missing each other in step.
     """
-    return max(defaults.PUNCH_ATTEMPT, 2.0 * rtt) * (1.0 + 0.15 * before + 0.2 * draw)
+    return max(defaults.PUNCH_ATTEMPT, 2.0 * rtt) * (1.6**before + 0.2 * draw)
 
 
 def punch_pause(refused: int, draw: float) -> float:

@@ -47,6 +47,8 @@ _REASONS = {
 #: What keeps one dial from coming from the listening port: the same two ports are connected already (or were a moment
 #: ago), the listener's address is no way out (127.0.0.1), or this system does not share ports.
 _NOT_SHARED = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EEXIST, errno.EINVAL, errno.EACCES)
+#: struct linger: close at once, with a reset where the other side knows of the connection; close as usual.
+_RESET_ON_CLOSE, _GOODBYE_ON_CLOSE = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 _SHARES_PORTS = os.name != "nt" and hasattr(socket, "SO_REUSEPORT")
 
 
@@ -288,7 +290,11 @@ class TcpNetwork(Network):
                 if connecting.family == socket.AF_INET6:
                     connecting.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as its listener
                 await connecting.bind(_sockaddr(origin))
+                # Given up half open, it would say goodbye for a minute, and keep these ports from the next attempt.
+                connecting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             await connecting.connect(_sockaddr(address))
+            if origin is not None:
+                connecting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _GOODBYE_ON_CLOSE)
             if connecting.getsockname() == connecting.getpeername():
                 # A dial to a dead port of this machine may be given that very port as its own, and meet itself; one
                 # that shares our listening port does so at our own address.

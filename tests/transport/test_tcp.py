@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import resource
 import socket
@@ -258,6 +260,43 @@ async def test_a_port_stays_in_use_though_dials_share_it() -> None:
                 await TcpNetwork().listen(here.address)
         async with stream, await TcpNetwork().listen(here.address) as again:
             assert again.address == here.address, "a connection that is left does not keep the port from its next owner"
+
+
+@pytest.mark.real
+async def test_a_stream_from_the_listening_port_says_goodbye_all_the_same() -> None:
+    """Only an attempt that is given up is closed with a reset."""
+    far, near = TcpNetwork(), TcpNetwork()
+    async with await far.listen(LOOPBACK) as there, await near.listen(LOOPBACK):
+        ours = await near.dial(there.address, shared_port=True)
+        async with await there.accept() as theirs:
+            await ours.send_all(b"goodbye")
+            await ours.aclose()
+            assert [await theirs.receive_some(), await theirs.receive_some()] == [b"goodbye", b""]
+
+
+@pytest.mark.real
+async def test_a_cancelled_dial_from_the_listening_port_leaves_the_ports_free() -> None:
+    near = TcpNetwork()
+    full = socket.socket()
+    full.bind(("127.0.0.1", 0))
+    full.listen(0)
+    with full, contextlib.ExitStack() as others:
+        for _ in range(2):  # from now on requests are not answered
+            other = others.enter_context(socket.socket())
+            other.setblocking(False)
+            other.connect_ex(full.getsockname())
+        address = Address("tcp", "127.0.0.1", full.getsockname()[1])
+        async with await near.listen(LOOPBACK) as here:
+            for _ in range(3):
+                with trio.move_on_after(0.05) as scope:
+                    await near.dial(address, shared_port=True)
+                assert scope.cancelled_caught
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                probe.setblocking(False)
+                probe.bind(("127.0.0.1", here.address.port))
+                assert probe.connect_ex((address.host, address.port)) == errno.EINPROGRESS
 
 
 # Datagrams
