@@ -284,6 +284,9 @@ def _add_listening(parser: argparse._ActionsContainer, port: str) -> None:
         help="address to listen on (default: every interface, IPv4 and IPv6); may be repeated",
     )  # fmt: skip
     parser.add_argument("--port", type=_port, metavar="N", help=f"port to listen on (default: {port})")
+    parser.add_argument(
+        "--no-port-mapping", action="store_true", help="do not ask the router to pass the port on (PCP, NAT-PMP, UPnP)"
+    )
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..learning import strategies, tasks
 from ..transport.address import Address
 from ..transport.errors import ConfigError
+from ..transport.host import RealHost
 from . import swarm_key
 from .datadir import DataDir, NodeRecord
 from .listening import parse_hosts, parse_via
@@ -120,7 +121,7 @@ def _swarm_key(options: argparse.Namespace, data: DataDir) -> bytes | None:
     """
     if options.private is None:
         return data.swarm_key()
-    return data.make_private(Path(options.private) if options.private else None, os.urandom)
+    return data.make_private(Path(options.private) if options.private else None, RealHost().entropy)
 
 
 def _refuse_other_swarm(options: argparse.Namespace, data: DataDir, ticket: Ticket) -> None:
@@ -132,7 +133,7 @@ def _refuse_other_swarm(options: argparse.Namespace, data: DataDir, ticket: Tick
             f"the data directory {data.path} holds the run {ticket.run_id.hex()[:8]} of an open swarm: a run cannot "
             "become private later, as tickets are out. Found another with another --data-dir"
         )
-    if options.private and swarm_key.load_or_create(Path(options.private), os.urandom) != ticket.psk:
+    if options.private and swarm_key.load_or_create(Path(options.private), RealHost().entropy) != ticket.psk:
         raise ConfigError(
             f"the data directory {data.path} holds the run {ticket.run_id.hex()[:8]} of a private swarm with another "
             f"key than {options.private}; leave out the key file to resume it"
@@ -181,11 +182,11 @@ def _run(
     ticket: Ticket | None,
     psk: bytes | None = None,
 ) -> int:
-    identity = data.identity(os.urandom)
+    identity = data.identity(RealHost().entropy)
     bind, fallback = choose_bind(options.host, options.port, record)
     via = parse_via([*options.via, *(record.via if record is not None else ())])
     _load_torch(options.threads)
-    from ..transport.host import RealHost
+    from ..transport.traversal import Traversal
     from .console import Console
     from .daemon import Daemon, DaemonOptions, run_daemon
     from .node import Founding, NodeConfig
@@ -213,6 +214,8 @@ def _run(
         ticket=ticket,
         psk=psk,
         via=via,
+        traversal=Traversal(),
+        map_port=not options.no_port_mapping,
         device=device,
         time_budget=options.time_budget,
         evaluate_every=options.evaluate_every,

@@ -6,7 +6,7 @@ import errno
 import ipaddress
 from collections.abc import Callable, Sequence
 
-from ..transport.address import Address
+from ..transport.address import Address, scope_of
 from ..transport.errors import ConfigError, PeerUnreachable
 from ..transport.network import Network
 from . import defaults
@@ -132,7 +132,4 @@ def for_ticket(own: Sequence[Address], limit: int = defaults.OWN_TICKET_ADDRESSE
 
 
 def _rank(address: Address) -> int:
-    if address.kind != "tcp":
-        return 0
-    host = ipaddress.ip_address(address.host.partition("%")[0])
-    return 0 if host.is_global else 2 if host.is_loopback else 1
+    return {"public": 0, "loopback": 2}.get(scope_of(address), 1)

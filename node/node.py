@@ -23,11 +23,13 @@ from ..transport.endpoint import Endpoint
 from ..transport.errors import ConfigError, DecodeError, PeerUnreachable, RemoteError, RemoteRefused
 from ..transport.host import Host
 from ..transport.identity import Identity
+from ..transport.traversal import Traversal
 from . import defaults
 from .control import PeerInfo
 from .linkinfo import Traffic, peer_infos
 from .listening import for_ticket, free_bind
-from .reach import reach
+from .mapping import PortKeeper
+from .reach import reach_of
 from .ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class NodeConfig:
     for memory only; a run found there is resumed. ``task``: as named on this machine, empty for the built-in one that
     the run names. ``founding`` or ``ticket``: one of them unless ``folder`` holds a run. ``psk``: 32 bytes, the key of
     a private swarm to found (a ticket brings its own). ``via``: addresses of relays and other peers to begin with.
+    ``traversal``: how to get through NATs, None: not at all; ``map_port``: ask the router for a port.
     ``snapshot``: of an earlier life's DHT. ``linger``: seconds to stay, at most, for others that are not finished yet.
     """
 
@@ -65,6 +68,8 @@ class NodeConfig:
     ticket: Ticket | None = None
     psk: bytes | None = attrs.field(default=None, repr=False)
     via: tuple[Address, ...] = ()
+    traversal: Traversal | None = None
+    map_port: bool = False
     device: str = "cpu"
     time_budget: float | None = None
     evaluate_every: int = 1
@@ -98,7 +103,8 @@ class Node:
         self.store = RunStore(config.folder)
         #: The key of the private swarm that this node belongs to; None in an open one.
         self.psk = config.ticket.psk if config.ticket else config.psk
-        self.endpoint = Endpoint(host, identity, psk=self.psk)
+        self.endpoint = Endpoint(host, identity, psk=self.psk, traversal=config.traversal)
+        self.port = PortKeeper(self.endpoint, on_note)
         self._traffic = Traffic(self.endpoint)
         self.dht = Dht(self.endpoint)
         self.run_here: Run | None = None
@@ -124,6 +130,8 @@ class Node:
         async with trio.open_nursery() as nursery:
             bind = await free_bind(self.host.network, self.config.bind, self.config.fallback, self._on_note)
             await nursery.start(self.endpoint.run, bind)
+            if self.config.map_port:
+                nursery.start_soon(self.port.run)
             self._restore()
             nursery.start_soon(self._until_stopped, nursery.cancel_scope)
             self.signed = await self._find_spec()
@@ -341,7 +349,7 @@ class Node:
 
     def reach(self) -> str:
         """Who can connect to this node, a sentence."""
-        return reach(self.endpoint.addresses())[1]
+        return reach_of(self.endpoint)[1]
 
     def uptime(self) -> float:
         """Seconds since :meth:`run` began."""

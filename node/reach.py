@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Sequence
 
-from ..transport.address import Address
+from ..transport.address import Address, scope_of
+from ..transport.endpoint import Endpoint
+from ..transport.planner import Reach
 
 #: What helps when no member can be reached from outside.
 REMEDY = (
@@ -22,13 +23,30 @@ def reach(addresses: Sequence[Address], remedy: str = REMEDY) -> tuple[str, str]
         return "nobody", "nobody can connect to this node: it listens nowhere and only dials out"
     if any(address.kind != "tcp" for address in addresses):
         return "world", "every node of the simulated network"
-    hosts = [ipaddress.ip_address(address.host.partition("%")[0]) for address in addresses]
-    if any(host.is_global for host in hosts):
+    scopes = [scope_of(address) for address in addresses]
+    if "public" in scopes:
         return "internet", "anybody, unless a firewall or router is in the way"
-    if all(host.is_loopback for host in hosts):
+    if all(scope == "loopback" for scope in scopes):
         return "machine", (
             "only processes on this machine: it listens on loopback addresses alone (--host 0.0.0.0 for the network)"
         )
     return "network", (
         f"this machine and its local network, not the internet: none of its addresses is public. {remedy}"
     )
+
+
+def reach_of(endpoint: Endpoint, remedy: str = REMEDY) -> tuple[str, str]:
+    """The same from what others have found out about ``endpoint``, as far as they have."""
+    scope, sentence = reach(endpoint.addresses(), remedy)
+    if endpoint.traversal is None or scope in ("machine", "nobody", "world"):
+        return scope, sentence
+    verdict = endpoint.traversal.reachability.verdict
+    public = any(scope_of(address) == "public" for address in verdict.confirmed)
+    if verdict.state is Reach.REACHABLE and public:
+        return "internet", f"anybody: {verdict.reason}"
+    if verdict.state is Reach.UNREACHABLE:
+        relays = [relay.peer.short for relay in endpoint.traversal.relays]
+        if relays:
+            return "relay", f"anybody, through the relay {' and '.join(relays)}; not directly: {verdict.reason}"
+        return "network", f"this machine and its local network: {verdict.reason}. {remedy}"
+    return scope, sentence

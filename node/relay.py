@@ -44,11 +44,18 @@ def relay(options: argparse.Namespace) -> int:
         configure_logging(options.log_level)
         psk = _key(options, data, ticket)
         known = dict.fromkeys((*via, *(ticket.addresses if ticket is not None else ())))
-        identity = data.identity(os.urandom)
+        identity = data.identity(RealHost().entropy)
 
         async def main() -> int:
             return await RelayDaemon(
-                RealHost(), identity, data, bind=bind, psk=psk, via=tuple(known), leash=options.leash
+                RealHost(),
+                identity,
+                data,
+                bind=bind,
+                psk=psk,
+                via=tuple(known),
+                leash=options.leash,
+                map_port=not options.no_port_mapping,
             ).run()
 
         try:
@@ -61,7 +68,7 @@ def _key(options: argparse.Namespace, data: DataDir, ticket: Ticket | None) -> b
     """The key of the private swarm to serve: the ticket's, that of ``--private``, or what the data directory keeps."""
     given = None
     if options.private is not None:
-        given = data.make_private(Path(options.private) if options.private else None, os.urandom)
+        given = data.make_private(Path(options.private) if options.private else None, RealHost().entropy)
     if ticket is None:
         return given or data.swarm_key()
     if given is not None and given != ticket.psk:
@@ -82,12 +89,20 @@ class RelayDaemon:
         psk: bytes | None = None,
         via: tuple[Address, ...] = (),
         leash: bool = False,
+        map_port: bool = False,
     ) -> None:
         self._data, self._leash = data, leash
         self._lines = Lines(sys.stdout)
         self._events = EventLog()
         self.node = RelayNode(
-            host, identity, bind=bind, psk=psk, via=via, snapshot=data.read_dht(), on_note=self._lines.line
+            host,
+            identity,
+            bind=bind,
+            psk=psk,
+            via=via,
+            snapshot=data.read_dht(),
+            map_port=map_port,
+            on_note=self._lines.line,
         )
         self._life = Lifetime(self.node.stop, self._lines.line, self._lines.flush)
 
@@ -156,8 +171,18 @@ class RelayDaemon:
             run=None,
             role="relay",
             private=self.node.psk is not None,
-            notes=(("contacts", f"{len(self.node.dht.table)} peers in the table, others ask for them"),),
+            notes=(
+                ("router", self.node.port.outcome),
+                ("relaying", self._relaying()),
+                ("contacts", f"{len(self.node.dht.table)} peers in the table, others ask for them"),
+            ),
         )
+
+    def _relaying(self) -> str:
+        traversal = self.node.endpoint.traversal
+        if traversal is None:
+            return "no"
+        return f"{len(traversal.relay.reservations)} peers have a place here, {traversal.relay.circuits} circuits"
 
     async def _answer(self, request: Any) -> Any:
         match request:

@@ -16,10 +16,12 @@ from ..transport.endpoint import Endpoint
 from ..transport.errors import DecodeError, PeerUnreachable
 from ..transport.host import Host
 from ..transport.identity import Identity
+from ..transport.traversal import Traversal
 from . import defaults
 from .linkinfo import Traffic
 from .listening import free_bind, in_order
-from .reach import RELAY_REMEDY, reach
+from .mapping import PortKeeper
+from .reach import RELAY_REMEDY, reach_of
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +30,8 @@ class RelayNode:
     """A relay from start to goodbye. Everything it asks of the world it asks ``host``.
 
     ``bind``: where to listen. ``psk``: the key of the private swarm it serves; None: an open one. ``via``: addresses of
-    other relays and peers to know from the start. ``snapshot``: of an earlier life's DHT. ``on_note``: takes a sentence
-    for people, on the event loop.
+    other relays and peers to know from the start. ``snapshot``: of an earlier life's DHT. ``map_port``: ask the router
+    for its port. ``on_note``: takes a sentence for people, on the event loop.
     """
 
     def __init__(
@@ -41,15 +43,19 @@ class RelayNode:
         psk: bytes | None = None,
         via: tuple[Address, ...] = (),
         snapshot: bytes | None = None,
+        map_port: bool = False,
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.host, self.identity, self.psk, self.via = host, identity, psk, via
-        self.endpoint = Endpoint(host, identity, psk=psk, max_links=defaults.RELAY_LINKS)
+        self.endpoint = Endpoint(
+            host, identity, psk=psk, max_links=defaults.RELAY_LINKS, traversal=Traversal(relay=True)
+        )
+        self.port = PortKeeper(self.endpoint, on_note)
         self.dht = Dht(self.endpoint)
         self.traffic = Traffic(self.endpoint)
         #: Set once it listens.
         self.ready = trio.Event()
-        self._bind, self._snapshot, self._on_note = bind, snapshot, on_note
+        self._bind, self._snapshot, self._map_port, self._on_note = bind, snapshot, map_port, on_note
         self._started = 0.0
         self._stop = trio.Event()
 
@@ -63,6 +69,8 @@ class RelayNode:
             self.ready.set()
             task_status.started()
             nursery.start_soon(self.dht.run)
+            if self._map_port:
+                nursery.start_soon(self.port.run)
             if self.via:
                 nursery.start_soon(self._meet_others)
             await self._stop.wait()
@@ -93,7 +101,7 @@ class RelayNode:
 
     def reach(self) -> tuple[str, str]:
         """Who can connect: the scope and a sentence."""
-        return reach(self.endpoint.addresses(), RELAY_REMEDY)
+        return reach_of(self.endpoint, RELAY_REMEDY)
 
     def uptime(self) -> float:
         """Seconds since :meth:`run` began."""

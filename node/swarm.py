@@ -20,6 +20,7 @@ from ..learning.task import Batch, Task
 from ..transport.errors import ConfigError
 from ..transport.host import RealHost
 from ..transport.identity import Identity
+from ..transport.traversal import Traversal
 from . import defaults, swarm_key
 from .boundary import first_error
 from .datadir import DataDir, NodeRecord
@@ -195,6 +196,8 @@ class Swarm:
                 ticket=ticket,
                 psk=psk,
                 via=parse_via([*via, *(record.via if record is not None else ())]),
+                traversal=Traversal(),
+                map_port=True,
                 time_budget=time_budget,
                 evaluate_every=0 if evaluate is None else 1,
                 snapshot=snapshot,

@@ -48,6 +48,7 @@ WORLD = {
     "transport/tcp.py": "kernel sockets",
     "transport/interfaces.py": "the addresses of this machine's network interfaces, for tcp.py",
     "transport/gateway.py": "the default route of this machine, for portmap.py",
+    "transport/upnp.py": "starts the child process that talks to a UPnP router",
     "transport/webrtc_process.py": "starts the engine of a WebRTC connection, a child process",
     "transport/webrtc_child.py": "that child process: asyncio, and no node",
     "transport/webrtc_sctp.py": "the datagram sockets of that child process",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import sys
 from collections.abc import Callable
 from typing import Literal, TypeVar
 from urllib.parse import urlsplit
@@ -14,13 +13,13 @@ import trio
 
 from . import defaults, portmap_wire
 from .address import Address
-from .errors import ConfigError, DecodeError, PeerUnreachable, RemoteError
+from .errors import ConfigError, PeerUnreachable, RemoteError
 from .gateway import Route, default_route
 from .host import Host
 from .network import Datagrams
 from .portmap_wire import Granted, Refused, judge_external
-from .upnp_child import UpnpReply
-from .wire import printable, unpack
+from .upnp import ask_router
+from .wire import printable
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ class PortMapper:
 
     async def _pcp(self, datagrams: Datagrams, route: Route, port: int, wished: int, lifetime: int) -> Mapping | str:
         request = portmap_wire.pcp_map_request(self._nonce, "tcp", route.own, port, wished, None, lifetime)
-        answer = await self._ask(
+        answer: Granted | Refused | None = await self._ask(
             datagrams, route.gateway, request,
             lambda data: portmap_wire.read_pcp_map(data, self._nonce, "tcp", port, lifetime),
         )  # fmt: skip
@@ -135,11 +134,13 @@ class PortMapper:
     async def _nat_pmp(
         self, datagrams: Datagrams, gateway: str, port: int, wished: int, lifetime: int
     ) -> Mapping | str:
-        public = await self._ask(datagrams, gateway, portmap_wire.pmp_public_request(), portmap_wire.read_pmp_public)
+        public: str | Refused | None = await self._ask(
+            datagrams, gateway, portmap_wire.pmp_public_request(), portmap_wire.read_pmp_public
+        )
         if not isinstance(public, str):
             return self._taken("nat-pmp", gateway, port, public, None)
         request = portmap_wire.pmp_map_request("tcp", port, wished if lifetime else 0, lifetime)
-        answer = await self._ask(
+        answer: Granted | Refused | None = await self._ask(
             datagrams, gateway, request, lambda data: portmap_wire.read_pmp_map(data, "tcp", port, lifetime)
         )
         return self._taken("nat-pmp", gateway, port, answer, public)
@@ -172,19 +173,7 @@ class PortMapper:
         return None
 
     async def _upnp(self, port: int, wished: int, lifetime: int) -> Mapping | str:
-        """One run of the child. It is killed when its time is over, and on cancellation."""
-        reply: UpnpReply | None = None
-        with trio.move_on_after(defaults.UPNP_TIME):
-            try:
-                done = await trio.run_process(
-                    [sys.executable, "-m", f"{__package__}.upnp_child", *map(str, (port, wished, lifetime))],
-                    capture_stdout=True, capture_stderr=True, check=False,
-                )  # fmt: skip
-                reply = unpack(UpnpReply, done.stdout, limit=defaults.MAX_UPNP_REPLY)
-            except (OSError, DecodeError) as error:
-                return f"the UPnP child process failed: {printable(str(error))}"
-        if reply is None:
-            return f"no UPnP router finished within {defaults.UPNP_TIME:g} s"
+        reply = await ask_router(port, wished, lifetime)
         if reply.trouble:
             return printable(reply.trouble)
         if not 0 < reply.external_port <= 65535:
