@@ -126,9 +126,9 @@ def _open_spec(data: bytes) -> Any:
 # --- the secure channel ------------------------------------------------------------------------------------------
 
 
-def channel(initiator: bool, *, psk: bytes | None = None) -> SecureChannel:
+def channel(initiator: bool, *, psk: bytes | None = None, seed: str = "") -> SecureChannel:
     """One side between ALICE (initiator) and BOB, with the same keys every time."""
-    keys = random.Random(f"{initiator}")
+    keys = random.Random(f"{initiator}{seed}")
     return SecureChannel(
         initiator=initiator,
         identity=ALICE if initiator else BOB,
