@@ -100,7 +100,7 @@ class WebRtc(Way):
         found: list[Address] = []
         for record in self._endpoint.contacts_offering("stun"):
             ranked = sorted(record.addresses, key=lambda address: scope_of(address) != "public")
-            found += [Address("udp", address.host, address.port) for address in ranked[:1] if address.kind == "tcp"]
+            found += [address for address in ranked[:1] if address.kind == "tcp"]
         return IceServers(tuple(found[: defaults.MAX_STUN_OBSERVERS]), self._turn)
 
     async def _answer(self, origin: PeerId, via: PeerId, body: bytes) -> bytes:
