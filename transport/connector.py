@@ -75,6 +75,7 @@ class Connector:
         self.nursery: trio.Nursery | None = None
         self.direct = Direct(host, lag)
         self.table = table
+        self.greet = greet
         #: The means we have, by name.
         self.ways: dict[str, Way] = {"direct": self.direct}
         #: What we know of ourselves; who may help to reach a peer whose record names no relay.
@@ -84,7 +85,7 @@ class Connector:
         #: Gives links that exist new and better pipes; None where that is switched off.
         self.mender: Mender | None = None
         self._host, self._contacts, self._lag = host, contacts, lag
-        self._dial, self._greet, self._count = dial, greet, count
+        self._dial, self._count = dial, count
         self._attempts: dict[PeerId, Attempt] = {}
         self._reasons: dict[Link, str] = {}
         table.on_link.append(self._linked)
@@ -159,7 +160,7 @@ class Connector:
                     if link is not None:
                         attempt.link = link
                         self._note_reason(link, attempt.race.won)
-                        await self._greet(link)
+                        await self.greet(link)
                 except PeerUnreachable as error:
                     attempt.error = error
                     self._count("dials_failed")
@@ -232,7 +233,7 @@ class Connector:
             attempt.done.set()
         for link in made:
             self._reasons[link] = "it asked us to dial it"
-            await self._greet(link)
+            await self.greet(link)
 
     def why(self, link: Link) -> str:
         """Why ``link`` goes the way it goes, or has no better one."""
@@ -257,7 +258,7 @@ class Connector:
             raise PeerUnreachable(
                 "nobody was reached", attempts=((str(address), reason_of(error)),), lasting=lasting
             ) from error
-        await self._greet(link)
+        await self.greet(link)
         if not link.alive:
             reason = link.close_reason.message if link.close_reason is not None else "closed by us"
             raise PeerUnreachable("nobody was reached", attempts=((str(address), reason),))

@@ -61,6 +61,7 @@ class Mender:
         self._host, self._table, self._connector = host, table, connector
         self._resuming: dict[Link, Race | None] = {}
         self._improving: dict[Link, Race | None] = {}
+        self._greeted: dict[Link, int] = {}  # the pipe on which both have said how they see each other
         #: Why a link has no better way, for people.
         self.reasons: dict[Link, str] = {}
         table.on_link.append(self._linked)
@@ -68,11 +69,13 @@ class Mender:
         table.on_trouble = self._troubled
 
     def _linked(self, link: Link) -> None:
+        self._greeted[link] = link.best.index
         link.on_pipes = partial(self._pipes_changed, link)
         self._pipes_changed(link)
 
     def _lost(self, link: Link) -> None:
         self.reasons.pop(link, None)
+        self._greeted.pop(link, None)
         for racing in (self._resuming, self._improving):
             if (race := racing.get(link)) is not None:
                 race.arrive()
@@ -87,7 +90,12 @@ class Mender:
             race.arrive()
         # One side drives: the other would only do the same at the same time.
         nursery = self._connector.nursery
-        if QUALITY[link.way] and link.initiator and link.alive and link not in self._improving and nursery is not None:
+        if nursery is None or not link.initiator or not link.alive or link.interrupted:
+            return
+        if link.best.index != self._greeted.get(link):
+            self._greeted[link] = link.best.index
+            nursery.start_soon(self._connector.greet, link)
+        if QUALITY[link.way] and link not in self._improving:
             self._improving[link] = None
             nursery.start_soon(self._improve, link)
 
