@@ -138,7 +138,10 @@ async def _heard(stream: ByteStream) -> bytes:
 def check(a: Side, b: Side, stream: ByteStream) -> None:
     """The offerer speaks first, and one stream of the answerer hears it and answers."""
     a.call(stream.send_all, b"hello")
-    time.sleep(0.2)
+    end = time.monotonic() + 5
+    while not b.punched and not b.accepted and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.2)  # what else is under way arrives
     theirs = [*b.punched, *b.accepted]
     chosen = [each for each in theirs if b.call(_heard, each) == b"hello"]
     assert len(chosen) == 1
@@ -172,6 +175,16 @@ def test_routers_that_answer_with_resets_are_punched_by_quick_repetition(delay: 
         stream, seconds = a.call(a.punch)
         assert stream is not None
         print(f"resets, delay {delay}: {seconds * 1e3:.0f} ms")
+        check(a, b, stream)
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.15])
+def test_a_direct_path_much_slower_than_that_of_the_signals_is_given_longer_attempts(delay: float) -> None:
+    """The first attempts are given up while the connection is half open; the later ones outlast the round trip."""
+    with two("cone", "cone", delay=delay) as (a, b):
+        stream, seconds = a.call(a.punch)
+        assert stream is not None
+        print(f"round trip {4 * delay}: {seconds * 1e3:.0f} ms")
         check(a, b, stream)
 
 
