@@ -354,7 +354,7 @@ class Link(SeenThroughPipes, CarriesCalls):
     async def _write(self, pipe: Pipe) -> None:
         host, stream = self._host, pipe.stream
         while True:
-            wire = self._compose(pipe)
+            wire = pipe.take_unsent() or self._compose(pipe)
             if wire is None:
                 if self._mux.goodbye_sent and pipe is self._pipes.best:
                     await stream.send_eof()
@@ -372,11 +372,14 @@ class Link(SeenThroughPipes, CarriesCalls):
             await stream.send_all(wire)
             pipe.writing = False
             now = host.now()
-            if pipe.unheard_since is None and self._watching is not None and not self.idle:
-                due = now + deadlines.probe(pipe.rtt, self._lag.value(now))
-                if due < self._watching.deadline:
-                    self._watching.deadline = due
-            pipe.note_sent(len(wire), now - began, now)
+            self._sent(pipe, len(wire), now - began, now)
+
+    def _sent(self, pipe: Pipe, size: int, seconds: float, now: float) -> None:
+        if pipe.unheard_since is None and self._watching is not None and not self.idle:
+            due = now + deadlines.probe(pipe.rtt, self._lag.value(now))
+            if due < self._watching.deadline:
+                self._watching.deadline = due
+        pipe.note_sent(size, seconds, now)
 
     def _compose(self, pipe: Pipe) -> bytearray | None:
         """The next record of ``pipe`` for the wire."""

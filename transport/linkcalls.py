@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import trio
 from trio.lowlevel import ParkingLot
 
 from .callmux import NOT_SERVED, CallAnswered, CallCancelled, CallEvent, CallReceived, IncomingCall
@@ -14,8 +15,11 @@ from .stream import StreamLost, link_lost
 from .waiter import Waiter
 
 if TYPE_CHECKING:
+    from .host import Host
     from .identity import PeerId
     from .mux import Mux
+    from .pipe import Pipe
+    from .pipeset import PipeSet
 
 
 class _Asker(Waiter):
@@ -32,7 +36,9 @@ class CarriesCalls:
     """A link, to those who call and answer over it."""
 
     peer: PeerId
+    _host: Host
     _mux: Mux
+    _pipes: PipeSet
 
     def __init__(self) -> None:
         #: Takes calls that the peer makes: the link, the call, its request (a view that must not be kept). Must not
@@ -46,6 +52,12 @@ class CarriesCalls:
 
     @abstractmethod
     def _changed(self) -> None: ...
+
+    @abstractmethod
+    def _compose(self, pipe: Pipe) -> bytearray | memoryview | None: ...
+
+    @abstractmethod
+    def _sent(self, pipe: Pipe, size: int, seconds: float, now: float) -> None: ...
 
     @abstractmethod
     def _closed_error(self) -> StreamLost: ...
@@ -68,8 +80,12 @@ class CarriesCalls:
         Cancellation cancels the call at the peer. Raises :class:`LinkClosed`.
         """
         asker = _Asker()
-        call = self._mux.calls.call(request, asker)
-        self._changed()
+        calls = self._mux.calls
+        call = calls.call(request, asker)
+        if calls.open == 1:
+            self._send_at_once()
+        else:
+            self._changed()
         try:
             while call.answer is None:
                 if asker.lost is not None:
@@ -89,8 +105,34 @@ class CarriesCalls:
 
     def answer(self, call: IncomingCall, data: bytes) -> None:
         """Answer a call, without waiting."""
-        self._mux.calls.answer(call, data)
-        self._changed()
+        calls = self._mux.calls
+        calls.answer(call, data)
+        if calls.open:
+            self._changed()
+        else:
+            self._send_at_once()
+
+    def _send_at_once(self) -> None:
+        """Send what is due without waking the writer, which costs two turns of the loop.
+
+        For a call that is alone on the link; where there are more, it is better that one record takes them all.
+        """
+        pipe = self._pipes.best
+        if len(self._pipes.all) > 1 or not pipe.work or not pipe.usable or pipe.has_frames:
+            self._changed()
+            return
+        try:
+            wire = self._compose(pipe)
+            sent = pipe.stream.send_now(wire) if wire else 0
+        except (RemoteError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pipe.work.wake()  # the writer meets the same, and knows what to do
+            return
+        if sent:
+            self._sent(pipe, sent, 0.0, self._host.now())
+        if wire and sent < len(wire):
+            pipe.unsent = memoryview(wire)[sent:]
+        if pipe.unsent is not None or self._mux.has_output:
+            pipe.work.wake()
 
     def _on_call_event(self, event: CallEvent) -> None:
         match event:

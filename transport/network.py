@@ -36,6 +36,13 @@ class ByteStream(trio.abc.HalfCloseableStream):
         buffer[: len(data)] = data
         return len(data)
 
+    def send_now(self, data: bytes | bytearray | memoryview) -> int:
+        """Send what can go without waiting: how many of the first bytes (0 is always right). Not during a ``send_all``.
+
+        Raises :class:`trio.BrokenResourceError`, :class:`trio.ClosedResourceError`.
+        """
+        return 0
+
     def allow_unsent(self, size: int) -> None:
         """A hint: about ``size`` bytes may wait in the operating system. More is faster, but what comes later waits."""
         return  # what has no such buffer has nothing to do

@@ -81,6 +81,8 @@ class Pipe:
         #: Wakes its writer.
         self.work = Waiter()
         self.writing = False
+        #: The rest of a record that went out in part, past the writer: it goes before everything else.
+        self.unsent: memoryview | None = None
         #: Its last record was of bulk.
         self.sent_bulk = False
         self.heard = now
@@ -131,6 +133,10 @@ class Pipe:
             self._pinged = True
             self._pings_due.append(_FRAME.pack(_PING, self._token))
             self.work.wake()
+
+    def take_unsent(self) -> memoryview | None:
+        unsent, self.unsent = self.unsent, None
+        return unsent
 
     @property
     def has_frames(self) -> bool:

@@ -100,6 +100,16 @@ class TcpStream(ByteStream):
                 raise trio.ClosedResourceError("this stream was already closed") from None
             raise trio.BrokenResourceError(f"{self.remote}: {error.strerror}") from error
 
+    def send_now(self, data: bytes | bytearray | memoryview) -> int:
+        if os.name == "nt":  # no descriptor that os.write takes
+            return 0
+        try:
+            return os.write(self._stream.socket.fileno(), data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise trio.BrokenResourceError(f"{self.remote}: {error.strerror}") from error
+
     def allow_unsent(self, size: int) -> None:
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # Windows has none
             self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size)

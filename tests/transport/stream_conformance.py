@@ -123,6 +123,22 @@ class StreamConformance(ABC):
                 received += chunk
         assert received == bytes(range(16))
 
+    async def test_what_is_sent_without_waiting_comes_before_what_is_sent_later(self) -> None:
+        async with self.pair() as (ours, theirs):
+            at = ours.send_now(b"at once, ")
+            await ours.send_all(b"at once, "[at:] + b"later")
+            got = b""
+            while len(got) < 14:
+                got += await theirs.receive_some(100)
+            assert got == b"at once, later"
+
+    async def test_nothing_goes_without_waiting_once_a_stream_takes_no_more(self) -> None:
+        if not self.clogs:
+            return
+        ours, theirs = await self.make_clogged_pair()
+        async with ours, theirs:
+            assert ours.send_now(b"no room") == 0
+
     async def test_after_half_close_the_other_direction_goes_on(self) -> None:
         async with self.pair() as (ours, theirs):
             await ours.send_all(b"question")
