@@ -125,10 +125,11 @@ def plan(
     if linked:
         common = [RelayAddress(peer, ())]
     steps: list[Step] = []
-    if "reversal" in own.ways:
-        steps += _reversal(own, common, hidden, skipped)
     if "direct" in own.ways:
         steps += _direct(own, tuple(extra), known, hidden, past, now, skipped)
+    if "reversal" in own.ways:
+        reversal = list(_reversal(own, common, hidden, skipped))
+        steps = reversal + steps if hidden else steps + reversal
     if "punch" in own.ways:
         steps += _through(own, "punch", peer, common, defaults.PUNCH_HEAD_START, past, now, skipped)
     if "relay" in own.ways:

@@ -96,7 +96,7 @@ def test_without_a_common_peer_only_dialling_is_left_and_each_other_way_says_why
 
 def test_a_linked_helper_carries_signals_for_a_peer_that_names_no_relay() -> None:
     found = plan(own(Reach.REACHABLE), IT, record(HOME), helpers=RELAYS[:1])
-    assert ways(found) == ["reversal", "direct", "punch", "webrtc"]
+    assert ways(found) == ["direct", "reversal", "punch", "webrtc"]
     assert {step.via for step in found.steps if step.via} == {RELAYS[0]}
     assert "relay" in dict(found.skipped)
 
