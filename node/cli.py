@@ -33,6 +33,7 @@ examples:
   shoal join shoal1aaq…                  join it from another machine, or from another terminal with --data-dir
   shoal start my_task:MyTask             train a model of your own: a subclass of shoal.Task in my_task.py
   shoal relay                            on a machine with a public address: helps the others meet through NAT
+  shoal doctor                           why do two machines not connect?
   shoal status                           what the node of this machine is doing, and why
   shoal export model.safetensors         the weights as they are now
 
@@ -76,6 +77,21 @@ examples:
 
 It must be reachable from outside: a public address, or TCP and UDP port 4001 forwarded at the router. It relays with
 limits, answers STUN, tells peers whether they can be reached, and keeps addresses; what it carries it cannot read.
+"""
+
+DOCTOR_EPILOG = """\
+examples:
+  shoal doctor                                     this machine and its network
+  shoal doctor shoal1aaq…                          and whether the run of a ticket can be reached from here
+  shoal doctor 203.0.113.5:4001                    and whether that relay can
+
+Each finding comes with its evidence and with what to do. If a node runs in the data directory, it is asked what it
+knows. A peer tells whether it can dial this machine, under what address it sees it, and what its clock says.
+
+exit codes (of the worst finding):
+  0    nothing is wrong
+  3    warnings: it works, but not as well as it could
+  1    something is broken
 """
 
 
@@ -134,7 +150,17 @@ def build_parser(extra: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (*extra, _add_start, _add_join, _add_relay, _add_status, _add_peers, _add_stop, _add_export):
+    for add in (
+        *extra,
+        _add_start,
+        _add_join,
+        _add_relay,
+        _add_doctor,
+        _add_status,
+        _add_peers,
+        _add_stop,
+        _add_export,
+    ):
         add(commands)
     return parser
 
@@ -258,6 +284,23 @@ def _add_relay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_via(parser)
     _add_log_level(parser)
     _add_leash(parser)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = command(
+        commands, "doctor", "why do two machines not connect? looks at this one, its network, and a peer",
+        ".doctor:doctor", epilog=DOCTOR_EPILOG,
+    )  # fmt: skip
+    parser.add_argument(
+        "target", nargs="?", metavar="TICKET|ADDRESS", help="the peer to try (- reads it from standard input)"
+    )
+    _add_data_dir(parser)
+    _add_json(parser)
+    parser.add_argument("--verbose", action="store_true", help="evidence for every finding")
+    parser.add_argument("--no-torch", action="store_true", help="leave torch out, which takes seconds to load")
+    parser.add_argument("--no-port-mapping", action="store_true", help="do not ask the router for a port")
+    parser.add_argument("--host", metavar="IP", action="append", default=[], help="listen here instead of everywhere")
+    _add_log_level(parser)
 
 
 def _add_via(parser: argparse._ActionsContainer) -> None:

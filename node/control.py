@@ -41,6 +41,11 @@ class GetPeers:
 
 
 @attrs.frozen
+class GetHealth:
+    """Answered by :class:`NodeHealth`."""
+
+
+@attrs.frozen
 class Stop:
     """Say goodbye, save, end. Answered by :class:`Done` before the node ends."""
 
@@ -82,6 +87,27 @@ class NodeStatus:
     role: str = "peer"
     private: bool = False
     notes: tuple[tuple[str, str], ...] = ()
+
+
+@attrs.frozen
+class NodeHealth:
+    """What a node has found out about its own place on the network.
+
+    ``state``: reachable, unreachable, unknown or off; ``reason`` with the evidence. Addresses as text.
+
+    ``external``: under which others see it and which are not its own. ``confirmed``: at which strangers reached it.
+    ``relays``: where it has a place; ``candidates``: peers known to relay. ``ways``: of its links, by name.
+    """
+
+    state: str
+    reason: str
+    external: tuple[str, ...]
+    confirmed: tuple[str, ...]
+    relays: tuple[str, ...]
+    candidates: tuple[str, ...]
+    ways: tuple[str, ...]
+    port_mapping: str
+    mapped: str
 
 
 @attrs.frozen
@@ -144,11 +170,11 @@ class Ended:
 MESSAGES: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
-        GetStatus, GetPeers, Stop, Export, Watch,
-        NodeStatus, PeerList, Done, Refused, EventFrame, RoundFrame, Ended,
+        GetStatus, GetPeers, GetHealth, Stop, Export, Watch,
+        NodeStatus, NodeHealth, PeerList, Done, Refused, EventFrame, RoundFrame, Ended,
     )
 }  # fmt: skip
-REQUESTS = (GetStatus, GetPeers, Stop, Export, Watch)
+REQUESTS = (GetStatus, GetPeers, GetHealth, Stop, Export, Watch)
 
 
 @attrs.frozen
@@ -208,6 +234,9 @@ class ControlClient:
 
     def peers(self) -> PeerList:
         return self._ask(GetPeers(), PeerList)
+
+    def health(self) -> NodeHealth:
+        return self._ask(GetHealth(), NodeHealth)
 
     def stop(self) -> Done:
         return self._ask(Stop(), Done)

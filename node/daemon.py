@@ -26,6 +26,7 @@ from .control import (
     EventFrame,
     EventLog,
     Export,
+    GetHealth,
     GetPeers,
     GetStatus,
     NodeStatus,
@@ -35,6 +36,7 @@ from .control import (
     finite,
 )
 from .datadir import DataDir, NodeRecord
+from .health import health_of
 from .lifetime import Lifetime
 from .node import Node, NodeConfig
 
@@ -185,6 +187,8 @@ class Daemon:
                 return self.status()
             case GetPeers():
                 return PeerList(self.node.peers())
+            case GetHealth():
+                return health_of(self.node.endpoint, self.node.port)
             case Stop():
                 self._life.begin_stop("shoal stop")
                 return Done()

@@ -67,3 +67,42 @@ PORT_TRIES = 8
 
 #: Seconds that one question to a peer about the run may take while joining.
 ASK_TIMEOUT = 5.0
+
+# Doctor (doctor_checks.py, doctor_gather.py, helping.py)
+
+#: Bytes that one probe of the line may send: 0.3 s at 100 Mbit/s; more tells little more.
+PROBE_BYTES = 4 << 20
+
+#: Bytes of the first probe; if it took longer than PROBE_SHORT seconds, it is the measurement.
+PROBE_FIRST = 256 << 10
+PROBE_SHORT = 0.5
+
+#: Probes of one peer per second, and at once: a doctor needs three.
+PROBE_RATE, PROBE_BURST = 0.1, 6.0
+
+#: Seconds for one probe.
+PROBE_TIME = 15.0
+
+#: Seconds for reaching a peer by all its addresses: a dial's 10 s and a handshake.
+DOCTOR_CONNECT = 12.0
+
+#: Seconds to wait for what peers find out about us: 1 s to settle, a question, and a dial of up to 10 s by one of them.
+DOCTOR_REACH = 15.0
+
+#: Seconds for importing torch in a child process on a slow disk.
+DOCTOR_TORCH = 60.0
+
+#: Bytes of a packet below which a tunnel is on the way: Ethernet has 1500, PPPoE 1492, a tunnel less.
+SMALL_MTU = 1400
+
+#: Seconds of round trip that are worth a word: farther than the other side of the earth.
+SLOW_ROUND_TRIP = 0.5
+
+#: Bytes per second below which rounds of even small models take minutes: 1 Mbit/s.
+SLOW_RATE = 125_000.0
+
+#: Seconds of difference between two clocks that are worth a word, and that break things (transport's CLOCK_SKEW).
+NOTABLE_SKEW, BAD_SKEW = 5.0, 300.0
+
+#: Bytes of free disk below which a warning is due, and below which nothing can be saved.
+DISK_LOW, DISK_FULL = 2e9, 200e6

@@ -26,6 +26,7 @@ from ..transport.identity import Identity
 from ..transport.traversal import Traversal
 from . import defaults
 from .control import PeerInfo
+from .helping import Helping
 from .linkinfo import Traffic, peer_infos
 from .listening import for_ticket, free_bind
 from .mapping import PortKeeper
@@ -105,6 +106,7 @@ class Node:
         self.psk = config.ticket.psk if config.ticket else config.psk
         self.endpoint = Endpoint(host, identity, psk=self.psk, traversal=config.traversal)
         self.port = PortKeeper(self.endpoint, on_note)
+        self._helping = Helping(self.endpoint)
         self._traffic = Traffic(self.endpoint)
         self.dht = Dht(self.endpoint)
         self.run_here: Run | None = None
@@ -130,6 +132,8 @@ class Node:
         async with trio.open_nursery() as nursery:
             bind = await free_bind(self.host.network, self.config.bind, self.config.fallback, self._on_note)
             await nursery.start(self.endpoint.run, bind)
+            if self.config.traversal is not None:
+                nursery.start_soon(self._helping.run, bind)
             if self.config.map_port:
                 nursery.start_soon(self.port.run)
             self._restore()

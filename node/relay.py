@@ -17,8 +17,21 @@ from ..transport.host import Host, RealHost
 from ..transport.identity import Identity
 from . import defaults
 from .boundary import first_error
-from .control import ControlServer, Done, Ended, EventLog, Export, GetPeers, GetStatus, NodeStatus, PeerList, Stop
+from .control import (
+    ControlServer,
+    Done,
+    Ended,
+    EventLog,
+    Export,
+    GetHealth,
+    GetPeers,
+    GetStatus,
+    NodeStatus,
+    PeerList,
+    Stop,
+)
 from .datadir import DataDir
+from .health import health_of
 from .lifetime import Lifetime
 from .linkinfo import peer_infos
 from .listening import parse_hosts, parse_via
@@ -190,6 +203,8 @@ class RelayDaemon:
                 return self.status()
             case GetPeers():
                 return PeerList(peer_infos(self.node.endpoint))
+            case GetHealth():
+                return health_of(self.node.endpoint, self.node.port)
             case Stop():
                 self._life.begin_stop("shoal stop")
                 return Done()

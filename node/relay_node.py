@@ -18,6 +18,7 @@ from ..transport.host import Host
 from ..transport.identity import Identity
 from ..transport.traversal import Traversal
 from . import defaults
+from .helping import Helping
 from .linkinfo import Traffic
 from .listening import free_bind, in_order
 from .mapping import PortKeeper
@@ -51,6 +52,7 @@ class RelayNode:
             host, identity, psk=psk, max_links=defaults.RELAY_LINKS, traversal=Traversal(relay=True)
         )
         self.port = PortKeeper(self.endpoint, on_note)
+        self.helping = Helping(self.endpoint)
         self.dht = Dht(self.endpoint)
         self.traffic = Traffic(self.endpoint)
         #: Set once it listens.
@@ -69,6 +71,7 @@ class RelayNode:
             self.ready.set()
             task_status.started()
             nursery.start_soon(self.dht.run)
+            nursery.start_soon(self.helping.run, bind)
             if self._map_port:
                 nursery.start_soon(self.port.run)
             if self.via:
