@@ -82,7 +82,7 @@ class Aead:
         self._nonce = bytearray(suite.nonce)
         self._nonce_pointer: Any = ffi.from_buffer(self._nonce)
 
-    def seal(self, buffer: bytearray, start: int, stop: int, counter: int, ad: bytes) -> None:
+    def seal(self, buffer: bytearray | memoryview, start: int, stop: int, counter: int, ad: bytes) -> None:
         """Encrypt ``buffer[start:stop]`` where it stands and put the tag at ``buffer[stop:stop + suite.tag]``."""
         if not 0 <= start <= stop <= len(buffer) - self.suite.tag:
             raise ValueError("no room for the tag")
@@ -92,7 +92,7 @@ class Aead:
         null = ffi.NULL
         self.suite.encrypt(place, null, place, stop - start, ad, len(ad), null, self._nonce_pointer, self._key)
 
-    def open(self, buffer: bytearray, start: int, stop: int, counter: int, ad: bytes) -> bool:
+    def open(self, buffer: bytearray | memoryview, start: int, stop: int, counter: int, ad: bytes) -> bool:
         """Decrypt ``buffer[start:stop]``, tag included, where it stands: plaintext in ``buffer[start:stop - tag]``.
 
         False when it is not what was sealed under this key, counter and ``ad``; the buffer's content is then undefined.

@@ -20,6 +20,7 @@ from .address import Address, PeerRecord, Service, SignedPeerRecord
 from .callmux import IncomingCall
 from .connector import Connection, Connector
 from .contacts import Contacts, OwnRecord
+from .credentials import Credentials
 from .errors import (
     ConfigError,
     LinkClosed,
@@ -37,7 +38,7 @@ from .link import Link
 from .linktable import LinkTable
 from .network import ByteStream, Listener
 from .rpc import Call, Handler, Method, Q, R, Reply, call, exchange
-from .secure import Credentials, SecureChannel
+from .secure import SecureChannel
 from .serving import RpcServer
 from .stream import LinkStream
 from .traversal import Traversal, Traversing

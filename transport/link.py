@@ -40,6 +40,7 @@ from .pipeset import PipeSet, SeenThroughPipes
 from .secure import Record, SecureChannel
 from .session import HEAD_BYTES, PIPE, Session
 from .stream import LinkStream, StreamLost, link_lost
+from .width import Width
 from .wire import printable
 
 if TYPE_CHECKING:
@@ -82,11 +83,14 @@ class Link(SeenThroughPipes, CarriesCalls):
         #: Takes streams that the peer opens. Must not wait.
         self.on_stream: Callable[[LinkStream], None] | None = None
         #: Called each time the link has been idle for a keepalive interval. Must not wait.
-        self.on_idle: Callable[[], None] | None = None
+        self.on_idle: Callable[[], None] = lambda: None
         #: Called when :attr:`troubled` becomes true. Must not wait.
         self.on_trouble: Callable[[], None] | None = None
         #: Called when the best pipe has become another one, or one has gone. Must not wait.
         self.on_pipes: Callable[[], None] | None = None
+        #: Called when :attr:`width` wants another number of pipes for bulk. Must not wait.
+        self.on_width: Callable[[], None] | None = None
+        self.width = Width()
         #: Pipes lost so far, those that were retired for better ones not counted.
         self.pipes_lost = 0
         self._host = host
@@ -200,12 +204,6 @@ class Link(SeenThroughPipes, CarriesCalls):
         pipe.ping(self._host.now())
         if self._nursery is not None:
             self._nursery.start_soon(self._run_pipe, pipe)
-        self._look_now()
-
-    def probe(self) -> None:
-        """Ask every pipe for a sign of life now: something about the network has changed."""
-        for pipe in self._pipes.all:
-            pipe.ping(self._host.now())
         self._look_now()
 
     def give_up(self, reason: RemoteError) -> None:
@@ -361,7 +359,7 @@ class Link(SeenThroughPipes, CarriesCalls):
                     return  # the reader goes on until the peer has hung up, so that no reset overtakes the goodbye
                 if pipe.retiring and not pipe.retired:
                     pipe.retired = True
-                    await stream.send_all(self._seal_pipe(pipe, pipe.retirement()))
+                    await stream.send_all(self._session.seal(pipe.channel.sealer, pipe.retirement()))
                     await stream.send_eof()
                 if pipe.retired and pipe.peer_retired and pipe.scope is not None:
                     pipe.scope.cancel()
@@ -373,6 +371,10 @@ class Link(SeenThroughPipes, CarriesCalls):
             pipe.writing = False
             now = host.now()
             self._sent(pipe, len(wire), now - began, now)
+            if pipe.sent_bulk and self.on_width is not None:
+                more, have = self._mux.has(Priority.BULK), len(self.bulk_pipes)
+                if self.width.note(now, len(wire), more=more, rtt=self.rtt, have=have):
+                    self.on_width()
 
     def _sent(self, pipe: Pipe, size: int, seconds: float, now: float) -> None:
         if pipe.unheard_since is None and self._watching is not None and not self.idle:
@@ -381,12 +383,13 @@ class Link(SeenThroughPipes, CarriesCalls):
                 self._watching.deadline = due
         pipe.note_sent(size, seconds, now)
 
-    def _compose(self, pipe: Pipe) -> bytearray | None:
+    def _compose(self, pipe: Pipe) -> bytearray | memoryview | None:
         """The next record of ``pipe`` for the wire."""
+        pipe.sent_bulk = False
         if pipe.retired:
             return None
         if pipe.has_frames:
-            return self._seal_pipe(pipe, pipe.take_frames())
+            return self._session.seal(pipe.channel.sealer, pipe.take_frames())
         if pipe is self._pipes.best and pipe.usable:
             wire = self._compose_channel(pipe, Priority.CONTROL)
             if wire is not None:
@@ -394,12 +397,13 @@ class Link(SeenThroughPipes, CarriesCalls):
         if self._pipes.carries_bulk(pipe):
             wire = self._compose_channel(pipe, Priority.BULK)
             if wire is not None:
+                pipe.sent_bulk = True
                 return wire
         if pipe is self._pipes.best and self._session.owes:
-            return self._seal_pipe(pipe, b"")
+            return self._session.seal(pipe.channel.sealer, b"")
         return None
 
-    def _compose_channel(self, pipe: Pipe, channel: Priority) -> bytearray | None:
+    def _compose_channel(self, pipe: Pipe, channel: Priority) -> bytearray | memoryview | None:
         limit = min(pipe.record_limit, defaults.MAX_RECORD) - HEAD_BYTES
         wire = self._session.compose(
             channel, pipe.index, pipe.channel.sealer, lambda: self._mux.next_record(channel, limit)
@@ -411,9 +415,6 @@ class Link(SeenThroughPipes, CarriesCalls):
         self._calls_sent()
         return wire
 
-    def _seal_pipe(self, pipe: Pipe, frames: bytes) -> bytearray:
-        return self._session.seal(pipe.channel.sealer, frames)
-
     # Signs of life
 
     async def _watch(self) -> None:
@@ -422,7 +423,7 @@ class Link(SeenThroughPipes, CarriesCalls):
             lag = self._lag.value(now)
             due, before = math.inf, self._pipes.best.suspect
             for pipe in list(self._pipes.all):
-                due = min(due, self._pipes.look_after(pipe, now, lag, busy=not self.idle, on_idle=self._was_idle))
+                due = min(due, self._pipes.look_after(pipe, now, lag, busy=not self.idle, on_idle=self.on_idle))
             if self.troubled and not before and not self.interrupted and self.on_trouble is not None:
                 self.on_trouble()
             if self._interrupted is not None:
@@ -433,18 +434,12 @@ class Link(SeenThroughPipes, CarriesCalls):
             with trio.CancelScope(deadline=due) as self._watching:
                 await trio.sleep_forever()
             now = self._host.now()
-            if now < due:
-                continue
             self._lag.note(now - due, now)
             if now - due >= defaults.LAG_TOLERANCE:
                 # We were suspended, or starved: that says nothing about the peer. It gets another go.
                 for pipe in self._pipes.all:
                     pipe.asked = None if pipe.asked is None else now
                 self._interrupted = None if self._interrupted is None else now
-
-    def _was_idle(self) -> None:
-        if self.on_idle is not None:
-            self.on_idle()
 
     def _look_now(self) -> None:
         if self._watching is not None:

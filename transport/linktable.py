@@ -37,6 +37,8 @@ class LinkTable:
         self.on_call: Callable[[Link, IncomingCall, memoryview], None] | None = None
         #: Called when a link is interrupted or answers late. Must not wait. None: interrupted links end at once.
         self.on_trouble: Callable[[Link], None] | None = None
+        #: Called when a link wants another number of pipes for bulk. Must not wait.
+        self.on_width: Callable[[Link], None] | None = None
         self.nursery: trio.Nursery | None = None
         self._host, self._own, self._count = host, own, count
         self._links: dict[PeerId, list[Link]] = {}
@@ -72,6 +74,8 @@ class LinkTable:
         self._sessions[link.secrets.id] = link
         if self.on_trouble is not None:
             link.on_trouble = partial(self.on_trouble, link)
+        if self.on_width is not None:
+            link.on_width = partial(self.on_width, link)
         link.on_stream = self.on_stream
         link.on_call = self.on_call
         link.on_idle = partial(self._on_idle, link)
@@ -128,6 +132,9 @@ class LinkTable:
             self._close_idle(link, "its slot is needed")
 
     def _on_idle(self, link: Link) -> None:
+        if link.bulk_pipes:
+            link.narrow()
+            link.width.reset()
         if link.alive and link.idle and self.get(link.peer) is not link:
             self._close_idle(link, "another link to the same peer took over")
         self.trim()

@@ -13,6 +13,7 @@ from .pipe import Pipe
 
 if TYPE_CHECKING:
     from .address import Address
+    from .host import Host
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,11 @@ class SeenThroughPipes:
     """What can be said of a link by looking at its pipes."""
 
     _pipes: PipeSet
+    _host: Host
+
+    def _look_now(self) -> None:
+        """Have signs of life judged again at once."""
+        raise NotImplementedError
 
     @property
     def pipes(self) -> tuple[Pipe, ...]:
@@ -121,6 +127,12 @@ class SeenThroughPipes:
     def bulk_pipes(self) -> list[Pipe]:
         """Those that were opened for bulk and can take some, oldest first."""
         return [pipe for pipe in self._pipes.all if pipe.bulk_only and pipe.usable]
+
+    def probe(self) -> None:
+        """Ask every pipe for a sign of life now: something about the network has changed."""
+        for pipe in self._pipes.all:
+            pipe.ping(self._host.now())
+        self._look_now()
 
     def narrow(self, count: int = 0) -> None:
         """Give back all pipes for bulk but ``count``."""

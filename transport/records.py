@@ -17,7 +17,7 @@ import struct
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from . import defaults
+from . import defaults, pool
 from .aead import SUITES, Aead
 from .errors import ProtocolMisuse, RecordError
 
@@ -58,12 +58,12 @@ class Sealed:
 
     __slots__ = ("_aead", "_counter", "wire")
 
-    def __init__(self, wire: bytearray, aead: Aead, counter: int) -> None:
+    def __init__(self, wire: bytearray | memoryview, aead: Aead, counter: int) -> None:
         self.wire, self._aead, self._counter = wire, aead, counter
 
     def plain(self) -> memoryview:
         """The plaintext, in a new buffer."""
-        body = self.wire[HEADER:]
+        body = bytearray(self.wire[HEADER:])
         if not self._aead.open(body, 0, len(body), self._counter, bytes(self.wire[:HEADER])):
             raise ProtocolMisuse("a record that waited to be sent again was changed in memory")
         return memoryview(body)[: len(body) - self._aead.suite.tag]
@@ -83,20 +83,27 @@ class RecordSealer:
         aead, counter = self._keys.aead, self._keys.counter
         return Sealed(self.seal(parts), aead, counter)
 
-    def seal(self, parts: Sequence[Buffer]) -> bytearray:
-        """One record holding the concatenation of ``parts``: the bytes for the wire, in a new buffer.
+    def seal(self, parts: Sequence[Buffer]) -> bytearray | memoryview:
+        """One record holding the concatenation of ``parts``: the bytes for the wire, in a buffer of its own.
 
         Costs one copy of the parts; they are encrypted where they land. Raises :class:`ProtocolMisuse` above
         :data:`defaults.MAX_RECORD` bytes of plaintext.
         """
         keys = self._keys
-        wire = bytearray().join((bytes(HEADER), *parts, self._tail))
-        box = len(wire) - HEADER
-        plain = box - len(self._tail)
+        plain = sum(map(len, parts))
         if plain > defaults.MAX_RECORD:
             raise ProtocolMisuse(f"a record of {plain} bytes, at most {defaults.MAX_RECORD} allowed")
-        header = _HEADER.pack(box)
-        wire[:HEADER] = header
+        header = _HEADER.pack(plain + len(self._tail))
+        wire: bytearray | memoryview
+        if plain >= defaults.DIRECT_RECORD:
+            wire = pool.take()[: HEADER + plain + len(self._tail)]
+            wire[:HEADER] = header
+            at = HEADER
+            for part in parts:
+                wire[at : at + len(part)] = part
+                at += len(part)
+        else:
+            wire = bytearray().join((header, *parts, self._tail))
         keys.aead.seal(wire, HEADER, HEADER + plain, keys.counter, header)
         keys.advance()
         return wire
@@ -113,8 +120,8 @@ class RecordOpener:
         self._keys = _KeyChain(cipher, secret, rekey_after)
         self._tag = self._keys.suite.tag
         self._header = b""
-        self._body = bytearray()
-        #: Bytes of the body that have come, when it was made in full size (with room for the next header); else -1.
+        self._body: bytearray | memoryview = bytearray()
+        #: Bytes of the body that have come, when it has its full size (with room for the next header); else -1.
         self._filled = -1
         self._largest = 0  # bytes of the largest record so far: the peer does send what it announces
         self._failure: RecordError | None = None
@@ -140,7 +147,10 @@ class RecordOpener:
 
     def room(self) -> memoryview | None:
         """Where the next bytes may be received without a copy, to be counted with :meth:`fill`; None: feed them."""
-        return None if self._filled < 0 or self._failure is not None else memoryview(self._body)[self._filled :]
+        if self._filled < 0 or self._failure is not None:
+            return None
+        assert isinstance(self._body, memoryview)
+        return self._body[self._filled :]
 
     def fill(self, size: int) -> list[memoryview]:
         """``size`` bytes have come to the start of :meth:`room`: as :meth:`feed`."""
@@ -175,12 +185,12 @@ class RecordOpener:
                     break
                 length = self._check_length()
                 if defaults.DIRECT_RECORD <= length <= self._largest:  # else memory grows with what has come
-                    self._body, self._filled = bytearray(length + HEADER), 0
+                    self._body, self._filled = pool.take()[: length + HEADER], 0
             length = _HEADER.unpack(self._header)[0]
             missing = length - (len(self._body) if self._filled < 0 else self._filled)
             taken = data[at : at + missing]
             at += len(taken)
-            if self._filled < 0:
+            if isinstance(self._body, bytearray):
                 self._body += taken
             else:
                 self._body[self._filled : self._filled + len(taken)] = taken

@@ -16,19 +16,11 @@ The preamble is in the clear so that two versions can tell each other which they
 holds it too, so nobody changes it unnoticed. A :class:`Hello` certifies the X25519 key of its sender with the peer's
 identity key, and offers ciphers. A refusal says why the handshake ends; nobody vouches for it (it may come before any
 key is shared), so it is only ever shown, as one of our own texts, and ends what was ending anyway.
-
-A node uses one certified X25519 key for many handshakes (:class:`Credentials`, an hour by default), and remembers which
-certificates it has checked. Both halve the cost of a handshake and take nothing from it: forward secrecy comes from the
-ephemeral keys, fresh on both sides of each handshake and forgotten at its end (Noise 7.7: the payloads of XX after
-message 2 have strong forward secrecy with static keys of any age). Who steals that key out of our memory can pass for
-us until its certificate expires; but in the same memory lies the identity key, which certifies others. A certificate
-that was checked is remembered by all its bytes, so nothing else passes for it; its expiry is looked at each time.
 """
 
 from __future__ import annotations
 
 import enum
-import functools
 import struct
 from collections.abc import Callable, Sequence
 
@@ -36,19 +28,17 @@ import attrs
 
 from . import defaults
 from .aead import CipherOffer, choose, local_ciphers
+from .credentials import Credentials, read_hello
 from .errors import DecodeError, HandshakeError, ProtocolMisuse, RecordError, RemoteProtocolError
 from .identity import Identity, PeerId
-from .noise import HandshakeState, KeyPair, protocol_name
+from .noise import HandshakeState, protocol_name
 from .records import Buffer, RecordOpener, RecordSealer
-from .wire import pack, unpack
 
 #: No text protocol and no TLS begins like this; the line break shows pipes that alter line breaks.
 MAGIC = b"\xf5shoal\r\n"
 
 VERSION = struct.Struct(">H")
-_EXPIRY = struct.Struct(">d")
 _FRAME = 4
-_CERTIFICATE_LABEL = b"shoal session key v1\0"
 _EXPORTER_LABEL = b"shoal exporter v1\0"
 #: What stands in the preamble of a further pipe instead of the name of a Noise protocol.
 PIPE_NAME = b"shoal-pipe"
@@ -64,19 +54,6 @@ _STRANGERS = {
     b"\x16\x03": "TLS",
     b"SSH-": "SSH",
 }
-
-
-@attrs.frozen
-class Hello:
-    """What a peer says of itself, encrypted in the handshake.
-
-    ``signature`` by ``peer`` over a fixed label, its X25519 key and ``expires`` (Unix seconds).
-    """
-
-    peer: PeerId
-    expires: float
-    signature: bytes
-    ciphers: tuple[CipherOffer, ...]
 
 
 @attrs.frozen
@@ -128,48 +105,6 @@ _REFUSAL_TEXTS = {
     _Refusal.EXPIRED: "by its clock our certificate is out of date; one of the two clocks is wrong",
     _Refusal.NO_CIPHER: "no cipher in common",
 }
-
-
-class Credentials:
-    """The X25519 key of ``identity`` and its :class:`Hello`, kept for :data:`defaults.CERTIFICATE_REUSE` seconds."""
-
-    def __init__(self, identity: Identity, entropy: Callable[[int], bytes]) -> None:
-        self.identity = identity
-        self._entropy = entropy
-        self._made = 0.0
-        self._static: KeyPair | None = None
-        self._expires = 0.0
-        self._signature = b""
-        self._hello: tuple[tuple[CipherOffer, ...], bytes] = ((), b"")
-
-    def at(self, wall: float) -> KeyPair:
-        """The key to shake hands with at ``wall`` (Unix seconds); a new one when the last is too old."""
-        if self._static is None or not self._made <= wall < self._made + defaults.CERTIFICATE_REUSE:
-            self._made = wall
-            self._static = KeyPair.generate(self._entropy)
-            self._expires = wall + defaults.CERTIFICATE_LIFETIME
-            self._signature = self.identity.sign(_certified(self._static.public, self._expires))
-            self._hello = ((), b"")
-        return self._static
-
-    def hello(self, ciphers: tuple[CipherOffer, ...]) -> bytes:
-        """The packed :class:`Hello` for the key that :meth:`at` returned last."""
-        if not self._hello[1] or self._hello[0] != ciphers:
-            hello = Hello(self.identity.peer_id, self._expires, self._signature, ciphers)
-            self._hello = (ciphers, pack(hello))
-        return self._hello[1]
-
-
-@functools.lru_cache(maxsize=defaults.KNOWN_CERTIFICATES)
-def _read_hello(payload: bytes, static: bytes) -> Hello:
-    """The hello in ``payload``, once its signature has proved good for the key ``static``.
-
-    Raises :class:`DecodeError`, :class:`HandshakeError` for the signature. What raises is not remembered.
-    """
-    hello = unpack(Hello, payload, limit=defaults.MAX_HANDSHAKE)
-    if not hello.peer.verify(_certified(static, hello.expires), hello.signature):
-        raise HandshakeError("its session key is not certified by the identity it claims")
-    return hello
 
 
 class SecureChannel:
@@ -283,7 +218,7 @@ class SecureChannel:
         self._out.clear()
         return due
 
-    def seal(self, parts: Sequence[Buffer]) -> bytearray:
+    def seal(self, parts: Sequence[Buffer]) -> bytearray | memoryview:
         """One record for the wire from the concatenation of ``parts`` (see :meth:`RecordSealer.seal`)."""
         if self._sealer is None:
             raise ProtocolMisuse("the handshake has not finished")
@@ -482,7 +417,7 @@ class SecureChannel:
         """Check who the peer is, and choose the cipher."""
         assert self._noise.remote_static is not None
         try:
-            hello = _read_hello(payload, self._noise.remote_static)
+            hello = read_hello(payload, self._noise.remote_static)
         except DecodeError as error:
             raise self._refuse(_Refusal.MALFORMED, f"a broken handshake: {error.message}") from None
         except HandshakeError as error:
@@ -525,10 +460,6 @@ class SecureChannel:
         self._unconfirmed = self.initiator
         # From here on a stolen memory must not give away how the first keys came about.
         del self._noise
-
-
-def _certified(static: bytes, expires: float) -> bytes:
-    return _CERTIFICATE_LABEL + static + _EXPIRY.pack(expires)
 
 
 def _stranger(got: bytes) -> str:

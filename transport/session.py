@@ -183,13 +183,13 @@ class Session:
             raise RemoteProtocolError(f"a record of an unknown kind, {kind}")
         return kind, self.into[kind].take(number, payload)
 
-    def seal(self, sealer: RecordSealer, frames: bytes) -> bytearray:
+    def seal(self, sealer: RecordSealer, frames: bytes) -> bytearray | memoryview:
         """A record of :data:`PIPE` for the wire."""
         return sealer.seal((self._head(PIPE, 0), frames))
 
     def compose(
         self, channel: int, pipe: int, sealer: RecordSealer, fresh: Callable[[], Sequence[Buffer] | None]
-    ) -> bytearray | None:
+    ) -> bytearray | memoryview | None:
         """The next record of ``channel`` for the wire: one that must go out again, else what ``fresh`` gives."""
         outbox = self.out[channel]
         sent = outbox.repeat()

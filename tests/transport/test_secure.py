@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.transport import defaults, secure
+from shoal.transport import credentials, defaults
 from shoal.transport.aead import NOMINAL_CIPHERS, CipherOffer
+from shoal.transport.credentials import Credentials
 from shoal.transport.errors import HandshakeError, ProtocolMisuse, RecordError, RemoteProtocolError
 from shoal.transport.identity import Identity
-from shoal.transport.secure import MAGIC, Credentials, Established, Record, SecureChannel
+from shoal.transport.secure import MAGIC, Established, Record, SecureChannel
 
 ALICE, BOB, EVE = (Identity(bytes([n]) * 32) for n in (1, 2, 3))
 NOW = 1_800_000_000.0
@@ -257,13 +258,13 @@ def test_clocks_hours_apart_still_connect(off: float) -> None:
 def test_a_false_hello_is_refused_on_either_side_and_the_liar_hears_it(
     monkeypatch: pytest.MonkeyPatch, forge: dict[str, Any], what: str, initiator_forges: bool
 ) -> None:
-    real = secure.pack
+    real = credentials.pack
     liar = (ALICE if initiator_forges else BOB).peer_id
 
     def forged(message: Any) -> bytes:
         return real(attrs.evolve(message, **forge) if message.peer == liar else message)
 
-    monkeypatch.setattr(secure, "pack", forged)
+    monkeypatch.setattr(credentials, "pack", forged)
     wire = _meet()
     honest = 1 if initiator_forges else 0
     assert isinstance(wire.errors[honest], HandshakeError)
@@ -276,18 +277,18 @@ def test_a_false_hello_is_refused_on_either_side_and_the_liar_hears_it(
 
 def test_a_certificate_of_another_session_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     hellos: list[bytes] = []
-    real = secure.pack
-    monkeypatch.setattr(secure, "pack", lambda message: hellos.append(real(message)) or hellos[-1])
+    real = credentials.pack
+    monkeypatch.setattr(credentials, "pack", lambda message: hellos.append(real(message)) or hellos[-1])
     _meet()
     stolen = hellos[0]  # Bob's, with his valid signature
-    monkeypatch.setattr(secure, "pack", lambda message: stolen if message.peer == EVE.peer_id else real(message))
+    monkeypatch.setattr(credentials, "pack", lambda message: stolen if message.peer == EVE.peer_id else real(message))
     wire = _meet(_channel(True, seed=5), _channel(False, EVE, seed=5))
     assert "not certified by the identity it claims" in str(wire.errors[0])
 
 
 @pytest.mark.parametrize("hello", [b"", b"\x80", b"\xff" * 100, bytes(4000)])
 def test_a_hello_that_does_not_decode_is_a_handshake_error(monkeypatch: pytest.MonkeyPatch, hello: bytes) -> None:
-    monkeypatch.setattr(secure, "pack", lambda _: hello)
+    monkeypatch.setattr(credentials, "pack", lambda _: hello)
     wire = _meet()
     assert "a broken handshake: Hello " in str(wire.errors[0])
     assert "it could not read our handshake" in str(wire.errors[1])
@@ -463,10 +464,10 @@ def _sessions(credentials: Credentials, *walls: float) -> list[SecureChannel]:
 
 def test_a_certified_key_serves_many_sessions_whose_keys_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     hellos: list[bytes] = []
-    real = secure.pack
-    monkeypatch.setattr(secure, "pack", lambda message: hellos.append(real(message)) or hellos[-1])
-    credentials = Credentials(ALICE, random.Random(1).randbytes)
-    first, second = _sessions(credentials, NOW, NOW + defaults.CERTIFICATE_REUSE - 1)
+    real = credentials.pack
+    monkeypatch.setattr(credentials, "pack", lambda message: hellos.append(real(message)) or hellos[-1])
+    of_alice = Credentials(ALICE, random.Random(1).randbytes)
+    first, second = _sessions(of_alice, NOW, NOW + defaults.CERTIFICATE_REUSE - 1)
     assert len([hello for hello in hellos if ALICE.peer_id.key in hello]) == 1
     assert first.exporter != second.exporter
     assert first.seal([b"same"]) != second.seal([b"same"])
