@@ -18,6 +18,7 @@ import trio.lowlevel
 from rich.console import Console
 from rich.progress import Progress
 
+from ..node.boundary import first_error
 from ..node.cli import FAILED, INTERRUPTED, OK
 from ..transport.errors import ConfigError, ShoalError
 from . import defaults
@@ -87,6 +88,7 @@ async def _pair(
     builder: Builder, common: ShoalProcess, folder: Path, number: int, pair: tuple[str, str], measuring: trio.Lock
 ) -> PairResult:
     result = PairResult(*pair)
+    common.check()
     try:
         async with AsyncExitStack() as stack:
             hosts = [await stack.enter_async_context(builder.host(f"p{number}a", pair[0]))]
@@ -139,19 +141,16 @@ def until_signalled(work: Callable[[], Awaitable[bool]]) -> int:
 
     async def main() -> int:
         code = INTERRUPTED
-        failure: ShoalError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
-            try:
-                code = OK if await work() else FAILED
-            except ShoalError as error:
-                failure = error  # not in a group: the command line shows its text
+            code = OK if await work() else FAILED
             nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
         return code
 
-    return trio.run(main)
+    try:
+        return trio.run(main)
+    except BaseExceptionGroup as group:
+        raise first_error(group) from None
 
 
 async def _cancel_on_signal(scope: trio.CancelScope) -> None:

@@ -15,6 +15,7 @@ from contextlib import aclosing
 import attrs
 import trio
 
+from ..node.mapping import PortKeeper
 from ..transport.address import Address, SignedPeerRecord
 from ..transport.endpoint import Endpoint
 from ..transport.errors import ConfigError, ProtocolMisuse, RemoteError, ShoalError
@@ -215,6 +216,7 @@ async def serve(port: int) -> None:
     bind = (Address("tcp", "0.0.0.0", port), Address("tcp", "::", port))
     async with trio.open_nursery() as nursery:
         await nursery.start(endpoint.run, bind)
+        nursery.start_soon(PortKeeper(endpoint).run)
         say(child._account())
         async with trio.lowlevel.FdStream(os.dup(0)) as stream, aclosing(_lines(stream)) as lines:
             async for line in lines:

@@ -83,14 +83,18 @@ class LabNode:
         return self.account
 
     async def settle(self) -> Account:
-        """Wait until it knows whether it can be dialled, and has a place at a relay if it cannot."""
+        """Wait until it knows whether it can be dialled, and has a place at a relay if it cannot.
+
+        Behind a router that maps ports it can be, once the router has done so.
+        """
         with trio.move_on_after(defaults.LAB_SETTLE):
             while True:
                 account = await self.describe()
-                if account.reach == "reachable" or (account.reach == "unreachable" and account.relays):
+                if account.reach == "reachable" or (account.relays and not self.host.kind.upnp):
                     return account
                 await trio.sleep(defaults.POLL)
-        raise LabFailed(f"{self.name} has no place after {defaults.LAB_SETTLE:g} s: it is {self.account.reach}")
+        found = f"{self.account.reach}, {self.account.reason}"
+        raise LabFailed(f"{self.name} has no place after {defaults.LAB_SETTLE:g} s: it is {found}")
 
     async def learn(self, other: LabNode) -> None:
         """Let it know the other's record, as it stands now."""
@@ -158,6 +162,11 @@ class ShoalProcess:
             status = await self.status(lambda status: bool(status.addresses))
             self.peer, self.addresses = status.peer, status.addresses
             yield
+
+    def check(self) -> None:
+        """Raises :class:`LabFailed` if it has ended."""
+        if self._process is None or self._process.returncode is not None:
+            raise LabFailed(f"`shoal` on {self.host.name} has ended; log: {_tail(self.log)}")
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -102,7 +102,7 @@ class PairResult:
 
     def complaint(self) -> str:
         needed = self.requirement
-        got = f"has {self.way}" if self.first is not None else f"has no link ({self.error})"
+        got = f"has {self.way}" if self.first is not None else f"has no link ({_short(self.error)})"
         return f"{self.dialler} → {self.answerer} {got}; required {' or '.join(needed.ways)}: {needed.reason}"
 
 
@@ -231,6 +231,10 @@ def _cell(result: PairResult | None) -> Text:
         return Text("")
     colour = _COLOURS.get(result.way, "red") if result.ok else "bold red"
     return Text.assemble((result.way if result.ok else f"{result.way}!", colour), "\n", (_times(result), "dim"))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def legend(kinds: Sequence[str]) -> str:
