@@ -105,7 +105,16 @@ def worst(findings: tuple[Finding, ...]) -> Level:
 
 
 def _listed(addresses: tuple[Address, ...]) -> str:
-    return ", ".join(str(address) for address in addresses)
+    """Without loopback ones, unless there are no others."""
+    others = [address for address in addresses if scope_of(address) != "loopback"]
+    return ", ".join(str(address) for address in others or addresses)
+
+
+def _relay_advice(facts: Facts) -> str:
+    known = facts.peer.candidates if facts.peer is not None else ()
+    if known:
+        return f"a node here is reached through the relays it knows, by itself ({', '.join(known)})"
+    return _RELAY
 
 
 def _public(addresses: tuple[Address, ...], six: bool | None = None) -> tuple[Address, ...]:
@@ -181,12 +190,17 @@ def dial_back(facts: Facts) -> Finding:
 def _advice(facts: Facts) -> str:
     port = facts.listen[0].port if facts.listen else 0
     if facts.mapped and not facts.mapped_trouble:
-        return "the router gives a port (see below): a node started here asks for it by itself"
+        return (
+            "the router says it gives a port (see below), and does not pass on what comes there: look at its firewall"
+        )
     if not facts.external:
         return f"a firewall drops what comes in: allow TCP and UDP port {port} on this machine"
     if facts.mapped_trouble:
-        return f"no port can be forwarded here ({facts.mapped_trouble}); {_RELAY}"
-    return f"switch on UPnP or NAT-PMP at the router, or forward TCP and UDP port {port} to this machine; or {_RELAY}"
+        return f"no port can be forwarded here ({facts.mapped_trouble}); {_relay_advice(facts)}"
+    forward = (
+        f"to be reached directly, switch on UPnP or NAT-PMP at the router, or forward TCP port {port} to this machine"
+    )
+    return f"{forward}; otherwise {_relay_advice(facts)}"
 
 
 def nat_mapping(facts: Facts) -> Finding:
@@ -206,7 +220,7 @@ def nat_mapping(facts: Facts) -> Finding:
         case "address-dependent":
             return Finding(
                 REACH, check, "warn", "a NAT with another port for every peer (symmetric): holes cannot be punched",
-                facts.mapping_reason, _RELAY,
+                facts.mapping_reason, _relay_advice(facts),
             )  # fmt: skip
         case _:
             seen = _listed(facts.external)
@@ -228,6 +242,8 @@ def nat_filtering(facts: Facts) -> Finding:
             "the NAT lets in only answers of peers that were addressed first, as usual",
             facts.reason,
         )
+    if facts.state == "reachable" and facts.mapped:
+        return Finding(REACH, check, "ok", "the NAT lets strangers in at the port that the router gave", facts.reason)
     if facts.state == "reachable":
         return Finding(REACH, check, "ok", "the NAT lets strangers in at the listening port", facts.reason)
     return Finding(REACH, check, "skipped", "nobody could try", facts.reason)
@@ -239,7 +255,7 @@ def port_mapping(facts: Facts) -> Finding:
         return Finding(REACH, check, "skipped", facts.mapped_trouble or "not asked for")
     said = "; ".join(f"{method}: {text}" for method, text in facts.port_mapping)
     if facts.mapped and facts.mapped_trouble:
-        return Finding(REACH, check, "warn", facts.mapped_trouble, said, _RELAY)
+        return Finding(REACH, check, "warn", facts.mapped_trouble, said, _relay_advice(facts))
     if facts.mapped:
         return Finding(REACH, check, "ok", f"the router gives a port: {facts.mapped}", said)
     needed = not _public(facts.addresses, six=False) and facts.state != "reachable"

@@ -15,7 +15,7 @@ from ..transport.host import Host
 from ..transport.identity import Identity
 from ..transport.link import Link
 from ..transport.planner import Reach
-from ..transport.portmap import METHODS, TITLES, PortMapper
+from ..transport.portmap import METHODS, TITLES, Mapping, PortMapper
 from ..transport.stun import Observation, classify_mapping
 from ..transport.stun_service import observe
 from ..transport.traversal import Traversal
@@ -108,35 +108,45 @@ async def _network(host: Host, data: DataDir, wishes: Wishes, facts: Facts) -> F
     endpoint = Endpoint(
         host, Identity(host.entropy(32)), psk=wishes.psk, traversal=Traversal(relay=False, reservations=0)
     )
+    mapper = PortMapper(host)
+    gained: list[Mapping] = []
     async with trio.open_nursery() as nursery:
         await nursery.start(endpoint.run, bind)
-        own = endpoint.own_addresses()
         if facts.running is None:
-            facts = attrs.evolve(facts, listen=own)
+            facts = attrs.evolve(facts, listen=endpoint.own_addresses())
             if wishes.ask_router:
-                facts = await _router(host, facts, bind[0].port)
-        if wishes.target is not None:
-            facts = await _peer(endpoint, wishes.target, facts)
+                facts = await _router(mapper, facts, bind[0].port, gained)
+        useful = tuple(mapping.external for mapping in gained if not mapping.trouble)[:1]
+        if endpoint.traversal is not None and useful:
+            # The dial-back below then tells whether the router keeps its word.
+            endpoint.traversal.reachability.map(useful)
+        try:
+            if wishes.target is not None:
+                facts = await _peer(endpoint, wishes.target, facts)
+        finally:
+            with trio.CancelScope(shield=True):  # each is bounded
+                for mapping in gained:
+                    await mapper.unmap(mapping)
         nursery.cancel_scope.cancel()
     return facts
 
 
-async def _router(host: Host, facts: Facts, port: int) -> Facts:
+async def _router(mapper: PortMapper, facts: Facts, port: int, gained: list[Mapping]) -> Facts:
+    """Ask by every method; what is ``gained`` is the caller's to take back."""
     wanted, reason = worth_mapping(facts.listen)
     if not wanted:
         return attrs.evolve(facts, mapped_trouble=f"not asked for: {reason}")
-    mapper = PortMapper(host)
     said: list[tuple[str, str]] = []
-    mapped = trouble = ""
     for method in METHODS:
         try:
             found = await mapper.map(port, methods=(method,))
         except PeerUnreachable:
             said.append((TITLES[method], mapper.troubles[method]))
-            continue
-        await mapper.unmap(found)
-        said.append((TITLES[method], f"gives {found.external}"))
-        mapped, trouble = mapped or str(found.external), trouble or found.trouble
+        else:
+            said.append((TITLES[method], f"gives {found.external}"))
+            gained.append(found)
+    mapped = str(gained[0].external) if gained else ""
+    trouble = gained[0].trouble if gained else ""
     return attrs.evolve(facts, port_mapping=tuple(said), mapped=mapped, mapped_trouble=trouble)
 
 
@@ -196,7 +206,7 @@ async def _probe(endpoint: Endpoint, link: Link, peer: PeerFacts) -> tuple[PeerF
             start = now()
             await ask(body=[memoryview(bytes(size))])
             took = max(1e-6, now() - start)
-            peer = attrs.evolve(peer, rate=size / max(1e-6, took - link.rtt))
+            peer = attrs.evolve(peer, rate=size / took)
             if took > defaults.PROBE_SHORT:
                 break
     except RemoteError as error:
