@@ -25,9 +25,10 @@ from shoal.learning.store import Head, RunStore, Vote
 from shoal.node import control, swarm_key
 from shoal.node.datadir import DataDir, NodeRecord
 from shoal.node.ticket import Ticket
-from shoal.transport import defaults, stun
+from shoal.transport import defaults, portmap_wire, punch, stun
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.aead import NOMINAL_CIPHERS
+from shoal.transport.callmux import CallReceived
 from shoal.transport.errors import ConfigError, RemoteError
 from shoal.transport.frames import MuxStream, Priority
 from shoal.transport.identity import PeerId
@@ -35,6 +36,7 @@ from shoal.transport.mux import Mux
 from shoal.transport.network import ByteStream
 from shoal.transport.pipe import Pipe
 from shoal.transport.pipehello import PipeGreeting, PipeOpening, SessionSecrets
+from shoal.transport.punch import Answers, Offer
 from shoal.transport.records import RecordOpener, RecordSealer
 from shoal.transport.secure import Established, PipeKnock, Record, SecureChannel
 from shoal.transport.session import PIPE, Session
@@ -233,7 +235,11 @@ def _link_seed(rng: random.Random) -> bytes:
     sealer, opener = RecordSealer("aegis-128l", _SECRET), RecordOpener("aegis-128l", _SECRET)
     streams = []
     for _ in range(rng.randrange(2, 12)):
-        match rng.randrange(6):
+        match rng.randrange(9):
+            case 6 | 7 | 8 if mux.calls.can_call:
+                call = mux.calls.call(rng.randbytes(rng.choice((0, 30, 900))))
+                if rng.random() < 0.3:
+                    mux.calls.cancel(call)
             case 0 | 1 if mux.can_open:
                 streams.append(mux.open(rng.choice(("shoal-rpc/1", "x")), rng.choice(list(Priority))))
             case 2 if streams:
@@ -269,6 +275,8 @@ def _link(data: bytes) -> Any:
                 pipe.receive_frames(payload, 1.0)
                 continue
             for event in mux.receive(payload, Priority(kind)):
+                if isinstance(event, CallReceived) and not event.call.number % 3:
+                    mux.calls.answer(event.call, bytes(event.request))
                 _react(mux, getattr(event, "stream", None))
         for each in Priority:
             while (wire := session.compose(each, 0, sealer, partial(mux.next_record, each, 2048))) is not None:
@@ -469,6 +477,59 @@ def _stun(data: bytes) -> Any:
     return message
 
 
+# --- what routers and common peers say ---------------------------------------------------------------------------
+
+_NONCE = bytes(range(12))
+
+
+def _mapping_seed(rng: random.Random) -> bytes:
+    """An answer of a router, by PCP or NAT-PMP: granted or refused."""
+    code = rng.choice((0, 0, 0, 2, 200))
+    address = b"\0" * 10 + b"\xff\xff" + bytes((192, 0, 2, 1))
+    return rng.choice(
+        (
+            struct.pack("!BBHIHHI", 0, 130, code, 7, 4001, 4001, 3600),
+            struct.pack("!BBHI4s", 0, 128, code, 7, bytes((192, 0, 2, 1))),
+            struct.pack("!BBBBII12x", 2, 129, 0, code, 3600, 7)
+            + struct.pack("!12sB3xHH16s", _NONCE, 6, 4001, 4001, address),
+        )
+    )
+
+
+def _mapping(data: bytes) -> Any:
+    answers = (
+        portmap_wire.read_pmp_map(data, "tcp", 4001, 3600),
+        portmap_wire.read_pcp_map(data, _NONCE, "tcp", 4001, 3600),
+    )
+    for answer in answers:
+        if isinstance(answer, portmap_wire.Granted):
+            assert 0 < answer.external_port < 65536
+            assert 0 < answer.lifetime <= 3600
+    portmap_wire.read_pmp_public(data)
+    return None
+
+
+def _punch_seed(rng: random.Random) -> bytes:
+    offer = Offer(bytes(punch.NONCE_SIZE), [Address("tcp", "192.0.2.1", 1)]).ask(0.0)
+    go = pack(punch.PunchGo(bytes(punch.NONCE_SIZE), 0.1))
+    return b"".join(struct.pack(">H", len(part)) + part for part in (offer, go)[: rng.randrange(1, 3)])
+
+
+def _punch(data: bytes) -> Any:
+    """Offers and goes of one peer, one after the other; what we would knock at stays few and dialable."""
+    answers, at, ours = Answers(), 0, [Address("tcp", "198.51.100.1", 1), Address("tcp", "2001:db8::1", 1)]
+    while at + 2 <= len(data):
+        (size,) = struct.unpack_from(">H", data, at)
+        part, at = data[at + 2 : at + 2 + size], at + 2 + size
+        try:
+            answers.offered(BOB.peer_id, part, ours, 1.0)
+        except RemoteError:
+            going = answers.go(BOB.peer_id, part, 1.0)
+            assert len(going.targets) <= defaults.MAX_PUNCH_ADDRESSES
+            assert 0 <= going.end - going.start < 60
+    return None
+
+
 def decoders() -> dict[str, Decoder]:
     """All of them by name."""
     psk = bytes(32)
@@ -501,5 +562,7 @@ def decoders() -> dict[str, Decoder]:
         _file("state", _write_state, _read_state, "state.safetensors"),
         Decoder("control", _control_seed, _control),
         Decoder("stun", _stun_seed, _stun),
+        Decoder("port mapping", _mapping_seed, _mapping),
+        Decoder("punch", _punch_seed, _punch),
     ]  # fmt: skip
     return {decoder.name: decoder for decoder in found}
