@@ -383,7 +383,7 @@ async def test_a_node_that_does_not_run_refuses_and_one_punch_per_peer_is_made()
         async with trio.open_nursery() as nursery:
             b.puncher.nursery = nursery
             nursery.start_soon(a.punch)
-            await trio.sleep(0)
+            await trio.sleep(SIGNAL / 2)
             with pytest.raises(ProtocolMisuse):
                 await a.punch()
 
