@@ -438,9 +438,9 @@ WEBRTC_BUFFER_HIGH, WEBRTC_BUFFER_LOW = 64 << 10, 32 << 10
 WEBRTC_FIRST_PACKETS = 10
 WEBRTC_BURST = 64
 
-#: Bytes in flight at most, and of a socket's buffers (the kernel counts twice a datagram's size): what is in flight can
-#: wait in the far side's buffer instead of being lost when its process is busy.
-WEBRTC_MAX_FLIGHT = 1 << 20
+#: Bytes in flight at most (20 MB/s at 100 ms round trip), and of a socket's buffers, in which they can wait instead of
+#: being lost when the far side's process is busy (the kernel counts twice a datagram's size, and may allow less).
+WEBRTC_MAX_FLIGHT = 2 << 20
 WEBRTC_SOCKET_BUFFER = 4 << 20
 
 #: Bytes of memory that an engine may use above what it has after it was loaded: a far side that breaks SCTP's window

@@ -59,8 +59,8 @@ class EngineProcess(ABC):
         """The next message. Cancellation loses none. Raises :class:`EngineGone` when there will be no more."""
 
     @abstractmethod
-    def epitaph(self) -> str:
-        """How the engine ended, for people."""
+    def allow_unsent(self, size: int) -> None:
+        """About ``size`` bytes may wait in ``data`` until the engine takes them."""
 
     @abstractmethod
     async def aclose(self) -> None:
@@ -150,6 +150,9 @@ class WebRtcStream(ByteStream):
                 except trio.TooSlowError:
                     return ""
             return self._end
+
+    def allow_unsent(self, size: int) -> None:
+        self.engine.allow_unsent(size)
 
     async def send_eof(self) -> None:
         try:

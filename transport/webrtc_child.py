@@ -120,7 +120,13 @@ class Bridge:
     async def _inwards(self) -> None:
         """From the channel to the parent, no faster than it reads."""
         loop = asyncio.get_running_loop()
-        while data := await self._incoming.get():
+        ended = False
+        while not ended:
+            pieces = [await self._incoming.get()]
+            while not self._incoming.empty():
+                pieces.append(self._incoming.get_nowait())
+            ended = not pieces[-1]
+            data = b"".join(pieces)
             # A parent that is closing reads no more: what comes is dropped, until our own bytes have arrived.
             with contextlib.suppress(OSError):
                 await loop.sock_sendall(self._data, data)

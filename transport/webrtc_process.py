@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -36,7 +37,7 @@ class ChildProcess(EngineProcess):
             assert self._process.stdin is not None
             await self._process.stdin.send_all(len(data).to_bytes(4, "big") + data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise EngineGone(self.epitaph()) from None
+            raise EngineGone(self._epitaph()) from None
 
     async def receive(self) -> Local | Opened | Ended | Failed:
         """The next message. Cancellation loses none. Raises :class:`EngineGone` when there will be no more."""
@@ -62,10 +63,14 @@ class ChildProcess(EngineProcess):
             if not more:
                 with trio.move_on_after(deadlines.webrtc_abort()):
                     await self._process.wait()  # its pipe closes a moment before it is dead
-                raise EngineGone(self.epitaph())
+                raise EngineGone(self._epitaph())
             self._buffer += more
 
-    def epitaph(self) -> str:
+    def allow_unsent(self, size: int) -> None:
+        with contextlib.suppress(OSError, trio.ClosedResourceError):  # at its end, other calls say so
+            self.data.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+
+    def _epitaph(self) -> str:
         code = self._process.poll()
         if code is not None and code < 0:
             return f"the WebRTC engine was killed ({signal.Signals(-code).name})"

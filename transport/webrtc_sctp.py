@@ -25,9 +25,11 @@ from collections.abc import Callable
 from aioice.ice import StunProtocol
 from aiortc import RTCDtlsTransport, RTCIceTransport, RTCSctpTransport
 from aiortc.rtcsctptransport import (
+    SCTP_DATA_LAST_FRAG,
     SCTP_TSN_MODULO,
     USERDATA_MAX_LENGTH,
     Chunk,
+    DataChunk,
     InitChunk,
     SackChunk,
     parse_packet,
@@ -199,7 +201,10 @@ class BatchedSctp(RTCSctpTransport):
     def __init__(self, transport: RTCDtlsTransport) -> None:
         super().__init__(transport)
         self._datagrams: BatchedDatagrams | None = None
+        self._advertised_rwnd = defaults.WEBRTC_MAX_FLIGHT
         self._cwnd = defaults.WEBRTC_FIRST_PACKETS * USERDATA_MAX_LENGTH
+        #: When the chunk that was sent last among those acknowledged was sent.
+        self._newest = 0.0
         #: Whether any chunk in flight is marked for retransmission.
         self._marked = False
         self._clock = asyncio.get_running_loop().time
@@ -245,6 +250,37 @@ class BatchedSctp(RTCSctpTransport):
             serialize_packet(self._local_port, self._remote_port or 0, self._remote_verification_tag, chunk)
         )
 
+    def _mark_received(self, tsn: int) -> bool:
+        last, waiting = self._last_received_tsn, self._sack_misordered
+        if last is None:
+            return super()._mark_received(tsn)
+        if uint32_gte(last, tsn) or tsn in waiting:
+            self._sack_duplicates.append(tsn)
+            return True
+        waiting.add(tsn)
+        while (after := (last + 1) % SCTP_TSN_MODULO) in waiting:
+            waiting.remove(after)
+            last = after
+        self._last_received_tsn = last
+        return False
+
+    async def _receive_data_chunk(self, chunk: DataChunk) -> None:
+        last = self._last_received_tsn
+        if last is None or self._sack_misordered or chunk.tsn != (last + 1) % SCTP_TSN_MODULO:
+            await super()._receive_data_chunk(chunk)
+            return
+        # In order, and nothing waits for it: no message can be whole before its last fragment is here.
+        self._sack_needed = True
+        self._last_received_tsn = chunk.tsn
+        stream = self._get_inbound_stream(chunk.stream_id)
+        stream.add_chunk(chunk)
+        self._advertised_rwnd -= len(chunk.user_data)
+        if chunk.flags & SCTP_DATA_LAST_FRAG:
+            for message in stream.pop_messages():
+                self._advertised_rwnd += len(message[2])
+                await self._receive(*message)
+        await self._reset_deferred_streams()
+
     async def _receive_sack_chunk(self, chunk: SackChunk) -> None:
         if uint32_gt(self._last_sacked_tsn, chunk.cumulative_tsn):
             return
@@ -258,6 +294,7 @@ class BatchedSctp(RTCSctpTransport):
             done += 1
             if not first._acked:
                 acknowledged += first._book_size
+                self._newest = max(self._newest, first._sent_time or 0.0)
             self._flight_size_decrease(first)
             if done == 1 and first._sent_count == 1:
                 self._update_rto(now - (first._sent_time or now))
@@ -276,6 +313,8 @@ class BatchedSctp(RTCSctpTransport):
         base = chunk.cumulative_tsn
         acknowledged, loss, gap = 0, False, 0
         highest = chunk.gaps[-1][1]
+        # What was sent again is lost again when something sent a while later arrived (RFC 8985: RACK, 6.2).
+        overdue = self._newest - (self._srtt or 1.0) / 4
         for sent in self._sent_queue:
             at = (sent.tsn - base) % SCTP_TSN_MODULO
             if at > highest:
@@ -287,9 +326,14 @@ class BatchedSctp(RTCSctpTransport):
                     acknowledged += sent._book_size
                     sent._acked = True
                     sent._retransmit = False
+                    self._newest = max(self._newest, sent._sent_time or 0.0)
                     self._flight_size_decrease(sent)
-            elif not sent._acked and not sent._retransmit and highest - at >= _REORDERING and sent._sent_count == 1:
-                # One that is lost again waits for the timer: the gap says nothing about the second try.
+            elif (
+                not sent._acked
+                and not sent._retransmit
+                and highest - at >= _REORDERING
+                and (sent._sent_count == 1 or (sent._sent_time or 0.0) < overdue)
+            ):
                 sent._retransmit = True
                 self._flight_size_decrease(sent)
                 self._marked = loss = True
@@ -350,6 +394,7 @@ class BatchedSctp(RTCSctpTransport):
                 self._flight_size_increase(chunk)
                 chunk._retransmit = False
                 chunk._sent_count += 1
+                chunk._sent_time = self._clock()
                 await self._send_chunk(chunk)
                 if earliest:
                     self._t3_restart()
