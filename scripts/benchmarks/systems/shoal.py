@@ -79,7 +79,7 @@ class ShoalClient(TrioClient):
 
     async def handshake(self) -> None:
         link = await self._endpoint.identify(self._address)
-        await link.aclose()
+        link.say_goodbye("measured")
 
     async def stranger(self) -> None:
         async with trio.open_nursery() as nursery:
