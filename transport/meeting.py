@@ -10,7 +10,7 @@ import trio
 
 from . import deadlines, defaults, webrtc
 from .address import Address, scope_of
-from .errors import RemoteRefused
+from .errors import PeerUnreachable, RemoteRefused
 from .identity import PeerId
 from .network import ByteStream
 from .planner import Step
@@ -60,13 +60,20 @@ class Punch(Way):
 
     def __init__(self, endpoint: Endpoint, signals: Signals) -> None:
         self._endpoint, self._signals = endpoint, signals
+        self._punching: dict[PeerId, None] = {}
         self.puncher = Puncher(endpoint.host, endpoint.peer_id, self._addresses, self._incoming, self._lag)
         endpoint.claim_accepted(self.puncher.claims.take)
         signals.handle("punch", self.puncher.handle_offer)
         signals.handle("punch-go", self.puncher.handle_go)
 
     async def open(self, peer: PeerId, step: Step) -> ByteStream | None:
-        return await self.puncher.punch(peer, asker(self._signals, peer, step, self._lag()))
+        if peer in self._punching:
+            raise PeerUnreachable("hole punching with it goes on already", peer=peer.short)
+        self._punching[peer] = None
+        try:
+            return await self.puncher.punch(peer, asker(self._signals, peer, step, self._lag()))
+        finally:
+            del self._punching[peer]
 
     def _addresses(self) -> tuple[Address, ...]:
         outer, _ = listening_port_seen(self._endpoint)

@@ -147,7 +147,7 @@ class Mender:
                 await self._sleep(link, pause * (0.75 + 0.5 * self._host.random.random()))
                 if not link.alive or not QUALITY[link.way]:
                     return
-                if link.troubled:
+                if link.troubled or link in self._resuming:
                     continue
                 before = link.way
                 plan = connector.plan(link.peer, linked=True).better_than(before)

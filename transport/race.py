@@ -9,7 +9,7 @@ import attrs
 import trio
 
 from . import deadlines, defaults
-from .errors import ConfigError, PeerUnreachable, RemoteError, WaitExpired
+from .errors import ConfigError, PeerUnreachable, ShoalError, WaitExpired
 from .identity import PeerId
 from .link import Link
 from .network import ByteStream
@@ -109,7 +109,8 @@ class Race:
                     self.won = step
                 winner.append(link)
                 everything.cancel()
-        except (RemoteError, ConfigError) as error:
+        except ShoalError as error:
+            # Ours or theirs: one way that fails does not keep the others from it.
             self.reasons[step] = reason_of(error)
             self.note(Outcome(step.target, False, self.now(), self.reasons[step]))
             if self.on_failure is not None:
