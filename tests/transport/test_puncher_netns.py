@@ -37,7 +37,10 @@ SIGNAL = 0.025
 
 
 class Side:
-    """One host of the lab with what an endpoint has of punching. Its methods are called from the test's thread."""
+    """One host of the lab with what an endpoint has of punching; over IPv6 if it has that.
+
+    Its methods are called from the test's thread.
+    """
 
     def __init__(self, lab: NetLab, host: LabHost, seed: int) -> None:
         self.lab, self.place, self.other = lab, host, self
@@ -57,10 +60,14 @@ class Side:
 
     async def _run(self) -> None:
         host = RealHost()
-        addresses = [Address("tcp", self.place.external or "", PORT), Address("tcp", self.place.four or "", PORT)]
+        if self.place.six is not None:
+            hosts, bind = [self.place.six], "::"
+        else:
+            hosts, bind = [self.place.external or "", self.place.four or ""], "0.0.0.0"
+        addresses = [Address("tcp", each, PORT) for each in hosts]
         self.puncher = Puncher(host, self.peer_id, lambda: addresses, self._incoming)
         self._stop = trio.Event()
-        listener = await host.network.listen(Address("tcp", "0.0.0.0", PORT))
+        listener = await host.network.listen(Address("tcp", bind, PORT))
         async with listener, trio.open_nursery() as nursery:
             self.puncher.nursery = nursery
             self.token = trio.lowlevel.current_trio_token()
@@ -166,6 +173,16 @@ def test_hosts_behind_nats_that_keep_the_port_meet(
         record_property("seconds", seconds)
         print(f"{one}-{other} delay {delay}: {seconds * 1e3:.0f} ms")
         assert seconds < 3 * SIGNAL + 4 * delay + 2 * defaults.PUNCH_ATTEMPT
+        check(a, b, stream)
+
+
+@pytest.mark.parametrize("delay", [0.0, DELAY])
+def test_firewalls_before_public_ipv6_addresses_are_punched_alike(delay: float) -> None:
+    with two("dual", "dual", delay=delay) as (a, b):
+        stream, seconds = a.call(a.punch)
+        assert stream is not None
+        assert ":" in stream.remote.host
+        print(f"dual-dual delay {delay}: {seconds * 1e3:.0f} ms")
         check(a, b, stream)
 
 
