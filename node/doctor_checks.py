@@ -190,16 +190,12 @@ def dial_back(facts: Facts) -> Finding:
 def _advice(facts: Facts) -> str:
     port = facts.listen[0].port if facts.listen else 0
     if facts.mapped and not facts.mapped_trouble:
-        return (
-            "the router says it gives a port (see below), and does not pass on what comes there: look at its firewall"
-        )
+        return "the router gives a port (see below) and passes nothing on to it: look at its firewall settings"
     if not facts.external:
         return f"a firewall drops what comes in: allow TCP and UDP port {port} on this machine"
     if facts.mapped_trouble:
         return f"no port can be forwarded here ({facts.mapped_trouble}); {_relay_advice(facts)}"
-    forward = (
-        f"to be reached directly, switch on UPnP or NAT-PMP at the router, or forward TCP port {port} to this machine"
-    )
+    forward = f"to be reached directly, switch on UPnP or NAT-PMP at the router, or forward TCP port {port} to here"
     return f"{forward}; otherwise {_relay_advice(facts)}"
 
 
