@@ -216,6 +216,26 @@ def test_a_go_that_is_late_is_made_good(late: float, resets: bool) -> None:
         check(a, b, stream)
 
 
+@pytest.mark.parametrize("first", ["offerer", "answerer"])
+def test_the_same_ports_are_punched_again_right_after_a_goodbye(first: str) -> None:
+    """Who closes first keeps the ports busy for a minute: there the listener takes what the other side dials."""
+    with two("cone", "cone", delay=DELAY) as (a, b):
+        for _ in range(3):
+            stream, seconds = a.call(a.punch)
+            assert stream is not None
+            print(f"{first} closes first: {seconds * 1e3:.0f} ms")
+            assert seconds < 1.5
+            time.sleep(0.2)
+            ends = [(a, stream), *((b, each) for each in [*b.punched, *b.accepted])]
+            for side, end in ends if first == "offerer" else reversed(ends):
+                side.call(end.aclose)
+                time.sleep(0.2)
+            for side in (a, b):
+                side.punched.clear()
+                side.accepted.clear()
+            time.sleep(1.0)  # the answerer's attempts at other addresses end
+
+
 @pytest.mark.parametrize(("one", "other"), [("symmetric", "cone"), ("symmetric", "symmetric")])
 def test_a_symmetric_nat_is_given_up_with_a_reason(one: str, other: str) -> None:
     with two(one, other) as (a, _):
