@@ -395,7 +395,7 @@ SIGNAL_TIME = 10.0
 
 # WebRTC (webrtc*.py)
 
-#: Engines (child processes, 45 MB each) at once.
+#: Engines at once: child processes of 71 MB each, of which 32 are theirs alone.
 MAX_WEBRTC = 8
 
 #: Candidates of one end: 3 interfaces × (IPv4, IPv6) × (host, reflexive), and some relayed. Pairs are their product.

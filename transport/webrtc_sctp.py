@@ -7,6 +7,7 @@ acknowledgement a walk over all chunks in flight. Here (scripts/benchmarks/webrt
   are read until there are no more;
 - one acknowledgement per batch that arrived (RFC 9260 6.2 wants one for every second packet at least; receive offload
   makes TCP do the same), so bursts are as long as batches, and slow start grows by what was acknowledged (RFC 3465);
+- CUBIC instead of one more packet per round trip, which takes minutes to fill a long path after a loss;
 - chunks are looked through only while some are missing; three acknowledged ones above a missing one mean it is lost
   (RFC 9002 6.1.1), as acknowledgements are too few to be counted.
 
@@ -46,6 +47,8 @@ _MAX_SEGMENTS = 64
 _MAX_DATAGRAM = 65_000
 #: A later TSN that was acknowledged by this many makes a missing one lost (RFC 9002 6.1.1).
 _REORDERING = 3
+#: RFC 9438 4.1 and 4.6: how fast CUBIC grows (segments per s³), and what is left of a window after a loss.
+_C, _BETA = 0.4, 0.7
 
 
 class BatchedDatagrams:
@@ -195,6 +198,36 @@ class BatchedDatagrams:
         return end - at
 
 
+class Cubic:
+    """Congestion avoidance of RFC 9438, sans-IO: back to the window of the last loss quickly, past it slowly."""
+
+    def __init__(self) -> None:
+        self._most = 0.0
+        self._began: float | None = None
+        self._period = 0.0
+        self._friendly = 0.0
+
+    def lost(self, window: int) -> None:
+        """A packet was lost with ``window`` bytes allowed in flight (4.6, and 4.7: fast convergence)."""
+        self._most = window * (1 + _BETA) / 2 if window < self._most else window
+        self._began = None
+
+    def window(self, window: int, acknowledged: int, now: float, rtt: float) -> int:
+        """The window after ``acknowledged`` bytes (4.2 to 4.4, in bytes instead of segments)."""
+        if self._began is None:
+            self._began = now
+            self._most = max(self._most, window)
+            self._period = ((self._most - window) / USERDATA_MAX_LENGTH / _C) ** (1 / 3)
+            self._friendly = window
+        since = now - self._began + rtt - self._period
+        target = self._most + _C * since**3 * USERDATA_MAX_LENGTH
+        target = min(max(target, window), 1.5 * window)
+        alpha = 3 * (1 - _BETA) / (1 + _BETA) if self._friendly < self._most else 1.0
+        self._friendly += alpha * USERDATA_MAX_LENGTH * acknowledged / window
+        grown = window + (target - window) * acknowledged / window
+        return int(max(grown, self._friendly))
+
+
 class BatchedSctp(RTCSctpTransport):
     """aiortc's association, its sending and acknowledging replaced as this module says."""
 
@@ -203,6 +236,7 @@ class BatchedSctp(RTCSctpTransport):
         self._datagrams: BatchedDatagrams | None = None
         self._advertised_rwnd = defaults.WEBRTC_MAX_FLIGHT
         self._cwnd = defaults.WEBRTC_FIRST_PACKETS * USERDATA_MAX_LENGTH
+        self._cubic = Cubic()
         #: When the chunk that was sent last among those acknowledged was sent.
         self._newest = 0.0
         #: Whether any chunk in flight is marked for retransmission.
@@ -340,27 +374,27 @@ class BatchedSctp(RTCSctpTransport):
         return loss, acknowledged
 
     def _adjust(self, cumulative: int, acknowledged: int, loss: bool) -> None:
-        """The congestion window (RFC 9260 7.2), growing by bytes (RFC 3465)."""
+        """The congestion window: slow start by bytes (RFC 9260 7.2.1, RFC 3465), then CUBIC."""
         recovery: int | None = self._fast_recovery_exit
         if recovery is not None:
             if uint32_gte(cumulative, recovery):
                 self._fast_recovery_exit = None
             return
         if loss:
-            self._ssthresh = max(self._cwnd // 2, 4 * USERDATA_MAX_LENGTH)
+            self._cubic.lost(self._cwnd)
+            self._ssthresh = max(int(self._cwnd * _BETA), 4 * USERDATA_MAX_LENGTH)
             self._cwnd = self._ssthresh
             self._partial_bytes_acked = 0
             self._fast_recovery_exit = self._sent_queue[-1].tsn
             self._fast_recovery_transmit = True
         elif self._cwnd <= self._ssthresh:
             self._cwnd = min(self._cwnd + acknowledged, defaults.WEBRTC_MAX_FLIGHT)
-        else:
-            self._partial_bytes_acked += acknowledged
-            if self._partial_bytes_acked >= self._cwnd:
-                self._partial_bytes_acked -= self._cwnd
-                self._cwnd = min(self._cwnd + USERDATA_MAX_LENGTH, defaults.WEBRTC_MAX_FLIGHT)
+        elif acknowledged:
+            grown = self._cubic.window(self._cwnd, acknowledged, self._clock(), self._srtt or 0.0)
+            self._cwnd = min(grown, defaults.WEBRTC_MAX_FLIGHT)
 
     def _t3_expired(self) -> None:
+        self._cubic.lost(self._cwnd)
         super()._t3_expired()
         self._marked = True
 

@@ -1,0 +1,41 @@
+"""An engine that loses and delays datagrams of data: run in place of Python, with what Python would have been given."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+import sys
+
+from shoal.transport import webrtc_child
+from shoal.transport.webrtc_sctp import BatchedDatagrams
+
+LOST, LATE = 0.02, 0.02
+
+chance = random.Random(7)
+receive = BatchedDatagrams._datagram
+
+
+def lossy(self: BatchedDatagrams, data: bytes, source: tuple[str, int], packets: list[bytes]) -> None:
+    drawn = chance.random()
+    if drawn < LOST:
+        return
+    if drawn < LOST + LATE:
+        late: list[bytes] = []
+
+        def arrive() -> None:
+            receive(self, data, source, late)
+            self.on_packets(late)
+
+        asyncio.get_running_loop().call_later(0.005, arrive)
+        return
+    receive(self, data, source, packets)
+
+
+if __name__ == "__main__":
+    BatchedDatagrams._datagram = lossy  # type: ignore[method-assign]
+    end = socket.socket(fileno=int(sys.argv[-1]))
+    end.setblocking(False)
+    asyncio.run(webrtc_child.serve(end))
+    os._exit(0)
