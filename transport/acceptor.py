@@ -87,10 +87,10 @@ class Acceptor:
                 self._scopes.pop(number, None)
         if link is None:
             return
-        if self._table.full:
-            self._table.refuse(link)
-        else:
+        if self._table.make_room(link):
             self._table.adopt(link)
+        else:
+            self._table.refuse(link)
 
     async def _join(self, stream: ByteStream, got: bytes, way: str) -> None:
         try:

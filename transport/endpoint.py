@@ -338,11 +338,12 @@ class Endpoint:
             try:
                 if method.priority is Priority.CONTROL and not body:
                     result = await call(link, method, request, timeout=left)
-                    break
-                async with exchange(link, method, request, body=body, timeout=left) as reply:
-                    await reply.begin()
-                    begun = True
-                    result = await reply.result()
+                else:
+                    async with exchange(link, method, request, body=body, timeout=left) as reply:
+                        await reply.begin()
+                        begun = True
+                        result = await reply.result()
+                self._answered(link)
                 break
             except LinkClosed:
                 if begun or last or not self._unheard(link):
@@ -368,6 +369,7 @@ class Endpoint:
                     if last or not self._unheard(link):
                         raise
                     continue
+                self._answered(link)
                 yield reply
                 return
 
@@ -381,6 +383,13 @@ class Endpoint:
             return link, max(0.0, end - now)
         size = sum(memoryview(part).nbytes for part in body) if body else 0
         return link, deadlines.call(link.rtt, link.lag, size, link.bandwidth)
+
+    def _answered(self, link: Link) -> None:
+        """It is of use to us: neither a crowd of strangers nor a flood from elsewhere shall take its place."""
+        if not link.useful:
+            link.useful = True
+            if self._acceptor.throttle is not None:
+                self._acceptor.throttle.vouch(link.remote.host)
 
     @staticmethod
     def _unheard(link: Link) -> bool:

@@ -11,11 +11,13 @@ import trio
 from . import defaults
 from .callmux import IncomingCall
 from .errors import LinkClosed, RemoteProtocolError
+from .eviction import Candidate, make_room, relieve
 from .frames import GoodbyeCode
 from .host import Host
 from .identity import PeerId
 from .link import Link
 from .stream import LinkStream
+from .throttle import source_of
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class LinkTable:
         self._host, self._own, self._count = host, own, count
         self._links: dict[PeerId, list[Link]] = {}
         self._sessions: dict[bytes, Link] = {}
+        self._moved = 0  # bytes since what links hold was looked at
 
     def session(self, id: bytes) -> Link | None:
         """The link of a session, by what :class:`SessionSecrets` calls ``id``."""
@@ -79,10 +82,26 @@ class LinkTable:
         link.on_stream = self.on_stream
         link.on_call = self.on_call
         link.on_idle = partial(self._on_idle, link)
+        link.watch(self._note_moved)
         self.nursery.start_soon(self._run, link)
         self.trim()
         for hook in self.on_link:
             hook(link)
+
+    def make_room(self, newcomer: Link) -> bool:
+        """Have another link give way to one from outside where there is no slot; False when none may."""
+        live = self.live()
+        if len(live) < 2 * self.limit:
+            return True
+        candidates = [_candidate(link) for link in live]
+        index, reason = make_room(candidates, source_of(newcomer.remote.host)[0], self._host.now())
+        if index is None:
+            log.info("no slot for %s: %s", newcomer.peer.short, reason)
+            return False
+        log.info("the link to %s gives way to %s: %s", live[index].peer.short, newcomer.peer.short, reason)
+        self._count("links_evicted")
+        self._close(live[index], f"its slot is needed: {reason}", GoodbyeCode.BUSY)
+        return True
 
     def refuse(self, link: Link) -> None:
         """Tell the other side that there is no slot for it."""
@@ -90,11 +109,6 @@ class LinkTable:
         self._count("links_refused")
         self.nursery.start_soon(link.run)
         self.nursery.start_soon(link.aclose, "no slot for another link", GoodbyeCode.BUSY)
-
-    @property
-    def full(self) -> bool:
-        """True when another link from outside must be refused."""
-        return len(self.live()) >= 2 * self.limit
 
     async def say_goodbye(self) -> None:
         """On all links at once."""
@@ -140,7 +154,40 @@ class LinkTable:
         self.trim()
 
     def _close_idle(self, link: Link, reason: str) -> None:
-        assert self.nursery is not None
         self._count("links_closed_idle")
-        link.say_goodbye(reason, GoodbyeCode.IDLE)
-        self.nursery.start_soon(link.aclose, reason, GoodbyeCode.IDLE)
+        self._close(link, reason, GoodbyeCode.IDLE)
+
+    def _close(self, link: Link, reason: str, code: GoodbyeCode) -> None:
+        assert self.nursery is not None
+        link.say_goodbye(reason, code)
+        self.nursery.start_soon(link.aclose, reason, code)
+
+    def _note_moved(self, size: int) -> None:
+        self._moved += size
+        if self._moved >= defaults.HELD_CHECK and self.nursery is not None:
+            self._moved = 0
+            # Not here: a link is in the middle of a record.
+            self.nursery.start_soon(self._relieve)
+
+    async def _relieve(self) -> None:
+        """End links while all together hold too much memory."""
+        live = self.live()
+        while live:
+            index, reason = relieve([_candidate(link) for link in live], defaults.MAX_HELD)
+            if index is None:
+                return
+            link = live.pop(index)
+            log.warning("ends the link to %s: %s", link.peer.short, reason)
+            self._count("links_held_too_much")
+            self._close(link, reason, GoodbyeCode.BUSY)
+
+
+def _candidate(link: Link) -> Candidate:
+    return Candidate(
+        source=source_of(link.remote.host)[0],
+        proven=link.initiator or link.useful,
+        idle=link.idle,
+        opened_at=link.opened_at,
+        last_used=link.last_used,
+        held=link.held,
+    )

@@ -92,11 +92,6 @@ class Mux:
     # What the application does
 
     @property
-    def unread(self) -> int:
-        """Bytes received that nobody has read yet, over all streams."""
-        return sum(self.limits.link_window) - sum(self._allowance) - sum(self._unacknowledged)
-
-    @property
     def streams(self) -> int:
         """Streams that are remembered (neither half-closed nor unread ones are forgotten)."""
         return len(self._streams)

@@ -14,6 +14,8 @@ from .pipe import Pipe
 if TYPE_CHECKING:
     from .address import Address
     from .host import Host
+    from .mux import Mux
+    from .session import Session
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +111,25 @@ class PipeSet:
 
 
 class SeenThroughPipes:
-    """What can be said of a link by looking at its pipes."""
+    """What can be said of a link by looking at its pipes, and at what it holds."""
 
     _pipes: PipeSet
+    _mux: Mux
+    _session: Session
+    #: It has answered calls of this node, which therefore has a use for it.
+    useful = False
+
+    @property
+    def held(self) -> int:
+        """Bytes that this node holds for it: unread, received out of order, sent and not acknowledged."""
+        mux = self._mux  # it counts what the peer may still send, and what was read and not granted anew
+        unread = sum(mux.limits.link_window) - sum(mux._allowance) - sum(mux._unacknowledged)
+        return unread + self._session.held
+
+    def watch(self, note: Callable[[int], None]) -> None:
+        """Have ``note`` told of the bytes of every record, in and out. It must not wait."""
+        self._session.note = note
+
     _host: Host
 
     def _look_now(self) -> None:

@@ -159,12 +159,17 @@ class Inbox:
         return ()
 
 
+def _unwatched(size: int) -> None:
+    """Nobody wants to know."""
+
+
 class Session:
     """Both channels of a link, in both directions. ``windows``: bytes of early records held at most, by channel."""
 
+    #: Told of the bytes of every record, in and out. Must not wait.
+    note: Callable[[int], None] = staticmethod(_unwatched)
+
     def __init__(self, windows: tuple[int, int]) -> None:
-        #: Told of the bytes of every record, in and out. Must not wait.
-        self.note: Callable[[int], None] = lambda size: None
         self.out = (Outbox(), Outbox())
         self.into = (Inbox(windows[0]), Inbox(windows[1]))
 
