@@ -42,15 +42,22 @@ def listening_port_seen(endpoint: Endpoint) -> tuple[tuple[Address, ...], bool]:
     Only connections that come from that port tell: see ``shared_port`` of :meth:`Network.dial`.
     """
     own = endpoint.own_addresses()
-    ports = [address.port for address in own]
-    seen = [
-        link.observed
-        for link in endpoint.links()
-        if link.observed is not None and link.way in ("direct", "reversal", "punch") and link.best.local.port in ports
-    ]
+    ports = list(dict.fromkeys(address.port for address in own))
+    links = [link for link in endpoint.links() if link.observed and link.way in ("direct", "reversal", "punch")]
+    seen = [link.observed for link in links if link.observed and link.best.local.port in ports]
     outer = tuple(dict.fromkeys(address for address in seen if address not in own))
     hosts = [address.host for address in outer]
-    return outer, any(hosts.count(host) > 1 for host in hosts)
+    if any(hosts.count(host) > 1 for host in hosts):
+        return outer, True
+    # Where no connection from that port is up (a dead one holds it for a while), most NATs still keep the port.
+    known = [address.host for address in own]
+    guesses = [
+        Address(link.observed.kind, link.observed.host, port)
+        for link in links
+        for port in ports
+        if link.observed and link.observed.host not in known and link.observed.host not in hosts
+    ]
+    return tuple(dict.fromkeys((*outer, *guesses))), False
 
 
 class Punch(Way):

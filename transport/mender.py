@@ -145,10 +145,10 @@ class Mender:
         try:
             for pause in itertools.chain(defaults.IMPROVE_PAUSES, itertools.repeat(defaults.IMPROVE_PAUSE_MAX)):
                 await self._sleep(link, pause * (0.75 + 0.5 * self._host.random.random()))
+                while link.alive and (link.troubled or link in self._resuming):
+                    await self._sleep(link, defaults.RESUME_PAUSE_MAX)  # first a pipe, then a better one
                 if not link.alive or not QUALITY[link.way]:
                     return
-                if link.troubled or link in self._resuming:
-                    continue
                 before = link.way
                 plan = connector.plan(link.peer, linked=True).better_than(before)
                 race = connector.race(link.peer, plan, partial(self._join, link))

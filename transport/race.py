@@ -9,7 +9,7 @@ import attrs
 import trio
 
 from . import deadlines, defaults
-from .errors import ConfigError, PeerUnreachable, ShoalError, WaitExpired
+from .errors import ConfigError, PeerUnreachable, RemoteRefused, ShoalError, WaitExpired
 from .identity import PeerId
 from .link import Link
 from .network import ByteStream
@@ -18,6 +18,10 @@ from .ways import Way
 
 #: Turns a fresh byte stream, which came about by the named way, into a running link or a further pipe of one.
 Finish: TypeAlias = Callable[[ByteStream, str], Awaitable[Link]]
+
+
+#: Refusals that say nothing about the way itself.
+_PASSING = ("busy", "rate", "glare")
 
 
 class Past:
@@ -112,7 +116,8 @@ class Race:
         except ShoalError as error:
             # Ours or theirs: one way that fails does not keep the others from it.
             self.reasons[step] = reason_of(error)
-            self.note(Outcome(step.target, False, self.now(), self.reasons[step]))
+            if not (isinstance(error, RemoteRefused) and error.code in _PASSING):
+                self.note(Outcome(step.target, False, self.now(), self.reasons[step]))
             if self.on_failure is not None:
                 self.on_failure(step, error)
         failed.set()

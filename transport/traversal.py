@@ -158,7 +158,8 @@ class Traversing:
             self.relay.active = relaying
             log.info("relaying for others" if relaying else "no longer relaying for others")
         self.stun.wanted = self.options.stun and state is Reach.REACHABLE
-        self.reservations.wanted = self.options.reservations if state is Reach.UNREACHABLE else 0
+        if state is not Reach.UNKNOWN:  # while that is found out anew, what we have may be what we are reached by
+            self.reservations.wanted = self.options.reservations if state is Reach.UNREACHABLE else 0
         self._news.set()
 
     async def _tell(self) -> None:

@@ -213,3 +213,28 @@ async def test_two_peers_behind_cone_nats_punch_through(relayed_first: bool) -> 
         back = b.link(a.peer_id)
         assert back is not None
         assert back.way == "punch"
+
+
+async def test_a_punched_link_survives_another_address_of_the_router() -> None:
+    async with nodes(Virtual()) as n:
+        assert isinstance(n.world, Virtual)
+        relay = await node(n, "relay", relay=True)
+        a, b = await node(n, "a", "cone"), await node(n, "b", "cone")
+        for endpoint in (a, b):
+            await endpoint.connect(relay.peer_id, relay.addresses())
+        await settled(relay, a, b)
+        a.learn(b.record())
+        link = await a.connect(b.peer_id)
+        with trio.fail_after(10):
+            while link.way != "punch":
+                await trio.sleep(0.1)
+        n.world.memory.readdress("a", "elsewhere")
+        began = trio.current_time()
+        for _ in range(100):
+            assert await a.call(b.peer_id, ECHO, Text("hi"), timeout=20) == Text("hi")
+            await trio.sleep(0.2)
+        assert trio.current_time() - began < 35
+        assert a.link(b.peer_id) is link
+        with trio.fail_after(90):
+            while link.way != "punch":
+                await trio.sleep(0.1)
