@@ -20,6 +20,7 @@ from shoal.transport.identity import Identity
 from shoal.transport.network import ByteStream
 from shoal.transport.rpc import PROTOCOL
 from shoal.transport.secure import Record, SecureChannel
+from shoal.transport.session import PIPE, Session
 
 from ..sim import tiny
 
@@ -88,6 +89,7 @@ class RawPeer:
 
     def __init__(self, stream: ByteStream, channel: SecureChannel) -> None:
         self.stream, self.channel = stream, channel
+        self.session = Session((1 << 26, 1 << 26))
 
     @classmethod
     async def connect(cls, address: Address) -> RawPeer:
@@ -100,8 +102,14 @@ class RawPeer:
         return cls(stream, channel)
 
     async def say(self, *parts: bytes) -> None:
-        """One record of these bytes."""
-        await self.stream.send_all(self.channel.seal(parts))
+        """One record of control with these bytes."""
+        wire = self.session.compose(0, 0, self.channel.sealer, lambda: parts)
+        assert wire is not None
+        await self.stream.send_all(wire)
+
+    async def say_of_the_pipe(self, frames: bytes) -> None:
+        """One record that concerns the pipe alone."""
+        await self.stream.send_all(self.session.seal(self.channel.sealer, frames))
 
     async def request(self, stream: int, data: bytes, *, end: bool = True) -> None:
         """Open call stream number ``stream`` (1, 2, …) and send ``data`` on it."""
@@ -123,7 +131,8 @@ class RawPeer:
         found = []
         for event in self.channel.receive(data):
             assert isinstance(event, Record)
-            at, record = 0, bytes(event.data)
+            kind, payloads = self.session.receive(event.data)
+            at, record = 0, b"" if kind == PIPE else b"".join(payloads)
             while at < len(record):
                 kind, id, value = HEADER.unpack_from(record, at)
                 at += HEADER.size
