@@ -78,7 +78,7 @@ class BatchedDatagrams:
         """The socket of the pair that ICE nominated; None where that is no plain UDP socket (TURN, another loop)."""
         pair = ice._connection._nominated[1]
         loop = asyncio.get_running_loop()
-        if type(pair.protocol) is not StunProtocol or not isinstance(loop, asyncio.SelectorEventLoop):
+        if pair.local_candidate.type == "relay" or not isinstance(loop, asyncio.SelectorEventLoop):
             return None
         made = cls(pair.protocol, pair.remote_addr, dtls)
         # The transport must not read any more: it would take joined datagrams for one.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -18,7 +22,7 @@ from shoal.transport.stun import classify_mapping
 from shoal.transport.stun_service import StunServer, observe
 from shoal.transport.webrtc import WebRtcAnswerer, WebRtcStream, offer
 from shoal.transport.webrtc_process import ChildEngine
-from shoal.transport.webrtc_signal import IceServers
+from shoal.transport.webrtc_signal import IceServers, TurnServer
 
 pytestmark = [
     pytest.mark.netns,
@@ -123,4 +127,52 @@ async def test_symmetric_nats_on_both_sides_end_in_an_error_that_names_what_was_
 
         with pytest.raises(PeerUnreachable, match="srflx 30.0."):
             await offer(hosts[0], ask, servers)
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def turn_server(lab: NetLab, folder: Path) -> AsyncIterator[TurnServer]:
+    """coturn on a public host of the lab."""
+    public = lab.add("turn", "public")
+    assert public.four is not None
+    arguments = (
+        "turnserver -n --no-cli --no-tls --no-dtls --lt-cred-mech --realm=lab --user=ann:secret "
+        f"--listening-ip={public.four} --relay-ip={public.four} --listening-port=3479 "
+        f"--pidfile={folder}/pid --db={folder}/db --log-file={folder}/log --simple-log"
+    )
+    process = await trio.lowlevel.open_process(
+        lab.command(public, *arguments.split()), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield TurnServer(public.four, 3479, "ann", "secret")
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+
+
+@pytest.mark.skipif(shutil.which("turnserver") is None, reason="no TURN server here (Debian package coturn)")
+async def test_symmetric_nats_meet_through_a_turn_server_that_was_configured(lab: NetLab, tmp_path: Path) -> None:
+    async with turn_server(lab, tmp_path) as turn, trio.open_nursery() as nursery:
+        hosts = []
+        for name in ("alice", "bob"):
+            host = RealHost()
+            host.webrtc = LabEngine(lab, lab.add(name, "symmetric"))
+            hosts.append(host)
+        servers = IceServers(turn=turn)
+        arrived, arrivals = trio.open_memory_channel[ByteStream](1)
+        answerer = WebRtcAnswerer(hosts[1], arrived.send, lambda: servers)
+        await nursery.start(answerer.run)
+
+        async def ask(kind: str, body: bytes) -> bytes:
+            return await answerer.answer(body)
+
+        sent = os.urandom(1 << 20)
+        async with await offer(hosts[0], ask, servers) as ours, await arrivals.receive() as theirs:
+            assert "relay" in ours.how
+            nursery.start_soon(ours.send_all, sent)
+            got = bytearray()
+            while len(got) < len(sent):
+                got += await theirs.receive_some()
+            assert got == sent
         nursery.cancel_scope.cancel()
