@@ -12,6 +12,9 @@ On the wire::
     s se + Hello                        ->
     records                            <->      records
 
+Two that dial each other from their listening ports at the same moment may get one pipe that both have opened (TCP's
+simultaneous open). Both then say message 1; who said the smaller one goes on as the initiator, the other answers it.
+
 The preamble is in the clear so that two versions can tell each other which they speak; the prologue of the handshake
 holds it too, so nobody changes it unnoticed. A :class:`Hello` certifies the X25519 key of its sender with the peer's
 identity key, and offers ciphers. A refusal says why the handshake ends; nobody vouches for it (it may come before any
@@ -23,6 +26,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import attrs
 
@@ -148,9 +152,11 @@ class SecureChannel:
         credentials = credentials or Credentials(identity, entropy)
         static = credentials.at(wall)
         self._hello = credentials.hello(self._ciphers)
-        self._noise = HandshakeState(
-            pattern, initiator=initiator, prologue=self._preamble, static=static, entropy=entropy, psk=psk
+        self._new_noise = partial(
+            HandshakeState, pattern, prologue=self._preamble, static=static, entropy=entropy, psk=psk
         )
+        self._noise = self._new_noise(initiator=initiator)
+        self._first: bytes | None = None  # our message 1, until the other side's first has come
         self._started = False
         self._preamble_sent = False
         self._preamble_read = False
@@ -209,7 +215,8 @@ class SecureChannel:
         self._started = True
         if self.initiator:
             self._say_preamble()
-            self._send(_Frame.MESSAGE, self._noise.write_message())
+            self._first = self._noise.write_message()
+            self._send(_Frame.MESSAGE, self._first)
         return self.outgoing()
 
     def outgoing(self) -> bytes:
@@ -371,6 +378,8 @@ class SecureChannel:
     def _read_frame(self, kind: int, body: bytes) -> None:
         if kind == _Frame.REFUSAL:
             raise self._refused(body)
+        if self._first is not None and self._crossed(body):
+            return
         try:
             payload = self._noise.read_message(body)
         except HandshakeError as error:
@@ -391,6 +400,18 @@ class SecureChannel:
         else:
             self._check_hello(payload)
             self._finish()
+
+    def _crossed(self, body: bytes) -> bool:
+        """The first message that comes to us, who have said message 1: is it a message 1 that we need not answer?"""
+        first, self._first = self._first, None
+        if first is None or len(body) != len(first):
+            return False
+        if body == first:
+            raise self._refuse(_Refusal.OURSELVES, "this is ourselves: our own bytes come back")
+        if body < first:
+            self.initiator = False
+            self._noise = self._new_noise(initiator=False)
+        return self.initiator
 
     def _refused(self, body: bytes) -> HandshakeError:
         try:
@@ -459,7 +480,7 @@ class SecureChannel:
         self._opener = RecordOpener(self._cipher, receiving)
         self._unconfirmed = self.initiator
         # From here on a stolen memory must not give away how the first keys came about.
-        del self._noise
+        del self._noise, self._new_noise
 
 
 def _stranger(got: bytes) -> str:

@@ -502,3 +502,64 @@ def test_a_remembered_certificate_vouches_for_nothing_but_itself(monkeypatch: py
     monkeypatch.setattr(other_key, "hello", credentials.hello)  # Alice's valid words for another key of hers
     wire = _meet(_channel(True, credentials=other_key), _channel(False))
     assert "not certified by the identity it claims" in str(wire.errors[1])
+
+
+# Both have dialled
+
+
+def _talk(one: SecureChannel, other: SecureChannel) -> None:
+    """Carry bytes both ways until nothing is left."""
+    pending = {one: one.start(), other: other.start()}
+    while any(pending.values()):
+        ours, theirs = pending[one], pending[other]
+        if ours:
+            other.receive(ours)
+        if theirs:
+            one.receive(theirs)
+        pending = {one: one.outgoing(), other: other.outgoing()}
+
+
+@pytest.mark.parametrize("psk", [None, b"p" * 32])
+@pytest.mark.parametrize("seed", range(6))
+def test_two_that_both_opened_one_pipe_agree_who_is_the_initiator(seed: int, psk: bytes | None) -> None:
+    one = _channel(True, seed=2 * seed, psk=psk, expected=BOB.peer_id)
+    other = SecureChannel(
+        initiator=True,
+        identity=BOB,
+        entropy=random.Random(seed + 100).randbytes,
+        wall=NOW,
+        expected=ALICE.peer_id,
+        psk=psk,
+        ciphers=NOMINAL_CIPHERS,
+    )
+    _talk(one, other)
+    assert one.established
+    assert other.established
+    assert one.initiator != other.initiator
+    assert one.exporter == other.exporter
+    (record,) = other.receive(one.seal([b"hello"]))
+    assert isinstance(record, Record)
+    assert bytes(record.data) == b"hello"
+    (record,) = one.receive(other.seal([b"hello, you"]))
+    assert isinstance(record, Record)
+    assert bytes(record.data) == b"hello, you"
+
+
+def test_our_own_first_message_that_comes_back_is_refused() -> None:
+    channel = _channel(True)
+    with pytest.raises(HandshakeError, match="our own bytes come back"):
+        channel.receive(channel.start())
+
+
+def test_only_one_first_message_of_the_other_side_is_passed_over() -> None:
+    one = _channel(True, seed=1)
+    start = one.start()
+    frames = len(start) - 36
+    for seed in range(2, 50):
+        rival = _channel(True, seed=seed).start()
+        if rival[frames:] > start[frames:]:
+            one.receive(rival)
+            with pytest.raises(HandshakeError):
+                one.receive(rival[frames:])
+            return
+    raise AssertionError("no larger one in 48")
