@@ -274,6 +274,10 @@ MAX_BODY_PART = 1 << 30
 #: Seconds a handler may run, whatever its caller allows: a day.
 MAX_CALL_TIME = 86_400.0
 
+#: Streams of other protocols than calls that are handled at once for one peer: a place at our relay, and circuits in
+#: both directions (RELAY_CIRCUITS_PER_PEER).
+MAX_HANDLED_STREAMS = 80
+
 #: Calls served at once for one peer; further ones are refused as busy.
 MAX_CALLS_PER_PEER = 256
 

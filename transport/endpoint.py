@@ -108,6 +108,7 @@ class Endpoint:
         self._server = RpcServer(host)
         self._credentials = Credentials(identity, host.entropy)
         self._protocols: dict[str, Callable[[LinkStream], Awaitable[None]]] = {}
+        self._handled: dict[PeerId, int] = {}  # streams that handlers of protocols work on
         self._nursery: trio.Nursery | None = None
         self._own = OwnRecord(identity)
         self.serve(HELLO, self._answer_hello)
@@ -405,25 +406,34 @@ class Endpoint:
             stream.reset(ResetCode.CANCELLED)
             return
         if (handler := self._protocols.get(stream.protocol)) is not None:
-            self._nursery.start_soon(_handle_stream, handler, stream)
+            handled = self._handled.get(stream.peer, 0)
+            if handled >= defaults.MAX_HANDLED_STREAMS:
+                stream.reset(ResetCode.TOO_MANY_STREAMS)
+                return
+            self._nursery.start_soon(self._handle_stream, handler, stream)
+            self._handled[stream.peer] = handled + 1
             return
         scope = trio.CancelScope()
         stream.on_broken = scope.cancel
         self._nursery.start_soon(self._server.handle, stream, scope)
 
-
-async def _handle_stream(handler: Callable[[LinkStream], Awaitable[None]], stream: LinkStream) -> None:
-    try:
-        await handler(stream)
-    except (RemoteError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-        log.info("a stream %s of %s ended: %s", stream.protocol, stream.peer.short, error)
-        stream.reset(ResetCode.CANCELLED)
-    except trio.Cancelled:
-        stream.reset(ResetCode.CANCELLED)
-        raise
-    except Exception:  # boundary: a bug in a handler must not reach the link
-        log.exception("our handler of %s failed for %s", stream.protocol, stream.peer.short)
-        stream.reset(ResetCode.CANCELLED)
+    async def _handle_stream(self, handler: Callable[[LinkStream], Awaitable[None]], stream: LinkStream) -> None:
+        peer = stream.peer
+        try:
+            await handler(stream)
+        except (RemoteError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            log.info("a stream %s of %s ended: %s", stream.protocol, peer.short, error)
+            stream.reset(ResetCode.CANCELLED)
+        except trio.Cancelled:
+            stream.reset(ResetCode.CANCELLED)
+            raise
+        except Exception:  # boundary: a bug in a handler must not reach the link
+            log.exception("our handler of %s failed for %s", stream.protocol, peer.short)
+            stream.reset(ResetCode.CANCELLED)
+        finally:
+            self._handled[peer] -= 1
+            if not self._handled[peer]:
+                del self._handled[peer]
 
 
 async def _shielded_nursery(*, task_status: trio.TaskStatus[trio.Nursery]) -> None:

@@ -27,7 +27,7 @@ from .identity import PeerId
 from .network import ByteStream
 from .signals import PeerRates
 from .stream import LinkStream, StreamBroken
-from .throttle import TokenBucket
+from .throttle import TokenBucket, source_of
 from .wire import pack, printable, unpack
 
 if TYPE_CHECKING:
@@ -183,6 +183,8 @@ async def request(link: Link, protocol: str, message: object) -> LinkStream:
     except StreamBroken as error:
         if error.code == ResetCode.UNKNOWN_PROTOCOL:
             raise RemoteRefused("unknown_protocol", "it does not relay", peer=link.peer.short) from None
+        if error.code == ResetCode.TOO_MANY_STREAMS:
+            raise RemoteRefused("busy", "too many streams to this relay", peer=link.peer.short) from None
         raise
     finally:
         if stream is not None and not granted:
@@ -198,10 +200,11 @@ def admit(
     of_initiator: int,
     of_target: int,
     of_source: int,
+    of_both: int = 0,
 ) -> tuple[str, str]:
     """(code, reason) for a circuit; an empty code grants it. Counts are of circuits open now.
 
-    ``of_source``: of those that were asked for from the initiator's address.
+    ``of_source``: of those that were asked for from the initiator's address; ``of_both``: of these, to that target.
     """
     if not reserved:
         return "no_reservation", "that peer holds no reservation here"
@@ -213,9 +216,16 @@ def admit(
         return "busy", f"your {limits.circuits_per_peer} circuits are in use"
     if of_target >= limits.circuits_per_peer:
         return "busy", f"that peer's {limits.circuits_per_peer} circuits are in use"
+    if of_both >= (limits.circuits_per_peer + 1) // 2:
+        return "busy", f"half of that peer's {limits.circuits_per_peer} circuits go to your address"
     if of_source >= limits.circuits_per_source:
         return "busy", f"{limits.circuits_per_source} circuits to your address are in use"
     return "", ""
+
+
+def _source(stream: LinkStream) -> str:
+    """Where the peer of ``stream`` comes from: an IPv6 customer's whole network is one."""
+    return source_of(stream.link.remote.host)[0]
 
 
 class RelayServer:
@@ -229,6 +239,9 @@ class RelayServer:
         self._active = False
         self._reserved: dict[PeerId, LinkStream] = {}
         self._circuits: dict[tuple[LinkStream, LinkStream], tuple[PeerId, PeerId]] = {}
+        #: Who asked, and for whom, in the order of asking: circuits, and those that are only being opened. Counted
+        #: from the moment they are granted, or many that ask at once would all be granted.
+        self._asked: dict[LinkStream, tuple[PeerId, PeerId]] = {}
         self._rates = PeerRates(limits.rate, limits.burst)
         self._total = TokenBucket(limits.total_rate, limits.total_burst, endpoint.host.now())
         endpoint.serve_streams(RESERVE_PROTOCOL, self._serve_reservation)
@@ -287,14 +300,15 @@ class RelayServer:
 
     def _from_source(self, stream: LinkStream) -> int:
         """Reservations of peers at the address where ``stream`` comes from."""
-        host = stream.link.remote.host
-        return sum(held.link.remote.host == host for held in self._reserved.values())
+        source = _source(stream)
+        return sum(_source(held) == source for held in self._reserved.values())
 
     async def _serve_circuit(self, stream: LinkStream) -> None:
         wanted = await receive_message(stream, Circuit, deadlines.request_header(stream.link.rtt, stream.link.lag))
         initiator, target = stream.peer, wanted.target
         held = self._reserved.get(target)
-        ends = list(self._circuits.values())
+        ends = list(self._asked.values())
+        near = [pair for asked, pair in self._asked.items() if _source(asked) == _source(stream)]
         code, reason = "no_relay", "this node does not relay"
         if self._active:
             code, reason = admit(
@@ -304,24 +318,35 @@ class RelayServer:
                 circuits=len(ends),
                 of_initiator=sum(initiator in pair for pair in ends),
                 of_target=sum(target in pair for pair in ends),
-                of_source=sum(asked.link.remote.host == stream.link.remote.host for asked, _ in self._circuits),
+                of_source=len(near),
+                of_both=sum(target == pair[1] for pair in near),
             )
-        onward: LinkStream | None = None
-        if not code:
+        if code:
+            await self._refuse(stream, code, reason)
+            return
+        self._asked[stream] = (initiator, target)
+        try:
             assert held is not None
-            seconds = deadlines.request_header(held.link.rtt, held.link.lag)
-            try:
-                with trio.move_on_after(seconds):
-                    onward = await held.link.open_stream(RELAYED_PROTOCOL, Priority.BULK)
-            except RemoteError as error:
-                code, reason = "not_linked", error.message
-            if not code and onward is None:
-                code, reason = "busy", f"no stream to that peer within {seconds:.0f} s"
+            await self._open_circuit(stream, held, (initiator, target))
+        finally:
+            del self._asked[stream]
+
+    async def _open_circuit(self, stream: LinkStream, held: LinkStream, peers: tuple[PeerId, PeerId]) -> None:
+        code, reason = "", ""
+        onward: LinkStream | None = None
+        seconds = deadlines.request_header(held.link.rtt, held.link.lag)
+        try:
+            with trio.move_on_after(seconds):
+                onward = await held.link.open_stream(RELAYED_PROTOCOL, Priority.BULK)
+        except RemoteError as error:
+            code, reason = "not_linked", error.message
+        if not code and onward is None:
+            code, reason = "busy", f"no stream to that peer within {seconds:.0f} s"
         if onward is None:
             await self._refuse(stream, code, reason)
             return
         pair = (stream, onward)
-        self._circuits[pair] = (initiator, target)
+        self._circuits[pair] = peers
         self.opened += 1
         try:
             await send_message(stream, RelayAnswer(""))
