@@ -19,7 +19,7 @@ import attrs
 
 from . import defaults
 from .address import Address
-from .errors import ConfigError, DecodeError, ProtocolMisuse
+from .errors import DecodeError, ProtocolMisuse
 
 COOKIE = 0x2112A442
 BINDING = 0x001
@@ -30,9 +30,6 @@ MAPPED_ADDRESS = 0x0001
 ERROR_CODE = 0x0009
 UNKNOWN_ATTRIBUTES = 0x000A
 FINGERPRINT = 0x8028
-#: Ours, from the range of RFC 8489 for anybody (18.3: 0xC000-0xFFFF, first come): the text form of an address that is
-#: not IP. Only the memory network has such addresses. It need not be understood.
-TEXT_ADDRESS = 0xCB0A
 #: Attributes that a server must understand (below 0x8000) and does: those of RFC 8489 18.3. All but the first few speak
 #: of authentication, which we do not ask for and therefore pass over (RFC 8489 6.3.1).
 UNDERSTOOD = frozenset((0x0001, 0x0006, 0x0008, 0x0009, 0x000A, 0x0014, 0x0015, 0x001C, 0x001D, 0x001E, 0x0020))
@@ -110,9 +107,7 @@ def _fingerprint(before: bytes) -> bytes:
 
 
 def xor_address(address: Address, transaction: bytes) -> tuple[int, bytes]:
-    """The attribute that carries ``address`` (RFC 8489 14.2; our own text form for what is not IP)."""
-    if address.kind != "tcp":
-        return TEXT_ADDRESS, str(address).encode()
+    """The attribute that carries ``address``, an IP one (RFC 8489 14.2)."""
     host = ipaddress.ip_address(address.host.partition("%")[0]).packed
     head = struct.pack("!BBH", 0, 1 if len(host) == 4 else 2, address.port ^ COOKIE >> 16)
     return XOR_MAPPED_ADDRESS, head + _xor(host, transaction)
@@ -124,11 +119,6 @@ def _xor(host: bytes, transaction: bytes) -> bytes:
 
 def mapped_address(message: StunMessage) -> Address:
     """Where a success answer says the request came from. Raises :class:`DecodeError`."""
-    if (text := message.first(TEXT_ADDRESS)) is not None:
-        try:
-            return Address.parse(text[:80].decode())
-        except (UnicodeDecodeError, ConfigError) as error:
-            raise DecodeError(f"STUN answer with a bad address: {error}") from None
     value = message.first(XOR_MAPPED_ADDRESS)
     plain = value is None
     if value is None:

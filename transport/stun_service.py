@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class SourceLimit:
     """Token buckets per source, sans-IO: ``rate`` a second after ``burst`` at once, for ``sources`` sources at most.
 
-    A source is an IPv4 address, an IPv6 /64 (what one customer has), or a host of the memory network. When the table is
+    A source is an IPv4 address or an IPv6 /64 (what one customer has). When the table is
     full the source unheard longest is forgotten; it starts anew with a full bucket. All sources together are bounded by
     a bucket of their own, as the source of a datagram can be forged.
     """
@@ -53,7 +53,7 @@ class SourceLimit:
 
 
 def _source_key(source: Address) -> str:
-    if source.kind != "tcp" or ":" not in source.host:
+    if ":" not in source.host:
         return source.host
     return ipaddress.ip_address(source.host.partition("%")[0]).packed[:8].hex()
 

@@ -121,13 +121,6 @@ def test_every_source_is_told_its_own_address(source: Address, transaction: byte
     assert stun.read_answer(answered, bytes(12) if any(transaction) else b"\1" * 12) is None
 
 
-def test_an_address_of_the_memory_network_travels_as_text() -> None:
-    source = Address("mem", "n7", 9)
-    answered = stun.answer(stun.request(TRANSACTION), source)
-    assert answered is not None
-    assert stun.read_answer(answered, TRANSACTION) == source
-
-
 @given(st.lists(st.tuples(st.integers(0, 0xFFFF), st.binary(max_size=40)), max_size=20))
 def test_no_request_is_answered_with_more_than_the_constant_above_its_own_length(
     attributes: list[tuple[int, bytes]],

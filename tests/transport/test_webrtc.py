@@ -140,6 +140,26 @@ async def test_half_an_end_leaves_the_other_direction_open() -> None:
             assert await ours.receive_some() == b""
 
 
+async def test_bytes_are_received_into_a_buffer_until_the_end_and_not_after_a_close() -> None:
+    async with pair() as made:
+        ours, theirs = await made.connect()
+        async with ours, theirs:
+            ours.allow_unsent(32 << 10)
+            await ours.send_all(b"abcdef")
+            await ours.send_eof()
+            buffer = bytearray(4)
+            assert await theirs.receive_into(memoryview(buffer)) == 4
+            assert await theirs.receive_into(memoryview(buffer)) == 2
+            assert bytes(buffer) == b"efcd"
+            assert await theirs.receive_into(memoryview(buffer)) == 0
+        with pytest.raises(trio.ClosedResourceError):
+            await theirs.receive_into(memoryview(buffer))
+        with pytest.raises(trio.ClosedResourceError):
+            await theirs.receive_some()
+        with pytest.raises(trio.ClosedResourceError):
+            await theirs.send_all(b"x")
+
+
 async def test_what_was_sent_before_a_close_still_arrives() -> None:
     async with pair() as made:
         ours, theirs = await made.connect()
@@ -334,3 +354,12 @@ async def test_a_host_without_webrtc_says_so() -> None:
         made.here.webrtc = None
         with pytest.raises(PeerUnreachable, match="no WebRTC"):
             await offer(made.here, made.ask, IceServers(), interfaces=LOOPBACK)
+
+
+async def test_a_host_loads_nothing_of_webrtc_itself() -> None:
+    code = (
+        "import sys\nfrom shoal.transport.host import RealHost\nimport shoal.transport.webrtc\nRealHost()\n"
+        "print([name for name in ('aiortc', 'aioice', 'av', 'asyncio', 'OpenSSL') if name in sys.modules])"
+    )
+    done = await trio.run_process([sys.executable, "-c", code], capture_stdout=True)
+    assert done.stdout.strip() == b"[]"

@@ -15,19 +15,23 @@ from shoal.transport.webrtc import WebRtcStream
 from shoal.transport.webrtc_process import ChildEngine
 from shoal.transport.webrtc_sctp import USERDATA_MAX_LENGTH, Cubic
 
-from .test_webrtc import pair
+from .test_webrtc import pair, receive_forever, send_forever
 
 
-class LossyEngine(ChildEngine):
+class OddEngine(ChildEngine):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
     def interpreter(self) -> list[str]:
-        return [sys.executable, str(Path(__file__).with_name("lossy_engine.py"))]
+        return [sys.executable, str(Path(__file__).with_name("odd_engine.py")), self.how]
 
 
 @pytest.mark.process
 async def test_bytes_arrive_in_order_though_one_in_25_datagrams_is_lost_or_late_in_each_direction() -> None:
     sent = os.urandom(1 << 20)
     async with pair() as made:
-        made.here.webrtc, made.there.webrtc = LossyEngine(), LossyEngine()
+        made.here.webrtc, made.there.webrtc = OddEngine("lossy"), OddEngine("lossy")
         ours, theirs = await made.connect()
         async with ours, theirs:
 
@@ -46,6 +50,27 @@ async def test_bytes_arrive_in_order_though_one_in_25_datagrams_is_lost_or_late_
                 nursery.start_soon(send, theirs, sent[::-1])
                 nursery.start_soon(receive, theirs, sent)
                 nursery.start_soon(receive, ours, sent[::-1])
+
+
+@pytest.mark.process
+async def test_a_far_side_that_sends_more_than_was_asked_for_loses_the_connection() -> None:
+    async with pair() as made:
+        made.here.webrtc = OddEngine("greedy")
+        ours, theirs = await made.connect()
+        async with ours, theirs:
+            with pytest.raises(trio.BrokenResourceError):
+                await send_forever(ours)  # nobody reads: the window and the socket fill, and more is sent
+            assert memory(theirs.engine.pid) < 200 << 20
+            with pytest.raises(trio.BrokenResourceError, match="more bytes on a WebRTC channel than were asked for"):
+                await receive_forever(theirs)
+
+
+def memory(pid: int) -> int:
+    """Resident bytes of a process; none where it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def grown(cubic: Cubic, window: int, began: float, seconds: float, rtt: float) -> int:

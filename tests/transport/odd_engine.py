@@ -1,4 +1,7 @@
-"""An engine that loses and delays datagrams of data: run in place of Python, with what Python would have been given."""
+"""Engines that misbehave: run in place of Python, with how, and with what Python would have been given.
+
+``lossy``: loses and delays datagrams of data. ``greedy``: sends without being asked for more.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import socket
 import sys
 
 from shoal.transport import webrtc_child
+from shoal.transport.webrtc_flow import ChannelFlow
 from shoal.transport.webrtc_sctp import BatchedDatagrams
 
 LOST, LATE = 0.02, 0.02
@@ -34,7 +38,11 @@ def lossy(self: BatchedDatagrams, data: bytes, source: tuple[str, int], packets:
 
 
 if __name__ == "__main__":
-    BatchedDatagrams._datagram = lossy  # type: ignore[method-assign]
+    match sys.argv[1]:
+        case "lossy":
+            BatchedDatagrams._datagram = lossy  # type: ignore[method-assign]
+        case "greedy":
+            ChannelFlow.credit = property(lambda self: 1 << 30)  # type: ignore[assignment, method-assign]
     end = socket.socket(fileno=int(sys.argv[-1]))
     end.setblocking(False)
     asyncio.run(webrtc_child.serve(end))
