@@ -124,3 +124,7 @@ SNAPSHOT_CONTACTS = MAX_LOST
 
 #: Bytes of a snapshot that is read back.
 MAX_SNAPSHOT = 1 << 28
+
+#: Seconds that the other addresses of a ticket get once one of them has answered. In networks that are not ours nobody
+#: answers, and a dial gives up after 10 s; a second way in within this time is welcome.
+BOOTSTRAP_GRACE = 0.5

@@ -126,10 +126,30 @@ class Dht:
         failures: list[tuple[str, str, bool]] = []
         limit = trio.CapacityLimiter(defaults.ALPHA_MAX)
 
+        async def attempt_addresses() -> None:
+            """One way in is enough: a ticket's other addresses may be in networks that are not here, where nobody says
+            no. They get a moment more.
+            """
+            async with trio.open_nursery() as dials:
+
+                async def first_answer() -> None:
+                    await answered.wait()
+                    await trio.sleep(defaults.BOOTSTRAP_GRACE)
+                    dials.cancel_scope.cancel()
+
+                async with trio.open_nursery() as attempts:
+                    dials.start_soon(first_answer)
+                    for address in addresses:
+                        attempts.start_soon(attempt, str(address), partial(identify, address))
+                dials.cancel_scope.cancel()
+
+        answered = trio.Event()
+
         async def attempt(name: str, reach: Callable[[], Awaitable[PeerId]]) -> None:
             async with limit:
                 try:
                     await self._ping(await reach())
+                    answered.set()
                 except PeerUnreachable as error:
                     failures.append((name, error.reason, error.lasting))
                 except (RemoteError, Overloaded) as error:
@@ -145,8 +165,7 @@ class Dht:
             return (await self.endpoint.connect(peer, known.addresses, timeout=self._walker.patience(peer))).peer
 
         async with trio.open_nursery() as nursery:
-            for address in addresses:
-                nursery.start_soon(attempt, str(address), partial(identify, address))
+            nursery.start_soon(attempt_addresses)
             for peer in lost:
                 nursery.start_soon(attempt, peer.short, partial(connect, peer))
         return failures

@@ -37,10 +37,10 @@ def peers(options: argparse.Namespace) -> int:
     elif not found.peers:
         _say("no links: this node is alone so far (`shoal status` shows its ticket)")
     else:
-        rows = [("PEER", "ADDRESS", "LINK", "CIPHER", "RTT", "SENT", "RECEIVED", "ROUND")]
+        rows = [("PEER", "ADDRESS", "WAY", "LINK", "CIPHER", "RTT", "SENT", "RECEIVED", "ROUND")]
         rows += [
             (
-                peer.peer[:8], peer.address, peer.direction, peer.cipher, f"{peer.rtt_ms:.1f} ms",
+                peer.peer[:8], peer.address, peer.way, peer.direction, peer.cipher, f"{peer.rtt_ms:.1f} ms",
                 size(peer.bytes_sent), size(peer.bytes_received), "member" if peer.member else "-",
             )
             for peer in found.peers

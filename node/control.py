@@ -112,7 +112,10 @@ class NodeHealth:
 
 @attrs.frozen
 class PeerInfo:
-    """One live link. ``direction``: ``out`` when we dialled. ``rtt_ms``: smoothed. ``member``: in our round."""
+    """One live link. ``direction``: ``out`` when we dialled. ``rtt_ms``: smoothed. ``member``: in our round.
+
+    ``way``: how the peer is reached (direct, reversal, punch, webrtc, relay), ``reason``: why so.
+    """
 
     peer: str
     address: str
@@ -122,6 +125,8 @@ class PeerInfo:
     bytes_sent: int
     bytes_received: int
     member: bool
+    way: str = "direct"
+    reason: str = ""
 
 
 @attrs.frozen

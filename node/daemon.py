@@ -39,6 +39,7 @@ from .datadir import DataDir, NodeRecord
 from .health import health_of
 from .lifetime import Lifetime
 from .node import Node, NodeConfig
+from .reach import reach_of
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class Daemon:
             if self._options.leash:
                 nursery.start_soon(self._life.hold_leash)
             nursery.start_soon(self._keep_snapshot)
+            nursery.start_soon(self._watch_reach)
             try:
                 async with trio.open_nursery() as inner:
                     inner.start_soon(self._ready)
@@ -134,6 +136,17 @@ class Daemon:
         with trio.move_on_after(defaults.GOODBYE / 2):
             await self._events.drained()
         self._console.ended(outcome, reason)
+
+    async def _watch_reach(self) -> None:
+        """Say who can connect when that becomes known, or changes: nobody looks at `status` all the time."""
+        await self.node.taking_part.wait()
+        said = reach_of(self.node.endpoint)
+        while True:
+            await trio.sleep(defaults.REACH_LOOK)
+            now = reach_of(self.node.endpoint)
+            if now[0] != said[0]:
+                said = now
+                self._console.note(f"reach      {now[1]}")
 
     async def _keep_snapshot(self) -> None:
         while True:

@@ -42,6 +42,9 @@ BOOTSTRAP_RETRY_MAX = 15.0
 #: Seconds `join` tries the addresses of a ticket before it gives up. A founder that boots needs about 10.
 JOIN_TIMEOUT = 60.0
 
+#: Seconds between two looks at who can reach the node.
+REACH_LOOK = 1.0
+
 #: Seconds between two writes of what the node knows of the swarm to the data directory.
 SNAPSHOT_INTERVAL = 60.0
 

@@ -32,6 +32,7 @@ class Traffic:
 
 def peer_infos(endpoint: Endpoint, members: Sequence[str] = ()) -> tuple[PeerInfo, ...]:
     """The live links, by peer. ``members``: text of the peers in our round."""
+    reasons = {(connection.peer, connection.remote): connection.reason for connection in endpoint.connections()}
     return tuple(
         PeerInfo(
             peer=link.peer.text,
@@ -42,6 +43,8 @@ def peer_infos(endpoint: Endpoint, members: Sequence[str] = ()) -> tuple[PeerInf
             bytes_sent=link.bytes_sent,
             bytes_received=link.bytes_received,
             member=link.peer.text in members,
+            way=link.way,
+            reason=reasons.get((link.peer, link.remote), ""),
         )
         for link in sorted(endpoint.links(), key=lambda link: link.peer)
     )

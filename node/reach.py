@@ -49,4 +49,6 @@ def reach_of(endpoint: Endpoint, remedy: str = REMEDY) -> tuple[str, str]:
         if relays:
             return "relay", f"anybody, through the relay {' and '.join(relays)}; not directly: {verdict.reason}"
         return "network", f"this machine and its local network: {verdict.reason}. {remedy}"
+    if scope != "internet" and endpoint.links():
+        return scope, "not known yet: others are asked whether they can dial this machine"
     return scope, sentence

@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from ..transport.address import Address
+from ..transport.address import Address, scope_of
 from ..transport.errors import ConfigError, RemoteError
 from ..transport.host import Host, RealHost
 from ..transport.identity import Identity
@@ -162,7 +162,8 @@ class RelayDaemon:
         say(f"{PRIVATE if node.psk else OPEN}  {node.identity.peer_id.short}, data in {self._data.path}")
         say(f"reach  {node.reach()[1]}")
         say("others begin with it:")
-        for address in node.addresses():
+        addresses = node.addresses()
+        for address in [a for a in addresses if scope_of(a) != "loopback"] or addresses:
             say(f"  shoal start TASK --via {address}")
         if node.psk is not None:
             say(f"it answers only who has its key, which is in {self._data.swarm_key_path} or in the swarm's tickets")
