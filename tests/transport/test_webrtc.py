@@ -274,15 +274,18 @@ async def test_engines_end_when_their_parent_is_killed() -> None:
     )
     root = str(Path(__file__).parents[2])
     process = await trio.lowlevel.open_process([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=root)
-    assert process.stdout is not None
-    line = b""
-    while not line.endswith(b"\n"):
-        line += await process.stdout.receive_some()
-    pids = [int(word) for word in line.split()]
-    assert len(pids) == 2
-    assert all(exists(pid) for pid in pids)
-    process.kill()
-    await process.wait()
+    try:
+        assert process.stdout is not None
+        line = b""
+        while not line.endswith(b"\n"):
+            line += await process.stdout.receive_some()
+        pids = [int(word) for word in line.split()]
+        assert len(pids) == 2
+        assert all(exists(pid) for pid in pids)
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
     with trio.fail_after(5):
         while any(exists(pid) for pid in pids):
             await trio.sleep(0.02)
