@@ -15,7 +15,7 @@ import attrs
 import trio
 
 from . import deadlines, defaults
-from .address import Address, scope_of
+from .address import Address, family_of, scope_of
 from .errors import ConfigError, LinkClosed, RemoteError, RemoteRefused, WaitExpired
 from .identity import PeerId
 from .race import reason_of
@@ -78,6 +78,12 @@ def permitted(address: Address, seen: Address) -> bool:
 
 def _local(address: Address) -> bool:
     return scope_of(address) in ("private", "link", "loopback")
+
+
+def no_proof(own: Sequence[Address], address: Address) -> str:
+    """Why a failure from a machine with ``own`` addresses would say nothing of ``address``; empty: it would."""
+    outer = [family_of(other) for other in own if scope_of(other) != "loopback"]
+    return f"there is no {family_of(address)} here" if outer and family_of(address) not in outer else ""
 
 
 async def prove(stream: ByteStream, channel: SecureChannel, seconds: float) -> None:
@@ -186,6 +192,9 @@ class DialBackService:
 
         async def one(address: Address) -> None:
             endpoint = self._endpoint
+            if reason := no_proof(endpoint.own_addresses(), address):
+                found[address] = Dialled(address, "not_tried", endpoint.peer_id, reason)
+                return
             try:
                 lag = endpoint.lag.value(endpoint.host.now())
                 seconds = deadlines.dial_once(lag)

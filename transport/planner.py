@@ -120,7 +120,8 @@ def plan(
     known = record.addresses if record is not None else ()
     relays = record.relays if record is not None else ()
     vias = _vias(own, peer, relays, skipped)
-    hidden = bool(vias)
+    # Who serves others is reachable, and keeps a place at a relay for those of the other IP version.
+    hidden = bool(vias) and not (record is not None and record.services)
     common = vias or [helper for helper in helpers if helper.peer not in (peer, own.peer)]
     if linked:
         common = [RelayAddress(peer, ())]

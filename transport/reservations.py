@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import trio
@@ -30,6 +30,11 @@ def relay_address(record: PeerRecord, dialled: Address | None) -> RelayAddress:
             chosen.append(address)
     chosen += [address for address in ranked if address not in chosen]
     return RelayAddress(record.peer, tuple(chosen[: defaults.MAX_RELAY_ADDRESSES]))
+
+
+def one_version_only(addresses: Sequence[Address]) -> bool:
+    """Whether strangers of the other IP version need a relay to reach who has ``addresses``."""
+    return len(dict.fromkeys(family_of(a) for a in addresses if a.kind != "mem" and scope_of(a) == "public")) == 1
 
 
 class Reservations:
@@ -60,7 +65,11 @@ class Reservations:
         self._kick.set()
 
     def candidates(self) -> list[PeerRecord]:
-        """Relays that we know, the nearest we are linked with first; without those that refused lately."""
+        """Relays that we know, without those that refused lately: those with both IP versions first, then the nearest
+        we are linked with.
+
+        An IPv6-only peer can use no relay that has only IPv4.
+        """
         endpoint = self._endpoint
         now = endpoint.host.now()
         nearness = {link.peer: link.rtt for link in endpoint.links() if link.way not in ("relay", "webrtc")}
@@ -71,7 +80,9 @@ class Reservations:
             and record.peer != endpoint.peer_id
             and self._not_before.get(record.peer, now) <= now
         ]
-        return sorted(known, key=lambda record: nearness.get(record.peer, float("inf")))
+        return sorted(
+            known, key=lambda record: (one_version_only(record.addresses), nearness.get(record.peer, float("inf")))
+        )
 
     async def run(self) -> None:
         """Until cancelled."""

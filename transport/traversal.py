@@ -18,7 +18,7 @@ from .mender import Mender
 from .planner import OwnReach, Reach
 from .reachability import Reachability
 from .relay import RELAYED_PROTOCOL, RelayedStream, RelayLimits, RelayServer
-from .reservations import Reservations, relay_address
+from .reservations import Reservations, one_version_only, relay_address
 from .rpc import Call, Method, exchange
 from .signals import Signals
 from .stun_serving import StunServing
@@ -38,7 +38,8 @@ class Traversal:
     """What a node does to be reached, and for others. The default is right for a real node.
 
     ``ways``: those it may use beside direct dialling; ``relay``: relay for others, None: as soon as strangers can dial
-    us; ``reservations``: places it keeps at relays while they cannot; ``dial_back``: ask others to dial us; ``limits``:
+    us; ``reservations``: places it keeps at relays while they cannot, or by one IP version only;
+    ``dial_back``: ask others to dial us; ``limits``:
     of relaying; ``turn``: a TURN server for WebRTC; ``stun``: answer STUN at our listening port while strangers can
     dial us.
     """
@@ -159,7 +160,8 @@ class Traversing:
             log.info("relaying for others" if relaying else "no longer relaying for others")
         self.stun.wanted = self.options.stun and state is Reach.REACHABLE
         if state is not Reach.UNKNOWN:  # while that is found out anew, what we have may be what we are reached by
-            self.reservations.wanted = self.options.reservations if state is Reach.UNREACHABLE else 0
+            unseen = state is Reach.UNREACHABLE or one_version_only(self._endpoint.addresses())
+            self.reservations.wanted = self.options.reservations if unseen else 0
         self._news.set()
 
     async def _tell(self) -> None:

@@ -7,12 +7,13 @@ import trio
 
 from shoal.transport import defaults
 from shoal.transport.address import Address
-from shoal.transport.dialback import DIAL_BACK, DIAL_FOR, DialBack, DialFor, Dialled, permitted
+from shoal.transport.dialback import DIAL_BACK, DIAL_FOR, DialBack, DialFor, Dialled, no_proof, permitted
 from shoal.transport.endpoint import Endpoint
 from shoal.transport.errors import RemoteRefused
 from shoal.transport.identity import Identity
 from shoal.transport.planner import Reach
 from shoal.transport.reachability import Observation, Trial, candidates, judge
+from shoal.transport.reservations import one_version_only
 from shoal.transport.traversal import Traversal
 
 from .harness import Real, Virtual, World, nodes
@@ -114,6 +115,29 @@ def test_a_peer_is_asked_for_what_it_can_know() -> None:
     assert candidates(own, (), at("192.168.1.7:50000")) == [OWN]
     assert candidates(own, (at("198.51.100.7:9"),), at("198.51.100.7:50000")) == [at("198.51.100.7:9"), OUTER]
     assert candidates(own[2:], (), at("127.0.0.1:50000")) == [own[2]]
+
+
+@pytest.mark.parametrize(
+    ("own", "address", "proves"),
+    [
+        ((OUTER,), OUTER, True),
+        ((OUTER,), OWN6, False),
+        ((OWN6, at("127.0.0.1:4001")), OUTER, False),
+        ((OWN6, OUTER), OWN6, True),
+        # a node on loopback alone may dial out all the same; and who listens nowhere, too
+        ((at("127.0.0.1:4001"),), OWN6, True),
+        ((), OUTER, True),
+    ],
+)
+def test_who_lacks_an_ip_version_proves_nothing_of_it(own: tuple[Address, ...], address: Address, proves: bool) -> None:
+    assert (no_proof(own, address) == "") is proves
+
+
+def test_who_is_public_by_one_ip_version_alone_needs_a_relay_for_the_others() -> None:
+    public6 = at("[2a00:30::7]:4001")
+    assert one_version_only((OUTER, OWN)) and one_version_only((public6,))
+    assert not one_version_only((OUTER, public6))
+    assert not one_version_only((OWN,)) and not one_version_only((at("mem://n7:1"),)), "nobody is public there"
 
 
 def reach(endpoint: Endpoint) -> Reach:
