@@ -332,6 +332,7 @@ class Link(SeenThroughPipes, CarriesCalls):
 
     def _record(self, pipe: Pipe, record: memoryview) -> None:
         """What an authenticated record says; nonsense in it is the peer's fault and ends the link."""
+        retired_before = pipe.peer_retired
         try:
             kind, payloads = self._session.receive(record)
             for payload in payloads:
@@ -344,7 +345,7 @@ class Link(SeenThroughPipes, CarriesCalls):
             self._end(goodbye)
         except RemoteProtocolError as error:
             self._end(type(error)(error.message, peer=self.peer.short))
-        if not pipe.confirmed or pipe.suspect:
+        if not pipe.confirmed or pipe.suspect or pipe.peer_retired is not retired_before:
             pipe.confirmed, pipe.suspect = True, False
             self._pipes.elect()
         self._changed()

@@ -65,7 +65,8 @@ class PipeSet:
         usable = self.usable
         if not usable:
             return False
-        best = min(usable, key=lambda pipe: (pipe.suspect, pipe.bulk_only, pipe.rank, pipe.index))
+        # What the peer has retired still carries what we send, but no answer comes back on it.
+        best = min(usable, key=lambda pipe: (pipe.suspect, pipe.peer_retired, pipe.bulk_only, pipe.rank, pipe.index))
         if best is not self.best:
             before, self.best = self.best, best
             if before in self.all or before.way != best.way:
