@@ -519,6 +519,10 @@ MAX_PUNCH_RTT = 3.0
 #: Offers answered, or holes being punched for others, at once.
 MAX_PUNCHES = 16
 
+#: The same per second, and at once, for one peer, for one common peer, and in all. An offer of a liar makes us knock at
+#: six addresses of somebody else's, up to MAX_PUNCH_REFUSALS times each: 20 kB for a message of 400 bytes.
+PUNCH_ASKED, PUNCH_ASKED_VIA, PUNCH_ASKED_TOTAL = (0.2, 4.0), (0.5, 8.0), (1.0, 32.0)
+
 #: Addresses that one dial-back may try.
 MAX_DIAL_BACK = 4
 
@@ -599,8 +603,9 @@ RESUME_PAUSE, RESUME_PAUSE_MAX = 0.25, 2.0
 IMPROVE_PAUSES = (1.0, 5.0, 30.0, 120.0)
 IMPROVE_PAUSE_MAX = 600.0
 
-#: WebRTC offers per second, and at once, that one peer may have answered: each starts a process.
-WEBRTC_ANSWER_RATE, WEBRTC_ANSWER_BURST = 0.02, 3.0
+#: WebRTC offers per second, and at once, that are answered for one peer, for one common peer, and in all: each starts a
+#: process that takes half a second of CPU and one of MAX_WEBRTC places. No common peer takes more than half of those.
+WEBRTC_ASKED, WEBRTC_ASKED_VIA, WEBRTC_ASKED_TOTAL = (0.02, 3.0), (0.08, 4.0), (0.3, 8.0)
 
 #: STUN servers that a WebRTC connection asks.
 MAX_STUN_OBSERVERS = 4

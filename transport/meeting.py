@@ -10,12 +10,12 @@ import trio
 
 from . import deadlines, defaults, webrtc
 from .address import Address, scope_of
-from .errors import PeerUnreachable, RemoteRefused
+from .errors import PeerUnreachable
 from .identity import PeerId
 from .network import ByteStream
 from .planner import Step
 from .puncher import Puncher
-from .signals import PeerRates, Signals
+from .signals import Askers, Signals
 from .ways import Way
 from .webrtc_signal import IceServers, TurnServer
 
@@ -101,7 +101,8 @@ class WebRtc(Way):
 
     def __init__(self, endpoint: Endpoint, signals: Signals, turn: TurnServer | None) -> None:
         self._endpoint, self._signals, self._turn = endpoint, signals, turn
-        self._rates = PeerRates(defaults.WEBRTC_ANSWER_RATE, defaults.WEBRTC_ANSWER_BURST)
+        now = endpoint.host.now()
+        self._askers = Askers(defaults.WEBRTC_ASKED, defaults.WEBRTC_ASKED_VIA, defaults.WEBRTC_ASKED_TOTAL, now)
         self.answerer = webrtc.WebRtcAnswerer(endpoint.host, self._incoming, self.servers)
         signals.handle(webrtc.KIND, self._answer)
 
@@ -119,8 +120,7 @@ class WebRtc(Way):
 
     async def _answer(self, origin: PeerId, via: PeerId, body: bytes) -> bytes:
         # An engine is a process: who says who he is through a friend must not start many.
-        if not self._rates.take(origin, self._endpoint.host.now()):
-            raise RemoteRefused("rate", "asked for WebRTC too often")
+        self._askers.admit(origin, via, self._endpoint.host.now())
         return await self.answerer.answer(body, peer=origin.short, lag=self._lag())
 
     def _lag(self) -> float:

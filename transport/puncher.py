@@ -19,6 +19,7 @@ from .host import Host
 from .identity import PeerId
 from .network import ByteStream
 from .punch import NONCE_SIZE, Answers, Attempts, Going, Offer
+from .signals import Askers
 
 #: ``await ask(kind, body)`` → the answer's body; raises RemoteError. Has a deadline of its own.
 Ask: TypeAlias = Callable[[str, bytes], Awaitable[bytes]]
@@ -80,6 +81,7 @@ class Puncher:
         self.nursery: trio.Nursery | None = None
         self._host, self._peer_id, self._addresses, self._incoming, self._lag = host, peer_id, addresses, incoming, lag
         self._answers = Answers()
+        self._askers = Askers(defaults.PUNCH_ASKED, defaults.PUNCH_ASKED_VIA, defaults.PUNCH_ASKED_TOTAL, host.now())
         self._offering: dict[PeerId, None] = {}
         self._answering: dict[PeerId, None] = {}
 
@@ -166,6 +168,7 @@ class Puncher:
             raise RemoteRefused("glare", "both have offered hole punching, and the other offer counts")
         if origin in self._answering or len(self._answering) >= defaults.MAX_PUNCHES:
             raise RemoteRefused("busy", "holes are punched already")
+        self._askers.admit(origin, via, self._host.now())
         return self._answers.offered(origin, body, self._addresses(), self._host.now())
 
     async def handle_go(self, origin: PeerId, via: PeerId, body: bytes) -> bytes:

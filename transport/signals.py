@@ -79,6 +79,32 @@ class PeerRates:
         return self.bucket(peer, now).take(now)
 
 
+class Askers:
+    """What a node does for whoever asks by a signal: so much for one origin, for one common peer, and in all.
+
+    The origin is only what the common peer says, so a common peer that invents origins must not get more. Each argument
+    is a (rate per second, burst).
+    """
+
+    def __init__(
+        self, origin: tuple[float, float], via: tuple[float, float], total: tuple[float, float], now: float
+    ) -> None:
+        self._origins, self._vias = PeerRates(*origin), PeerRates(*via)
+        self._total = TokenBucket(*total, now)
+
+    def admit(self, origin: PeerId, via: PeerId, now: float) -> None:
+        """Count one request. Raises :class:`RemoteRefused` when it is one too many."""
+        one, passed_on = self._origins.bucket(origin, now), self._vias.bucket(via, now)
+        if not one.holds(now):
+            raise RemoteRefused("rate", "asked for that too often")
+        if not passed_on.holds(now):
+            raise RemoteRefused("rate", f"{via.short} passes on too many such requests")
+        if not self._total.take(now):
+            raise RemoteRefused("rate", "too many peers ask for that")
+        one.take(now)
+        passed_on.take(now)
+
+
 class Signals:
     """Sends, forwards and answers signals of ``endpoint``."""
 

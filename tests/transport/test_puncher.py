@@ -351,13 +351,29 @@ async def test_a_go_without_an_offer_is_refused_and_an_offer_goes_once() -> None
             await b.puncher.handle_go(a.peer_id, via, pack(PunchGo(nonce, 0.1)))
 
 
+async def test_a_common_peer_that_invents_origins_makes_us_knock_at_few_doors() -> None:
+    """Sixty offers within a minute: 8 at once and one every other second, whoever they say sent them."""
+    async with lab() as (_, _a, b):
+        via, answered = PeerId(bytes(32)), 0
+        for number in range(60):
+            origin = Identity(number.to_bytes(32, "big")).peer_id
+            try:
+                offer = PunchOffer(number.to_bytes(NONCE_SIZE, "big"), (mem("victim"),))
+                await b.puncher.handle_offer(origin, via, pack(offer))
+                answered += 1
+            except RemoteRefused as error:
+                assert error.code == "rate"
+            await trio.sleep(1.0)
+        assert answered <= 8 + 30
+
+
 async def test_offers_are_bounded_in_number_and_time() -> None:
     async with lab() as (_, _a, b):
         via = PeerId(bytes(32))
         peers = [Identity(bytes([9, i]) + bytes(30)).peer_id for i in range(defaults.MAX_PUNCHES + 1)]
-        for _ in range(3):
-            for i, peer in enumerate(peers[:-1]):
-                await b.puncher.handle_offer(peer, via, pack(PunchOffer(bytes([i]) * NONCE_SIZE, (mem("x"),))))
+        for again in (peers[:-1], peers[:8]):
+            for i, peer in enumerate(again):
+                await b.puncher.handle_offer(peer, peer, pack(PunchOffer(bytes([i]) * NONCE_SIZE, (mem("x"),))))
         assert len(b.puncher._answers._waiting) == defaults.MAX_PUNCHES
         last = pack(PunchOffer(bytes(NONCE_SIZE), (mem("x"),)))
         with pytest.raises(RemoteRefused, match="busy"):

@@ -9,7 +9,7 @@ from shoal.transport import defaults
 from shoal.transport.endpoint import Endpoint
 from shoal.transport.errors import ProtocolMisuse, RemoteRefused, WaitExpired
 from shoal.transport.identity import Identity, PeerId
-from shoal.transport.signals import SIGNAL, SIGNALLED, Forwarded, PeerRates, Signal, Signals
+from shoal.transport.signals import SIGNAL, SIGNALLED, Askers, Forwarded, PeerRates, Signal, Signals
 
 from .harness import Nodes, Real, Virtual, World, nodes
 
@@ -127,3 +127,25 @@ def test_rates_are_remembered_for_a_bounded_number_of_peers() -> None:
     assert rates.take(peers[4], 0.0)
     assert not rates.take(peers[4], 0.5)
     assert rates.take(peers[4], 1.0)
+
+
+def test_a_common_peer_that_invents_origins_gets_no_more_than_its_own_share() -> None:
+    askers = Askers((1.0, 2.0), (2.0, 4.0), (4.0, 8.0), 0.0)
+    origins = [Identity(bytes([n]) * 32).peer_id for n in range(1, 60)]
+    liar, honest = (Identity(bytes([n]) * 32).peer_id for n in (100, 101))
+
+    def granted(via: PeerId, origin: PeerId, now: float) -> bool:
+        try:
+            askers.admit(origin, via, now)
+        except RemoteRefused as error:
+            assert error.code == "rate"
+            return False
+        return True
+
+    assert sum(granted(liar, origin, 0.0) for origin in origins) == 4
+    # Others have their share meanwhile, each origin its own.
+    assert [granted(honest, honest, 0.0) for _ in range(3)] == [True, True, False]
+    assert sum(granted(liar, origin, 1.0) for origin in origins) == 2
+    # And all together theirs: 8 at once, of which 6 and 2 were used, and 4 per second.
+    vias = [Identity(bytes([n]) * 32).peer_id for n in range(150, 170)]
+    assert sum(granted(via, via, 1.0) for via in vias) == 4
