@@ -83,14 +83,21 @@ class LabNode:
         return self.account
 
     async def settle(self) -> Account:
-        """Wait until it knows whether it can be dialled, and has a place at a relay if it cannot.
+        """Wait until it knows whether it can be dialled, and has a place at a relay for those who cannot dial it.
 
-        Behind a router that maps ports it can be, once the router has done so.
+        Behind a router that maps ports it can be dialled, once the router has done so. Who has one IP version needs a
+        relay for those with the other.
         """
+        kind = self.host.kind
         with trio.move_on_after(defaults.LAB_SETTLE):
             while True:
                 account = await self.describe()
-                if account.reach == "reachable" or (account.relays and not self.host.kind.upnp):
+                dialled = account.reach == "reachable"
+                if (
+                    dialled
+                    if kind.four and kind.six and not kind.nat
+                    else account.relays and (dialled or not kind.upnp)
+                ):
                     return account
                 await trio.sleep(defaults.POLL)
         found = f"{self.account.reach}, {self.account.reason}"

@@ -11,7 +11,7 @@ import trio
 from rich.console import Console
 
 from ..learning.events import RoundReport
-from ..transport.errors import ConfigError, ShoalError
+from ..transport.errors import ConfigError
 from . import defaults
 from .lab_messages import Beat, Beaten, Meet, Met, Watched
 from .lab_nodes import Builder, LabFailed, LabNode, ShoalProcess, started
@@ -173,19 +173,24 @@ SCENARIOS: Mapping[str, Scenario] = {
 
 
 async def run_scenarios(names: Sequence[str], folder: Path, console: Console) -> tuple[ScenarioResult, ...]:
-    """One after the other, each in a lab of its own. Raises :class:`ConfigError` for a name nobody knows."""
+    """All at once, each in a lab of its own. Raises :class:`ConfigError` for a name nobody knows."""
     for name in names:
         if name not in SCENARIOS:
             raise ConfigError(f"no scenario is called {name!r}; there are {', '.join(SCENARIOS)}")
-    results: list[ScenarioResult] = []
-    for name in names:
-        with NetLab() as lab:
+    results: dict[str, tuple[ScenarioResult, ...]] = {}
+
+    async def run(name: str) -> None:
+        # Most of the time they wait: for keepalives, for rounds.
+        with NetLab(name) as lab:
             try:
-                found = await SCENARIOS[name](Builder(lab), folder)
-            except ShoalError as error:
-                found = (ScenarioResult(name, False, str(error)),)
-        for result in found:
+                results[name] = await SCENARIOS[name](Builder(lab), folder)
+            except LabFailed as error:
+                results[name] = (ScenarioResult(name, False, str(error)),)
+        for result in results[name]:
             verdict = "ok    " if result.ok else "FAILED"
             console.print(f"{verdict} {result.name}: {result.sentence}", soft_wrap=True, markup=False)
-        results += found
-    return tuple(results)
+
+    async with trio.open_nursery() as nursery:
+        for name in dict.fromkeys(names):
+            nursery.start_soon(run, name)
+    return tuple(result for name in dict.fromkeys(names) for result in results[name])

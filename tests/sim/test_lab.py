@@ -15,6 +15,7 @@ import trio
 from rich.console import Console
 
 from shoal.sim import cli
+from shoal.sim.lab import MATRIX as MATRIX_KINDS
 from shoal.sim.lab import all_pairs, choose_kinds
 from shoal.sim.lab_messages import (
     Account,
@@ -183,13 +184,41 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 
 @needs_lab
 @pytest.mark.netns
-def test_public_hosts_link_directly(tmp_path: Path) -> None:
+def test_every_pair_of_kinds_connects_as_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "nat.json"
-    assert cli.main(["lab", "nat", "--kinds", "public,public4,ipv6", "--json", str(out)]) in (0, 1)
-    pairs = {(pair["dialler"], pair["answerer"]): pair for pair in json.loads(out.read_text())["pairs"]}
-    for pair in (("public", "public"), ("public4", "public"), ("public", "ipv6"), ("ipv6", "ipv6")):
-        assert pairs[pair]["ok"], pairs[pair]
-        assert pairs[pair]["way"] == "direct" and 0 < pairs[pair]["first"] < 5
+    code = cli.main(["lab", "nat", "--json", str(out), "--plot", str(tmp_path / "nat.png")])
+    shown = capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert code == 0 and report["ok"], shown
+    ways = {(pair["dialler"], pair["answerer"]): pair["way"] for pair in report["pairs"]}
+    assert ways["cone", "cone"] == "punch"
+    assert ways["symmetric", "symmetric"] in ("relay", "webrtc")
+    assert ways["ipv6", "cone"] == ways["cone", "ipv6"] == "relay"
+    assert all(pair["first"] < 10 and pair["rate"] > 0 for pair in report["pairs"]), shown
+    assert sorted([*report["kinds"], *report["skipped"]]) == sorted(MATRIX_KINDS)
+
+
+@needs_lab
+@pytest.mark.netns
+def test_links_survive_a_change_of_address_and_the_death_of_the_relay_and_two_train_through_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scenarios.json"
+    code = cli.main(["lab", "nat", "--scenario", "address-change,kill-relay,train-relay", "--json", str(out)])
+    results = {result["name"]: result for result in json.loads(out.read_text())}
+    assert code == 0, capsys.readouterr().out
+    assert list(results) == [
+        "address-change/own-address", "address-change/router-address", "address-change/punched", "kill-relay",
+        "train-relay",
+    ]  # fmt: skip
+    assert all(result["ok"] for result in results.values())
+    assert len(results["train-relay"]["figures"]["both"]) >= 4
+    assert results["kill-relay"]["figures"]["ways"][-1][1] == "punch"
+
+
+def test_an_unknown_scenario_is_named_with_those_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["lab", "nat", "--scenario", "earthquake"]) == 2
+    assert "'earthquake'; there are address-change, kill-relay, train-relay" in capsys.readouterr().err
 
 
 @needs_lab
