@@ -34,7 +34,7 @@ def child_main(kind: str) -> int:
     os.dup2(2, 1)
     try:
         module, _, name = KINDS[kind].partition(":")
-        worker: Worker = getattr(import_module(f"benchmarks.{module}"), name)()
+        made: type[Worker] = getattr(import_module(f"benchmarks.{module}"), name)
     except ImportError as error:
         if kind not in OPTIONAL:
             raise
@@ -42,10 +42,10 @@ def child_main(kind: str) -> int:
         return 0
     if kind in OPTIONAL:
         os.write(answers, b"{}\n")
-    if worker.framework == "trio":
-        trio.run(_obey, worker, answers)
+    if made.framework == "trio":
+        trio.run(_obey, made, answers)
     else:
-        asyncio.run(_obey_asyncio(worker, answers))
+        asyncio.run(_obey_asyncio(made, answers))
     return 0
 
 
@@ -72,7 +72,8 @@ KINDS = {
 OPTIONAL = tuple(kind for kind in KINDS if kind.partition("-")[0] in ("tls", "grpc", "libp2p", "hivemind"))
 
 
-async def _obey(worker: Worker, answers: int) -> None:
+async def _obey(made: type[Worker], answers: int) -> None:
+    worker = made()
     orders = trio.lowlevel.FdStream(os.dup(0))
     replies = trio.lowlevel.FdStream(answers)
     buffer = bytearray()
@@ -92,7 +93,8 @@ async def _obey(worker: Worker, answers: int) -> None:
             await replies.send_all(json.dumps(answer).encode() + b"\n")
 
 
-async def _obey_asyncio(worker: Worker, answers: int) -> None:
+async def _obey_asyncio(made: type[Worker], answers: int) -> None:
+    worker = made()
     orders = os.fdopen(os.dup(0), "rb")
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, orders.readline):

@@ -14,9 +14,9 @@ import pytest
 BENCH = Path(__file__).parents[2] / "scripts" / "bench.py"
 
 
-def bench(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str, timeout: float = 240, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCH), *arguments], capture_output=True, text=True, timeout=timeout, check=False
+        [sys.executable, str(BENCH), *arguments], capture_output=True, text=True, timeout=timeout, check=False, env=env
     )
 
 
@@ -25,7 +25,7 @@ def rows(file: Path, bench: str) -> list[dict[str, Any]]:
     for row in found:
         assert row["bench"] == bench
         assert isinstance(row["case"], dict)
-        values = [row[unit] for unit in ("median_s", "per_s", "mb_s") if unit in row]
+        values = [row[unit] for unit in ("median_s", "per_s", "mb_s", "p99_s", "kib") if unit in row]
         assert len(values) == 1
         assert 0 < row["min"] <= values[0] <= row["max"]
         assert row["runs"] >= 1
@@ -45,17 +45,70 @@ def test_allreduce_measures_shoal_and_gloo_and_writes_rows(tmp_path: Path) -> No
 
 
 @pytest.mark.process
-def test_link_measures_shoal_and_plain_tcp_and_writes_rows(tmp_path: Path) -> None:
+def test_link_measures_messages_and_calls_under_load_beside_plain_tcp(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    done = bench("link", "--mb", "8", "--calls", "20", "--runs", "2", "--json", str(file))
+    done = bench("link", "--systems", "shoal,tcp", "--time", "0.1", "--runs", "1", "--json", str(file))
     assert done.returncode == 0, done.stderr
     found = rows(file, "link")
     assert [(row["case"]["what"], row["system"]) for row in found] == [
-        ("bulk", "shoal"),
-        ("bulk", "trio TCP"),
-        ("calls", "shoal"),
-        ("calls", "trio TCP"),
+        ("messages", "trio TCP"),
+        ("messages", "shoal"),
+        ("calls beside a full stream", "trio TCP"),
+        ("calls beside a full stream", "shoal"),
     ]
+    assert all(row["cipher"] for row in found)
+    assert 1.0 < found[1]["loopback_per_byte"] < 2.0
+
+
+@pytest.mark.process
+def test_rpc_measures_calls_one_at_a_time_and_many(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = bench(
+        "rpc", "--systems", "shoal,tcp", "--in-flight", "1,8", "--time", "0.1", "--runs", "1", "--json", str(file)
+    )
+    assert done.returncode == 0, done.stderr
+    found = rows(file, "rpc")
+    assert [(row["case"]["in_flight"], row["system"]) for row in found] == [
+        (1, "shoal"),
+        (1, "trio TCP"),
+        (8, "shoal"),
+        (8, "trio TCP"),
+    ]
+
+
+@pytest.mark.process
+def test_handshake_measures_returning_peers_and_strangers(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = bench(
+        "handshake", "--systems", "shoal,tcp", "--at-once", "4", "--time", "0.1", "--runs", "1", "--json", str(file)
+    )
+    assert done.returncode == 0, done.stderr
+    found = [(row["case"]["what"], row["case"]["in_flight"], row["system"]) for row in rows(file, "handshake")]
+    assert found == [
+        ("returning", 1, "shoal"),
+        ("returning", 1, "trio TCP"),
+        ("returning", 4, "shoal"),
+        ("returning", 4, "trio TCP"),
+        ("strangers", 1, "shoal"),
+    ]
+
+
+@pytest.mark.process
+def test_an_idle_link_takes_less_than_30_kib(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = bench("idle", "--systems", "shoal", "--links", "200", "--runs", "1", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    (row,) = rows(file, "idle")
+    assert 5 < row["kib"] < 30
+
+
+@pytest.mark.process
+def test_a_peer_that_is_not_installed_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "trustme.py").write_text("raise ImportError('no certificates here')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = bench("handshake", "--systems", "shoal,tls", "--time", "0.05", "--runs", "1", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "trio TLS 1.3 is left out: no certificates here" in done.stdout
 
 
 def test_help_says_what_is_measured_and_loads_nothing_heavy() -> None:
