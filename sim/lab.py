@@ -25,6 +25,7 @@ from . import defaults
 from .lab_messages import Meet, Met, Pull, Pulled, Watched
 from .lab_nodes import Builder, ShoalProcess, started
 from .lab_report import NEIGHBOUR, Matrix, PairResult, legend, required
+from .lab_scenarios import check_names, run_scenarios
 from .netlab import KINDS, NetLab, NetLabUnavailable, unavailable
 
 #: The kinds that the matrix has unless told otherwise.
@@ -121,6 +122,7 @@ def nat(options: argparse.Namespace) -> int:
     # The matrix is wide, and a log or pipe has no width of its own.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else defaults.LAB_WIDTH)
     choose_kinds(options.kinds)
+    check_names(options.scenario or ())
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"cannot write {path}: there is no folder {path.absolute().parent}")
@@ -160,8 +162,6 @@ async def _cancel_on_signal(scope: trio.CancelScope) -> None:
 
 
 async def _scenarios(options: argparse.Namespace, folder: Path, console: Console) -> bool:
-    from .lab_scenarios import run_scenarios
-
     results = await run_scenarios(options.scenario, folder, console)
     if options.json is not None:
         _write(options.json, json.dumps([attrs.asdict(result) for result in results], indent=1))

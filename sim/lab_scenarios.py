@@ -172,11 +172,15 @@ SCENARIOS: Mapping[str, Scenario] = {
 }
 
 
-async def run_scenarios(names: Sequence[str], folder: Path, console: Console) -> tuple[ScenarioResult, ...]:
-    """All at once, each in a lab of its own. Raises :class:`ConfigError` for a name nobody knows."""
+def check_names(names: Sequence[str]) -> None:
+    """Raises :class:`ConfigError` for a name nobody knows."""
     for name in names:
         if name not in SCENARIOS:
             raise ConfigError(f"no scenario is called {name!r}; there are {', '.join(SCENARIOS)}")
+
+
+async def run_scenarios(names: Sequence[str], folder: Path, console: Console) -> tuple[ScenarioResult, ...]:
+    """All at once, each in a lab of its own. ``names``: keys of :data:`SCENARIOS`."""
     results: dict[str, tuple[ScenarioResult, ...]] = {}
 
     async def run(name: str) -> None:
