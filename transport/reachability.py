@@ -72,8 +72,7 @@ def judge(
     """
     if not own:
         return Verdict(Reach.UNREACHABLE, "this node does not listen for connections")
-    hosts = [address.host for address in own]
-    external = tuple(dict.fromkeys(o.address for o in observations if o.address.host not in hosts))
+    external = tuple(dict.fromkeys(o.address for o in observations if _outside(o, own, observations)))
     outside = [address.host for address in (*external, *mapped)]
     hidden = [family_of(address) for address in external]
 
@@ -101,6 +100,19 @@ def judge(
         return Verdict(Reach.UNREACHABLE, reason, (), external)
     nat = f"; others see us as {external[0].host}, so there is a NAT" if external else ""
     return Verdict(Reach.UNKNOWN, f"nobody has tried to dial us yet{nat}", (), external)
+
+
+def _outside(one: Observation, own: Sequence[Address], all_of_them: Sequence[Observation]) -> bool:
+    """Whether ``one`` shows a NAT: another address than ours, and no more peers see a public one of ours.
+
+    One liar must not talk a public node into hiding.
+    """
+    hosts = [address.host for address in own]
+    if one.address.host in hosts:
+        return False
+    same = [o for o in all_of_them if family_of(o.address) == family_of(one.address)]
+    straight = [o for o in same if o.address.host in hosts and scope_of(o.address) == "public"]
+    return len([o for o in same if o.address.host not in hosts]) > len(straight)
 
 
 def candidates(own: Sequence[Address], mapped: Sequence[Address], seen: Address) -> list[Address]:
@@ -198,16 +210,21 @@ class Reachability:
 
     def _observe(self, links: Sequence[Link], own: Sequence[Address], now: float) -> tuple[Observation, ...]:
         ports = [address.port for address in own]
+        # An outer address that peers at two places name is taken for ours, as is one at which we were reached.
+        named: dict[str, dict[str, None]] = {}
+        for link in links:
+            if link.observed is not None:
+                named.setdefault(link.observed.host, {})[link.remote.host] = None
+        reached = [trial.dialled.address.host for trial in self.trials if trial.dialled.outcome == "reached"]
         seen = []
         for link in links:
             if link.observed is None or link.way in ("relay", "webrtc"):
                 continue
             # Only where we listen: what a peer claims beside that is no evidence.
-            incoming = (
-                not link.initiator
-                and link.way == "direct"
-                and (link.observed in own or link.observed in self.mapped or link.observed.port in ports)
-            )
+            host, port = link.observed.host, link.observed.port
+            outer = port in ports and (host in reached or len(named[host]) > 1)
+            here = link.observed in own or link.observed in self.mapped or outer
+            incoming = not link.initiator and link.way == "direct" and here
             observation = Observation(link.peer, link.observed, incoming, now)
             seen.append(observation)
             if incoming:

@@ -150,7 +150,9 @@ class Traversing:
 
     def addresses(self) -> tuple[Address, ...]:
         """Where strangers have reached us, beside the addresses of our own machine."""
-        return (*self.reachability.verdict.confirmed, *self.reachability.mapped)
+        own = self._endpoint.own_addresses()
+        known = (*self.reachability.verdict.confirmed, *self.reachability.mapped)
+        return tuple(address for address in known if address not in own)
 
     def _changed(self) -> None:
         state = self.reachability.verdict.state

@@ -28,6 +28,7 @@ def at(text: str) -> Address:
 OWN = at("192.168.1.7:4001")
 OWN6 = at("[2001:db8::7]:4001")
 OUTER = at("198.51.100.7:4001")
+LIE = at("203.0.113.66:4001")
 LATE = 1e5
 
 
@@ -63,6 +64,9 @@ def trial(address: Address, outcome: str, *, ago: float = 1.0, reason: str = "ti
         ((OWN,), (OUTER,), (seen(OUTER),), (trial(OUTER, "reached"),), Reach.REACHABLE, "could dial"),
         # a NAT of IPv4 says nothing of IPv6
         ((OWN, OWN6), (), (seen(OUTER), seen(OWN6, incoming=True)), (), Reach.REACHABLE, "has dialled us"),
+        # one who claims to see a NAT is no majority
+        ((OUTER,), (), (seen(OUTER, incoming=True), seen(LIE)), (), Reach.REACHABLE, "has dialled us"),
+        ((OUTER,), (), (seen(OUTER, incoming=True), seen(LIE), seen(LIE)), (), Reach.UNKNOWN, "there is a NAT"),
         # a firewall without a NAT
         ((OUTER,), (), (seen(OUTER),), (trial(OUTER, "failed"),), Reach.UNREACHABLE, "timed out"),
         # newer evidence counts
@@ -293,3 +297,17 @@ async def test_nodes_without_traversal_say_and_ask_nothing() -> None:
 def test_everybody_is_asked_at_most_a_bounded_number_of_addresses() -> None:
     own = tuple(at(f"192.168.1.{i}:4001") for i in range(1, 30))
     assert len(candidates(own, (), own[0])) == defaults.MAX_DIAL_BACK
+
+
+async def test_an_address_that_one_peer_claims_is_not_published() -> None:
+    async with nodes(Virtual()) as n:
+        a, b, c = [await n.add(name, traversal=Traversal(ways=("direct",), dial_back=False)) for name in "abc"]
+        for endpoint in (b, c):
+            await endpoint.connect(a.peer_id, a.addresses())
+        victim = Address("mem", "victim", 1)
+        liar = a.link(b.peer_id)
+        assert liar is not None
+        liar.observed = victim
+        await trio.sleep(3 * defaults.REACH_POLL)
+        assert reach(a) is Reach.REACHABLE
+        assert victim not in a.addresses()
