@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import logging
@@ -29,6 +30,9 @@ _VANISHED = (
 )  # fmt: skip
 #: SO_LINGER for 0 s: a close resets, and no port stays taken for a minute.
 _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+
+#: Whether the descriptor of a socket is one for ``os.read`` and ``os.write``.
+_DIRECT = os.name != "nt"
 
 _REASONS = {
     errno.ECONNREFUSED: "connection refused (nobody listens there)",
@@ -81,6 +85,7 @@ class TcpStream(ByteStream):
         """Takes a connected socket. Raises OSError if it is not connected any more."""
         self.remote = _address(connected.getpeername())
         self.local = _address(connected.getsockname())
+        self._drained = False  # the last read took all there was
         self._stream = trio.SocketStream(connected)  # sets TCP_NODELAY, and keeps little unsent in the kernel
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -90,18 +95,45 @@ class TcpStream(ByteStream):
         await self._stream.wait_send_all_might_not_block()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        return bytes(await self._stream.receive_some(defaults.READ_SIZE if max_bytes is None else max_bytes))
+        size = defaults.READ_SIZE if max_bytes is None else max_bytes
+        if self._drained and size > 0 and await self._readable():
+            try:
+                data = os.read(self._stream.socket.fileno(), size)
+            except OSError as error:
+                raise trio.BrokenResourceError(f"{self.remote}: {error.strerror}") from error
+            self._drained = len(data) < size
+            return data
+        data = bytes(await self._stream.receive_some(size))
+        self._drained = len(data) < size and _DIRECT
+        return data
 
     async def receive_into(self, buffer: memoryview) -> int:
+        if self._drained and await self._readable():
+            try:
+                size = os.readv(self._stream.socket.fileno(), [buffer])
+            except OSError as error:
+                raise trio.BrokenResourceError(f"{self.remote}: {error.strerror}") from error
+            self._drained = size < len(buffer)
+            return size
         try:
-            return await self._stream.socket.recv_into(buffer)
+            size = await self._stream.socket.recv_into(buffer)
+            self._drained = size < len(buffer) and _DIRECT
+            return size
         except OSError as error:
             if error.errno in (errno.EBADF, errno.ENOTSOCK):
                 raise trio.ClosedResourceError("this stream was already closed") from None
             raise trio.BrokenResourceError(f"{self.remote}: {error.strerror}") from error
 
+    async def _readable(self) -> bool:
+        """Wait for bytes when there were fewer than asked for last time, instead of asking the kernel in vain first."""
+        socket = self._stream.socket
+        if socket.fileno() < 0:
+            return False  # closed: what trio says of it is right
+        await trio.lowlevel.wait_readable(socket)
+        return True
+
     def send_now(self, data: bytes | bytearray | memoryview) -> int:
-        if os.name == "nt":  # no descriptor that os.write takes
+        if not _DIRECT:
             return 0
         try:
             return os.write(self._stream.socket.fileno(), data)
@@ -112,7 +144,8 @@ class TcpStream(ByteStream):
 
     def allow_unsent(self, size: int) -> None:
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # Windows has none
-            self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size)
+            with contextlib.suppress(OSError):  # a hint, for a socket that may have been closed meanwhile
+                self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size)
 
     async def send_eof(self) -> None:
         await self._stream.send_eof()
