@@ -99,10 +99,12 @@ class TcpStream(ByteStream):
         if self._drained and size > 0 and await self._readable():
             try:
                 data = os.read(self._stream.socket.fileno(), size)
+                self._drained = len(data) < size
+                return data
+            except BlockingIOError:
+                pass  # a false alarm
             except OSError as error:
                 raise trio.BrokenResourceError(f"{self.remote}: {error.strerror}") from error
-            self._drained = len(data) < size
-            return data
         data = bytes(await self._stream.receive_some(size))
         self._drained = len(data) < size and _DIRECT
         return data
@@ -111,10 +113,12 @@ class TcpStream(ByteStream):
         if self._drained and await self._readable():
             try:
                 size = os.readv(self._stream.socket.fileno(), [buffer])
+                self._drained = size < len(buffer)
+                return size
+            except BlockingIOError:
+                pass
             except OSError as error:
                 raise trio.BrokenResourceError(f"{self.remote}: {error.strerror}") from error
-            self._drained = size < len(buffer)
-            return size
         try:
             size = await self._stream.socket.recv_into(buffer)
             self._drained = size < len(buffer) and _DIRECT
