@@ -39,7 +39,7 @@ from shoal.transport.rpc import Call, Method
 from shoal.transport.stream import LinkStream
 from shoal.transport.traversal import Traversal
 
-from .harness import Nodes, Virtual, nodes
+from .harness import Nodes, Real, Virtual, nodes
 
 RELAY_ONLY = Traversal(ways=("direct", "relay"))
 
@@ -85,16 +85,20 @@ def server(relay: Endpoint) -> RelayServer:
 
 @asynccontextmanager
 async def hidden_pair(
-    *, limits: RelayLimits | None = None, route: Route | None = None, kind: str = "symmetric"
+    *, limits: RelayLimits | None = None, route: Route | None = None, kind: str = "symmetric", real: bool = False
 ) -> AsyncIterator[tuple[Nodes, Endpoint, Endpoint, Endpoint]]:
-    """(nodes, a, relay, b): ``a`` and ``b`` behind NATs, linked with the relay, where both hold reservations."""
-    world = Virtual(route)
+    """(nodes, a, relay, b): ``a`` and ``b`` behind NATs, linked with the relay, where both hold reservations.
+
+    ``real``: over TCP; there they are hidden because they do not listen.
+    """
+    world = Real() if real else Virtual(route)
     async with nodes(world) as n:
         relay = await n.add("relay", traversal=Traversal(relay=True, limits=limits or RelayLimits()))
         found = []
         for name in ("a", "b"):
-            endpoint = await n.add(name, traversal=RELAY_ONLY)
-            world.memory.set_nat(name, kind)  # type: ignore[arg-type]
+            endpoint = await n.add(name, listen=not real, traversal=RELAY_ONLY)
+            if isinstance(world, Virtual):
+                world.memory.set_nat(name, kind)  # type: ignore[arg-type]
             endpoint.serve(ECHO, echo)
             endpoint.serve(TAKE, take)
             await endpoint.connect(relay.peer_id, relay.addresses())
@@ -357,4 +361,50 @@ async def test_a_relay_reads_nothing() -> None:
         everything = b"".join(seen)
         assert len(everything) > 100_000
         for secret in (b"the secret of the shoal", a.peer_id.key, b.peer_id.key, b"take"):
+            assert secret not in everything
+
+
+# The same over TCP
+
+
+@pytest.mark.real
+async def test_over_tcp_bulk_passes_a_relay_and_circuits_are_replaced() -> None:
+    async with hidden_pair(real=True, limits=RelayLimits(circuit_bytes=8 << 20)) as (_, a, relay, b):
+        a.learn(b.record())
+        link = await a.connect(b.peer_id)
+        assert link.way == "relay"
+        assert link.remote == relay.addresses()[0]
+        for _ in range(3):
+            await upload(a, b, 5_000_000)
+        assert a.link(b.peer_id) is link
+        assert server(relay).opened >= 2
+
+
+@pytest.mark.real
+async def test_over_tcp_a_peer_gets_its_rate() -> None:
+    async with hidden_pair(real=True, limits=RelayLimits(rate=4e6, burst=1e6)) as (_, a, relay, b):
+        a.learn(b.record())
+        await a.connect(b.peer_id)
+        began = trio.current_time()
+        await upload(a, b, 5_000_000)
+        assert trio.current_time() - began > 0.8
+        assert server(relay).relayed > 5_000_000
+
+
+@pytest.mark.real
+async def test_over_tcp_a_hostile_relay_reads_nothing_and_can_only_end_the_link() -> None:
+    async with hidden_pair(real=True) as (_, a, relay, b):
+        seen: list[bytes] = []
+        make_hostile(relay, lambda number, data: [flipped(data)] if number == 12 else [data], seen)
+        a.learn(b.record())
+        lost: list[Link] = []
+        b.on_link_lost.append(lambda link: lost.append(link) if link.peer == a.peer_id else None)
+        with pytest.raises(RemoteError):  # noqa: PT012
+            for _ in range(40):
+                await a.call(b.peer_id, ECHO, Text("the secret of the shoal"), timeout=5)
+        await trio.sleep(0.5)
+        assert lost
+        assert isinstance(lost[0].close_reason, RecordError)
+        everything = b"".join(seen)
+        for secret in (b"the secret", a.peer_id.key, b.peer_id.key):
             assert secret not in everything
