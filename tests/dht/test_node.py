@@ -12,6 +12,7 @@ import trio
 
 from shoal.dht import defaults, messages
 from shoal.dht.keys import digest
+from shoal.dht.node import _is_lasting
 from shoal.dht.records import Announcement, SignedRecord, owned_key
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.errors import DecodeError, PeerUnreachable, ProtocolMisuse, RemoteRefused
@@ -395,3 +396,20 @@ async def test_a_damaged_snapshot_is_refused_and_nothing_taken(open_swarm: OpenS
             with pytest.raises(DecodeError):
                 other.dht.restore(damaged)
         assert await other.dht.bootstrap() == 0
+
+
+async def test_other_addresses_get_a_moment_once_one_has_answered(open_swarm: OpenSwarm) -> None:
+    """A ticket names the founder's private addresses too; where nobody says no, a dial takes 10 s to give up."""
+    async with open_swarm() as swarm:
+        founder, silent, node = await swarm.add("founder"), await swarm.add("silent"), await swarm.add("n")
+        swarm.world.set_nat("silent", "blocked")
+        began = trio.current_time()
+        assert await node.dht.bootstrap([silent.address, founder.address]) == 1
+        assert trio.current_time() - began < 2.0
+
+
+def test_what_a_stranger_at_a_loopback_address_says_counts_only_where_there_is_nothing_else() -> None:
+    assert not _is_lasting([("tcp://10.0.0.1:1", False), ("tcp://127.0.0.1:1", True)])
+    assert _is_lasting([("tcp://10.0.0.1:1", True), ("tcp://127.0.0.1:1", False)])
+    assert _is_lasting([("tcp://127.0.0.1:1", True), ("tcp://[::1]:1", False)])
+    assert not _is_lasting([])

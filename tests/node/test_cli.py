@@ -133,6 +133,15 @@ def test_an_unknown_argument_of_a_strategy_lists_what_it_has(capsys: pytest.Capt
     assert "has no parameter 'inner_step'; it has inner_steps=20" in error
 
 
+def test_private_before_the_task_does_not_take_it_for_a_key_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """``shoal start --private digits``: the run is digits, and no file of that name appears."""
+    assert "--device 'warp' cannot be used" in refused(capsys, "start", "--private", "digits", "--device", "warp")
+    assert not (tmp_path / "digits").exists()
+    assert DataDir().swarm_key() is not None
+
+
 def test_a_device_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--device 'warp' cannot be used here" in refused(capsys, "start", "digits", "--device", "warp")
 
@@ -253,7 +262,18 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("arguments", [["--help"], ["status"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["status"],
+        ["start", "digitz"],
+        ["start", "digits", "--strategy", "fedavg"],
+        ["start", "digits", "--via", "nowhere"],
+        ["start", "no_such_module:Thing"],
+        ["join", "shoal1abc"],
+    ],
+)
 def test_light_commands_answer_at_once(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "shoal.node.process", *arguments]
     best = float("inf")
