@@ -85,3 +85,19 @@ def messages() -> dict[str, type[Any]]:
     kinds += [kind for _, _, kind in unpacked() if isinstance(kind, type)]
     kinds += [*control.MESSAGES.values(), NodeRecord, Head, Vote, Reserve, Circuit, RelayAnswer]
     return {f"{kind.__module__.removeprefix('shoal.')}.{kind.__name__}": kind for kind in sorted(kinds, key=str)}
+
+
+@cache
+def parsing() -> tuple[str, ...]:
+    """Modules that take binary layouts apart themselves, by name."""
+    found = []
+    for module in modules():
+        tree = ast.parse(Path(inspect.getsourcefile(module) or "").read_text())
+        called = {
+            node.func.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        }
+        if called & {"unpack", "unpack_from", "iter_unpack", "from_bytes"}:
+            found.append(module.__name__.removeprefix("shoal."))
+    return tuple(found)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from . import registry
 from .decoders import TYPED, decoders
 from .samples import bent
 
@@ -16,6 +18,41 @@ ALL = decoders()
 OTHERS = [name for name in ALL if not name.startswith("message ")]
 EVERY = pytest.mark.parametrize("name", OTHERS)
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+#: Modules that take bytes apart themselves → the decoder, or the file of tests, that feeds them hostile ones.
+FED_BY = {
+    "dht.keys": "no bytes from outside: its own digests",
+    "learning.shard": "no bytes from outside: seeds",
+    "learning.store": "file trust",
+    "node.control": "control",
+    "node.ticket": "ticket",
+    "transport.interfaces": "no bytes from outside: the kernel's",
+    "transport.mux": "link",
+    "transport.pipe": "link",
+    "transport.pipehello": "pipe hello",
+    "transport.portmap_wire": "port mapping",
+    "transport.records": "records",
+    "transport.relay": "message transport.relay.Circuit",
+    "transport.secure": "secure responder",
+    "transport.serving": "test_calls.py",
+    "transport.rpc": "test_calls.py",
+    "transport.session": "link",
+    "transport.stun": "stun",
+    "transport.webrtc_child": "no bytes from outside: our own parent's",
+    "transport.webrtc_process": "no bytes from outside: our own child's; what it passes on is a message",
+    "transport.webrtc_sctp": "aiortc's, in a process of its own",
+    "transport.wire": "test_messages.py",
+}
+
+
+def test_every_module_that_takes_bytes_apart_is_fed_hostile_ones() -> None:
+    found = registry.parsing()
+    assert [name for name in found if name not in FED_BY] == [], "give these a Decoder, and say here which"
+    assert [name for name in FED_BY if name not in found] == [], "these no longer do"
+    for fed_by in FED_BY.values():
+        known = fed_by in ALL or (Path(__file__).parent / fed_by).exists()
+        assert known or fed_by.startswith(("no bytes from outside: ", "aiortc's"))
 
 
 @EVERY
