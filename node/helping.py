@@ -60,6 +60,8 @@ class Helping:
                 except ConfigError as error:
                     log.info("no STUN for others: %s", error)
                     continue
+                if self._endpoint.traversal is not None:
+                    self._endpoint.traversal.stun.provide()
                 nursery.start_soon(self._serve, datagrams)
 
     async def _serve(self, datagrams: Datagrams) -> None:

@@ -24,7 +24,7 @@ class StunServing:
     def __init__(self, endpoint: Endpoint, changed: Callable[[], None]) -> None:
         #: True while at least one port answers.
         self.serving = False
-        self._wanted = False
+        self._wanted = self._provided = False
         self._endpoint, self._changed = endpoint, changed
         self._news = trio.Event()
 
@@ -38,12 +38,20 @@ class StunServing:
             self._wanted = wanted
             self._news.set()
 
+    def provide(self) -> None:
+        """Somebody else of this process answers at those ports already: say so in our record when that is wanted."""
+        self._provided = True
+        self._news.set()
+
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             self._news = trio.Event()
             async with trio.open_nursery() as nursery:
-                if self._wanted:
+                if self._wanted and self._provided:
+                    self.serving = True
+                    self._changed()
+                elif self._wanted:
                     for address in self._endpoint.listening():
                         nursery.start_soon(self._serve, address)
                 await self._news.wait()
