@@ -80,4 +80,6 @@ class Helping:
         buffer = memoryview(bytearray(min(size, 1 << 16)))
         while call.body_left:
             await call.read_into(buffer[: min(call.body_left, len(buffer))])
-        return Probed(self._endpoint.host.wall(), size, bool(self._stun))
+        traversal = self._endpoint.traversal
+        stun = bool(self._stun) or (traversal is not None and traversal.stun.serving)
+        return Probed(self._endpoint.host.wall(), size, stun)
