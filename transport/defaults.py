@@ -388,6 +388,10 @@ MAX_SIGNAL_KIND = 32
 #: Signals per second, and at once, that one peer may have forwarded: an attempt to reach a peer takes three or so.
 SIGNAL_RATE, SIGNAL_BURST = 2.0, 32.0
 
+#: The same for all senders at one address: half of what we may pass on to one peer, so that nobody with many names keeps
+#: others from reaching it through us.
+SIGNAL_SOURCE_RATE, SIGNAL_SOURCE_BURST = 8.0, 64.0
+
 #: The same, for what one peer may forward to us: it may be the relay of many.
 SIGNALLED_RATE, SIGNALLED_BURST = 16.0, 128.0
 

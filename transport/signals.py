@@ -16,7 +16,7 @@ from . import defaults
 from .errors import ProtocolMisuse, RemoteError, RemoteRefused
 from .identity import PeerId
 from .rpc import Call, Method, exchange
-from .throttle import TokenBucket
+from .throttle import TokenBucket, source_of
 
 if TYPE_CHECKING:
     from .address import Address
@@ -56,16 +56,16 @@ SignalHandler: TypeAlias = Callable[[PeerId, PeerId, bytes], Awaitable[bytes]]
 
 
 class PeerRates:
-    """A token bucket per peer, for the ``peers`` heard last."""
+    """A token bucket per peer (or per source address), for the ``peers`` heard last."""
 
     def __init__(self, rate: float, burst: float, peers: int = defaults.MAX_RATED_PEERS) -> None:
         self._rate, self._burst, self._peers = rate, burst, peers
-        self._buckets: dict[PeerId, TokenBucket] = {}  # least recently used first
+        self._buckets: dict[PeerId | str, TokenBucket] = {}  # least recently used first
 
     def __len__(self) -> int:
         return len(self._buckets)
 
-    def bucket(self, peer: PeerId, now: float) -> TokenBucket:
+    def bucket(self, peer: PeerId | str, now: float) -> TokenBucket:
         bucket = self._buckets.pop(peer, None)
         if bucket is None:
             bucket = TokenBucket(self._rate, self._burst, now)
@@ -74,7 +74,7 @@ class PeerRates:
         self._buckets[peer] = bucket
         return bucket
 
-    def take(self, peer: PeerId, now: float) -> bool:
+    def take(self, peer: PeerId | str, now: float) -> bool:
         """Use one token of ``peer``'s; False when there is none."""
         return self.bucket(peer, now).take(now)
 
@@ -112,6 +112,7 @@ class Signals:
         self._endpoint = endpoint
         self._handlers: dict[str, SignalHandler] = {}
         self._senders = PeerRates(defaults.SIGNAL_RATE, defaults.SIGNAL_BURST)
+        self._sources = PeerRates(defaults.SIGNAL_SOURCE_RATE, defaults.SIGNAL_SOURCE_BURST)
         self._forwarders = PeerRates(defaults.SIGNALLED_RATE, defaults.SIGNALLED_BURST)
         #: Signals passed on for others; for status.
         self.forwarded = 0
@@ -150,6 +151,9 @@ class Signals:
             raise RemoteRefused("too_large", f"a signal has at most {defaults.MAX_SIGNAL} bytes")
         if not self._senders.take(call.peer, now):
             raise RemoteRefused("rate", f"more than {defaults.SIGNAL_RATE:g} signals per second")
+        # Names are free: many at one address must not use up what we may pass on to a peer.
+        if not self._sources.take(source_of(call.link.remote.host)[0], now):
+            raise RemoteRefused("rate", f"more than {defaults.SIGNAL_SOURCE_RATE:g} signals per second of your address")
         link = endpoint.link(signal.to)
         if link is None or signal.to == call.peer:
             raise RemoteRefused("not_linked", f"no link with {signal.to.short} here")

@@ -6,9 +6,12 @@ import trio
 
 from shoal.transport.errors import RemoteError, RemoteRefused
 from shoal.transport.frames import Priority
+from shoal.transport.identity import PeerId
 from shoal.transport.link import Link
 from shoal.transport.relay import CIRCUIT_PROTOCOL, RESERVE_PROTOCOL, Circuit, RelayLimits, request
+from shoal.transport.signals import Signals
 
+from ..transport.harness import Virtual, nodes
 from ..transport.test_relay import RELAY_ONLY, hidden_pair
 
 
@@ -69,3 +72,40 @@ async def test_who_opens_hundreds_of_streams_to_a_relay_and_says_nothing_holds_f
         except RemoteError as error:
             assert isinstance(error, RemoteRefused)
             assert error.code == "no_reservation"
+
+
+async def test_many_names_at_one_address_leave_others_half_of_what_a_common_peer_passes_on() -> None:
+    """Twenty identities at one address signal as fast as they may for 10 s; a peer elsewhere signals once a second."""
+    async with nodes(Virtual()) as n, trio.open_nursery() as nursery:
+        common, target, honest = await n.add("common"), await n.add("target"), await n.add("honest")
+        services = {endpoint.peer_id: Signals(endpoint) for endpoint in (common, target, honest)}
+        heard: dict[bytes, int] = {}
+
+        async def hear(origin: PeerId, via: PeerId, body: bytes) -> bytes:
+            heard[body] = heard.get(body, 0) + 1
+            return b""
+
+        services[target.peer_id].handle("test", hear)
+        for endpoint in (target, honest):
+            await endpoint.connect(common.peer_id, common.own_addresses())
+
+        async def pester(number: int) -> None:
+            endpoint = n.make("crowd", seed=bytes([100, number]) * 16)
+            await nursery.start(endpoint.run)
+            signals = Signals(endpoint)
+            await endpoint.connect(common.peer_id, common.own_addresses())
+            while True:
+                try:
+                    await signals.ask(common.peer_id, target.peer_id, "test", b"evil", 5.0)
+                except RemoteError:
+                    await trio.sleep(0.05)
+
+        for number in range(20):
+            nursery.start_soon(pester, number)
+        await trio.sleep(2.0)
+        for _ in range(10):
+            await services[honest.peer_id].ask(common.peer_id, target.peer_id, "test", b"honest", 5.0)
+            await trio.sleep(1.0)
+        assert heard[b"honest"] == 10
+        assert heard[b"evil"] <= 64 + 8 * 14
+        nursery.cancel_scope.cancel()
