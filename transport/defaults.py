@@ -388,8 +388,8 @@ MAX_SIGNAL_KIND = 32
 #: Signals per second, and at once, that one peer may have forwarded: an attempt to reach a peer takes three or so.
 SIGNAL_RATE, SIGNAL_BURST = 2.0, 32.0
 
-#: The same for all senders at one address: half of what we may pass on to one peer, so that nobody with many names keeps
-#: others from reaching it through us.
+#: The same for all senders at one address: half of what we may pass on to one peer, so that nobody with many names
+#: keeps others from reaching it through us.
 SIGNAL_SOURCE_RATE, SIGNAL_SOURCE_BURST = 8.0, 64.0
 
 #: The same, for what one peer may forward to us: it may be the relay of many.
@@ -487,9 +487,9 @@ RELAY_CHUNK = 64 << 10
 #: Bytes of a request to a relay, or its answer.
 MAX_RELAY_MESSAGE = 1024
 
-#: Times per second, and at once, that we dial back for one peer that asks, and for all of them: a few packets each.
-REVERSAL_RATE, REVERSAL_BURST = 0.2, 8.0
-REVERSAL_TOTAL_RATE, REVERSAL_TOTAL_BURST = 4.0, 64.0
+#: Times per second, and at once, that we dial back for one peer that asks, for one common peer, and in all: a few
+#: packets each. A relay that starts a swarm passes on the requests of many at once.
+REVERSAL_ASKED, REVERSAL_ASKED_VIA, REVERSAL_ASKED_TOTAL = (0.2, 8.0), (2.0, 48.0), (4.0, 64.0)
 
 # Hole punching (punch.py)
 

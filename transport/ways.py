@@ -16,8 +16,7 @@ from .identity import PeerId
 from .network import ByteStream
 from .planner import Step
 from .relay import CIRCUIT_PROTOCOL, Circuit, RelayedStream, request
-from .signals import PeerRates, Signals
-from .throttle import TokenBucket
+from .signals import Askers, Signals
 from .wire import pack, unpack
 
 if TYPE_CHECKING:
@@ -91,8 +90,9 @@ class Reversal(Way):
         self, endpoint: Endpoint, signals: Signals, call_back: Callable[[PeerId, Sequence[Address]], None]
     ) -> None:
         self._endpoint, self._signals, self._call_back = endpoint, signals, call_back
-        self._rates = PeerRates(defaults.REVERSAL_RATE, defaults.REVERSAL_BURST)
-        self._all = TokenBucket(defaults.REVERSAL_TOTAL_RATE, defaults.REVERSAL_TOTAL_BURST, endpoint.host.now())
+        self._askers = Askers(
+            defaults.REVERSAL_ASKED, defaults.REVERSAL_ASKED_VIA, defaults.REVERSAL_ASKED_TOTAL, endpoint.host.now()
+        )
         signals.handle("reverse", self._asked)
 
     async def open(self, peer: PeerId, step: Step) -> None:
@@ -113,8 +113,7 @@ class Reversal(Way):
         if not record.addresses:
             raise RemoteRefused("no_address", "your record names no address")
         # A signed record may still name a stranger's addresses. What can be made of it is a few SYNs a minute.
-        if not self._rates.take(origin, now) or not self._all.take(now):
-            raise RemoteRefused("rate", "asked to dial too often")
+        self._askers.admit(origin, via, now)
         self._endpoint.learn(signed)
         self._call_back(origin, record.addresses)
         return COMING
