@@ -92,8 +92,9 @@ LAB_PULL = 30.0
 #: Seconds that a node behind NAT has to find that out and to hold a reservation at the relay.
 LAB_SETTLE = 20.0
 
-#: Pairs of the matrix that are in the lab at once. Starting and watching overlap; only one pair at a time connects.
-LAB_PAIRS = 6
+#: Pairs of the matrix that are in the lab at once. Most of its ten seconds a pair waits, for a dial-back or for a better
+#: way; only one pair at a time connects.
+LAB_PAIRS = 10
 
 #: Seconds between two beats of a link that is watched while something happens to it, and until it happens.
 LAB_BEAT = 0.1
