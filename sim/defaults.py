@@ -75,9 +75,11 @@ LAB_ANSWER = 20.0
 #: Seconds that a pair has to connect. Longer than every deadline of connecting, so that its own error is reported.
 LAB_MEET = 40.0
 
-#: Seconds for which a pair's link is watched for a better way. An upgrade begins at once and takes a few round trips
-#: and retries; what has not come by then has failed.
-LAB_WATCH = 8.0
+#: Seconds for which a pair's link is watched for a better way that it must get: time for a try at once, one a second
+#: later and one five seconds after that (IMPROVE_PAUSES of transport), each of which takes seconds.
+LAB_WATCH = 15.0
+#: Seconds for which one is watched that need not get a better one: an unexpected one is seen, too.
+LAB_WATCH_RELAY = 5.0
 
 #: Seconds between two looks at a link's way: the resolution of "time to the best way".
 LAB_LOOK = 0.005
@@ -92,7 +94,7 @@ LAB_PULL = 30.0
 #: Seconds that a node behind NAT has to find that out and to hold a reservation at the relay.
 LAB_SETTLE = 20.0
 
-#: Pairs of the matrix that are in the lab at once. Most of its ten seconds a pair waits, for a dial-back or for a better
+#: Pairs of the matrix that are in the lab at once. Most of its ten seconds a pair waits, for a dial-back or a better
 #: way; only one pair at a time connects.
 LAB_PAIRS = 10
 

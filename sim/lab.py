@@ -89,6 +89,8 @@ async def _pair(
     builder: Builder, common: ShoalProcess, folder: Path, number: int, pair: tuple[str, str], measuring: trio.Lock
 ) -> PairResult:
     result = PairResult(*pair)
+    enough = required(*pair).enough
+    watch = defaults.LAB_WATCH if enough else defaults.LAB_WATCH_RELAY
     common.check()
     try:
         async with AsyncExitStack() as stack:
@@ -103,7 +105,7 @@ async def _pair(
                 await node.settle()
             await one.learn(other)
             async with measuring:  # nobody else connects meanwhile: the two cores are this pair's
-                await one.tell(Meet(other.account.peer, defaults.LAB_WATCH, required(*pair).enough))
+                await one.tell(Meet(other.account.peer, watch, enough))
                 met = await one.hear(Met, defaults.LAB_MEET + defaults.LAB_ANSWER)
             result = attrs.evolve(result, first=met.seconds, first_way=met.way)
             watched = await one.hear(Watched, defaults.LAB_WATCH + defaults.LAB_ANSWER)
