@@ -16,6 +16,7 @@ from ..transport.identity import PeerId
 from ..transport.rpc import Method
 from ..transport.wire import pack, unpack
 from . import defaults, messages
+from .joining import reach
 from .keys import digest, node_key, record_key, to_bytes, topic_key
 from .lookup import Lookup
 from .records import VALIDATORS, Announcement, SignedRecord, Validator, open_peer_record
@@ -99,12 +100,14 @@ class Dht:
             if peer != self.endpoint.peer_id:
                 self._walker.remember(peer, record)
                 given.append(peer)
-        attempts = await self._reach(self._foreign_addresses(), given)
+        attempts = await reach(self.endpoint, self._walker, self._ping, self._foreign_addresses(), given)
         # A restored table: stop as soon as enough of it answers to find the rest by a lookup.
         remembered = [peer for peer in self._walker.lost if peer not in given]
         while remembered and len(self.table) < self.table.k:
             batch, remembered = remembered[: defaults.ALPHA_MAX], remembered[defaults.ALPHA_MAX :]
-            attempts += await self._reach([], [peer for peer in batch if peer in self._walker.lost])
+            attempts += await reach(
+                self.endpoint, self._walker, self._ping, [], [peer for peer in batch if peer in self._walker.lost]
+            )
         if len(self.table):
             await self._find_neighbours()
         elif attempts and (addresses or peers):
@@ -120,55 +123,6 @@ class Dht:
         """The bootstrap addresses that are not our own: a founder may be started with its own ticket."""
         own = self.endpoint.addresses()
         return [address for address in self._bootstrap if address not in own]
-
-    async def _reach(self, addresses: Sequence[Address], lost: Sequence[PeerId]) -> list[tuple[str, str, bool]]:
-        """Try to hear ``addresses`` and ``lost`` contacts, ALPHA_MAX at a time. What failed, why, would it again?"""
-        failures: list[tuple[str, str, bool]] = []
-        limit = trio.CapacityLimiter(defaults.ALPHA_MAX)
-
-        async def attempt_addresses() -> None:
-            """One way in is enough: a ticket's other addresses may be in networks that are not here, where nobody says
-            no. They get a moment more.
-            """
-            async with trio.open_nursery() as dials:
-
-                async def first_answer() -> None:
-                    await answered.wait()
-                    await trio.sleep(defaults.BOOTSTRAP_GRACE)
-                    dials.cancel_scope.cancel()
-
-                async with trio.open_nursery() as attempts:
-                    dials.start_soon(first_answer)
-                    for address in addresses:
-                        attempts.start_soon(attempt, str(address), partial(identify, address))
-                dials.cancel_scope.cancel()
-
-        answered = trio.Event()
-
-        async def attempt(name: str, reach: Callable[[], Awaitable[PeerId]]) -> None:
-            async with limit:
-                try:
-                    await self._ping(await reach())
-                    answered.set()
-                except PeerUnreachable as error:
-                    failures.append((name, error.reason, error.lasting))
-                except (RemoteError, Overloaded) as error:
-                    failures.append((name, str(error), isinstance(error, RemoteError) and error.lasting))
-
-        async def identify(address: Address) -> PeerId:
-            return (await self.endpoint.identify(address)).peer
-
-        async def connect(peer: PeerId) -> PeerId:
-            # The record may have run out while we were away; its addresses are still the best guess, and the
-            # handshake proves who answers there.
-            known = open_peer_record(self._walker.lost[peer], -float("inf"))
-            return (await self.endpoint.connect(peer, known.addresses, timeout=self._walker.patience(peer))).peer
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(attempt_addresses)
-            for peer in lost:
-                nursery.start_soon(attempt, peer.short, partial(connect, peer))
-        return failures
 
     async def _ping(self, peer: PeerId) -> None:
         pong = await self._walker.ask(peer, messages.PING, messages.Ping(self._serve))
@@ -462,7 +416,7 @@ class Dht:
         before = len(self.table)
         lost = list(self._walker.lost)[: defaults.ALPHA_MAX if alone else defaults.REJOIN_BATCH]
         addresses = self._foreign_addresses() if before < defaults.ALPHA else []
-        await self._reach(addresses, lost)
+        await reach(self.endpoint, self._walker, self._ping, addresses, lost)
         for peer in lost:
             record = self._walker.lost.get(peer)
             if record is not None:
