@@ -26,7 +26,7 @@ from shoal.transport.tcp import TcpNetwork, TcpStream
 from .victim_child import ECHO, Echo
 
 HERE = Path(__file__).parent
-SECONDS = 4.0
+SECONDS = 3.0
 #: Where honest peers come from; the flood comes from 127.0.0.1.
 ELSEWHERE = "127.0.0.2"
 

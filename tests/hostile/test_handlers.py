@@ -29,7 +29,7 @@ from ..sim import tiny
 from . import registry
 from .samples import Known, sample
 
-CALLS = 400
+CALLS = 250
 
 
 class Slow(tiny.Pull):
