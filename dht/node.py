@@ -105,9 +105,8 @@ class Dht:
         remembered = [peer for peer in self._walker.lost if peer not in given]
         while remembered and len(self.table) < self.table.k:
             batch, remembered = remembered[: defaults.ALPHA_MAX], remembered[defaults.ALPHA_MAX :]
-            attempts += await reach(
-                self.endpoint, self._walker, self._ping, [], [peer for peer in batch if peer in self._walker.lost]
-            )
+            again = [peer for peer in batch if peer in self._walker.lost]
+            attempts += await reach(self.endpoint, self._walker, self._ping, [], again)
         if len(self.table):
             await self._find_neighbours()
         elif attempts and (addresses or peers):

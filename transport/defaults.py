@@ -360,8 +360,8 @@ MAX_VOUCHED = 512
 #: the ways that will work stand behind them.
 HIDDEN_HEAD_START = 0.02
 
-#: Seconds that direct dials get before hole punching begins, and everything else before WebRTC, whose engine is a process
-#: of 50 MB that takes half a second of CPU to start.
+#: Seconds that direct dials get before hole punching begins, and everything else before WebRTC, whose engine is a
+#: process of 50 MB that takes half a second of CPU to start.
 PUNCH_HEAD_START = 0.1
 WEBRTC_HEAD_START = 3.0
 
@@ -493,8 +493,8 @@ REVERSAL_ASKED, REVERSAL_ASKED_VIA, REVERSAL_ASKED_TOTAL = (0.2, 8.0), (2.0, 48.
 
 # Hole punching (punch.py)
 
-#: Addresses offered, and knocked at: what observers saw, and interfaces. With more, an offer could make us knock at many
-#: strangers' doors.
+#: Addresses offered, and knocked at: what observers saw, and interfaces. With more, an offer could make us knock at
+#: many strangers' doors.
 MAX_PUNCH_ADDRESSES = 6
 
 #: Seconds of knocking: five requests at each address, each given longer than the one before. Two cones need one or two,
@@ -575,15 +575,15 @@ MASS_LOSS = 3
 
 # Port mapping (portmap.py, portmap_wire.py, upnp_child.py)
 
-#: Seconds a mapping is asked for; renewed at half of it. RFC 6886 3.3 recommends 7200; an hour leaves less behind when a
-#: node dies without a word.
+#: Seconds a mapping is asked for; renewed at half of it. RFC 6886 3.3 recommends 7200; an hour leaves less behind when
+#: a node dies without a word.
 MAPPING_LIFETIME = 3600
 
 #: Seconds of life that a router may grant at least; what is shorter is asked for again and again, and is taken as this.
 MIN_MAPPING_LIFETIME = 120
 
-#: Seconds after each request by PCP or NAT-PMP before the next (RFC 6886 3.1: 0.25, doubling; its nine would take 128 s).
-#: Routers answer within milliseconds.
+#: Seconds after each request by PCP or NAT-PMP before the next (RFC 6886 3.1: 0.25, doubling; its nine would take 128
+#: s). Routers answer within milliseconds.
 MAPPING_REPEATS = (0.25, 0.5, 1.0)
 
 #: Seconds for UPnP, from the search (1.5 s, as devices may wait before they answer) to the mapping's confirmation.
