@@ -30,7 +30,9 @@ pytestmark = [
 needs_upnp = pytest.mark.skipif(unavailable("upnp") is not None, reason=f"no UPnP router here: {unavailable('upnp')}")
 
 #: Seconds of silence that count as "dropped". Packets in the lab take far less than a millisecond.
-SILENCE = 0.2
+SILENCE = 0.3
+#: Seconds for what must come, on a machine that is busy.
+PATIENCE = 10.0
 
 
 class World:
@@ -58,7 +60,7 @@ class World:
         with self.lab.inside(host):
             made = socket.socket(socket.AF_INET6 if six else socket.AF_INET, kind)
         self.stack.callback(made.close)
-        made.settimeout(SILENCE)
+        made.settimeout(PATIENCE)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if six:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -82,8 +84,16 @@ class World:
         return address[0], address[1]
 
     def reaches(self, host: LabHost, address: str, port: int) -> bool:
-        """Whether a TCP connection opens; False for silence, other failures are errors."""
+        """Whether a TCP connection opens; other failures than silence are errors."""
+        return self._connects(host, address, port, PATIENCE)
+
+    def drops(self, host: LabHost, address: str, port: int) -> bool:
+        """Whether nothing answers at all."""
+        return not self._connects(host, address, port, SILENCE)
+
+    def _connects(self, host: LabHost, address: str, port: int, seconds: float) -> bool:
         dialler = self.socket(host, six=":" in address)
+        dialler.settimeout(seconds)
         try:
             dialler.connect((address, port))
         except TimeoutError:
@@ -122,7 +132,7 @@ def test_a_host_behind_nat_reaches_the_internet_and_is_not_reached_from_it(world
     assert world.public.four is not None and home.external is not None
     assert world.reaches(home, world.public.four, 4001)
     assert world.accept(server)[0] == home.external
-    assert not world.reaches(world.public, home.external, 4001)
+    assert world.drops(world.public, home.external, 4001)
 
 
 def test_a_cone_keeps_the_port_and_filters_by_address_and_port(world: World) -> None:
@@ -133,8 +143,10 @@ def test_a_cone_keeps_the_port_and_filters_by_address_and_port(world: World) -> 
     assert (data, seen) == (b"out", (home.external, 4001))
     world.udp(world.public, 5001).sendto(b"other port", seen)
     world.udp(stranger, 5000).sendto(b"other address", seen)
+    inner.settimeout(SILENCE)
     with pytest.raises(TimeoutError):
         inner.recvfrom(100)
+    inner.settimeout(PATIENCE)
     server.sendto(b"back", seen)
     assert inner.recvfrom(100) == (b"back", (world.public.four, 5000))
     second = world.udp(stranger, 5002)
@@ -194,6 +206,7 @@ def test_where_udp_is_blocked_none_passes_and_tcp_does(world: World) -> None:
     home = world.add("udp_blocked")
     server = world.udp(world.public, 5000)
     world.udp(home, 4001).sendto(b"out", (world.public.four, 5000))
+    server.settimeout(SILENCE)
     with pytest.raises(TimeoutError):
         server.recvfrom(100)
     world.listener(world.public, 5000)
@@ -214,7 +227,7 @@ def test_a_upnp_router_answers_ssdp_and_maps_a_port(world: World) -> None:
     home = world.add("upnp")
     server = world.listener(home, 4001)
     assert home.external is not None
-    assert not world.reaches(world.public, home.external, 4001)
+    assert world.drops(world.public, home.external, 4001)
     search = world.udp(home)
     device = "urn:schemas-upnp-org:device:InternetGatewayDevice:1"
     search.settimeout(5)
@@ -268,7 +281,7 @@ def test_ipv6_of_a_dual_home_is_public_but_firewalled(world: World) -> None:
     assert home.six is not None and world.public.six is not None
     assert world.reaches(home, world.public.six, 4001)
     assert world.accept(server)[0] == home.six, "no translation"
-    assert not world.reaches(world.public, home.six, 4001)
+    assert world.drops(world.public, home.six, 4001)
 
 
 def test_two_behind_one_nat_reach_each_other_and_share_an_address(world: World) -> None:
@@ -287,8 +300,8 @@ def test_what_is_for_nobody_is_dropped_in_silence(world: World) -> None:
     home, other = world.add("cone"), world.add("cone")
     world.listener(other, 4001)
     assert other.four is not None and other.four != home.four
-    assert not world.reaches(world.public, "44.1.2.3", 4001)
-    assert not world.reaches(world.public, other.four, 4001), "a private address means nothing outside"
+    assert world.drops(world.public, "44.1.2.3", 4001)
+    assert world.drops(world.public, other.four, 4001), "a private address means nothing outside"
 
 
 def test_after_a_change_of_address_old_connections_are_dead_and_new_ones_come_from_elsewhere(world: World) -> None:
@@ -333,7 +346,7 @@ def test_a_delay_holds_every_packet_up(world: World, kind: str, how: str, monkey
     dialler.settimeout(5)
     began = time.monotonic()
     dialler.connect((world.public.four, 4001))
-    assert 0.1 <= time.monotonic() - began < 0.5
+    assert 0.1 <= time.monotonic() - began < 5
     accepted, _ = server.accept()
     world.stack.callback(accepted.close)
     data = os.urandom(1 << 20)
