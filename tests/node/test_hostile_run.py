@@ -468,7 +468,7 @@ def test_calls_that_some_peers_leave_hanging_keep_nobody_else_from_being_heard()
 def test_who_connects_and_says_nothing_is_shut_out_after_the_deadline_of_a_handshake(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO", "shoal.transport.endpoint")
+    caplog.set_level("INFO", "shoal.transport")
     closed: list[float] = []
 
     async def script(world: World) -> None:

@@ -42,8 +42,9 @@ PARTS = {
     "run_blocking": "blocking calls",
     "compute": "blocking calls that are modelled to take time",
 }
-#: The others are attributes: ``network`` (streams) and ``random`` (random source for jitter and choices).
-ATTRIBUTES = {"network", "random", "ciphers"}
+#: The others are attributes: ``network`` (streams) and ``random`` (random source for jitter and choices), ``ciphers``, and
+#: ``webrtc`` (starts engines; there are none in virtual time).
+ATTRIBUTES = {"network", "random", "ciphers", "webrtc"}
 
 #: What a replaced part is made of is its own affair.
 OPAQUE = (Host, Network, Listener, ByteStream)
@@ -183,11 +184,12 @@ AROUND = {
     "to_thread": ("run_sync",),
 }
 
-#: Who may: the real host itself, TCP, the speed of this machine's ciphers, and what a process adds around a node.
+#: Who may: the real host itself, TCP, the speed of this machine's ciphers, what a process adds around a node, and the
+#: child process in which an engine runs.
 OUTSIDE = {
     "transport/host.py", "transport/tcp.py", "transport/interfaces.py", "transport/aead.py", "learning/digest.py",
     "node/swarm.py", "node/own_loop.py", "node/launch.py", "node/daemon.py", "node/control.py",
-    "node/local_socket.py", "node/commands.py", "node/console.py",
+    "node/local_socket.py", "node/commands.py", "node/console.py", "transport/webrtc_child.py",
 }  # fmt: skip
 
 
