@@ -52,12 +52,14 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Read the text form; ``HOST:PORT`` without a scheme means tcp. Raises :class:`ConfigError`."""
+        """Read the text form; ``IP:PORT`` without a scheme means tcp. Raises :class:`ConfigError`."""
         match = _TEXT.fullmatch(text)
         if match is None:
-            raise ConfigError(f"{text!r} is not an address; expected HOST:PORT, [IPV6]:PORT or tcp://HOST:PORT")
+            raise ConfigError(f"{text!r} is not an address; expected IP:PORT, for instance 203.0.113.5:4001")
         try:
             kind, host = match["kind"] or "tcp", match["six"] or match["host"]
+            if kind == "tcp" and match["host"] and not host.replace(".", "").isdigit():
+                raise ValueError(f"{host!r} is a name, give the IP address behind it")
             return cls(kind, str(ipaddress.ip_address(host)) if kind == "tcp" else host, int(match["port"]))
         except ValueError as error:
             raise ConfigError(f"{text!r} is not an address: {error}") from None

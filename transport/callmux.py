@@ -85,6 +85,7 @@ class CallMux:
         self._number = 0  # of our last call
         self._seen = 0  # of the peer's
         self._queued = 0  # bytes of answers
+        self._asking = 0  # and of everything else, that wait to be sent
 
     @property
     def open(self) -> int:
@@ -93,7 +94,7 @@ class CallMux:
 
     @property
     def can_call(self) -> bool:
-        return len(self._outgoing) < defaults.MAX_LINK_CALLS
+        return len(self._outgoing) < defaults.MAX_LINK_CALLS and self._asking < defaults.REQUEST_WINDOW
 
     @property
     def full(self) -> bool:
@@ -109,16 +110,18 @@ class CallMux:
         if len(request) > defaults.CALL_PIECE:
             raise ProtocolMisuse(f"a request of {len(request)} bytes in one frame")
         if not self.can_call:
-            raise Overloaded(f"{defaults.MAX_LINK_CALLS} calls wait for their answers already")
+            raise Overloaded("as many calls as are allowed wait for their answers already, or to be sent")
         self._number = number = self._number + 1 & _MASK
         call = self._outgoing[number] = OutgoingCall(number, owner)
         self._frames.append(HEADER.pack(Frame.CALL, number, len(request)) + request)
+        self._asking += HEADER_BYTES + len(request)
         return call
 
     def cancel(self, call: OutgoingCall) -> None:
         """Forget ``call``, and tell the peer; nothing when it has been answered."""
         if self._outgoing.pop(call.number, None) is not None:
             self._frames.append(HEADER.pack(Frame.CANCEL, call.number, 0))
+            self._asking += HEADER_BYTES
 
     def answer(self, call: IncomingCall, data: bytes) -> None:
         """Answer; nothing when the peer no longer wants it."""
@@ -143,7 +146,7 @@ class CallMux:
         self._outgoing.clear()
         self._incoming.clear()
         self._frames.clear()
-        self._queued = 0
+        self._queued = self._asking = 0
         return lost
 
     def take(self, out: list[Buffer], room: int) -> int:
@@ -157,6 +160,8 @@ class CallMux:
             out.append(frame)
             if frame[0] in _ANSWERS:
                 self._queued -= len(frame)
+            else:
+                self._asking -= len(frame)
         del self._frames[:count]
         return taken
 

@@ -73,6 +73,8 @@ class Connector:
     ) -> None:
         #: Where attempts run, while the endpoint does.
         self.nursery: trio.Nursery | None = None
+        #: It has run, and does no more.
+        self.stopped = False
         self.direct = Direct(host, lag)
         self.table = table
         self.greet = greet
@@ -144,7 +146,7 @@ class Connector:
         attempt = self._attempts.get(peer)
         if attempt is None or attempt.done.is_set():
             if self.nursery is None:
-                raise ProtocolMisuse("the endpoint does not run")
+                raise self.not_running(peer)
             known = self._contacts.get(peer, self._host.wall())
             ways = addresses + (known[1].addresses if known is not None else ())
             attempt = self._attempts[peer] = Attempt(tuple(dict.fromkeys(ways)))
@@ -168,6 +170,12 @@ class Connector:
             if self._attempts.get(peer) is attempt:
                 del self._attempts[peer]
             attempt.done.set()
+
+    def not_running(self, peer: PeerId | None = None) -> LinkClosed | ProtocolMisuse:
+        """What to raise where something is asked of an endpoint that does not run."""
+        if self.stopped:
+            return LinkClosed("this node stops", peer=peer.short if peer is not None else "")
+        return ProtocolMisuse("the endpoint does not run")
 
     def contact(self, peer: PeerId) -> PeerRecord | None:
         """The newest record of ``peer`` that has not expired."""
@@ -232,8 +240,9 @@ class Connector:
             attempt.race.arrive()
             attempt.done.set()
         for link in made:
-            self._reasons[link] = "it asked us to dial it"
-            await self.greet(link)
+            if link.alive:  # else nobody would take it out again
+                self._reasons[link] = "it asked us to dial it"
+                await self.greet(link)
 
     def why(self, link: Link) -> str:
         """Why ``link`` goes the way it goes, or has no better one."""
@@ -250,7 +259,7 @@ class Connector:
     async def identify(self, address: Address) -> Link:
         """See :meth:`Endpoint.identify`."""
         if self.nursery is None:
-            raise ProtocolMisuse("the endpoint does not run")
+            raise self.not_running()
         try:
             link = await self._dial(None, await self.direct.dial(address), "direct")
         except (RemoteError, ConfigError) as error:

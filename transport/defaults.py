@@ -51,9 +51,24 @@ MAX_UNACKNOWLEDGED = 64 << 20
 #: Records that may be ahead of the one that is missing: a bulk window in the smallest records.
 MAX_EARLY_RECORDS = 1 << 13
 
-#: Pipes of one session, over its life (a bit each is kept), and at a time. Long fat networks need 8 to 64 connections
-#: to fill; one TCP connection of today's kernels fills 1 Gbit/s at 50 ms.
-MAX_PIPE_INDEX, MAX_PIPES = 1 << 16, 16
+#: Pipes of one session for bulk, with the one for control. Long fat networks need 8 to 64 connections to fill; one TCP
+#: connection of today's kernels fills 1 Gbit/s at 50 ms.
+MAX_PIPES = 16
+
+#: Further ones that are not for bulk: when the path of all pipes has died unseen, one must still find a place.
+SPARE_PIPES = 4
+
+#: Numbers of the pipes of one session, over its life: as many as its hello can name. A link that moves much every
+#: minute, and gives its pipes back in between, uses some ten thousand a day.
+MAX_PIPE_INDEX = (1 << 32) - 1
+
+#: Numbers behind the highest that was used, for which is known whether they were (a bit each); older ones are refused.
+#: Hellos overtake each other by as many as are dialled at once.
+PIPE_INDEX_WINDOW = 4096
+
+#: Seconds after the last whole record for which parts of the next one are a sign of life: 512 KiB at 10 kB/s. Beyond,
+#: whoever sits on the path could hold a dead pipe alive with bytes that never become a record.
+UNFINISHED_RECORD = 60.0
 
 #: Connections for bulk that are tried one after the other (width.py), the last as many as MAX_PIPES allows.
 WIDE_STEPS = (0, 2, 4, 8, 15)
@@ -124,6 +139,10 @@ MAX_LINK_CALLS = 256
 #: Bytes of a call's request, and of a part of its answer, in one frame: two fit into half of the smallest record.
 #: Larger requests take a stream.
 CALL_PIECE = 4096
+
+#: Bytes of requests that wait to be sent on one link before no more calls are made: all that may be without an answer,
+#: twice. More can only be calls that were given up while nothing could be sent.
+REQUEST_WINDOW = 2 << 20
 
 #: Bytes of one answer: a message and what is around it.
 MAX_ANSWER = MAX_MESSAGE + 16

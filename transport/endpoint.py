@@ -149,14 +149,19 @@ class Endpoint:
                         if self.traversal is not None:
                             nursery.start_soon(self.traversal.run)
                         task_status.started()
-                        await trio.sleep_forever()
+                        try:
+                            await trio.sleep_forever()
+                        finally:
+                            # Before it closes: from here on, whoever wants something of it gets a typed error.
+                            self._nursery = self._connector.nursery = self._widening.nursery = None
+                            self._connector.stopped = True
                 finally:
-                    self._nursery = self._connector.nursery = self._widening.nursery = None
                     try:
                         with trio.CancelScope(shield=True):
                             await self._table.say_goodbye()
                     finally:
                         # Shielded: nobody else can end them.
+                        self._table.nursery = None
                         links.cancel_scope.cancel()
         finally:
             for listener in listeners:
@@ -198,13 +203,20 @@ class Endpoint:
 
     async def _dial(self, expected: PeerId | None, stream: ByteStream, way: str) -> Link:
         link = await self._establish(stream, way, initiator=True, expected=expected)
-        self._table.adopt(link)
+        try:
+            self._table.adopt(link)
+        except LinkClosed:
+            await trio.aclose_forcefully(stream)
+            raise
         return link
 
     def incoming(self, stream: ByteStream, way: str) -> None:
-        """Take a byte stream that a peer opened to us by another ``way`` than our listeners. Does not wait."""
+        """Take a byte stream that a peer opened to us by another ``way`` than our listeners. Does not wait.
+
+        Raises :class:`LinkClosed`, and leaves the stream to the caller, when the node stops.
+        """
         if self._nursery is None:
-            raise ProtocolMisuse("the endpoint does not run")
+            raise self._connector.not_running()
         self._nursery.start_soon(self._acceptor.incoming, stream, way)
 
     def claim_accepted(self, take: Callable[[ByteStream], bool]) -> None:

@@ -152,7 +152,7 @@ async def join_pipe(
             try:
                 if link is None or not link.alive:
                     raise PipeRefused("a pipe's hello for a session that we do not have", code=UNKNOWN_SESSION)
-                if len(link.pipes) >= defaults.MAX_PIPES:
+                if not link.takes_pipe(bulk_only=greeting.bulk_only):
                     raise PipeRefused("it opens too many pipes", code=TOO_MANY, peer=link.peer.short)
                 answer, channel = greeting.answer(link.secrets, host.entropy)
             except PipeRefused as refused:

@@ -35,7 +35,7 @@ from .frames import (
 from .linkcalls import CarriesCalls
 from .mux import Mux
 from .pipe import Pipe
-from .pipehello import SessionSecrets
+from .pipehello import TOO_MANY, PipeRefused, SessionSecrets
 from .pipeset import PipeSet, SeenThroughPipes
 from .secure import Record, SecureChannel
 from .session import HEAD_BYTES, PIPE, Session
@@ -97,8 +97,7 @@ class Link(SeenThroughPipes, CarriesCalls):
         self._lag = lag
         self._mux = Mux(initiator=channel.initiator, limits=limits, peer=self.peer.short)
         self._pipes = PipeSet(pipe, self.peer.short, self._pipes_changed)
-        control, bulk = self._mux.limits.link_window
-        self._session = Session((control + defaults.MAX_RECORD, bulk + defaults.MAX_RECORD))
+        self._session = Session(self._mux.limits.link_window)
         self._slots = ParkingLot()
         self._nursery: trio.Nursery | None = None
         self._watching: trio.CancelScope | None = None
@@ -125,15 +124,6 @@ class Link(SeenThroughPipes, CarriesCalls):
     def troubled(self) -> bool:
         """True while it has no pipe, or none that answers in time."""
         return self.alive and (self.interrupted or self._pipes.best.suspect)
-
-    @property
-    def idle(self) -> bool:
-        """True when no stream is open and no call waits for its answer."""
-        return not self._mux.streams and not self._mux.calls.open
-
-    @property
-    def streams(self) -> int:
-        return self._mux.streams
 
     @property
     def lag(self) -> float:
@@ -196,10 +186,12 @@ class Link(SeenThroughPipes, CarriesCalls):
     def attach(self, pipe: Pipe) -> None:
         """Take another pipe, opened by either side. It carries something once it has proved itself.
 
-        Raises :class:`LinkClosed`.
+        Raises :class:`LinkClosed`, :class:`PipeRefused` when it has as many as it may have.
         """
         if not self.alive:
             raise self._closed_error()
+        if not self._pipes.takes(bulk_only=pipe.bulk_only):
+            raise PipeRefused("it has as many pipes as it may have", code=TOO_MANY, peer=self.peer.short)
         self._pipes.all.append(pipe)
         pipe.ping(self._host.now())
         if self._nursery is not None:
@@ -252,11 +244,13 @@ class Link(SeenThroughPipes, CarriesCalls):
                 task_status.started()
                 for pipe in self._pipes.all:
                     nursery.start_soon(self._run_pipe, pipe)
-                await self._watch()
+                try:
+                    await self._watch()
+                finally:
+                    self._ended()  # while the nursery is still open: who has a pipe for us must not find it closed
         finally:
-            self._nursery = None
-            if self.close_reason is None:
-                self.close_reason = LinkClosed("closed by us", peer=self.peer.short)
+            self._ended()
+            assert self.close_reason is not None
             self._break_streams(self.close_reason)
             self._slots.unpark_all()
             self.closed.set()
@@ -283,6 +277,10 @@ class Link(SeenThroughPipes, CarriesCalls):
             pipe.fail(error)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pipe.fail(LinkClosed("the connection broke without a goodbye", peer=self.peer.short))
+
+    def _ended(self) -> None:
+        self._nursery = None
+        self.close_reason = self.close_reason or LinkClosed("closed by us", peer=self.peer.short)
 
     def _end(self, reason: LinkClosed | RemoteError) -> None:
         if self.close_reason is None:
@@ -323,10 +321,11 @@ class Link(SeenThroughPipes, CarriesCalls):
                 if not self._mux.goodbye_sent:
                     channel.eof()
                 raise LinkClosed("the connection ended without a goodbye", peer=self.peer.short)
-            pipe.note_heard(size, self._host.now())
             if self._mux.goodbye_sent:
                 continue
-            for event in channel.receive(data) if room is None else channel.fill(size):
+            events = channel.receive(data) if room is None else channel.fill(size)
+            pipe.note_heard(size, self._host.now(), whole=bool(events))
+            for event in events:
                 if isinstance(event, Record):
                     self._record(pipe, event.data)
 

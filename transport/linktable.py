@@ -68,8 +68,9 @@ class LinkTable:
         return min(reversed(recent), key=lambda link: self._own if link.initiator else link.peer)
 
     def adopt(self, link: Link) -> None:
-        """Run ``link`` from now on, until it ends."""
-        assert self.nursery is not None
+        """Run ``link`` from now on, until it ends. Raises :class:`LinkClosed` when the node stops."""
+        if self.nursery is None:
+            raise LinkClosed("this node stops", peer=link.peer.short)
         for older in self._links.get(link.peer, ()):
             # Whoever still knew that session would have brought a pipe for it.
             older.give_up(LinkClosed("it came back without its memory of this link", peer=link.peer.short))
@@ -158,9 +159,9 @@ class LinkTable:
         self._close(link, reason, GoodbyeCode.IDLE)
 
     def _close(self, link: Link, reason: str, code: GoodbyeCode) -> None:
-        assert self.nursery is not None
         link.say_goodbye(reason, code)
-        self.nursery.start_soon(link.aclose, reason, code)
+        if self.nursery is not None:  # else all links are about to end
+            self.nursery.start_soon(link.aclose, reason, code)
 
     def _note_moved(self, size: int) -> None:
         self._moved += size

@@ -123,7 +123,8 @@ class Mender:
                     await race.run()
                 except PeerUnreachable as error:
                     log.info("the link to %s has no new pipe yet: %s", link.peer.short, error)
-                await trio.sleep(pause)
+                # Not in step with the other side, which does the same.
+                await trio.sleep(pause * (0.75 + 0.5 * self._host.random.random()))
                 pause = min(2 * pause, defaults.RESUME_PAUSE_MAX)
         finally:
             del self._resuming[link]

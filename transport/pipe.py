@@ -53,6 +53,7 @@ class Pipe:
         "_pings_due",
         "_pong",
         "_token",
+        "_whole",
         "asked",
         "bandwidth",
         "bulk_only",
@@ -124,7 +125,7 @@ class Pipe:
         self.unsent: memoryview | None = None
         #: Its last record was of bulk.
         self.sent_bulk = False
-        self.heard = now
+        self.heard = self._whole = now
         #: Bytes sent since the peer was last heard on it, and since when.
         self.unheard = 0
         self.unheard_since: float | None = None
@@ -222,10 +223,15 @@ class Pipe:
 
     # What is measured
 
-    def note_heard(self, size: int, now: float) -> None:
+    def note_heard(self, size: int, now: float, *, whole: bool) -> None:
+        """``size`` bytes came; ``whole``: with them a record that only the peer can have made."""
+        self.bytes_received += size
+        if whole:
+            self._whole = now
+        elif now - self._whole > defaults.UNFINISHED_RECORD:
+            return
         self.heard = now
         self.unheard, self.unheard_since = 0, None
-        self.bytes_received += size
 
     def note_sent(self, size: int, seconds: float, now: float) -> None:
         """``size`` bytes were taken by the network within ``seconds``."""

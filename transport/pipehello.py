@@ -20,7 +20,7 @@ import struct
 from collections.abc import Callable
 
 from . import defaults
-from .errors import HandshakeError
+from .errors import HandshakeError, LinkClosed
 from .records import Buffer, RecordOpener, RecordSealer
 from .secure import MAGIC, PIPE_NAME, VERSION, Record
 
@@ -57,19 +57,29 @@ class SessionSecrets:
         self._exporter = exporter
         self._proof_key = hashlib.blake2b(key=exporter, person=b"shoal pipe proof", digest_size=32).digest()
         self._next = 1 if initiator else 2
-        self._used = 0  # a bit per index of the other side
+        self._highest = 0  # index of the other side so far
+        self._used = 1  # a bit for that one, and one for each before it
 
     def next_index(self) -> int:
+        """Raises :class:`LinkClosed`: a link that has used them all up gets no further pipe."""
+        if self._next > defaults.MAX_PIPE_INDEX:
+            raise LinkClosed("this link has used up the numbers of its pipes")
         index, self._next = self._next, self._next + 2
         return index
 
     def use(self, index: int) -> bool:
-        """Note the other side's ``index``; False when it is not one of theirs, or was used."""
+        """Note the other side's ``index``; False when it is not one of theirs, or was used, or is too old to tell."""
         if index & 1 == (1 if self.initiator else 0) or not 0 < index <= defaults.MAX_PIPE_INDEX:
             return False
-        if self._used >> index & 1:
+        ahead = index - self._highest
+        if ahead > 0:
+            kept = self._used << ahead if ahead < defaults.PIPE_INDEX_WINDOW else 0
+            self._used = (kept | 1) & ((1 << defaults.PIPE_INDEX_WINDOW) - 1)
+            self._highest = index
+            return True
+        if -ahead >= defaults.PIPE_INDEX_WINDOW or self._used >> -ahead & 1:
             return False
-        self._used |= 1 << index
+        self._used |= 1 << -ahead
         return True
 
     def proof(self, data: bytes) -> bytes:
@@ -134,6 +144,9 @@ class PipeOpening:
             raise HandshakeError("it does not answer like a Shoal peer of our version", peer=self._peer)
         if len(answer) < ANSWER_BYTES:
             return None
+        if answer[len(_PREAMBLE) :].startswith(self._secrets.id):
+            # TCP's simultaneous open: one connection that both sides dialled. Whoever tries again first has another.
+            raise HandshakeError("it dialled us at the same moment, on the same connection", peer=self._peer)
         status, _ = _ANSWER.unpack_from(answer, len(_PREAMBLE))
         if status:
             why = _REFUSALS.get(status, "for a reason that a newer version knows")

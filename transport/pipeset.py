@@ -48,6 +48,10 @@ class PipeSet:
         measured = [pipe.bandwidth for pipe in self.all if pipe.bandwidth and self.carries_bulk(pipe)]
         return sum(measured) if measured else None
 
+    def takes(self, *, bulk_only: bool) -> bool:
+        """Whether there is room for another one."""
+        return len(self.all) < defaults.MAX_PIPES + (0 if bulk_only else defaults.SPARE_PIPES)
+
     def carries_bulk(self, pipe: Pipe) -> bool:
         if len(self.all) == 1:
             return pipe.usable
@@ -73,6 +77,8 @@ class PipeSet:
                 log.info("the link to %s goes on by %s instead of %s", self._peer, best.way, before.way)
         for pipe in usable:
             spare = pipe.rank > best.rank or not (pipe.bulk_only or best.bulk_only)
+            # What the peer gives back is of no use for an answer: it goes as soon as another one can take its place.
+            spare |= pipe.peer_retired and not best.peer_retired
             if pipe is not best and spare and not best.suspect:
                 pipe.retire()
         for pipe in self.all:
@@ -131,6 +137,15 @@ class SeenThroughPipes:
         """Have ``note`` told of the bytes of every record, in and out. It must not wait."""
         self._session.note = note
 
+    @property
+    def idle(self) -> bool:
+        """True when no stream is open and no call waits for its answer."""
+        return not self._mux.streams and not self._mux.calls.open
+
+    @property
+    def streams(self) -> int:
+        return self._mux.streams
+
     _host: Host
 
     def _look_now(self) -> None:
@@ -141,6 +156,10 @@ class SeenThroughPipes:
     def pipes(self) -> tuple[Pipe, ...]:
         """The pipes it has, the best one first."""
         return tuple(sorted(self._pipes.all, key=lambda pipe: (pipe is not self._pipes.best, pipe.index)))
+
+    def takes_pipe(self, *, bulk_only: bool) -> bool:
+        """Whether there is room for another one."""
+        return self._pipes.takes(bulk_only=bulk_only)
 
     @property
     def bulk_pipes(self) -> list[Pipe]:

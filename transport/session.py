@@ -41,9 +41,10 @@ class Sent:
 
 
 class Outbox:
-    """The sending half of one channel."""
+    """The sending half of one channel. ``window``: bytes beyond which nothing new goes out before more is acknowledged."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = defaults.MAX_UNACKNOWLEDGED) -> None:
+        self._window = window
         #: Bytes sent and not acknowledged.
         self.kept = 0
         self._next = 0
@@ -56,6 +57,11 @@ class Outbox:
     def next(self) -> int:
         """The number of the next new record, not yet modulo."""
         return self._next
+
+    @property
+    def full(self) -> bool:
+        """True while a new record could be further ahead of a missing one than the peer may hold (:class:`Inbox`)."""
+        return self._next - self._acknowledged > defaults.MAX_EARLY_RECORDS or self.kept >= self._window
 
     def keep(self, pipe: int, sealed: Sealed) -> None:
         """The record :attr:`next` went out on ``pipe``. Raises :class:`RemoteProtocolError` when too much is kept."""
@@ -164,14 +170,17 @@ def _unwatched(size: int) -> None:
 
 
 class Session:
-    """Both channels of a link, in both directions. ``windows``: bytes of early records held at most, by channel."""
+    """Both channels of a link, in both directions. ``windows``: bytes under way at most, by channel, but for the last
+    record; the same on both sides, so that what comes early fits.
+    """
 
     #: Told of the bytes of every record, in and out. Must not wait.
     note: Callable[[int], None] = staticmethod(_unwatched)
 
     def __init__(self, windows: tuple[int, int]) -> None:
-        self.out = (Outbox(), Outbox())
-        self.into = (Inbox(windows[0]), Inbox(windows[1]))
+        control, bulk = windows
+        self.out = (Outbox(control), Outbox(bulk))
+        self.into = (Inbox(control + defaults.MAX_RECORD), Inbox(bulk + defaults.MAX_RECORD))
 
     @property
     def held(self) -> int:
@@ -220,7 +229,7 @@ class Session:
             sealed = sealer.seal_to_keep((self._head(channel, sent.number), sent.sealed.plain()[HEAD_BYTES:]))
             outbox.moved(sent, pipe, sealed)
             return sealed.wire
-        parts = fresh()
+        parts = None if outbox.full else fresh()
         if parts is None:
             return None
         sealed = sealer.seal_to_keep((self._head(channel, outbox.next), *parts))

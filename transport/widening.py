@@ -75,7 +75,13 @@ class Widening:
         link = call.link
         if not _ours(link):
             raise RemoteRefused("not_ours", "we did not dial this link by a way that can be used again")
-        await self._open(link, min(call.request.pipes, defaults.MAX_PIPES - 1))
+        if link in self._busy:
+            raise RemoteRefused("busy", "pipes are being opened already")
+        self._busy[link] = None
+        try:
+            await self._open(link, min(call.request.pipes, defaults.MAX_PIPES - 1))
+        finally:
+            self._busy.pop(link, None)
         return Widened(len(link.bulk_pipes))
 
     async def _open(self, link: Link, wanted: int) -> None:
