@@ -552,8 +552,9 @@ MAX_DIAL_BACK = 4
 #: Other peers that are asked to dial before the one that was asked does it itself.
 DIAL_BACK_THIRDS = 2
 
-#: Dial-backs per second, and at once, for one peer that asks, and for all of them.
+#: Dial-backs per second, and at once, for one peer that asks, for all at one address, and for all.
 DIAL_BACK_RATE, DIAL_BACK_BURST = 0.1, 6.0
+DIAL_BACK_SOURCE_RATE, DIAL_BACK_SOURCE_BURST = 0.5, 32.0
 DIAL_BACK_TOTAL_RATE, DIAL_BACK_TOTAL_BURST = 2.0, 64.0
 
 #: Seconds for a dial that only finds out whether it can be done: one repetition of a lost SYN.

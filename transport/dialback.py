@@ -16,12 +16,12 @@ import trio
 
 from . import deadlines, defaults
 from .address import Address, family_of, scope_of
-from .errors import ConfigError, LinkClosed, RemoteError, RemoteRefused, WaitExpired
+from .errors import ConfigError, HandshakeError, LinkClosed, RemoteError, RemoteRefused, WaitExpired
 from .identity import PeerId
 from .race import reason_of
 from .rpc import Call, Method, exchange
 from .signals import PeerRates
-from .throttle import TokenBucket
+from .throttle import TokenBucket, source_of
 from .wire import printable
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def permitted(address: Address, seen: Address) -> bool:
         return False
     if address.host == seen.host:
         return True
+    if scope_of(address) == "loopback":
+        return scope_of(seen) == "loopback"  # else it would be our own machine that is looked into
     return _local(address) and _local(seen)
 
 
@@ -114,6 +116,7 @@ class DialBackService:
         now = endpoint.host.now()
         self._endpoint = endpoint
         self._askers = PeerRates(defaults.DIAL_BACK_RATE, defaults.DIAL_BACK_BURST)
+        self._sources = PeerRates(defaults.DIAL_BACK_SOURCE_RATE, defaults.DIAL_BACK_SOURCE_BURST)
         self._all = TokenBucket(defaults.DIAL_BACK_TOTAL_RATE, defaults.DIAL_BACK_TOTAL_BURST, now)
         endpoint.serve(DIAL_BACK, self._dial_back)
         endpoint.serve(DIAL_FOR, self._dial_for)
@@ -131,8 +134,8 @@ class DialBackService:
         )
 
     async def _dial_back(self, call: Call[DialBack]) -> DialAnswer:
-        self._admit(call.peer, call.request.addresses)
         seen = call.link.remote
+        self._admit(call.peer, seen, call.request.addresses)
         if call.link.way in ("relay", "webrtc"):
             raise RemoteRefused("not_seen", "your address cannot be seen from here")
         allowed = [address for address in call.request.addresses if permitted(address, seen)]
@@ -158,19 +161,21 @@ class DialBackService:
         return DialAnswer(await self._dial(call.peer, allowed) + refused)
 
     async def _dial_for(self, call: Call[DialFor]) -> DialAnswer:
-        self._admit(call.peer, call.request.addresses)
+        self._admit(call.peer, call.link.remote, call.request.addresses)
         if call.request.peer == self._endpoint.peer_id:
             raise RemoteRefused("bad_request", "that is this node itself")
         # Private addresses mean something here only when who asks is near.
-        near = _local(call.link.remote)
-        allowed = [address for address in call.request.addresses if near or not _local(address)]
+        seen = call.link.remote
+        allowed = [a for a in call.request.addresses if not _local(a) or permitted(a, seen)]
         return DialAnswer(await self._dial(call.request.peer, allowed))
 
-    def _admit(self, peer: PeerId, addresses: Sequence[Address]) -> None:
+    def _admit(self, peer: PeerId, seen: Address, addresses: Sequence[Address]) -> None:
         now = self._endpoint.host.now()
         if len(addresses) > defaults.MAX_DIAL_BACK:
             raise RemoteRefused("bad_request", f"at most {defaults.MAX_DIAL_BACK} addresses")
-        if not self._askers.take(peer, now) or not self._all.take(now):
+        # Names are free: many at one address must not use up what we do for others.
+        source = source_of(seen.host)[0]
+        if not self._askers.take(peer, now) or not self._sources.take(source, now) or not self._all.take(now):
             raise RemoteRefused("rate", "asked to dial too often")
 
     def _thirds(self, asker: PeerId, seen: Address, allowed: Sequence[Address]) -> list[Link]:
@@ -204,6 +209,10 @@ class DialBackService:
                 if stream is None:
                     raise WaitExpired("answer to a dial", seconds)
                 await prove(stream, endpoint.channel(initiator=True, expected=peer), seconds)
+            except HandshakeError as error:
+                # Not what was heard: it may be a service that only we can reach.
+                log.debug("no proof of %s at %s: %s", peer.short, address, error)
+                found[address] = Dialled(address, "failed", endpoint.peer_id, "somebody else answers there")
             except (RemoteError, ConfigError) as error:
                 found[address] = Dialled(address, "failed", endpoint.peer_id, reason_of(error)[:120])
             else:

@@ -10,7 +10,7 @@ import trio
 
 from . import deadlines, defaults, webrtc
 from .address import Address, scope_of
-from .errors import PeerUnreachable
+from .errors import LinkClosed, PeerUnreachable
 from .identity import PeerId
 from .network import ByteStream
 from .planner import Step
@@ -34,6 +34,15 @@ def asker(signals: Signals, peer: PeerId, step: Step, lag: float) -> Callable[[s
         return await signals.ask(via.peer, peer, kind, body, deadlines.signal(lag), addresses=via.addresses)
 
     return ask
+
+
+async def hand_in(endpoint: Endpoint, stream: ByteStream, way: str) -> None:
+    """Give ``stream`` to ``endpoint``; a node that stops takes none, and it is closed."""
+    try:
+        endpoint.incoming(stream, way)
+    except LinkClosed as error:
+        log.debug("a stream by %s came too late: %s", way, error)
+        await trio.aclose_forcefully(stream)
 
 
 def listening_port_seen(endpoint: Endpoint) -> tuple[tuple[Address, ...], bool]:
@@ -91,7 +100,7 @@ class Punch(Way):
         return self._endpoint.lag.value(self._endpoint.host.now())
 
     async def _incoming(self, stream: ByteStream, way: str) -> None:
-        self._endpoint.incoming(stream, way)
+        await hand_in(self._endpoint, stream, way)
 
 
 class WebRtc(Way):
@@ -127,5 +136,4 @@ class WebRtc(Way):
         return self._endpoint.lag.value(self._endpoint.host.now())
 
     async def _incoming(self, stream: ByteStream) -> None:
-        await trio.lowlevel.checkpoint()
-        self._endpoint.incoming(stream, "webrtc")
+        await hand_in(self._endpoint, stream, "webrtc")

@@ -189,8 +189,7 @@ class Puncher:
             with trio.CancelScope() as scope:
 
                 def found(stream: ByteStream) -> None:
-                    assert self.nursery is not None
-                    self.nursery.start_soon(self._incoming, stream, "punch")
+                    nursery.start_soon(self._incoming, stream, "punch")
                     scope.cancel()
                     first.set()
 

@@ -41,7 +41,7 @@ class Sent:
 
 
 class Outbox:
-    """The sending half of one channel. ``window``: bytes beyond which nothing new goes out before more is acknowledged."""
+    """The sending half of one channel. ``window``: bytes kept beyond which nothing new goes out."""
 
     def __init__(self, window: int = defaults.MAX_UNACKNOWLEDGED) -> None:
         self._window = window

@@ -16,11 +16,14 @@ from shoal.transport import defaults
 from shoal.transport.address import Address
 from shoal.transport.callmux import CallMux
 from shoal.transport.deadlines import LoopLag
+from shoal.transport.dialback import DIAL_BACK, DIAL_FOR, DialBack, DialFor
 from shoal.transport.endpoint import Endpoint
-from shoal.transport.errors import HandshakeError, RemoteError, RemoteProtocolError
+from shoal.transport.errors import HandshakeError, RemoteError, RemoteProtocolError, RemoteRefused
 from shoal.transport.establish import join_pipe, open_pipe
 from shoal.transport.link import Link, LinkStream, Priority
+from shoal.transport.meeting import hand_in
 from shoal.transport.memory import Route
+from shoal.transport.network import ByteStream
 from shoal.transport.pipe import Pipe
 from shoal.transport.pipehello import PipeRefused, SessionSecrets
 from shoal.transport.race import Race
@@ -257,7 +260,67 @@ def test_calls_that_are_given_up_unsent_do_not_pile_up() -> None:
     assert calls.can_call
 
 
+# Dial-backs
+
+
+async def test_a_dial_back_tells_nobody_what_listens_at_an_address_that_is_no_peers() -> None:
+    async with nodes(Virtual()) as n:
+        node, curious = await n.add("node", traversal=Traversal()), await n.add("curious")
+        await curious.connect(node.peer_id, node.addresses())
+        shop = await n.world.host("shop").network.listen(Address("mem", "shop", 1))
+
+        async def serve() -> None:
+            while True:
+                await (await shop.accept()).send_all(b"220 secret 9.1\r\n")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            asked = DialFor(n.make("stranger").peer_id, (shop.address,))
+            answer = await curious.call(node.peer_id, DIAL_FOR, asked)
+            nursery.cancel_scope.cancel()
+        assert answer.dialled[0].outcome == "failed"
+        assert "secret" not in answer.dialled[0].reason
+        assert "somebody else" in answer.dialled[0].reason
+        await shop.aclose()
+
+
+async def test_many_names_at_one_address_do_not_use_up_the_dial_backs_of_others() -> None:
+    async with nodes(Virtual()) as n:
+        node, honest = await n.add("node", traversal=Traversal(dial_back=False)), await n.add("honest")
+        assert node.traversal is not None
+        service = node.traversal.reachability._service
+        refused = 0
+        for i in range(100):
+            try:
+                service._admit(n.make(f"name{i}").peer_id, Address("mem", "crowd", 100 + i), ())
+            except RemoteRefused:
+                refused += 1
+        assert 60 <= refused < 100
+        await honest.connect(node.peer_id, node.addresses())
+        answer = await honest.call(node.peer_id, DIAL_BACK, DialBack(honest.addresses()))
+        assert answer.dialled[0].outcome == "reached"
+
+
 # Nodes that stop
+
+
+async def test_a_hole_that_opens_as_the_node_stops_is_closed() -> None:
+    async with nodes(Virtual()) as n:
+        node = await n.add("node")
+        streams = [(await connect_bytes(n.world))[2:] for _ in range(2)]
+        await n.stop("node")
+        await hand_in(node, streams[0][0], "punch")
+        await hand_in(node, streams[1][0], "webrtc")
+        for _, far in streams:
+            with trio.fail_after(1):
+                assert await hung_up(far)
+
+
+async def hung_up(stream: ByteStream) -> bool:
+    try:
+        return not await stream.receive_some()
+    except trio.BrokenResourceError:
+        return True
 
 
 @pytest.mark.parametrize("after", [0.0, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.5])

@@ -102,6 +102,9 @@ def test_the_verdict_follows_the_evidence(
         ("192.168.1.7:80", "198.51.100.7:50000", False),  # our own network is none of its business
         ("192.168.1.7:80", "192.168.1.9:50000", True),
         ("10.0.0.1:80", "127.0.0.1:50000", True),
+        ("127.0.0.1:80", "127.0.0.1:50000", True),
+        ("127.0.0.1:80", "192.168.1.9:50000", False),  # what listens on our own machine is none of its business
+        ("[::1]:80", "192.168.1.9:50000", False),
         ("198.51.100.7:80", "192.168.1.9:50000", False),
         ("198.51.100.7:0", "198.51.100.7:50000", False),
         ("mem://a:1", "mem://a:50000", True),
