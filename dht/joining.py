@@ -23,8 +23,11 @@ async def reach(
     addresses: Sequence[Address],
     lost: Sequence[PeerId],
 ) -> list[tuple[str, str, bool]]:
-    """Try to hear ``addresses`` and ``lost`` contacts, ALPHA_MAX at a time. What failed, why, would it again?"""
-    failures: list[tuple[str, str, bool]] = []
+    """Try to hear ``addresses`` and ``lost`` contacts, ALPHA_MAX at a time. What failed, why, would it again?
+
+    In the order given, not as they fail: the same failures read the same the next time.
+    """
+    failures: dict[str, tuple[str, bool] | None] = dict.fromkeys((*map(str, addresses), *(peer.short for peer in lost)))
     limit = trio.CapacityLimiter(defaults.ALPHA_MAX)
 
     async def attempt_addresses() -> None:
@@ -52,9 +55,9 @@ async def reach(
                 await ping(await reach())
                 answered.set()
             except PeerUnreachable as error:
-                failures.append((name, error.reason, error.lasting))
+                failures[name] = (error.reason, error.lasting)
             except (RemoteError, Overloaded) as error:
-                failures.append((name, str(error), isinstance(error, RemoteError) and error.lasting))
+                failures[name] = (str(error), isinstance(error, RemoteError) and error.lasting)
 
     async def identify(address: Address) -> PeerId:
         return (await endpoint.identify(address)).peer
@@ -69,4 +72,4 @@ async def reach(
         nursery.start_soon(attempt_addresses)
         for peer in lost:
             nursery.start_soon(attempt, peer.short, partial(connect, peer))
-    return failures
+    return [(name, *failure) for name, failure in failures.items() if failure is not None]

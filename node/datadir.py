@@ -87,9 +87,12 @@ class DataDir:
     def locked(self) -> Iterator[None]:
         """Hold the directory for this process, however the process ends.
 
-        Raises :class:`ConfigError` with the pid of the node that holds it already.
+        Raises :class:`ConfigError` with the pid of the node that holds it already, or when the disk is full.
         """
-        fd = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        try:
+            fd = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        except OSError as error:
+            raise ConfigError(f"cannot write {self.lock_path}: {error.strerror}") from error
         try:
             if not _try_lock(fd):
                 pid = os.read(fd, 32).decode("ascii", "replace").strip()
@@ -97,8 +100,11 @@ class DataDir:
                     f"a node (pid {pid or 'unknown'}) already runs in {self.path}; "
                     "stop it with `shoal stop`, or give this one a directory of its own with --data-dir"
                 )
-            os.ftruncate(fd, 0)
-            os.write(fd, f"{os.getpid()}\n".encode())
+            try:
+                os.ftruncate(fd, 0)
+                os.write(fd, f"{os.getpid()}\n".encode())
+            except OSError as error:
+                raise ConfigError(f"cannot write {self.lock_path}: {error.strerror}") from error
             yield
             os.ftruncate(fd, 0)
         finally:
@@ -175,15 +181,17 @@ class DataDir:
 
     def _write(self, path: Path, data: bytes) -> None:
         """Replace ``path`` whole: a reader, or a restart after a crash, sees the old file or the new one."""
-        fd, name = tempfile.mkstemp(dir=self.path, prefix=f".{path.name}-")
+        name = None
         try:
+            fd, name = tempfile.mkstemp(dir=self.path, prefix=f".{path.name}-")
             with os.fdopen(fd, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(name, path)
         except OSError as error:
-            Path(name).unlink(missing_ok=True)
+            if name is not None:
+                Path(name).unlink(missing_ok=True)
             raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 

@@ -16,6 +16,7 @@ from .boundary import first_error
 from .datadir import DataDir
 from .doctor_checks import Finding, Level, judge, worst
 from .doctor_gather import Wishes, gather
+from .listening import parse_remote
 from .terminal import configure_logging, read_line
 from .ticket import PREFIX, Ticket
 
@@ -60,7 +61,7 @@ def _target(text: str | None) -> Ticket | Address | None:
         text = read_line().strip()
     if text is None:
         return None
-    return Ticket.parse(text) if text.lower().startswith(PREFIX[:-1]) else Address.parse(text)
+    return Ticket.parse(text) if text.lower().startswith(PREFIX[:-1]) else parse_remote(text)
 
 
 def show(findings: tuple[Finding, ...], *, everything: bool = False) -> None:

@@ -37,10 +37,18 @@ def parse_via(texts: Sequence[str]) -> tuple[Address, ...]:
     found = []
     for text in texts:
         try:
-            found.append(Address.parse(text))
+            found.append(parse_remote(text))
         except ConfigError as error:
             raise ConfigError(f"--via: {error}; `shoal relay` prints what to give here") from None
     return tuple(dict.fromkeys(found))
+
+
+def parse_remote(text: str) -> Address:
+    """An address to dial. Raises :class:`ConfigError`, also for one that nobody can listen at."""
+    address = Address.parse(text)
+    if address.port == 0:
+        raise ConfigError(f"{text!r} has port 0, at which nobody can be reached; give the port that the peer shows")
+    return address
 
 
 async def free_bind(

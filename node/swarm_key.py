@@ -39,11 +39,6 @@ def load(path: Path) -> bytes:
             text = file.read(_MAX_FILE).decode("ascii", "replace")
     except OSError as error:
         raise ConfigError(f"cannot read the swarm's key {path}: {error.strerror}") from error
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigError(
-            f"the swarm's key {path} can be read by others (mode {stat.S_IMODE(mode):04o}), and who has it is a "
-            f"member; run: chmod 600 {path}"
-        )
     try:
         if not text.startswith(_HEADER):
             raise ValueError
@@ -55,6 +50,12 @@ def load(path: Path) -> bytes:
             f"{path} is not the key of a private swarm: expected one line that begins with {_HEADER.strip()!r}; "
             "copy the file again, or name one that does not exist yet to make a new key"
         ) from None
+    # Last: of a file that is no key at all, nobody should change the mode.
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(
+            f"the swarm's key {path} can be read by others (mode {stat.S_IMODE(mode):04o}), and who has it is a "
+            f"member; run: chmod 600 {path}"
+        )
     return key
 
 

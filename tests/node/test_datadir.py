@@ -49,6 +49,19 @@ def test_two_processes_cannot_share_a_data_directory(tmp_path: Path) -> None:
     assert data.holder() is None
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_said_when_the_directory_is_taken(tmp_path: Path) -> None:
+    data = DataDir(tmp_path)
+    data.lock_path = Path("/dev/full")
+    with pytest.raises(ConfigError, match="cannot write /dev/full"), data.locked():
+        raise AssertionError("there was no room for the lock")
+
+
+def test_a_folder_that_went_away_is_said_when_something_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot write .*gone/node: No such file"):
+        DataDir(tmp_path / "gone").write_record(RECORD)
+
+
 def test_a_record_reads_back_and_replaces_the_old_one_whole(tmp_path: Path) -> None:
     data = DataDir(tmp_path)
     assert data.read_record() is None

@@ -52,6 +52,10 @@ def test_via_takes_addresses_and_says_where_they_come_from() -> None:
     assert parse_via(["1.2.3.4:5", "tcp://[::1]:6", "1.2.3.4:5"]) == (tcp("1.2.3.4", 5), tcp("::1", 6))
     with pytest.raises(ConfigError, match="--via: 'relay' is not an address.*`shoal relay` prints"):
         parse_via(["relay"])
+    with pytest.raises(ConfigError, match="'example.com' is a name, give the IP address"):
+        parse_via(["example.com:4001"])
+    with pytest.raises(ConfigError, match="port 0, at which nobody can be reached"):
+        parse_via(["1.2.3.4:0"])
 
 
 @pytest.mark.real

@@ -41,6 +41,10 @@ def test_some_other_file_is_no_key(tmp_path: Path, content: str) -> None:
     with pytest.raises(ConfigError, match="is not the key of a private swarm"):
         swarm_key.load(path)
     assert path.read_text() == content
+    # Nobody is told to close a file that has nothing to do with Shoal
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="is not the key of a private swarm"):
+        swarm_key.load(path)
 
 
 def test_a_folder_and_a_place_where_nothing_can_be_written_are_named(tmp_path: Path) -> None:
