@@ -374,7 +374,7 @@ class Mux:
         stream._allowance -= n
         stream.unread += n
         chunks = stream._chunks
-        if n * 4 >= record_size and n >= defaults.SMALL_CHUNK:
+        if n * 2 >= record_size and n >= defaults.SMALL_CHUNK:
             chunks.append(payload)
         elif chunks and type(chunks[-1]) is bytearray and len(chunks[-1]) < defaults.SMALL_CHUNK:
             # A view would pin the whole record in memory, and a chunk per byte cost more than its credit.

@@ -14,19 +14,23 @@ import trio
 
 from shoal.transport import defaults
 from shoal.transport.address import Address
+from shoal.transport.aead import NOMINAL_CIPHERS
 from shoal.transport.callmux import CallMux
 from shoal.transport.deadlines import LoopLag
 from shoal.transport.dialback import DIAL_BACK, DIAL_FOR, DialBack, DialFor
 from shoal.transport.endpoint import Endpoint
 from shoal.transport.errors import HandshakeError, RemoteError, RemoteProtocolError, RemoteRefused
 from shoal.transport.establish import join_pipe, open_pipe
+from shoal.transport.frames import HEADER, Frame
 from shoal.transport.link import Link, LinkStream, Priority
 from shoal.transport.meeting import hand_in
 from shoal.transport.memory import Route
+from shoal.transport.mux import Mux
 from shoal.transport.network import ByteStream
 from shoal.transport.pipe import Pipe
 from shoal.transport.pipehello import PipeRefused, SessionSecrets
 from shoal.transport.race import Race
+from shoal.transport.records import RecordOpener, RecordSealer
 from shoal.transport.rpc import Call, Method, exchange
 from shoal.transport.traversal import Traversal
 from shoal.transport.widening import WIDEN, Widen
@@ -41,6 +45,7 @@ class Text:
     text: str
 
 
+CIPHER = NOMINAL_CIPHERS[-1].name
 ECHO = Method("faults.echo", Text, Text)
 
 
@@ -466,3 +471,36 @@ def sizes_of(endpoint: Endpoint) -> dict[str, int]:
         for field, value in vars(holder).items()
         if isinstance(value, (dict, list))
     }
+
+
+# Memory
+
+
+@pytest.mark.parametrize("size", [1 << 10, (64 << 10) - 16, 64 << 10, 100 << 10, 256 << 10, 300 << 10, 512 << 10])
+def test_a_record_that_nobody_reads_holds_at_most_twice_its_bytes(size: int) -> None:
+    """On both sides: what is received and what waits for its acknowledgement. Limits count bytes, not buffers."""
+    sealer, opener = (kind(CIPHER, bytes(32)) for kind in (RecordSealer, RecordOpener))
+    opener.feed(sealer.seal((bytes(512 << 10),)))  # it does send large ones
+    wire = sealer.seal_to_keep((bytes(size),)).wire
+    assert held_by(wire) <= 2 * size + 1024
+    (record,) = opener.feed(wire)
+    assert held_by(record) <= 2 * size + 1024
+
+
+def held_by(view: bytearray | memoryview) -> int:
+    return len(view.obj) if isinstance(view, memoryview) else len(view)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.45, 0.6, 1.0])
+def test_a_part_of_a_record_that_nobody_reads_holds_at_most_twice_its_bytes(share: float) -> None:
+    """The rest of the record was for a stream that is read, or closed."""
+    mux, size = Mux(initiator=False), 400_000
+    part = int(size * share)
+    opened = b"".join(HEADER.pack(Frame.OPEN, n << 2 | 3, 1) + b"x" for n in (1, 2))
+    mux.receive(memoryview(opened), Priority.BULK)
+    frames = HEADER.pack(Frame.DATA, 7, part) + bytes(part)
+    if size > part:
+        frames += HEADER.pack(Frame.DATA, 11, size - part) + bytes(size - part)
+    mux.receive(memoryview(bytearray(frames)), Priority.BULK)
+    (chunk,) = mux._streams[7]._chunks
+    assert held_by(memoryview(chunk)) <= 2 * part + 1024

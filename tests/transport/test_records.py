@@ -203,7 +203,7 @@ def test_bad_secrets_and_limits_are_our_bug() -> None:
 
 def test_large_records_may_be_received_straight_into_their_place() -> None:
     sealer, opener = _pair()
-    texts = [bytes([n]) * size for n, size in enumerate((100_000, 100_000, 50, 90_000, 200_000, 100_000))]
+    texts = [bytes([n]) * size for n, size in enumerate((300_000, 300_000, 50, 90_000, 200_000, 300_000))]
     wire = b"".join(sealer.seal([text]) for text in texts)
     got, at, direct = [], 0, 0
     while at < len(wire):
@@ -224,15 +224,15 @@ def test_large_records_may_be_received_straight_into_their_place() -> None:
 
 def test_room_is_made_only_for_what_the_peer_has_shown_to_send() -> None:
     sealer, opener = _pair()
-    opener.feed(sealer.seal([bytes(100_000)]))
-    opener.feed(sealer.seal([bytes(100_001)])[:10])
+    opener.feed(sealer.seal([bytes(300_000)]))
+    opener.feed(sealer.seal([bytes(300_001)])[:10])
     assert opener.room() is None
 
 
 def test_an_altered_record_received_in_place_ends_the_link() -> None:
     sealer, opener = _pair()
-    opener.feed(sealer.seal([bytes(100_000)]))
-    wire = sealer.seal([bytes(100_000)])
+    opener.feed(sealer.seal([bytes(300_000)]))
+    wire = sealer.seal([bytes(300_000)])
     wire[-1] ^= 1
     opener.feed(wire[:100])
     room = opener.room()
