@@ -104,7 +104,7 @@ def render_status(found: NodeStatus) -> str:
         ]
         if run.leader:
             rows.append(("leader", run.leader[:8]))
-        rows.append(("samples", f"{run.samples:,} here, {run.total_samples:,} in the swarm"))
+        rows.append(("samples", f"{run.samples:,} here in this round, {run.total_samples:,} in the swarm so far"))
         if run.loss is not None:
             rows.append(("training loss", f"{run.loss:.4f}"))
         if run.metric is not None:

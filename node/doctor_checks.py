@@ -86,6 +86,7 @@ class Facts:
 
 NETWORK, REACH, PEER, MACHINE = "network", "can others reach this machine", "the peer", "this machine"
 _NO_PEER = "needs a peer to ask: give a ticket, or the address of a relay"
+_NOT_REACHED = "the peer was not reached"
 _RELAY = "others reach it through a relay: run `shoal relay` on a machine with a public address, then --via ITS_ADDRESS"
 
 
@@ -102,6 +103,11 @@ def judge(facts: Facts) -> tuple[Finding, ...]:
 
 def worst(findings: tuple[Finding, ...]) -> Level:
     return max((finding.level for finding in findings), key=LEVELS.index, default="ok")
+
+
+def _nobody_asked(facts: Facts) -> str:
+    """Why a check that takes a peer was not made."""
+    return _NO_PEER if facts.peer is None else _NOT_REACHED
 
 
 def _listed(addresses: tuple[Address, ...]) -> str:
@@ -165,7 +171,8 @@ def gateway_and_mtu(facts: Facts) -> Finding:
 
 def udp(facts: Facts) -> Finding:
     if not facts.stun:
-        return Finding(NETWORK, "UDP", "skipped", _NO_PEER if facts.peer is None else "the peer answers no STUN")
+        met = facts.peer is not None and facts.peer.peer
+        return Finding(NETWORK, "UDP", "skipped", "the peer answers no STUN" if met else _nobody_asked(facts))
     said = "; ".join(f"{observer}: {text}" for observer, text, _ in facts.stun)
     if any(answered for _, _, answered in facts.stun):
         return Finding(NETWORK, "UDP", "ok", "UDP passes both ways", said)
@@ -177,7 +184,7 @@ def udp(facts: Facts) -> Finding:
 
 def dial_back(facts: Facts) -> Finding:
     if facts.state is None or (facts.state == "unknown" and facts.peer is None and facts.running is None):
-        return Finding(REACH, "dial-back", "skipped", _NO_PEER)
+        return Finding(REACH, "dial-back", "skipped", _nobody_asked(facts))
     outside = _public(facts.confirmed)
     if facts.state == "reachable" and (outside or not facts.external):
         far = "strangers" if outside else "neighbours"
@@ -204,7 +211,7 @@ def nat_mapping(facts: Facts) -> Finding:
     if facts.mapping is None or (facts.mapping == "unknown" and not facts.external):
         if facts.state is not None and facts.peer is not None and not facts.external and facts.peer.peer:
             return Finding(REACH, check, "ok", "no NAT on the way to that peer", "it sees our own address")
-        return Finding(REACH, check, "skipped", facts.mapping_reason or _NO_PEER)
+        return Finding(REACH, check, "skipped", facts.mapping_reason or _nobody_asked(facts))
     match facts.mapping:
         case "none":
             return Finding(REACH, check, "ok", "no NAT", facts.mapping_reason)
@@ -229,7 +236,8 @@ def nat_mapping(facts: Facts) -> Finding:
 def nat_filtering(facts: Facts) -> Finding:
     check = "NAT filtering"
     if not facts.external:
-        return Finding(REACH, check, "skipped", "no NAT was seen" if facts.state not in (None, "unknown") else _NO_PEER)
+        asked = facts.state not in (None, "unknown")
+        return Finding(REACH, check, "skipped", "no NAT was seen" if asked else _nobody_asked(facts))
     if facts.state == "unreachable":
         return Finding(
             REACH,
@@ -268,7 +276,7 @@ def relays(facts: Facts) -> Finding:
     if known:
         return Finding(REACH, check, "ok", f"{len(known)} peers relay for others", ", ".join(known))
     if facts.peer is None or not facts.peer.peer:
-        return Finding(REACH, check, "skipped", _NO_PEER if facts.peer is None else "the peer was not reached")
+        return Finding(REACH, check, "skipped", _nobody_asked(facts))
     needed = facts.state == "unreachable"
     return Finding(
         REACH, check, "warn" if needed else "ok", "no peer is known that relays", "",
@@ -288,13 +296,37 @@ def peer_reached(facts: Facts) -> Finding:
         advice = "take the ticket of that swarm: it carries the key"
     elif "wire version" in tried:
         advice = "run the same version of Shoal on both machines"
-    elif tried and all(_unroutable(address) for address, _ in facts.peer.attempts):
+    elif "not a Shoal peer" in tried:
+        advice = "another program listens there: is it the port that the peer shows?"
+    elif other := _other_version(facts):
+        advice = (
+            f"this machine has no {other}, and the peer is known by {other} only: they meet through a relay that has "
+            "IPv4 and IPv6 (`shoal relay`); start the run with --via both of its addresses"
+        )
+    elif _only_private(facts.peer):
         advice = f"all its addresses are private, so it can be reached from its own network only; {_RELAY}"
     return Finding(PEER, check, "fail", "nobody was reached", tried, advice)
 
 
-def _unroutable(address: str) -> bool:
-    return scope_of(Address.parse(address)) != "public"
+def _other_version(facts: Facts) -> str:
+    """The IP version of all the peer's addresses but loopback ones, if this machine does not have it; else empty."""
+    assert facts.peer is not None
+    tried = [Address.parse(address) for address, _ in facts.peer.attempts]
+    theirs = {":" in address.host for address in tried if scope_of(address) != "loopback"}
+    own = {":" in address.host for address in facts.addresses if scope_of(address) not in ("loopback", "link")}
+    if not own or not theirs or own & theirs:
+        return ""
+    return "IPv6" if True in theirs else "IPv4"
+
+
+def _only_private(peer: PeerFacts) -> bool:
+    """It is known by private addresses alone, and nothing at them says that its machine is in this network.
+
+    A ticket's loopback address says nothing: whatever refuses there is this machine.
+    """
+    others = [(address, why) for address, why in peer.attempts if scope_of(Address.parse(address)) != "loopback"]
+    private = all(scope_of(Address.parse(address)) != "public" for address, _ in others)
+    return bool(others) and private and not any("refused" in why for _, why in others)
 
 
 def round_trip(facts: Facts) -> Finding:

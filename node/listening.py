@@ -6,7 +6,7 @@ import errno
 import ipaddress
 from collections.abc import Callable, Sequence
 
-from ..transport.address import Address, scope_of
+from ..transport.address import Address, family_of, scope_of
 from ..transport.errors import ConfigError, PeerUnreachable
 from ..transport.network import Network
 from . import defaults
@@ -137,6 +137,13 @@ def for_ticket(own: Sequence[Address], limit: int = defaults.OWN_TICKET_ADDRESSE
         # A machine with many interfaces: one way by IPv6 is worth more than one more bridge.
         kept[-1:] = [a for a in others if ":" in a.host][:1] or kept[-1:]
     return (*kept, *loopback[:1])
+
+
+def best_of_each(addresses: Sequence[Address]) -> tuple[Address, ...]:
+    """The first of a peer's addresses, and its first public one of the other IP version if there is one."""
+    first = addresses[:1]
+    others = [a for a in addresses if scope_of(a) == "public" and family_of(a) != family_of(addresses[0])]
+    return (*first, *others[:1])
 
 
 def _rank(address: Address) -> int:

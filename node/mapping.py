@@ -18,7 +18,8 @@ def worth_mapping(addresses: Sequence[Address]) -> tuple[bool, str]:
     if "public" in scopes:
         return False, "it has a public IPv4 address"
     if all(scope == "loopback" for scope in scopes):
-        return False, "it listens on this machine only"
+        six = any(":" in a.host and scope_of(a) not in ("loopback", "link") for a in addresses)
+        return False, "its network has no IPv4" if six else "it listens on this machine only"
     return True, "its IPv4 addresses are all private"
 
 

@@ -28,7 +28,7 @@ from . import defaults
 from .control import PeerInfo
 from .helping import Helping
 from .linkinfo import Traffic, peer_infos
-from .listening import for_ticket, free_bind
+from .listening import best_of_each, for_ticket, free_bind
 from .mapping import PortKeeper
 from .reach import reach_of
 from .ticket import Ticket
@@ -336,7 +336,7 @@ class Node:
         for link in self.endpoint.links():
             contact = self.endpoint.contact(link.peer)
             if contact is not None:
-                addresses |= dict.fromkeys(contact.open(self.host.wall()).addresses[:1])
+                addresses |= dict.fromkeys(best_of_each(contact.open(self.host.wall()).addresses))
         addresses |= dict.fromkeys(self._bootstrap())
         return Ticket(
             self.signed.run_id, self.signed.open().founder, tuple(addresses)[: defaults.MAX_TICKET_ADDRESSES], self.psk

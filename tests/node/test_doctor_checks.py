@@ -39,6 +39,9 @@ HOME = Facts(
 )
 
 
+SIX_ONLY = Facts(addresses=tcp("2a00::2", "127.0.0.1", "::1"))
+
+
 def check(facts: Facts, name: str) -> Finding:
     (found,) = (finding for finding in judge(facts) if finding.check == name)
     return found
@@ -97,7 +100,8 @@ def peer(**changes: object) -> Facts:
         ("connection", changed(peer=None), "skipped", "no ticket"),
         (
             "connection",
-            peer(peer="", attempts=(("tcp://10.0.0.1:1", "timed out"),)), "fail", "from its own network only",
+            peer(peer="", attempts=(("tcp://10.0.0.1:1", "timed out"), ("tcp://127.0.0.1:1", "connection refused"))),
+            "fail", "from its own network only",
         ),
         (
             "connection",
@@ -109,6 +113,24 @@ def peer(**changes: object) -> Facts:
             peer(peer="", attempts=(("tcp://8.8.8.8:1", "it speaks wire version 3, we speak version 2"),)),
             "fail", "the same version of Shoal",
         ),
+        (
+            "connection",
+            attrs.evolve(SIX_ONLY, peer=PeerFacts("shoal1…", (("tcp://30.0.1.2:1", "no route"),))),
+            "fail", "this machine has no IPv4",
+        ),
+        (
+            "connection",
+            peer(peer="", attempts=(("tcp://127.0.0.1:80", "not a Shoal peer: its first bytes are 'HTTP'"),)),
+            "fail", "another program listens there",
+        ),
+        (
+            "connection",
+            peer(peer="", attempts=(("tcp://10.0.0.1:1", "connection refused (nobody listens there)"),)),
+            "fail", "is it running",
+        ),
+        ("dial-back", attrs.evolve(SIX_ONLY, peer=PeerFacts("shoal1…")), "skipped", "the peer was not reached"),
+        ("NAT mapping", attrs.evolve(SIX_ONLY, peer=PeerFacts("shoal1…")), "skipped", "the peer was not reached"),
+        ("UDP", attrs.evolve(SIX_ONLY, peer=PeerFacts("shoal1…")), "skipped", "the peer was not reached"),
         ("round trip", HOME, "ok", "9.0 ms"),
         ("round trip", peer(rtt=0.9), "warn", "900.0 ms"),
         ("throughput", HOME, "ok", "96.0 Mbit/s"),

@@ -7,7 +7,8 @@ import socket
 
 import pytest
 
-from shoal.node.listening import EVERYWHERE, for_ticket, free_bind, in_order, parse_hosts, parse_via
+from shoal.node.listening import EVERYWHERE, best_of_each, for_ticket, free_bind, in_order, parse_hosts, parse_via
+from shoal.node.mapping import worth_mapping
 from shoal.transport.address import Address
 from shoal.transport.errors import ConfigError, PeerUnreachable
 from shoal.transport.network import ByteStream, Listener
@@ -90,6 +91,29 @@ async def test_a_taken_port_is_an_error_unless_there_is_another() -> None:
         )
     assert bind.port not in (0, port)
     assert "in use" in notes[0] and "taking another port" in notes[0]
+
+
+def test_of_a_peer_a_ticket_takes_one_address_and_a_public_one_of_the_other_ip_version() -> None:
+    relay = (tcp("30.0.1.2", 1), tcp("2a00::2", 1), tcp("127.0.0.1", 1), tcp("::1", 1))
+    assert best_of_each(relay) == relay[:2]
+    assert best_of_each((tcp("192.168.1.2", 1), tcp("fd00::2", 1), tcp("::1", 1))) == (tcp("192.168.1.2", 1),)
+    assert best_of_each(()) == ()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "wanted", "why"),
+    [
+        (["192.168.1.2", "127.0.0.1", "2a00::2"], True, "all private"),
+        (["30.0.1.2", "192.168.1.2"], False, "public IPv4"),
+        (["127.0.0.1", "::1", "2a00::2"], False, "its network has no IPv4"),
+        (["127.0.0.1", "::1"], False, "this machine only"),
+        (["2a00::2"], False, "does not listen by IPv4"),
+    ],
+)
+def test_a_router_is_asked_only_where_its_port_would_help(hosts: list[str], wanted: bool, why: str) -> None:
+    asked, reason = worth_mapping([tcp(host, 1) for host in hosts])
+    assert asked is wanted
+    assert why in reason
 
 
 def test_public_addresses_go_first_and_loopback_last() -> None:
