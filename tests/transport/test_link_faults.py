@@ -28,10 +28,12 @@ from shoal.transport.memory import Route
 from shoal.transport.mux import Mux
 from shoal.transport.network import ByteStream
 from shoal.transport.pipe import Pipe
-from shoal.transport.pipehello import PipeRefused, SessionSecrets
+from shoal.transport.pipehello import _PREAMBLE as PREAMBLE
+from shoal.transport.pipehello import BAD_PROOF, PipeRefused, SessionSecrets
 from shoal.transport.race import Race
 from shoal.transport.records import RecordOpener, RecordSealer
 from shoal.transport.rpc import Call, Method, exchange
+from shoal.transport.session import Session
 from shoal.transport.traversal import Traversal
 from shoal.transport.widening import WIDEN, Widen
 
@@ -504,3 +506,58 @@ def test_a_part_of_a_record_that_nobody_reads_holds_at_most_twice_its_bytes(shar
     mux.receive(memoryview(bytearray(frames)), Priority.BULK)
     (chunk,) = mux._streams[7]._chunks
     assert held_by(memoryview(chunk)) <= 2 * part + 1024
+
+
+@pytest.mark.parametrize("rekey_after", [1, 2, 3, 7])
+def test_what_was_sealed_under_keys_that_are_gone_goes_out_again_on_another_pipe(rekey_after: int) -> None:
+    """Keys step forward while records wait for their acknowledgement, and step while they are sent again."""
+    sender, receiver = Session((1 << 20, 1 << 20)), Session((1 << 20, 1 << 20))
+    pipes = [
+        (
+            RecordSealer(CIPHER, bytes([n]) * 32, rekey_after=rekey_after),
+            RecordOpener(CIPHER, bytes([n]) * 32, rekey_after=rekey_after),
+        )
+        for n in range(4)
+    ]
+    texts = [bytes([i]) * (i + 1) for i in range(50)]
+    waiting = [[text] for text in texts]
+    for _ in texts:
+        wire = sender.compose(1, 0, pipes[0][0], lambda: waiting.pop(0))
+        assert wire is not None
+    got: list[bytes] = []
+    for pipe in (1, 2, 3):  # each dies after having carried some; only the last one's records arrive
+        sender.lost(pipe - 1)
+        sealer, opener = pipes[pipe]
+        count = 0
+        while (wire := sender.compose(1, pipe, sealer, lambda: None)) is not None and (pipe == 3 or count < 20):
+            count += 1
+            for record in opener.feed(wire):
+                if pipe != 2:
+                    got += [bytes(payload) for payload in receiver.receive(record)[1]]
+    assert got == texts
+
+
+async def test_a_pipe_of_a_private_swarm_opens_for_its_session_alone() -> None:
+    key = bytes(range(32))
+    async with nodes(Virtual()) as n:
+        a = await n.add("a", psk=key, traversal=Traversal())
+        b = await n.add("b", psk=key, traversal=Traversal())
+        stranger = await n.add("stranger")
+        link = await a.connect(b.peer_id, b.addresses())
+        raw = await stranger.host.network.dial(b.addresses()[0])
+        guess = SessionSecrets(bytes(32), link.cipher, initiator=True)
+        guess.id = link.secrets.id  # it was seen on its way
+        await raw.send_all(opening(guess).hello)
+        with trio.fail_after(20):
+            assert (await raw.receive_some())[len(PREAMBLE)] == BAD_PROOF
+        assert len(link.pipes) == 1
+        # a dial-back proves its answerer by the swarm's key as well
+        stranger_record = DialFor(stranger.peer_id, stranger.addresses())
+        answer = await a.call(b.peer_id, DIAL_FOR, stranger_record)
+        assert answer.dialled[0].outcome == "failed"
+        answer = await a.call(b.peer_id, DIAL_FOR, DialFor(a.peer_id, a.addresses()))
+        assert answer.dialled[0].outcome == "reached"
+        await trio.aclose_forcefully(link.best.stream)
+        b.serve(ECHO, echo)
+        assert await a.call(b.peer_id, ECHO, Text("again"), timeout=20.0) == Text("again")
+        assert a.link(b.peer_id) is link
