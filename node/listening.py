@@ -140,10 +140,10 @@ def for_ticket(own: Sequence[Address], limit: int = defaults.OWN_TICKET_ADDRESSE
 
 
 def best_of_each(addresses: Sequence[Address]) -> tuple[Address, ...]:
-    """The first of a peer's addresses, and its first public one of the other IP version if there is one."""
-    first = addresses[:1]
-    others = [a for a in addresses if scope_of(a) == "public" and family_of(a) != family_of(addresses[0])]
-    return (*first, *others[:1])
+    """The best of a peer's addresses by each IP version; loopback only where there is nothing else."""
+    ordered = in_order(addresses)
+    far = [address for address in ordered if _rank(address) != 2] or ordered[:1]
+    return tuple({family_of(address): address for address in reversed(far)}.values())[::-1]
 
 
 def _rank(address: Address) -> int:
