@@ -206,8 +206,8 @@ SMALL_QUEUE = 64 << 10
 #: what is small fits, and large records are received where they will be decrypted.
 READ_SIZE = 16 << 10
 
-#: Bytes from which on a record is received where it will be decrypted, instead of in pieces that are put together. Half a
-#: pooled buffer: whoever leaves records unread holds at most twice what is counted.
+#: Bytes from which on a record is received where it will be decrypted, instead of in pieces that are put together. Half
+#: a pooled buffer: whoever leaves records unread holds at most twice what is counted.
 DIRECT_RECORD = 256 << 10
 
 #: Bytes per second above which as much as one record may wait unsent in the kernel (5 ms of that line), and below which

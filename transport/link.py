@@ -223,6 +223,8 @@ class Link(SeenThroughPipes, CarriesCalls):
             self._end(LinkClosed(f"closed by us: {self._parting}", peer=self.peer.short))
         elif self._pipes.elect():
             log.info("a pipe of the link to %s is gone: %s", self.peer.short, reason)
+            if self.troubled and self.on_trouble is not None:
+                self.on_trouble()
         elif isinstance(reason, RecordError) or self.on_trouble is None:
             self._end(reason)
         elif self._interrupted is None:
@@ -283,8 +285,7 @@ class Link(SeenThroughPipes, CarriesCalls):
         self.close_reason = self.close_reason or LinkClosed("closed by us", peer=self.peer.short)
 
     def _end(self, reason: LinkClosed | RemoteError) -> None:
-        if self.close_reason is None:
-            self.close_reason = reason
+        self.close_reason = self.close_reason or reason
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
 

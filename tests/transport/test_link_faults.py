@@ -561,3 +561,27 @@ async def test_a_pipe_of_a_private_swarm_opens_for_its_session_alone() -> None:
         b.serve(ECHO, echo)
         assert await a.call(b.peer_id, ECHO, Text("again"), timeout=20.0) == Text("again")
         assert a.link(b.peer_id) is link
+
+
+async def test_a_pipe_that_was_suspect_and_is_the_last_again_means_trouble_again() -> None:
+    async with lab(Virtual()) as bench:
+        troubles: list[float] = []
+        here = bench.pair.a
+        here.on_trouble = lambda: troubles.append(trio.current_time())
+        bench.pair.b.on_trouble = lambda: None
+        stream = await here.open_stream("x")
+        bench.raw[0][0]._out.stall()  # type: ignore[attr-defined]
+        bench.raw[0][1]._out.stall()  # type: ignore[attr-defined]
+        await stream.send_all(b"?")
+        await trio.sleep(2.6)
+        assert len(troubles) == 1
+        here._pipes.all[0].asked = trio.current_time() + 100  # it stays suspect for as long as this takes
+        await bench.add(bulk_only=True)  # for want of a better one, it carries everything
+        with trio.fail_after(1):
+            while here.best.index == 0:
+                await trio.sleep(0.01)
+        await bench.cut(1)
+        await trio.sleep(0.1)
+        assert here.best.index == 0
+        assert here.troubled
+        assert len(troubles) == 2
