@@ -143,7 +143,10 @@ def best_of_each(addresses: Sequence[Address]) -> tuple[Address, ...]:
     """The best of a peer's addresses by each IP version; loopback only where there is nothing else."""
     ordered = in_order(addresses)
     far = [address for address in ordered if _rank(address) != 2] or ordered[:1]
-    return tuple({family_of(address): address for address in reversed(far)}.values())[::-1]
+    best: dict[str, Address] = {}
+    for address in far:
+        best.setdefault(family_of(address), address)
+    return tuple(best.values())
 
 
 def _rank(address: Address) -> int:
