@@ -205,6 +205,7 @@ class Link(SeenThroughPipes, CarriesCalls):
 
     def _pipes_changed(self) -> None:
         self._interrupted = None
+        self._look_now()
         for pipe in self._pipes.all:
             if pipe.suspect and pipe is not self._pipes.best:
                 self._session.lost(pipe.index)  # it may never arrive; if it does, once is enough for the receiver
@@ -346,8 +347,7 @@ class Link(SeenThroughPipes, CarriesCalls):
         except RemoteProtocolError as error:
             self._end(type(error)(error.message, peer=self.peer.short))
         if not pipe.confirmed or pipe.suspect or pipe.peer_retired is not retired_before:
-            pipe.confirmed, pipe.suspect = True, False
-            self._pipes.elect()
+            self._pipes.heard_on(pipe, self._host.now())
         self._changed()
 
     async def _write(self, pipe: Pipe) -> None:

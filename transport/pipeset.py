@@ -64,6 +64,15 @@ class PipeSet:
         self._past_sent += pipe.bytes_sent
         self._past_received += pipe.bytes_received
 
+    def heard_on(self, pipe: Pipe, now: float) -> None:
+        """A record came on ``pipe`` that changes what it is good for."""
+        pipe.confirmed, pipe.suspect = True, False
+        self.elect()
+        if self.best.peer_retired:
+            # The peer has a better one, of which we have heard nothing yet. If that does not change soon, it never came
+            # about, and the peer may have no pipe at all by now: to be found out before it gives the link up.
+            self.best.ping(now)
+
     def elect(self) -> bool:
         """Choose the pipe for control anew, and retire those that are worse. False when there is none to choose."""
         usable = self.usable
@@ -92,7 +101,7 @@ class PipeSet:
         ``lag``: of our loop, seconds. ``busy``: somebody waits for an answer. ``on_idle``: called when ``pipe`` is the
         best one and was silent for a keepalive interval.
         """
-        if pipe.asked is not None and pipe.heard >= pipe.asked:
+        if pipe.asked is not None and pipe.heard > pipe.asked:
             pipe.asked = None
         if pipe.asked is None:
             due = idle = pipe.heard + defaults.KEEPALIVE_IDLE

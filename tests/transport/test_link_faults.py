@@ -585,3 +585,42 @@ async def test_a_pipe_that_was_suspect_and_is_the_last_again_means_trouble_again
         assert here.best.index == 0
         assert here.troubled
         assert len(troubles) == 2
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_a_pipe_that_dies_as_it_takes_over_leaves_no_link_half_dead(busy: bool) -> None:
+    """One side has retired the old pipe for it, the other has never heard a record on it."""
+    async with lab(Virtual()) as bench:
+        troubled: dict[str, float] = {}
+        for name, link in (("a", bench.pair.a), ("b", bench.pair.b)):
+            link.best.way = "relay"
+            link.on_trouble = partial(lambda name: troubled.setdefault(name, trio.current_time()), name)
+        ours = await bench.pair.a.open_stream("x")
+        theirs = await bench.pair.accept()
+        here, there, out, into = await connect_bytes(bench.world)
+        find = {bench.pair.b.secrets.id: bench.pair.b}.get
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(join_pipe, there, into, b"", "direct", find, LoopLag())
+            await open_pipe(here, bench.pair.a, out, "direct")
+            out._out.stall()  # type: ignore[attr-defined]
+        began = trio.current_time()
+        await trio.sleep(0.1)
+        assert bench.pair.a.way == "direct"
+        assert bench.pair.b.best.peer_retired
+        if busy:
+            await ours.send_all(b"?")
+        with trio.fail_after(30):
+            while len(troubled) < 2:
+                await trio.sleep(0.05)
+        # both look for a pipe while the other still waits for one
+        assert abs(troubled["a"] - troubled["b"]) < defaults.RESUME_FLOOR
+        assert trio.current_time() - began < 12
+        bench.raw.append((out, into))
+        await bench.cut(1)
+        await bench.add()
+        if not busy:
+            await ours.send_all(b"?")
+        with trio.fail_after(2):
+            assert await theirs.receive_some() == b"?"
+            await theirs.send_all(b"!")
+            assert await ours.receive_some() == b"!"
