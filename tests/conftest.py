@@ -45,6 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        # For --dist loadgroup: a file stays together, as its tests may share what is costly to set up, and labs of
+        # namespaces do not run beside each other.
+        for item in items:
+            group = "netns" if item.get_closest_marker("netns") else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(group))
     if config.getoption("--slow") or os.environ.get("SHOAL_SLOW", "0") not in ("", "0"):
         return
     for item in items:

@@ -89,6 +89,10 @@ WIDE_GAIN = 1.15
 #: Seconds after which a settled width is tried again: lines change.
 WIDE_RETRY = 60.0
 
+#: Seconds between tries to dial a peer whose machine took a connection and dropped it: a process that was killed is
+#: gone within milliseconds, one with much memory within a second.
+KNOCK_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
+
 #: Seconds for a link without any pipe to get a new one: several tries by every way, and time for the other side to come
 #: to us; beyond, whoever waits for the link is better served by an error.
 RESUME_FLOOR = 3.0

@@ -15,10 +15,12 @@ import attrs
 import trio
 
 from . import defaults
-from .errors import LinkClosed, PeerUnreachable
+from .address import Address, scope_of
+from .errors import LinkClosed, PeerUnreachable, RemoteError
 from .establish import open_pipe
 from .pipehello import UNKNOWN_SESSION, PipeRefused
 from .planner import QUALITY, Plan, Step
+from .widening import dialled
 
 if TYPE_CHECKING:
     from .connector import Connector
@@ -36,22 +38,32 @@ def at_once(plan: Plan) -> Plan:
     return attrs.evolve(plan, steps=tuple(attrs.evolve(step, head_start=0.0) for step in plan.steps))
 
 
-def is_gone(link_host: str, has_relays: bool, step: Step, error: Exception) -> tuple[bool, str]:
+def is_gone(last: Address, dialled: bool, has_relays: bool, step: Step, error: Exception) -> tuple[bool, str]:
     """(decision, reason): whether this failure of ``step`` shows that the peer's process has ended.
 
-    ``link_host``: where its last pipe came from or went to. Its own machine must have said so; the same private address
-    may be another machine's here, and a NAT refuses in the name of whoever is behind it.
+    ``last``: where its last pipe came from or went to; ``dialled``: we had dialled that pipe directly. Its own machine
+    must have said so; the same private address may be another machine's here, and a NAT refuses in the name of whoever
+    is behind it: but not where we have found it listening before, nor on this machine.
     """
-    if step.way != "direct" or step.address is None or step.address.host != link_host:
+    if step.way != "direct" or step.address is None or step.address.host != last.host:
         return False, "another place than where it was"
     if isinstance(error, PipeRefused) and error.code == UNKNOWN_SESSION:
         return True, "it has been started anew, or has closed this link"
-    if has_relays:
+    was_there = (dialled and step.address == last) or scope_of(last) == "loopback"
+    if has_relays and not was_there:
         return False, "it is behind a NAT, which may refuse in its name"
     reasons = [reason for _, reason in error.attempts] if isinstance(error, PeerUnreachable) else []
     if any(reason.startswith("connection refused") for reason in reasons):
         return True, "nobody listens any more where it was"
     return False, "no answer that says so"
+
+
+def _half_open(step: Step, last: Address, error: Exception) -> bool:
+    """Was the connection taken where the peer was, and then dropped?"""
+    if step.way != "direct" or step.address is None or step.address.host != last.host:
+        return False
+    reasons = [reason for _, reason in error.attempts] if isinstance(error, PeerUnreachable) else []
+    return isinstance(error, LinkClosed) or any(reason.startswith("connection reset") for reason in reasons)
 
 
 class Mender:
@@ -61,6 +73,7 @@ class Mender:
         self._host, self._table, self._connector = host, table, connector
         self._resuming: dict[Link, Race | None] = {}
         self._improving: dict[Link, Race | None] = {}
+        self._knocking: dict[Link, None] = {}
         self._greeted: dict[Link, int] = {}  # the pipe on which both have said how they see each other
         #: Why a link has no better way, for people.
         self.reasons: dict[Link, str] = {}
@@ -117,7 +130,7 @@ class Mender:
                 contact = connector.contact(link.peer)
                 has_relays = contact is not None and bool(contact.relays)
                 race = connector.race(link.peer, at_once(connector.plan(link.peer)), partial(self._join, link))
-                race.on_failure = partial(self._judge, link, link.remote.host, has_relays)
+                race.on_failure = partial(self._judge, link, link.remote, dialled(link), has_relays)
                 self._resuming[link] = race
                 try:
                     await race.run()
@@ -133,10 +146,37 @@ class Mender:
         await open_pipe(self._host, link, stream, way)
         return link
 
-    def _judge(self, link: Link, host: str, has_relays: bool, step: Step, error: Exception) -> None:
-        gone, reason = is_gone(host, has_relays, step, error)
-        if gone and link.interrupted:
+    def _judge(self, link: Link, last: Address, dialled: bool, has_relays: bool, step: Step, error: Exception) -> None:
+        gone, reason = is_gone(last, dialled, has_relays, step, error)
+        nursery = self._connector.nursery
+        if not link.interrupted:
+            return
+        if gone:
             link.give_up(LinkClosed(f"the connection broke, and {reason}", peer=link.peer.short))
+        elif link not in self._knocking and nursery is not None and _half_open(step, last, error):
+            self._knocking[link] = None
+            nursery.start_soon(self._knock, link, last, dialled, has_relays, step)
+
+    async def _knock(self, link: Link, last: Address, dialled: bool, has_relays: bool, step: Step) -> None:
+        """Somebody's kernel took our connection and dropped it: that process is ending, or its machine is at its limit.
+
+        Soon it will say which; the other ways of the race may take much longer than that.
+        """
+        assert step.address is not None
+        try:
+            for pause in defaults.KNOCK_PAUSES:
+                await trio.sleep(pause)
+                if not link.interrupted:
+                    return
+                try:
+                    await self._join(link, await self._connector.direct.dial(step.address), step.way)
+                    return
+                except RemoteError as error:
+                    gone, reason = is_gone(last, dialled, has_relays, step, error)
+                    if gone and link.interrupted:
+                        link.give_up(LinkClosed(f"the connection broke, and {reason}", peer=link.peer.short))
+        finally:
+            del self._knocking[link]
 
     # Better
 

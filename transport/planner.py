@@ -142,9 +142,12 @@ def plan(
             ]
         else:
             skipped.append(("relay", "its record names no relay"))
-    if "webrtc" in own.ways:
+    if "webrtc" in own.ways and not (vias or linked):
+        skipped.append(("WebRTC", "its record names no relay, so it does not count itself hidden"))
+    elif "webrtc" in own.ways:
         # Behind the relay although it is better: it takes a process of its own and seconds, which a link through the
-        # relay bridges. It gets its turn when that link is to become a better one.
+        # relay bridges. It gets its turn when that link is to become a better one. Who holds no place at a relay can be
+        # dialled, as far as it knows: for such a one no process is started.
         steps += _through(own, "webrtc", peer, common, defaults.WEBRTC_HEAD_START, past, now, skipped)
     return Plan(tuple(_begin_at_once(steps)), tuple(skipped))
 

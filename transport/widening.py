@@ -59,7 +59,7 @@ class Widening:
             wanted = link.width.wanted
             if wanted < len(link.bulk_pipes):
                 link.narrow(wanted)
-            elif _ours(link):
+            elif dialled(link):
                 await self._open(link, wanted)
             elif wanted:
                 async with exchange(link, WIDEN, Widen(wanted), timeout=deadlines.connect(link.lag)) as reply:
@@ -73,7 +73,7 @@ class Widening:
     async def answer(self, call: Call[Widen]) -> Widened:
         """Serves :data:`WIDEN`."""
         link = call.link
-        if not _ours(link):
+        if not dialled(link):
             raise RemoteRefused("not_ours", "we did not dial this link by a way that can be used again")
         if link in self._busy:
             raise RemoteRefused("busy", "pipes are being opened already")
@@ -97,7 +97,7 @@ class Widening:
             log.info("bulk to %s has no further pipe: %s", link.peer.short, error)
 
 
-def _ours(link: Link) -> bool:
+def dialled(link: Link) -> bool:
     """We dialled the best pipe at a listener, which takes more of the same."""
     opened = link.best.index & 1 == 1 or link.best.index == 0
     return link.way == "direct" and opened == link.initiator

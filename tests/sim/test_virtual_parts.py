@@ -42,8 +42,8 @@ PARTS = {
     "run_blocking": "blocking calls",
     "compute": "blocking calls that are modelled to take time",
 }
-#: The others are attributes: ``network`` (streams) and ``random`` (random source for jitter and choices), ``ciphers``, and
-#: ``webrtc`` (starts engines; there are none in virtual time).
+#: The others are attributes: ``network`` (streams) and ``random`` (random source for jitter and choices), ``ciphers``,
+#: and ``webrtc`` (starts engines; there are none in virtual time).
 ATTRIBUTES = {"network", "random", "ciphers", "webrtc"}
 
 #: What a replaced part is made of is its own affair.

@@ -164,7 +164,8 @@ async def test_a_process_that_was_killed_is_found_at_once_by_both_roles() -> Non
             assert lost
 
 
-ME = Address.parse("198.51.100.7:4001")
+ME, OTHER_PORT = Address.parse("198.51.100.7:4001"), Address.parse("198.51.100.7:40000")
+HERE, HERE_TOO = Address.parse("127.0.0.1:40000"), Address.parse("127.0.0.1:4001")
 
 
 def refused(address: Address) -> PeerUnreachable:
@@ -172,19 +173,23 @@ def refused(address: Address) -> PeerUnreachable:
 
 
 @pytest.mark.parametrize(
-    ("address", "relays", "error", "gone"),
+    ("last", "dialled", "address", "relays", "error", "gone"),
     [
-        (ME, False, refused(ME), True),
-        (ME, True, refused(ME), False),  # its NAT may have said so
-        (Address.parse("192.168.1.7:4001"), False, refused(ME), False),  # another machine has that address here
-        (ME, False, PipeRefused("x", code=UNKNOWN_SESSION), True),
-        (ME, True, PipeRefused("x", code=UNKNOWN_SESSION), True),
-        (ME, False, PeerUnreachable("x", attempts=((str(ME), "timed out"),)), False),
+        (OTHER_PORT, False, ME, False, refused(ME), True),
+        (OTHER_PORT, False, ME, True, refused(ME), False),  # its NAT may have said so
+        (ME, True, ME, True, refused(ME), True),  # it did listen there
+        (HERE, False, HERE_TOO, True, refused(HERE_TOO), True),  # no NAT on this machine
+        (ME, False, Address.parse("192.168.1.7:4001"), False, refused(ME), False),  # another machine's address here
+        (OTHER_PORT, False, ME, False, PipeRefused("x", code=UNKNOWN_SESSION), True),
+        (OTHER_PORT, False, ME, True, PipeRefused("x", code=UNKNOWN_SESSION), True),
+        (ME, True, ME, False, PeerUnreachable("x", attempts=((str(ME), "timed out"),)), False),
     ],
 )
-def test_what_shows_that_a_process_has_ended(address: Address, relays: bool, error: Exception, gone: bool) -> None:
+def test_what_shows_that_a_process_has_ended(
+    last: Address, dialled: bool, address: Address, relays: bool, error: Exception, gone: bool
+) -> None:
     step = Step("direct", 0.0, "why", address=address)
-    decision, reason = is_gone(ME.host, relays, step, error)
+    decision, reason = is_gone(last, dialled, relays, step, error)
     assert decision is gone
     assert reason
 
