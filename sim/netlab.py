@@ -31,6 +31,7 @@ import attrs
 from . import defaults
 from .netlab_kinds import KINDS, UPNP_CONFIGURATION, UPNP_RULES, Kind, carrier_rules, router_rules, six_rules
 from .netlab_system import (
+    FOLDER,
     Guardian,
     NetLabError,
     NetLabUnavailable,
@@ -104,7 +105,7 @@ class NetLab(AbstractContextManager["NetLab"]):
         if reason is not None:
             raise NetLabUnavailable(f"no NAT lab on this machine: {reason}")
         sweep()
-        self._folder = Path(tempfile.mkdtemp(prefix="shoal-lab-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
         try:
             self._guardian = Guardian()
             self._add(self._net)

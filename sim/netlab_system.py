@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,8 +111,16 @@ def remove_namespace(name: str) -> None:
     run(["ip", "netns", "del", name])
 
 
+#: How the folder of a lab begins, before the number of its process.
+FOLDER = "shoal-lab-of-"
+
+
 def sweep() -> list[str]:
-    """Remove the namespaces of labs whose process is gone (killed with its guardian, say); their names."""
+    """Remove the namespaces and folders of labs whose process is gone (killed with its guardian, say); their names."""
+    for folder in sorted(Path(tempfile.gettempdir()).glob(f"{FOLDER}*-*")):
+        pid = folder.name.removeprefix(FOLDER).partition("-")[0]
+        if pid.isdecimal() and not _alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
     if not NAMESPACES.is_dir():
         return []
     removed = []
