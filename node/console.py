@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..learning.spec import RunSpec
     from .node import Node
 
+#: Characters of a line that tells of an event: two lines of a terminal.
+MAX_EVENT = 160
+
 #: Events of a run that a person wants to see between two rounds, and how they are said.
 GOODBYE = "said goodbye"  # as learning/rounds/presence.py says it; not imported, as that would load torch
 _SHOWN: dict[str, Callable[[Event], str]] = {
@@ -66,7 +69,12 @@ class Console(Lines):
     def event(self, event: Event) -> None:
         show = _SHOWN.get(event.what)
         if show is not None:
-            self.line("           " + show(event))
+            text = show(event)
+            if (
+                len(text) > MAX_EVENT
+            ):  # every way to a lost peer and what it said: the log has it all (--log-level info)
+                text = text[:MAX_EVENT].rpartition(" ")[0] + " … (--log-level info says more)"
+            self.line("           " + text)
 
     def round(self, report: RoundReport, sent: int, metric_name: str) -> None:
         """One line. ``sent``: bytes so far, on all links."""
