@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from ..learning.spec import RunSpec
     from .node import Node
 
-#: Characters of a line that tells of an event: two lines of a terminal.
+#: Characters of a line that tells of a lost peer: two lines of a terminal.
 MAX_EVENT = 160
 
-#: Events of a run that a person wants to see between two rounds, and how they are said.
 GOODBYE = "said goodbye"  # as learning/rounds/presence.py says it; not imported, as that would load torch
+#: Events of a run that a person wants to see between two rounds, and how they are said.
 _SHOWN: dict[str, Callable[[Event], str]] = {
     "joined": lambda e: f"+ {e.peer[:8]} joins",
     "dropped": lambda e: f"- {e.peer[:8]} is dropped: {e.detail}",
@@ -70,10 +70,8 @@ class Console(Lines):
         show = _SHOWN.get(event.what)
         if show is not None:
             text = show(event)
-            if (
-                len(text) > MAX_EVENT
-            ):  # every way to a lost peer and what it said: the log has it all (--log-level info)
-                text = text[:MAX_EVENT].rpartition(" ")[0] + " … (--log-level info says more)"
+            if event.what == "lost" and len(text) > MAX_EVENT:  # every way to it and what came of that
+                text = text[:MAX_EVENT].rpartition(" ")[0] + " …"
             self.line("           " + text)
 
     def round(self, report: RoundReport, sent: int, metric_name: str) -> None:
