@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -99,10 +101,10 @@ async def test_the_socket_is_for_its_owner_only_and_gone_afterwards(tmp_path: Pa
 
 @pytest.mark.real
 async def test_a_data_directory_with_a_very_long_path_still_gets_a_socket(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    runtime = tmp_path / "rt"
-    runtime.mkdir()
+    runtime = Path(tempfile.mkdtemp())  # pytest's own folders are long themselves
+    request.addfinalizer(lambda: shutil.rmtree(runtime))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     async with serving(tmp_path / ("long" * 30)) as data:
         assert len(os.fsencode(ControlClient(data).locator())) < defaults.MAX_SOCKET_PATH + len("unix:")
