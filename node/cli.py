@@ -259,6 +259,11 @@ def _add_node_options(parser: argparse.ArgumentParser) -> None:
         "--time-budget", type=_seconds, metavar="SECONDS",
         help="train at most this long per round; the mean is weighted by samples, so slow machines take part",
     )  # fmt: skip
+    node.add_argument(
+        "--turn", metavar="TURN", default=os.environ.get("SHOAL_TURN", ""),
+        help="a TURN server of yours for WebRTC, turn:USER:PASSWORD@HOST:PORT (default: $SHOAL_TURN, which others "
+        "on this machine cannot read off the process list)",
+    )  # fmt: skip
     node.add_argument("--evaluate-every", type=count, metavar="N", default=1, help="rounds between two evaluations")
     node.add_argument("--export", metavar="FILE", type=Path, help="write the weights to FILE when the node ends")
     _add_log_level(node)

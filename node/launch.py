@@ -23,6 +23,7 @@ from .ticket import Ticket
 if TYPE_CHECKING:
     from ..learning.run import Faults
     from ..learning.spec import RunSpec
+    from ..transport.webrtc_signal import TurnServer
 
 #: What argparse stores for ``--private`` without a file.
 FRESH_KEY = ""
@@ -214,7 +215,7 @@ def _run(
         ticket=ticket,
         psk=psk,
         via=via,
-        traversal=Traversal(),
+        traversal=Traversal(turn=parse_turn(options.turn)),
         map_port=not options.no_port_mapping,
         device=device,
         time_budget=options.time_budget,
@@ -242,6 +243,16 @@ def choose_bind(
 def remembered_hosts(hosts: Sequence[str], record: NodeRecord | None) -> tuple[str, ...]:
     """What ``--host`` said, now or in an earlier life; empty: everywhere."""
     return tuple(hosts) or (tuple(filter(None, record.host.split(","))) if record is not None else ())
+
+
+def parse_turn(text: str) -> TurnServer | None:
+    """The TURN server of ``--turn``; None when there is none. Raises :class:`ConfigError`, without the password."""
+    from ..transport.webrtc_signal import TurnServer
+
+    try:
+        return TurnServer.parse(text) if text else None
+    except ValueError as error:
+        raise ConfigError(f"--turn (or $SHOAL_TURN): {error}") from None
 
 
 def parse_faults(texts: list[str]) -> Faults:

@@ -283,3 +283,15 @@ def test_light_commands_answer_at_once(arguments: list[str]) -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         best = min(best, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
     assert best < 0.5
+
+
+def test_a_turn_server_is_read_and_a_wrong_one_named_without_its_password() -> None:
+    from shoal.node.launch import parse_turn
+
+    assert parse_turn("") is None
+    server = parse_turn("turn:me:secret@192.0.2.7:3478")
+    assert server is not None
+    assert (server.host, server.port, server.user, server.password) == ("192.0.2.7", 3478, "me", "secret")
+    with pytest.raises(ConfigError, match=r"--turn .*turn:user:password@host:port") as caught:
+        parse_turn("turn:me:secret@192.0.2.7")
+    assert "secret" not in str(caught.value)
