@@ -1,1 +1,1 @@
-"""What the swarm knows together: Kademlia lookups and signed records."""
+"""What the swarm knows together: Kademlia, documents and blobs."""

@@ -11,7 +11,7 @@ import attrs
 import trio
 from torch import Tensor
 
-from ..dht.node import Dht
+from ..dht.kademlia.node import Dht
 from ..transport import deadlines
 from ..transport.address import Address
 from ..transport.endpoint import Endpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from ..dht.node import Dht
+from ..dht.kademlia.node import Dht
 from ..learning.events import Event, RoundReport, RunStatus
 from ..learning.peer import Trainer
 from ..learning.run import Faults, Run

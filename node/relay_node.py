@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import trio
 
-from ..dht.node import Dht
+from ..dht.kademlia.node import Dht
 from ..transport.address import Address
 from ..transport.endpoint import Endpoint
 from ..transport.errors import DecodeError, PeerUnreachable

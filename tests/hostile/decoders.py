@@ -17,9 +17,9 @@ from typing import Any
 
 import attrs
 
-from shoal.dht.keys import node_key
-from shoal.dht.records import VALIDATORS, Announcement, SignedRecord, digest, owned_key
-from shoal.dht.store import Store
+from shoal.dht.kademlia.keys import node_key
+from shoal.dht.kademlia.records import VALIDATORS, Announcement, SignedRecord, digest, owned_key
+from shoal.dht.kademlia.store import Store
 from shoal.learning.spec import SignedSpec
 from shoal.learning.store import Head, RunStore, Vote
 from shoal.node import control, swarm_key

@@ -13,7 +13,7 @@ import attrs
 import pytest
 import trio
 
-from shoal.dht.node import Dht
+from shoal.dht.kademlia.node import Dht
 from shoal.node.node import Founding
 from shoal.sim.virtual import VirtualHost
 from shoal.sim.world import Scenario, World, simulate

@@ -287,6 +287,7 @@ def test_light_commands_answer_at_once(arguments: list[str]) -> None:
 
 def test_a_turn_server_is_read_and_a_wrong_one_named_without_its_password() -> None:
     from shoal.node.launch import parse_turn
+    from shoal.transport.errors import ConfigError
 
     assert parse_turn("") is None
     server = parse_turn("turn:me:secret@192.0.2.7:3478")

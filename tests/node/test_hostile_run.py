@@ -10,7 +10,7 @@ import pytest
 import torch
 import trio
 
-from shoal.dht.node import Dht
+from shoal.dht.kademlia.node import Dht
 from shoal.learning import defaults
 from shoal.learning.rounds.messages import Certificate, Commit, Convene, Signed, instance_key, sign_accept
 from shoal.learning.rounds.methods import SAY

@@ -15,7 +15,7 @@ import attrs
 import pytest
 import trio
 
-from shoal.dht.node import Dht
+from shoal.dht.kademlia.node import Dht
 from shoal.learning.membership import certify
 from shoal.learning.rounds.messages import CommitRecord
 from shoal.learning.spec import BadSpec, RunSpec, SignedSpec

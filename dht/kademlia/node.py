@@ -9,12 +9,12 @@ from typing import TypeVar
 import attrs
 import trio
 
-from ..transport.address import Address, SignedPeerRecord
-from ..transport.endpoint import Endpoint
-from ..transport.errors import DecodeError, Overloaded, PeerUnreachable, ProtocolMisuse, RemoteError, RemoteRefused
-from ..transport.identity import PeerId
-from ..transport.rpc import Method
-from ..transport.wire import pack, unpack
+from ...transport.address import Address, SignedPeerRecord
+from ...transport.endpoint import Endpoint
+from ...transport.errors import DecodeError, Overloaded, PeerUnreachable, ProtocolMisuse, RemoteError, RemoteRefused
+from ...transport.identity import PeerId
+from ...transport.rpc import Method
+from ...transport.wire import pack, unpack
 from . import defaults, messages
 from .joining import reach
 from .keys import digest, node_key, record_key, to_bytes, topic_key

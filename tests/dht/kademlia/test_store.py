@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.dht import defaults
-from shoal.dht.keys import digest
-from shoal.dht.records import Announcement, SignedRecord, owned_key
-from shoal.dht.store import Store, StoreSnapshot
+from shoal.dht.kademlia import defaults
+from shoal.dht.kademlia.keys import digest
+from shoal.dht.kademlia.records import Announcement, SignedRecord, owned_key
+from shoal.dht.kademlia.store import Store, StoreSnapshot
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.errors import DecodeError
 from shoal.transport.identity import Identity, PeerId

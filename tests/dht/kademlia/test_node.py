@@ -10,10 +10,10 @@ import attrs
 import pytest
 import trio
 
-from shoal.dht import defaults, messages
-from shoal.dht.keys import digest
-from shoal.dht.node import _is_lasting
-from shoal.dht.records import Announcement, SignedRecord, owned_key
+from shoal.dht.kademlia import defaults, messages
+from shoal.dht.kademlia.keys import digest
+from shoal.dht.kademlia.node import _is_lasting
+from shoal.dht.kademlia.records import Announcement, SignedRecord, owned_key
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.errors import DecodeError, PeerUnreachable, ProtocolMisuse, RemoteRefused
 from shoal.transport.identity import Identity

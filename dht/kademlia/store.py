@@ -9,9 +9,9 @@ import heapq
 
 import attrs
 
-from ..transport.errors import DecodeError
-from ..transport.identity import PeerId
-from ..transport.wire import pack, unpack
+from ...transport.errors import DecodeError
+from ...transport.identity import PeerId
+from ...transport.wire import pack, unpack
 from . import defaults
 from .records import Announcement, SignedRecord
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import trio
 
-from shoal.dht.keys import digest
-from shoal.dht.node import Dht
-from shoal.dht.records import SignedRecord
+from shoal.dht.kademlia.keys import digest
+from shoal.dht.kademlia.node import Dht
+from shoal.dht.kademlia.records import SignedRecord
 from shoal.transport.address import Address
 from shoal.transport.endpoint import Endpoint
 from shoal.transport.host import RealHost

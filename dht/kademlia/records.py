@@ -14,10 +14,10 @@ from functools import lru_cache
 import attrs
 import msgpack
 
-from ..transport import defaults as transport
-from ..transport.address import PeerRecord, SignedPeerRecord
-from ..transport.errors import DecodeError
-from ..transport.identity import Identity, PeerId
+from ...transport import defaults as transport
+from ...transport.address import PeerRecord, SignedPeerRecord
+from ...transport.errors import DecodeError
+from ...transport.identity import Identity, PeerId
 from . import defaults
 from .keys import digest, record_key, topic_key
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 
 import attrs
 
-from ..transport.address import Address, SignedPeerRecord
-from ..transport.identity import PeerId
+from ...transport.address import Address, SignedPeerRecord
+from ...transport.identity import PeerId
 from . import defaults
 from .keys import BITS, bucket_index, node_key, random_key
 

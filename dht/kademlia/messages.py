@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import attrs
 
-from ..transport.address import SignedPeerRecord
-from ..transport.rpc import Method
+from ...transport.address import SignedPeerRecord
+from ...transport.rpc import Method
 from .records import Announcement, SignedRecord
 
 

@@ -11,8 +11,8 @@ from typing import TypeVar
 import pytest
 import trio
 
-from shoal.dht.node import Dht
-from shoal.dht.records import VALIDATORS, Validator
+from shoal.dht.kademlia.node import Dht
+from shoal.dht.kademlia.records import VALIDATORS, Validator
 from shoal.transport.address import Address
 from shoal.transport.endpoint import Endpoint
 from shoal.transport.host import Host

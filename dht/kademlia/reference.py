@@ -1,10 +1,10 @@
-"""The lookup in its simplest form, one query at a time: what :mod:`shoal.dht.lookup` is tested against."""
+"""The lookup in its simplest form, one query at a time: what :mod:`shoal.dht.kademlia.lookup` is tested against."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from ..transport.identity import PeerId
+from ...transport.identity import PeerId
 from .keys import node_key
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.dht import keys
+from shoal.dht.kademlia import keys
 from shoal.transport.identity import PeerId
 
 places = st.integers(0, 2**256 - 1)

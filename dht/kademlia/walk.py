@@ -8,12 +8,12 @@ from typing import TypeVar
 import attrs
 import trio
 
-from ..transport import deadlines
-from ..transport.address import SignedPeerRecord
-from ..transport.endpoint import Endpoint
-from ..transport.errors import DecodeError, Overloaded, RemoteError, RemoteProtocolError, RemoteRefused
-from ..transport.identity import PeerId
-from ..transport.rpc import Method
+from ...transport import deadlines
+from ...transport.address import SignedPeerRecord
+from ...transport.endpoint import Endpoint
+from ...transport.errors import DecodeError, Overloaded, RemoteError, RemoteProtocolError, RemoteRefused
+from ...transport.identity import PeerId
+from ...transport.rpc import Method
 from . import defaults
 from .lookup import Answered, Failed, Lookup
 from .records import open_peer_record

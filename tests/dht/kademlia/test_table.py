@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from shoal.dht import defaults
-from shoal.dht.keys import bucket_index, node_key
-from shoal.dht.table import Contact, RoutingTable, networks_of
+from shoal.dht.kademlia import defaults
+from shoal.dht.kademlia.keys import bucket_index, node_key
+from shoal.dht.kademlia.table import Contact, RoutingTable, networks_of
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.identity import PeerId
 

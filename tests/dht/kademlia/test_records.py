@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.dht import defaults
-from shoal.dht.keys import digest
-from shoal.dht.records import VALIDATORS, Announcement, SignedRecord, open_peer_record, owned_key
+from shoal.dht.kademlia import defaults
+from shoal.dht.kademlia.keys import digest
+from shoal.dht.kademlia.records import VALIDATORS, Announcement, SignedRecord, open_peer_record, owned_key
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.errors import DecodeError
 from shoal.transport.identity import Identity

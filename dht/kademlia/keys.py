@@ -6,7 +6,7 @@ import hashlib
 import random
 from functools import lru_cache
 
-from ..transport.identity import PeerId
+from ...transport.identity import PeerId
 
 #: Bits of a key. Keys are integers in memory (distances are one XOR) and 32 bytes, big endian, on the wire.
 BITS = 256

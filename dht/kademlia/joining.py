@@ -7,10 +7,10 @@ from functools import partial
 
 import trio
 
-from ..transport.address import Address
-from ..transport.endpoint import Endpoint
-from ..transport.errors import Overloaded, PeerUnreachable, RemoteError
-from ..transport.identity import PeerId
+from ...transport.address import Address
+from ...transport.endpoint import Endpoint
+from ...transport.errors import Overloaded, PeerUnreachable, RemoteError
+from ...transport.identity import PeerId
 from . import defaults
 from .records import open_peer_record
 from .walk import Walker

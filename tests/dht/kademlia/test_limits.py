@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shoal.dht import defaults
-from shoal.dht.limits import RequestLimits
+from shoal.dht.kademlia import defaults
+from shoal.dht.kademlia.limits import RequestLimits
 from shoal.transport.identity import PeerId
 
 

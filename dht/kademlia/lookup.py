@@ -21,8 +21,8 @@ from enum import Enum
 
 import attrs
 
-from ..transport.errors import ProtocolMisuse
-from ..transport.identity import PeerId
+from ...transport.errors import ProtocolMisuse
+from ...transport.identity import PeerId
 from . import defaults
 from .keys import node_key
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.dht import defaults
-from shoal.dht.keys import node_key
-from shoal.dht.lookup import Answered, Failed, Lookup, State
-from shoal.dht.reference import reference_lookup
-from shoal.dht.table import Contact, RoutingTable
+from shoal.dht.kademlia import defaults
+from shoal.dht.kademlia.keys import node_key
+from shoal.dht.kademlia.lookup import Answered, Failed, Lookup, State
+from shoal.dht.kademlia.reference import reference_lookup
+from shoal.dht.kademlia.table import Contact, RoutingTable
 from shoal.transport.address import SignedPeerRecord
 from shoal.transport.errors import ProtocolMisuse
 from shoal.transport.identity import PeerId

@@ -7,11 +7,11 @@ from typing import Protocol
 
 import attrs
 
-from ..transport.address import SignedPeerRecord
-from ..transport.endpoint import Endpoint
-from ..transport.errors import DecodeError, RemoteRefused
-from ..transport.identity import PeerId
-from ..transport.rpc import Call
+from ...transport.address import SignedPeerRecord
+from ...transport.endpoint import Endpoint
+from ...transport.errors import DecodeError, RemoteRefused
+from ...transport.identity import PeerId
+from ...transport.rpc import Call
 from . import defaults, messages
 from .keys import from_bytes, record_key, topic_key
 from .limits import RequestLimits

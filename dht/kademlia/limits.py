@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..transport.identity import PeerId
-from ..transport.throttle import TokenBucket
+from ...transport.identity import PeerId
+from ...transport.throttle import TokenBucket
 from . import defaults
 
 

@@ -11,10 +11,10 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.dht import defaults
-from shoal.dht.keys import digest, node_key
-from shoal.dht.messages import FIND, Closer, Find
-from shoal.dht.records import SignedRecord
+from shoal.dht.kademlia import defaults
+from shoal.dht.kademlia.keys import digest, node_key
+from shoal.dht.kademlia.messages import FIND, Closer, Find
+from shoal.dht.kademlia.records import SignedRecord
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.identity import Identity
 from shoal.transport.rpc import Call

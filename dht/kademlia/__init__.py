@@ -1,0 +1,1 @@
+"""Kademlia: who is there, signed records, and providers of topics."""
