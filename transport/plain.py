@@ -58,8 +58,8 @@ class PlainLink:
     """One end of a link in memory; what it shows is what :class:`~shoal.transport.link.Link` shows to calls."""
 
     __slots__ = (
-        "asked", "close_reason", "closed_idle", "endpoint", "goodbye_code", "heard", "initiator", "lane", "last_arrival",
-        "last_used", "observed", "opened_at", "other", "peer", "remote", "rtt", "serving", "useful",
+        "asked", "close_reason", "closed_idle", "endpoint", "goodbye_code", "heard", "initiator", "lane",
+        "last_arrival", "last_used", "observed", "opened_at", "other", "peer", "remote", "rtt", "serving", "useful",
     )  # fmt: skip
 
     cipher = "plain"
@@ -100,8 +100,7 @@ class PlainLink:
 
     async def wait_can_call(self) -> None:
         while self.alive and not self.can_call:
-            # Rare: as many calls as are allowed are on their way already.
-            await trio.sleep(self.rtt or defaults.PING_FLOOR)
+            await self.endpoint.slots.park()
         if not self.alive:
             raise self._closed_error()
 
@@ -118,6 +117,8 @@ class PlainLink:
                 await call.asker.wait()
         finally:
             self.asked.pop(call, None)
+            if self.endpoint.slots:
+                self.endpoint.slots.unpark_all()
             if call.answer is None and call.lost is None:
                 self._send(0, self.other._cancelled, call)
                 if self.heard < began and self.alive:
@@ -243,6 +244,8 @@ class PlainEndpoint(Endpoint):
             raise ConfigError("the plain suite is for the memory network of simulations only: it encrypts nothing")
         super().__init__(host, identity, max_links=max_links)
         self.network = host.network
+        #: Who waits for a call of any link to end, as that link has as many as are allowed.
+        self.slots = trio.lowlevel.ParkingLot()
         self._plain: dict[PeerId, PlainLink] = {}  # least recently used first
         self._attempts: dict[PeerId, _Attempt] = {}
         self._max_links = max_links
@@ -427,9 +430,7 @@ class PlainEndpoint(Endpoint):
         there._adopt(theirs)
         record = there.record()
         size = HANDSHAKE_BYTES + len(record.record)
-        ours.last_arrival = theirs.last_arrival = world.carry(
-            back, size, -1.0, self._greeted, attempt, ours, record
-        )
+        ours.last_arrival = theirs.last_arrival = world.carry(back, size, -1.0, self._greeted, attempt, ours, record)
 
     def _refused(self, attempt: _Attempt, index: int, reason: str) -> None:
         attempt.failures.append((str(attempt.addresses[index]), reason))

@@ -14,8 +14,10 @@ from ...transport.endpoint import Endpoint
 from ...transport.errors import DecodeError, Overloaded, RemoteError, RemoteProtocolError, RemoteRefused
 from ...transport.identity import PeerId
 from ...transport.rpc import Method
-from . import defaults
+from . import defaults, messages
+from .keys import to_bytes
 from .lookup import Answered, Failed, Lookup, Slow
+from .region import SizeEstimate
 from .service import Counters
 from .table import Contact, RoutingTable, networks_of
 
@@ -40,9 +42,10 @@ class Reply:
 class Walker:
     """Sends questions for the peer behind ``endpoint``; keeps ``table`` and the lost contacts up to date."""
 
-    def __init__(self, endpoint: Endpoint, table: RoutingTable, counters: Counters) -> None:
-        self.endpoint, self.table, self.counters = endpoint, table, counters
+    def __init__(self, endpoint: Endpoint, table: RoutingTable, counters: Counters, *, serve: bool) -> None:
+        self.endpoint, self.table, self.counters, self._serve = endpoint, table, counters, serve
         self.host = endpoint.host
+        self.size = SizeEstimate()
         #: Contacts that left the table because they did not answer, longest ago first: tried again later.
         self.lost: dict[PeerId, SignedPeerRecord] = {}
 
@@ -214,6 +217,35 @@ class Walker:
             self.counters.lookups_expired += 1
         self.table.refreshed(target, self.host.now())
         return lookup
+
+    async def find(
+        self,
+        target: int,
+        *,
+        paths: int = 1,
+        wanted: PeerId | None = None,
+        k: int | None = None,
+    ) -> Lookup:
+        """Find the ``k`` (default: the table's) peers closest to ``target``.
+
+        Learns the contact of ``wanted`` and ends when somebody has it.
+        """
+        request = messages.Find(to_bytes(target), self._serve)
+
+        async def ask(peer: PeerId) -> Reply:
+            closer = (await self.ask(peer, messages.FIND, request)).closer
+            if wanted is None:
+                return Reply(closer)
+            found = False
+            for record in closer[: self.table.k]:
+                if record.claimed == wanted:
+                    opened = record.open(-float("inf"))
+                    if opened.expires > self.host.wall():
+                        self.learn(record)
+                        found = True
+            return Reply(closer, enough=found)
+
+        return await self.walk(target, ask, paths=paths, k=k)
 
     def _named(self, source: PeerId, closer: Sequence[SignedPeerRecord], claims: Claims) -> tuple[PeerId, ...]:
         """Note the peers that ``source`` named and their records, not verified. Raises :class:`DecodeError`."""
