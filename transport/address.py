@@ -6,13 +6,14 @@ import ipaddress
 import re
 from functools import lru_cache
 from typing import Literal, TypeAlias
+from weakref import WeakValueDictionary
 
 import attrs
 
 from . import defaults
 from .errors import ConfigError, DecodeError
 from .identity import Identity, PeerId
-from .wire import pack, unpack
+from .wire import converter, expect, pack, unpack
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
 #: ``%eth0`` of a link-local IPv6 address. ipaddress takes any text there, line breaks included.
@@ -107,6 +108,11 @@ def neighbours(one: Address, other: Address) -> bool:
     return int(first) >> shift == int(second) >> shift
 
 
+#: How a packed record goes on after its first byte: its first field is its peer, 32 bytes.
+_PEER_FIRST = b"\xa4peer\xc4\x20"
+
+SIGNATURE_BYTES = 64
+
 #: What a reachable peer may do for others: forward circuits and signals; answer STUN at its listening port, by UDP.
 Service: TypeAlias = Literal["relay", "stun"]
 
@@ -136,12 +142,40 @@ class PeerRecord:
 
 @attrs.frozen
 class SignedPeerRecord:
-    """A packed :class:`PeerRecord` and its author's signature. Only :meth:`open` gives the content."""
+    """A packed :class:`PeerRecord` and its author's signature. Only :meth:`open` gives the content.
+
+    Travels as one string of bytes, the signature first (64 bytes). Records are decoded by the thousand and most are
+    never used: equal ones that came over the wire are one object as long as somebody holds it, and it is verified when
+    it is first opened.
+    """
 
     record: bytes
     signature: bytes
+    _content: PeerRecord | None = attrs.field(default=None, init=False, eq=False, repr=False)
+    #: Whose record it says it is, not verified; None when that cannot be told, and :meth:`open` would refuse it.
+    claimed: PeerId | None = attrs.field(init=False, eq=False, repr=False)
 
     _LABEL = b"shoal peer record v1\0"
+
+    @claimed.default
+    def _read_claimed(self) -> PeerId | None:
+        head = len(_PEER_FIRST)
+        if self.record[1 : 1 + head] != _PEER_FIRST or len(self.record) < head + 33:
+            return None
+        return PeerId(self.record[1 + head : head + 33])
+
+    def to_bytes(self) -> bytes:
+        return self.signature + self.record
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> SignedPeerRecord:
+        """What :meth:`to_bytes` made. Raises ``ValueError`` for less than a signature."""
+        known = _known.get(data)
+        if known is None:
+            if len(data) <= SIGNATURE_BYTES:
+                raise ValueError(f"a signed peer record of {len(data)} bytes")
+            known = _known[data] = cls(data[SIGNATURE_BYTES:], data[:SIGNATURE_BYTES])
+        return known
 
     @classmethod
     def sign(
@@ -176,16 +210,28 @@ class SignedPeerRecord:
         """Verify and return the record. ``wall``: now, Unix seconds. Raises :class:`DecodeError`."""
         if len(self.record) > defaults.MAX_PEER_RECORD:
             raise DecodeError(f"peer record of {len(self.record)} bytes, at most {defaults.MAX_PEER_RECORD} allowed")
-        record = _opened(self.record, self._LABEL, self.signature)
+        record = self._content
+        if record is None:
+            record = _opened(self.record, self._LABEL, self.signature)
+            object.__setattr__(self, "_content", record)  # verified: the same bytes need not be again
         if record.expires < wall - defaults.CLOCK_SKEW:
             raise DecodeError("peer record has expired", peer=record.peer.short)
         return record
+
+
+#: Records that came over the wire and are still held, by their bytes.
+_known: WeakValueDictionary[bytes, SignedPeerRecord] = WeakValueDictionary()
+
+converter.register_structure_hook(SignedPeerRecord, lambda value, _: SignedPeerRecord.from_bytes(expect(bytes, value)))
+converter.register_unstructure_hook(SignedPeerRecord, SignedPeerRecord.to_bytes)
 
 
 @lru_cache(maxsize=4096)
 def _opened(packed: bytes, label: bytes, signature: bytes) -> PeerRecord:
     """Decode and verify once (100 µs) however often the same record comes by. Failures are not remembered."""
     record = unpack(PeerRecord, packed)
+    if packed[1 : 1 + len(_PEER_FIRST)] != _PEER_FIRST:
+        raise DecodeError("peer record that does not begin with its peer", peer=record.peer.short)
     if not record.peer.verify(label + packed, signature):
         raise DecodeError("peer record with a wrong signature", peer=record.peer.short)
     if len(record.addresses) > defaults.MAX_ADDRESSES:

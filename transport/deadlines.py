@@ -84,6 +84,11 @@ def sign_of_life(rtt: float, lag: float = 0.0, unheard: int = 0, bandwidth: floa
     return max(defaults.PING_FLOOR, 4.0 * rtt) + lag + min(queue, defaults.MAX_QUEUE_ALLOWANCE)
 
 
+def query(rtt: float, lag: float = 0.0) -> float:
+    """For one question among many, which another peer can answer as well; the dial included."""
+    return max(defaults.QUERY_FLOOR, 8.0 * rtt) + lag
+
+
 def probe(rtt: float, lag: float = 0.0) -> float:
     """For an answer to what was sent, before a ping asks for one."""
     return max(defaults.PROBE_FLOOR, 4.0 * rtt) + lag

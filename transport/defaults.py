@@ -179,6 +179,10 @@ MAX_LAG = 10.0
 #: Bytes per second assumed on a line not measured yet: a slow home uplink (1 Mbit/s).
 ASSUMED_BANDWIDTH = 125_000.0
 
+#: Least seconds for a question that other peers can answer as well: a lost SYN is repeated after 1 s, then come a
+#: handshake and the call, four round trips of up to 0.3 s. Who needs longer is no good in a lookup.
+QUERY_FLOOR = 2.5
+
 #: Bytes per second below which a measurement is not believed.
 MIN_BANDWIDTH = 10_000.0
 

@@ -37,7 +37,7 @@ from .identity import Identity, PeerId
 from .link import Link
 from .linktable import LinkTable
 from .network import ByteStream, Listener
-from .rpc import Call, Handler, Method, Q, R, Reply, call, exchange
+from .rpc import Answerer, Call, Handler, Method, Q, R, Reply, call, exchange
 from .secure import SecureChannel
 from .serving import RpcServer
 from .stream import LinkStream
@@ -323,6 +323,10 @@ class Endpoint:
     def serve(self, method: Method[Q, R], handler: Handler[Q, R]) -> None:
         """Answer calls of ``method`` with ``handler``. It may raise RemoteRefused to refuse with a code of its own."""
         self._server.serve(method, handler)
+
+    def serve_at_once(self, method: Method[Q, R], answerer: Answerer[Q, R]) -> None:
+        """Like :meth:`serve`, with a plain function that never waits: it is called as soon as the request is read."""
+        self._server.serve_at_once(method, answerer)
 
     def serve_streams(self, protocol: str, handler: Callable[[LinkStream], Awaitable[None]]) -> None:
         """Give streams that peers open with ``protocol`` to ``handler``, in a task each. Remote errors may leave it."""

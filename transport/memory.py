@@ -22,12 +22,15 @@ reference: ``bytes``, and views of them, are never copied; what the sender could
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import trio
 
 from .address import Address
+from .agenda import Agenda
 from .errors import ConfigError, PeerUnreachable
 from .memory_flow import Flow, Lane, Machine, Route
 from .memory_nat import CONNECT_LIMIT, CONNECT_RETRY, REFUSED, TIMED_OUT, Kind, Knock, Nats, knock
@@ -42,6 +45,12 @@ FIRST_EPHEMERAL_PORT = 49152
 Trace = Callable[[float, str, str, str, int], None]
 
 
+class PlainServer(Protocol):
+    """What the kernel of a dying process knows of an endpoint of the plain suite."""
+
+    def kill(self) -> None: ...
+
+
 class MemoryNetwork(Network):
     """The network as one process on one machine sees it."""
 
@@ -50,6 +59,8 @@ class MemoryNetwork(Network):
         # dicts, not sets: they are gone through in order of opening
         self.streams: dict[MemoryStream, None] = {}
         self.listeners: dict[int, MemoryListener] = {}
+        #: Endpoints of the plain suite by port (:mod:`shoal.transport.plain`).
+        self.plain: dict[int, PlainServer] = {}
         #: Requests to connect that are on their way from a port that listens too.
         self.knocks: dict[tuple[int, Address], Knock] = {}
         self.frozen = self.killed = False
@@ -147,6 +158,9 @@ class MemoryNetwork(Network):
             listener.hang_up()
         for stream in list(self.streams):
             stream.hang_up()
+        for server in list(self.plain.values()):
+            server.kill()
+        self.plain.clear()
 
     def thaw(self) -> None:
         self.frozen = False
@@ -162,10 +176,23 @@ class MemoryWorld:
     Everything but :meth:`network` may only be called inside ``trio.run``. All randomness is ``random``'s.
     """
 
-    def __init__(self, random: random.Random, *, default: Route | None = None, trace: Trace | None = None) -> None:
-        """``default``: the route between machines for which no other is set (default: instant, lossless)."""
+    def __init__(
+        self,
+        random: random.Random,
+        *,
+        default: Route | None = None,
+        routes: Callable[[str, str], Route] | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        """``default``: the route between machines for which no other is set (default: instant, lossless).
+
+        ``routes``: gives the route from one machine to another instead, when the first byte is sent.
+        """
         self.random, self.trace = random, trace
         self.default = Route() if default is None else default
+        self.routes = routes
+        self.agenda = Agenda()
+        self._gone: dict[str, None] = {}
         self.draw = random.random
         self._machines: dict[str, Machine] = {}
         self._processes: dict[str, MemoryNetwork] = {}
@@ -236,6 +263,12 @@ class MemoryWorld:
         self._event("kill", name)
         self._processes[name].kill()
 
+    def unplug(self, name: str) -> None:
+        """The machine is off the network for good, without a word: nothing it sends arrives, nothing reaches it."""
+        self._event("unplug", name)
+        self._gone[name] = None
+        self._rewire()
+
     def freeze(self, name: str) -> None:
         """SIGSTOP: bytes queue up to the window, nothing is read, sent or answered."""
         self._event("freeze", name)
@@ -298,7 +331,7 @@ class MemoryWorld:
         """The lane between two machines, known or not. A machine reaches itself at once and unhindered."""
         found = self._lanes.get((source, target))
         if found is None:
-            route = Route() if source == target else self.default
+            route = Route() if source == target else self.routes(source, target) if self.routes else self.default
             # what a machine says to itself does not pass its uplink
             sender = Machine(source) if source == target else self._machine(source)
             found = self._lanes[source, target] = Lane(sender, self._machine(target), route)
@@ -338,6 +371,8 @@ class MemoryWorld:
     def separated(self, source: str, target: str) -> bool:
         if source == target:
             return False
+        if self._gone and (source in self._gone or target in self._gone):
+            return True
         return (source, target) in self._cuts or self._group.get(source, 0) != self._group.get(target, 0)
 
     def lost(self, lane: Lane) -> bool:
@@ -356,6 +391,29 @@ class MemoryWorld:
         if listener is None:
             return None, REFUSED
         return (None, "") if listener.full else (listener, "")
+
+    def carry(
+        self, lane: Lane, size: int, earliest: float, deliver: Callable[..., None], *arguments: object
+    ) -> float:
+        """Call ``deliver`` when ``size`` bytes that are sent now have crossed ``lane``, not before ``earliest``.
+
+        Returns when. What is separated then, or now, is never delivered. For the plain suite.
+        """
+        now, route = trio.current_time(), lane.route
+        self.note("send", lane, size)
+        lane.sent += size
+        left = lane.transmit(now, size) if route.bandwidth < math.inf or lane.source.uplink < math.inf else now
+        late = route.retransmission(size, self.draw) if route.loss else 0.0
+        if route.jitter:
+            late += route.jitter * self.draw()
+        arrival = max(left + route.latency + late, earliest)
+        if not self.separated(lane.source.name, lane.target.name):
+            self.agenda.at(arrival, self._deliver, lane, deliver, arguments)
+        return arrival
+
+    def _deliver(self, lane: Lane, deliver: Callable[..., None], arguments: tuple[object, ...]) -> None:
+        if not self.separated(lane.source.name, lane.target.name):
+            deliver(*arguments)
 
     def remember(self, *flows: Flow) -> None:
         self._flows.update(dict.fromkeys(flows))

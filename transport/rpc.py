@@ -137,6 +137,9 @@ class Call(Generic[Q]):
 
 Handler: TypeAlias = Callable[[Call[Q]], Awaitable[R]]
 
+#: A handler that never waits: it is called where the request is read, without a task of its own.
+Answerer: TypeAlias = Callable[[Call[Q]], R]
+
 
 class Reply(Generic[R]):
     """The answer to one call, on the caller's side: first its body, then its result."""

@@ -6,6 +6,7 @@ import logging
 import struct
 from typing import Any
 
+import attrs
 import trio
 
 from . import deadlines, defaults
@@ -15,11 +16,20 @@ from .frames import ResetCode
 from .host import Host
 from .identity import PeerId
 from .link import Link
-from .rpc import LENGTH, PART, PROTOCOL, SMALL_HEAD, Call, CallError, Handler, Head, Method, Part, Q, R
+from .rpc import LENGTH, PART, PROTOCOL, SMALL_HEAD, Answerer, Call, CallError, Handler, Head, Method, Part, Q, R
 from .stream import LinkStream
 from .wire import pack, unpack
 
 log = logging.getLogger(__name__)
+
+
+@attrs.frozen(eq=False)
+class Served:
+    """A method and who answers it: ``handler`` in a task of its own, or ``answerer``, which never waits, at once."""
+
+    method: Method[Any, Any]
+    handler: Handler[Any, Any] | None = None
+    answerer: Answerer[Any, Any] | None = None
 
 
 class RpcServer:
@@ -27,13 +37,17 @@ class RpcServer:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._handlers: dict[str, tuple[Method[Any, Any], Handler[Any, Any]]] = {}
+        self._handlers: dict[str, Served] = {}
         self._active: dict[PeerId, int] = {}
         self._total = 0
 
     def serve(self, method: Method[Q, R], handler: Handler[Q, R]) -> None:
         """Answer calls of ``method`` with ``handler``, which replaces an earlier one."""
-        self._handlers[method.name] = (method, handler)
+        self._handlers[method.name] = Served(method, handler)
+
+    def serve_at_once(self, method: Method[Q, R], answerer: Answerer[Q, R]) -> None:
+        """Like :meth:`serve` for what never waits: a small call then costs no task."""
+        self._handlers[method.name] = Served(method, answerer=answerer)
 
     def active(self, peer: PeerId | None = None) -> int:
         """Calls being served now, of one peer or of all."""
@@ -67,17 +81,40 @@ class RpcServer:
             busy = self._busy(link.peer)
             if busy is not None:
                 raise RemoteRefused("busy", busy)
-            method, handler, request, timeout = self._read(data)
+            served, request, timeout = self._read(data)
         except RemoteRefused as refusal:
             link.answer(asked, _error(refusal.code, refusal.reason))
+            return
+        if served.answerer is not None:
+            code, message, result = self._answer_at_once(Call(link, request, self._host.now() + timeout), served)
+            answer = _error(code, message) if code else bytes((Part.RESULT,)) + result
+            if len(answer) > defaults.SMALL_SEND:
+                self._enter(link.peer)
+                nursery.start_soon(self._answer_when_possible, link, asked, answer)
+            else:
+                link.answer(asked, answer)
             return
         scope = trio.CancelScope(deadline=trio.current_time() + timeout)
         asked.on_broken = scope.cancel
         call = Call(link, request, self._host.now() + timeout)
         self._enter(link.peer)  # from here on, as tasks that have not begun count too
-        nursery.start_soon(self._serve_small, asked, call, method, handler, scope, timeout)
+        nursery.start_soon(self._serve_small, asked, call, served, scope, timeout)
 
-    def _read(self, data: memoryview) -> tuple[Method[Any, Any], Handler[Any, Any], Any, float]:
+    def _answer_at_once(self, call: Call[Any], served: Served) -> tuple[str, str, bytes]:
+        assert served.answerer is not None
+        try:
+            return "", "", _packed(served.method, served.answerer(call))
+        except Exception as error:  # boundary: a bug in a handler must not reach the link
+            return _failure(call, served.method, error)
+
+    async def _answer_when_possible(self, link: Link, asked: IncomingCall, answer: bytes) -> None:
+        try:
+            await link.wait_can_answer()
+            link.answer(asked, answer)
+        finally:
+            self._leave(link.peer)
+
+    def _read(self, data: memoryview) -> tuple[Served, Any, float]:
         """Raises :class:`RemoteRefused` with what is wrong."""
         try:
             timeout, length = SMALL_HEAD.unpack_from(data)
@@ -91,30 +128,29 @@ class RpcServer:
         if found is None:
             raise RemoteRefused("unknown_method", f"no method {name[:64]!r} here")
         try:
-            request = unpack(found[0].request, data[at:])
+            request = unpack(found.method.request, data[at:])
         except DecodeError as error:
             raise RemoteRefused("bad_request", error.message) from None
-        return *found, request, min(timeout, defaults.MAX_CALL_TIME)
+        return found, request, min(timeout, defaults.MAX_CALL_TIME)
 
     async def _serve_small(
         self,
         asked: IncomingCall,
         call: Call[Any],
-        method: Method[Any, Any],
-        handler: Handler[Any, Any],
+        served: Served,
         scope: trio.CancelScope,
         timeout: float,
     ) -> None:
         link = call.link
         try:
             with scope:
-                code, message, result = await self._run(call, method, handler)
+                code, message, result = await self._run(call, served)
                 answer = _error(code, message) if code else bytes((Part.RESULT,)) + result
                 if len(answer) > defaults.SMALL_SEND:
                     await link.wait_can_answer()
                 link.answer(asked, answer)
             if asked.open and scope.cancelled_caught:
-                link.answer(asked, _error("expired", _late(method.name, timeout)))
+                link.answer(asked, _error("expired", _late(served.method.name, timeout)))
         finally:
             self._leave(link.peer)
             if asked.open:
@@ -184,38 +220,19 @@ class RpcServer:
         found = self._handlers.get(head.method)
         if found is None:
             return "unknown_method", f"no method {head.method[:64]!r} here", b""
-        method, handler = found
         try:
-            request = unpack(method.request, await self._message(stream, defaults.MAX_MESSAGE))
+            request = unpack(found.method.request, await self._message(stream, defaults.MAX_MESSAGE))
         except DecodeError as error:
             return "bad_request", error.message, b""
-        return await self._run(Call(stream.link, request, deadline, head.body, stream), method, handler)
+        return await self._run(Call(stream.link, request, deadline, head.body, stream), found)
 
-    async def _run(
-        self, call: Call[Any], method: Method[Any, Any], handler: Handler[Any, Any]
-    ) -> tuple[str, str, bytes]:
+    async def _run(self, call: Call[Any], served: Served) -> tuple[str, str, bytes]:
+        if served.handler is None:
+            return self._answer_at_once(call, served)
         try:
-            response = await handler(call)
-            if not isinstance(response, method.response):
-                raise ProtocolMisuse(f"the handler of {method.name} returned {type(response).__name__}")
-            result = pack(response)
-            if len(result) > defaults.MAX_MESSAGE:
-                raise ProtocolMisuse(f"the handler of {method.name} returned {len(result)} bytes")
-        except RemoteRefused as error:
-            return error.code, error.reason, b""
-        except ProtocolMisuse:
-            log.exception("our handler of %s broke a contract", method.name)
-            return "internal", "an error inside the node that was asked", b""
-        except ShoalError as error:
-            log.info("%s for %s failed: %s", method.name, call.peer.short, error)
-            return "failed", str(error), b""
+            return "", "", _packed(served.method, await served.handler(call))
         except Exception as error:  # boundary: a bug in a handler must not reach the link
-            failure = _only_shoal_errors(error)
-            if failure is not None:
-                return "failed", str(failure), b""
-            log.exception("our handler of %s failed for %s", method.name, call.peer.short)
-            return "internal", "an error inside the node that was asked", b""
-        return "", "", result
+            return _failure(call, served.method, error)
 
     async def _message(self, stream: LinkStream, limit: int) -> bytearray:
         (length,) = LENGTH.unpack(await stream.read_exactly(LENGTH.size))
@@ -232,6 +249,30 @@ class RpcServer:
             await stream.send_all(part)
             await stream.send_eof()
         stream.stop_receiving()
+
+
+def _packed(method: Method[Any, Any], response: Any) -> bytes:
+    if not isinstance(response, method.response):
+        raise ProtocolMisuse(f"the handler of {method.name} returned {type(response).__name__}")
+    result = pack(response)
+    if len(result) > defaults.MAX_MESSAGE:
+        raise ProtocolMisuse(f"the handler of {method.name} returned {len(result)} bytes")
+    return result
+
+
+def _failure(call: Call[Any], method: Method[Any, Any], error: Exception) -> tuple[str, str, bytes]:
+    """What the caller is told of an error in a handler: a code and a message, never a traceback."""
+    if isinstance(error, RemoteRefused):
+        return error.code, error.reason, b""
+    known = error if isinstance(error, ShoalError) else _only_shoal_errors(error)
+    if isinstance(error, ProtocolMisuse):
+        log.error("our handler of %s broke a contract", method.name, exc_info=error)
+    elif known is not None:
+        log.info("%s for %s failed: %s", method.name, call.peer.short, known)
+        return "failed", str(known), b""
+    else:
+        log.error("our handler of %s failed for %s", method.name, call.peer.short, exc_info=error)
+    return "internal", "an error inside the node that was asked", b""
 
 
 def _error(code: str, message: str) -> bytes:

@@ -144,14 +144,15 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
 # --- after decoding: exactly the declared types ------------------------------------------------------------------
 
 
-def _expect(kind: type, value: Any) -> Any:
+def expect(kind: type, value: Any) -> Any:
+    """``value`` if it is exactly of type ``kind``; for structure hooks. Raises ValueError."""
     if type(value) is not kind:
         raise ValueError(f"expected {kind.__name__}, got {type(value).__name__}")
     return value
 
 
 def _structure_float(value: Any, _: Any) -> float:
-    if not math.isfinite(_expect(float, value)):
+    if not math.isfinite(expect(float, value)):
         raise ValueError("expected a finite float")
     return cast(float, value)
 
@@ -187,7 +188,7 @@ def _sequence_hook(kind: Any) -> Hook:
     origin, inner = get_origin(kind), get_args(kind)
 
     def structure(value: Any, _: Any) -> Any:
-        _expect(list, value)
+        expect(list, value)
         if origin is tuple and inner[-1:] != (Ellipsis,):
             if len(value) != len(inner):
                 raise ValueError(f"expected {len(inner)} values, got {len(value)}")
@@ -202,7 +203,7 @@ def _dict_hook(kind: Any) -> Hook:
     keys, values = get_args(kind)
 
     def structure(value: Any, _: Any) -> Any:
-        _expect(dict, value)
+        expect(dict, value)
         return {converter.structure(k, keys): converter.structure(v, values) for k, v in value.items()}
 
     return structure
@@ -216,14 +217,14 @@ def _class_hook(kind: Any) -> Hook:
     table: list[tuple[str, str, Any, bool, Hook | None]] = []
 
     def structure(value: Any, _: Any) -> Any:
-        _expect(dict, value)
+        expect(dict, value)
         if not table:
             table.extend((f.name, f.alias, f.type, f.default is attrs.NOTHING, _field_hook(f.type)) for f in fields)
         arguments = {}
         for name, alias, type_, required, hook in table:
             if name in value:
                 try:
-                    arguments[alias] = _expect(type_, value[name]) if hook is None else hook(value[name], type_)
+                    arguments[alias] = expect(type_, value[name]) if hook is None else hook(value[name], type_)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
             elif required:
@@ -237,7 +238,7 @@ def _class_hook(kind: Any) -> Hook:
 
 
 def _field_hook(kind: Any) -> Hook | None:
-    """None for the types that :func:`_expect` checks."""
+    """None for the types that :func:`expect` checks."""
     return None if kind in (int, str, bytes, bool) else converter.get_structure_hook(kind)
 
 
@@ -247,7 +248,7 @@ def _refused_type(kind: Any) -> Hook:
 
 def _structure_exact(value: Any, kind: Any) -> Any:
     # cattrs gives an IntEnum or StrEnum the hook of the type beneath
-    return _enum_hook(kind)(value, kind) if isinstance(kind, enum.EnumMeta) else _expect(kind, value)
+    return _enum_hook(kind)(value, kind) if isinstance(kind, enum.EnumMeta) else expect(kind, value)
 
 
 def _origin_in(*origins: Any) -> Callable[[Any], bool]:
@@ -264,11 +265,11 @@ converter.register_structure_hook_factory(_origin_in(dict), _dict_hook)
 converter.register_structure_hook_factory(_origin_in(Literal), _literal_hook)
 converter.register_structure_hook_factory(lambda kind: isinstance(kind, type) and attrs.has(kind), _class_hook)
 converter.register_structure_hook_factory(lambda kind: isinstance(kind, enum.EnumMeta), _enum_hook)
-converter.register_structure_hook_func(lambda kind: kind in (None, type(None)), lambda v, _: _expect(type(None), v))
+converter.register_structure_hook_func(lambda kind: kind in (None, type(None)), lambda v, _: expect(type(None), v))
 for _kind in (int, str, bytes, bool):
     converter.register_structure_hook(_kind, _structure_exact)
 converter.register_structure_hook(float, _structure_float)
-converter.register_structure_hook(PeerId, lambda value, _: PeerId(_expect(bytes, value)))
+converter.register_structure_hook(PeerId, lambda value, _: PeerId(expect(bytes, value)))
 converter.register_unstructure_hook(PeerId, lambda value: value.key)
 converter.register_unstructure_hook(float, _unstructure_float)
 # msgpack tells bytes from text by itself; cattrs would otherwise base64 bytes.

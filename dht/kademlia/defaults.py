@@ -26,6 +26,14 @@ MAX_QUERIES = 240
 #: Candidates one lookup remembers at most; the closest stay.
 MAX_CANDIDATES = 400
 
+#: Seconds after which a query that is not answered gives its place to the next one. Most of the Internet's round trips
+#: are below 0.2 s, and a first question takes four of them (connection, handshake, call).
+SLOW_AFTER = 0.8
+
+#: Different records of one peer that a lookup keeps until it asks that peer: one is current, one may be old, others are
+#: forged.
+MAX_CLAIMS = 4
+
 #: Failures among the peers that one peer named, after which its other suggestions are believed last: honest
 #: tables that lost 30 % of their peers name 6 dead of 20; three standard deviations more are 12.
 DISCREDIT_FAILURES = 12
@@ -48,6 +56,14 @@ LIVENESS_INTERVAL = 300.0
 
 #: Seconds between lookups in a bucket that saw none. Kademlia section 2.3: one hour.
 REFRESH_INTERVAL = 3600.0
+
+#: Peers that must have answered in the lookup that refreshes a bucket: it is to find a few live contacts there, not the
+#: k closest to a random key. A lookup that wants 20 takes 25 queries, one that wants 5 takes 8.
+REFRESH_WIDTH = 5
+
+#: Live contacts with which a bucket needs no refresh when a peer joins: a lookup asks 3 of them at a time, and what
+#: others ask us fills it further. Each bucket is refreshed within the hour all the same.
+REFRESH_ENOUGH = 8
 
 #: Seconds between two looks at what is due. Half a minute of delay is nothing to intervals of minutes.
 TICK = 15.0

@@ -12,7 +12,6 @@ from ...transport.endpoint import Endpoint
 from ...transport.errors import Overloaded, PeerUnreachable, RemoteError
 from ...transport.identity import PeerId
 from . import defaults
-from .records import open_peer_record
 from .walk import Walker
 
 
@@ -65,7 +64,7 @@ async def reach(
     async def connect(peer: PeerId) -> PeerId:
         # The record may have run out while we were away; its addresses are still the best guess, and the
         # handshake proves who answers there.
-        known = open_peer_record(walker.lost[peer], -float("inf"))
+        known = walker.lost[peer].open(-float("inf"))
         return (await endpoint.connect(peer, known.addresses, timeout=walker.patience(peer))).peer
 
     async with trio.open_nursery() as nursery:

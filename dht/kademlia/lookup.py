@@ -1,11 +1,13 @@
 """The iterative Kademlia lookup as a pure state machine: answers and failures in, peers to query next out.
 
-A lookup ends when the ``k`` closest candidates that did not fail have all answered. Two things go beyond
+A lookup ends when the ``k`` closest candidates that did not fail have all answered. Three things go beyond
 the paper (Maymounkov & Mazières 2002, section 2.3):
 
 * Adaptive parallelism. It begins with ``alpha`` queries in flight; each failure, and each answer that brings
   nothing closer, raises that by one up to ``alpha_max``, progress lowers it again. A quick lookup stays
   cheap and one among dead peers does not wait for them one by one.
+* Patience without waiting. A query that takes longer than the others did (:class:`Slow`) gives its place to the next
+  candidate, and still counts when its answer comes: a peer that has gone costs one more query, not its time-out.
 * Disjoint paths (S/Kademlia, Baumgart & Mies 2007, section 4.3). With ``paths`` > 1 the first candidates are
   dealt to that many paths; a peer is queried on one path only, and a path hears only of the peers its own
   answers name. One liar misleads the path that met it. When every path has its share of ``k``, what they
@@ -16,6 +18,7 @@ No randomness and no clock: the same events give the same queries.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterable, Mapping
 from enum import Enum
 
@@ -29,7 +32,7 @@ from .keys import node_key
 
 @attrs.frozen
 class Answered:
-    """``peer`` answered and named ``closer`` (at most k of them count)."""
+    """``peer`` answered and named ``closer``."""
 
     peer: PeerId
     closer: tuple[PeerId, ...]
@@ -42,7 +45,14 @@ class Failed:
     peer: PeerId
 
 
-Event = Answered | Failed
+@attrs.frozen
+class Slow:
+    """``peer`` has been asked for longer than others take. Its answer or failure may still come."""
+
+    peer: PeerId
+
+
+Event = Answered | Failed | Slow
 
 
 class State(Enum):
@@ -61,6 +71,7 @@ class Candidate:
     hops: int
     sources: list[PeerId] = attrs.field(factory=list)
     state: State = State.NEW
+    slow: bool = False
 
 
 @attrs.define(eq=False)
@@ -72,13 +83,15 @@ class Path:
     candidates: dict[PeerId, Candidate] = attrs.field(factory=dict)
     in_flight: int = 0
     best: int | None = None
-    #: The candidates in order of distance; None when it must be sorted anew.
-    order: list[Candidate] | None = None
+    #: The candidates in order of distance.
+    order: list[tuple[int, Candidate]] = attrs.field(factory=list)
 
-    def ordered(self) -> list[Candidate]:
-        if self.order is None:
-            self.order = sorted(self.candidates.values(), key=lambda candidate: candidate.distance)
-        return self.order
+    def add(self, candidate: Candidate) -> None:
+        self.candidates[candidate.peer] = candidate
+        insort(self.order, (candidate.distance, candidate))  # no two peers have one distance
+
+    def drop(self, index: int) -> None:
+        del self.candidates[self.order.pop(index)[1].peer]
 
 
 class Lookup:
@@ -114,7 +127,7 @@ class Lookup:
         paths = max(1, min(paths, len(candidates)))
         self._paths = [Path(width=-(-k // paths), alpha=max(1, -(-alpha // paths))) for _ in range(paths)]
         for index, candidate in enumerate(candidates):
-            self._paths[index % paths].candidates[candidate.peer] = candidate
+            self._paths[index % paths].add(candidate)
 
     def _candidate(self, peer: PeerId, hops: int = 0) -> Candidate:
         return Candidate(peer, node_key(peer) ^ self.target, hops)
@@ -134,10 +147,17 @@ class Lookup:
         candidate = None if path is None else path.candidates.get(event.peer)
         if path is None or candidate is None or candidate.state is not State.ASKED:
             raise ProtocolMisuse(f"{event.peer.short} has no query in flight")
-        path.in_flight -= 1
-        progress = False
+        if not candidate.slow:
+            path.in_flight -= 1
+        progress = failed = False
         match event:
+            case Slow():
+                if candidate.slow:
+                    raise ProtocolMisuse(f"{event.peer.short} was slow before")
+                candidate.slow = True
+                return () if self.done else self._due()
             case Failed():
+                failed = True
                 candidate.state = State.FAILED
             case Answered(closer=closer):
                 candidate.state = State.ANSWERED
@@ -146,9 +166,17 @@ class Lookup:
                 if progress:
                     path.best = candidate.distance
         for source in candidate.sources:
-            self._named.setdefault(source, [0, 0])[isinstance(event, Failed)] += 1
+            self._named.setdefault(source, [0, 0])[failed] += 1
         path.alpha = max(path.alpha - 1, self._floor()) if progress else min(path.alpha + 1, self._ceiling())
         return () if self.done else self._due()
+
+    def expose(self, peer: PeerId) -> None:
+        """``peer`` has named somebody under a forged record: its answer counts for nothing, and it is believed last."""
+        path = self._claimed.get(peer)
+        candidate = None if path is None else path.candidates.get(peer)
+        if candidate is not None and candidate.state is State.ANSWERED:
+            candidate.state = State.FAILED
+        self._named[peer] = [0, 1 << 30]
 
     def stop(self) -> None:
         """The caller has what it wants: no further queries."""
@@ -161,25 +189,22 @@ class Lookup:
         return max(1, -(-self._alpha_max // len(self._paths)))
 
     def _learn(self, path: Path, source: Candidate, closer: tuple[PeerId, ...]) -> None:
-        for peer in dict.fromkeys(closer[: self.k]):
-            if peer == self._own or peer == source.peer:
-                continue
-            known = path.candidates.get(peer)
+        candidates, asker = path.candidates, source.peer
+        for peer in closer:
+            known = candidates.get(peer)
             if known is None:
-                if peer in self._claimed:  # another path's
+                if peer == self._own or peer in self._claimed:  # another path's
                     continue
-                known = path.candidates[peer] = self._candidate(peer, source.hops + 1)
-                known.sources.append(source.peer)
-            elif known.sources and source.peer not in known.sources:
-                known.sources.append(source.peer)
-        path.order = None
-        if len(path.candidates) > defaults.MAX_CANDIDATES:
-            for candidate in reversed(path.ordered()):
-                if candidate.state is State.NEW:
-                    del path.candidates[candidate.peer]
-                if len(path.candidates) <= defaults.MAX_CANDIDATES:
-                    break
-            path.order = None
+                known = self._candidate(peer, source.hops + 1)
+                known.sources.append(asker)
+                path.add(known)
+            elif known.sources and known is not source and asker not in known.sources:
+                known.sources.append(asker)
+        index = len(path.order)
+        while len(path.order) > defaults.MAX_CANDIDATES and index:
+            index -= 1
+            if path.order[index][1].state is State.NEW:
+                path.drop(index)
 
     # -- decisions -------------------------------------------------------------------------------------------
 
@@ -202,10 +227,11 @@ class Lookup:
         """Queries that ``path`` sends now: new ones among its ``width`` closest that live, up to alpha in flight."""
         wanted: list[PeerId] = []
         alive = 0
-        for candidate in path.ordered():
-            if path.in_flight + len(wanted) >= path.alpha or alive >= path.width:
+        room = path.alpha - path.in_flight
+        for _, candidate in path.order:
+            if len(wanted) >= room or alive >= path.width:
                 break
-            if candidate.state is State.FAILED:
+            if candidate.state is State.FAILED or (candidate.slow and candidate.state is State.ASKED):
                 continue
             if candidate.state is State.NEW:
                 if not self._askable(path, candidate):
@@ -221,7 +247,7 @@ class Lookup:
     def _finished(self, path: Path) -> bool:
         """True when the ``width`` closest live candidates have answered, or nobody is left to ask."""
         answered = 0
-        for candidate in path.ordered():
+        for _, candidate in path.order:
             if candidate.state is State.ANSWERED:
                 answered += 1
                 if answered >= path.width:
@@ -248,6 +274,7 @@ class Lookup:
                 held = merged.candidates.get(peer)
                 if held is None or held.state is State.NEW:
                     merged.candidates[peer] = candidate
+        merged.order = sorted((candidate.distance, candidate) for candidate in merged.candidates.values())
         for peer in self._claimed:
             self._claimed[peer] = merged
         self._paths = [merged]
@@ -267,7 +294,7 @@ class Lookup:
 
     def states(self) -> Mapping[PeerId, State]:
         """Every candidate and what became of it."""
-        return {c.peer: c.state for path in self._paths for c in path.ordered()}
+        return {c.peer: c.state for path in self._paths for _, c in path.order}
 
     def _answered(self) -> list[Candidate]:
         answered = [c for path in self._paths for c in path.candidates.values() if c.state is State.ANSWERED]

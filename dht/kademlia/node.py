@@ -19,7 +19,7 @@ from . import defaults, messages
 from .joining import reach
 from .keys import digest, node_key, record_key, to_bytes, topic_key
 from .lookup import Lookup
-from .records import VALIDATORS, Announcement, SignedRecord, Validator, open_peer_record
+from .records import VALIDATORS, Announcement, SignedRecord, Validator
 from .service import Counters, Service
 from .store import Place, Store
 from .table import RoutingTable
@@ -96,7 +96,7 @@ class Dht:
         self._bootstrap.update(dict.fromkeys(addresses))
         given: list[PeerId] = []
         for record in peers:
-            peer = open_peer_record(record, -float("inf")).peer
+            peer = record.open(-float("inf")).peer
             if peer != self.endpoint.peer_id:
                 self._walker.remember(peer, record)
                 given.append(peer)
@@ -125,14 +125,19 @@ class Dht:
 
     async def _ping(self, peer: PeerId) -> None:
         pong = await self._walker.ask(peer, messages.PING, messages.Ping(self._serve))
-        if open_peer_record(pong.record, self.host.wall()).peer == peer:
+        if pong.record.open(self.host.wall()).peer == peer:
             self._walker.learn(pong.record)
             self._walker.heard(peer)
 
     # -- peers -----------------------------------------------------------------------------------------------
 
-    async def _find(self, target: int, *, paths: int = 1, wanted: PeerId | None = None) -> Lookup:
-        """Find the peers closest to ``target``. Learns the contact of ``wanted`` and ends when somebody has it."""
+    async def _find(
+        self, target: int, *, paths: int = 1, wanted: PeerId | None = None, k: int | None = None
+    ) -> Lookup:
+        """Find the ``k`` (default: the table's) peers closest to ``target``.
+
+        Learns the contact of ``wanted`` and ends when somebody has it.
+        """
         request = messages.Find(to_bytes(target), self._serve)
 
         async def ask(peer: PeerId) -> Reply:
@@ -141,13 +146,13 @@ class Dht:
                 return Reply(closer)
             found = False
             for record in closer[: self.table.k]:
-                opened = open_peer_record(record, -float("inf"))
+                opened = record.open(-float("inf"))
                 if opened.peer == wanted and opened.expires > self.host.wall():
                     self._walker.learn(record)
                     found = True
             return Reply(closer, enough=found)
 
-        return await self._walker.walk(target, ask, paths=paths)
+        return await self._walker.walk(target, ask, paths=paths, k=k)
 
     async def _find_neighbours(self) -> None:
         """Find the k peers closest to us: the near buckets are complete then."""
@@ -162,7 +167,7 @@ class Dht:
         if self.endpoint.link(peer) is None:
             await self._find(node_key(peer), wanted=peer)
         record = self.endpoint.contact(peer)
-        if record is None or open_peer_record(record, -float("inf")).expires <= self.host.wall():
+        if record is None or record.open(-float("inf")).expires <= self.host.wall():
             return None
         return record
 
@@ -371,11 +376,13 @@ class Dht:
                 nursery.start_soon(ping, peer)
 
     async def _refresh(self) -> None:
-        if not self.table.refresh_due(self.host.now(), self.host.random):
+        now = self.host.now
+        if not len(self.table):
             return
-        await self._find_neighbours()
-        for key in self.table.refresh_due(self.host.now(), self.host.random):
-            await self._find(key)
+        if self.table.neighbours_due(now()):
+            await self._find_neighbours()
+        for key in self.table.refresh_due(now(), self.host.random):
+            await self._find(key, k=defaults.REFRESH_WIDTH)
 
     async def _renew(self) -> None:
         wall, contacts = self.host.wall(), len(self.table)
@@ -420,7 +427,7 @@ class Dht:
             record = self._walker.lost.get(peer)
             if record is not None:
                 # Others have their turn first; a contact that has been gone for a day is given up.
-                gone = self.host.wall() - open_peer_record(record, -float("inf")).expires
+                gone = self.host.wall() - record.open(-float("inf")).expires
                 if gone > defaults.RECORD_LIFETIME:
                     del self._walker.lost[peer]
                 else:
@@ -446,7 +453,7 @@ class Dht:
         snapshot = unpack(Snapshot, data, limit=defaults.MAX_SNAPSHOT)
         if snapshot.version != 1:
             raise DecodeError(f"snapshot of version {snapshot.version}, expected 1")
-        contacts = [(open_peer_record(record, -float("inf")).peer, record) for record in snapshot.contacts]
+        contacts = [(record.open(-float("inf")).peer, record) for record in snapshot.contacts]
         wall = self.host.wall()
         self.store.load(snapshot.store, wall)
         self._bootstrap.update(dict.fromkeys(snapshot.bootstrap))

@@ -15,7 +15,7 @@ import attrs
 import msgpack
 
 from ...transport import defaults as transport
-from ...transport.address import PeerRecord, SignedPeerRecord
+from ...transport.address import SignedPeerRecord
 from ...transport.errors import DecodeError
 from ...transport.identity import Identity, PeerId
 from . import defaults
@@ -30,19 +30,6 @@ def _verified(author: PeerId, message: bytes, signature: bytes) -> None:
     """Check a signature once (70 µs) however often the same bytes come by. Failures are not remembered."""
     if not author.verify(message, signature):
         raise DecodeError("wrong signature", peer=author.short)
-
-
-@lru_cache(maxsize=16384)
-def _opened(record: SignedPeerRecord) -> PeerRecord:
-    return record.open(-float("inf"))
-
-
-def open_peer_record(record: SignedPeerRecord, wall: float) -> PeerRecord:
-    """Like :meth:`SignedPeerRecord.open`, remembering signatures that were right. Raises :class:`DecodeError`."""
-    opened = _opened(record)
-    if opened.expires < wall - transport.CLOCK_SKEW:
-        raise DecodeError("peer record has expired", peer=opened.peer.short)
-    return opened
 
 
 @attrs.frozen
@@ -190,5 +177,5 @@ class Announcement:
             raise DecodeError(f"announcement numbered {self.issued}", peer=self.provider.short)
         _check_times(self.expires, wall, defaults.MAX_PROVIDE_LIFETIME, "announcement", self.provider)
         _verified(self.provider, self._message(), self.signature)
-        if open_peer_record(self.contact, wall).peer != self.provider:
+        if self.contact.open(wall).peer != self.provider:
             raise DecodeError("announcement with another peer's contact", peer=self.provider.short)

@@ -32,4 +32,4 @@ def reference_lookup(
             failed.add(peer)
         else:
             answered.add(peer)
-            known |= {other for other in list(named)[:k] if other != own}
+            known |= {other for other in named if other != own}

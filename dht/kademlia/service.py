@@ -71,12 +71,12 @@ class Service:
         self._endpoint, self._table, self._store = endpoint, table, store
         self._validators, self._counters, self._heard = validators, counters, heard
         self._limits = RequestLimits(endpoint.host.now())
-        endpoint.serve(messages.PING, self._ping)
-        endpoint.serve(messages.FIND, self._find)
-        endpoint.serve(messages.GET, self._get)
-        endpoint.serve(messages.PUT, self._put)
-        endpoint.serve(messages.PROVIDERS, self._providers)
-        endpoint.serve(messages.ANNOUNCE, self._announce)
+        endpoint.serve_at_once(messages.PING, self._ping)
+        endpoint.serve_at_once(messages.FIND, self._find)
+        endpoint.serve_at_once(messages.GET, self._get)
+        endpoint.serve_at_once(messages.PUT, self._put)
+        endpoint.serve_at_once(messages.PROVIDERS, self._providers)
+        endpoint.serve_at_once(messages.ANNOUNCE, self._announce)
 
     def _admit(self, peer: PeerId, request: _Request) -> None:
         allowed, reason = self._limits.allow(peer, peer in self._table, self._endpoint.host.now())
@@ -98,11 +98,11 @@ class Service:
         self._counters.rejected += 1
         return RemoteRefused(code, reason)
 
-    async def _ping(self, call: Call[Ping]) -> Pong:
+    def _ping(self, call: Call[Ping]) -> Pong:
         self._admit(call.peer, call.request)
         return Pong(self._endpoint.record())
 
-    async def _find(self, call: Call[Find]) -> Closer:
+    def _find(self, call: Call[Find]) -> Closer:
         self._admit(call.peer, call.request)
         try:
             target = from_bytes(call.request.target)
@@ -110,7 +110,7 @@ class Service:
             raise self._refuse("invalid", str(error)) from None
         return Closer(self._closer(target, call.peer))
 
-    async def _get(self, call: Call[GetRecord]) -> FoundRecord:
+    def _get(self, call: Call[GetRecord]) -> FoundRecord:
         self._admit(call.peer, call.request)
         namespace, key = call.request.namespace, call.request.key
         if namespace not in self._validators:
@@ -118,7 +118,7 @@ class Service:
         record = self._store.get(namespace, key, self._endpoint.host.wall())
         return FoundRecord(record, self._closer(record_key(namespace, key), call.peer))
 
-    async def _put(self, call: Call[PutRecord]) -> Stored:
+    def _put(self, call: Call[PutRecord]) -> Stored:
         self._admit(call.peer, call.request)
         wall = self._endpoint.host.wall()
         try:
@@ -127,7 +127,7 @@ class Service:
             raise self._refuse("invalid", error.message) from None
         return self._stored(self._store.put(call.request.record, wall))
 
-    async def _providers(self, call: Call[GetProviders]) -> FoundProviders:
+    def _providers(self, call: Call[GetProviders]) -> FoundProviders:
         self._admit(call.peer, call.request)
         held = self._store.providers(call.request.topic, self._endpoint.host.wall())
         limit = max(0, min(call.request.limit, defaults.MAX_PROVIDERS_ANSWER))
@@ -136,7 +136,7 @@ class Service:
             held = self._endpoint.host.random.sample(held, limit)
         return FoundProviders(tuple(held), self._closer(topic_key(call.request.topic), call.peer))
 
-    async def _announce(self, call: Call[PutProvider]) -> Stored:
+    def _announce(self, call: Call[PutProvider]) -> Stored:
         self._admit(call.peer, call.request)
         wall = self._endpoint.host.wall()
         try:

@@ -79,6 +79,7 @@ class RoutingTable:
         self.key = node_key(own)
         self.k = k
         self._buckets: dict[int, Bucket] = {}
+        self._neighbours_refreshed = -float("inf")
 
     def __len__(self) -> int:
         return sum(len(bucket.contacts) for bucket in self._buckets.values())
@@ -177,6 +178,10 @@ class RoutingTable:
                 break
         return found[:n]
 
+    def bucket(self, index: int) -> Bucket:
+        """Bucket ``index``: an empty one where we know nobody."""
+        return self._buckets.get(index) or Bucket(refreshed=-float("inf"))
+
     def stale(self, now: float) -> list[Contact]:
         """Contacts due for a ping: failed once, or silent for LIVENESS_INTERVAL. Longest silent first."""
         due = [c for c in self if c.failures or now - c.last_seen >= defaults.LIVENESS_INTERVAL]
@@ -194,8 +199,13 @@ class RoutingTable:
         The buckets nearer to us than that hold all their peers; a lookup in each would find the same ones.
         """
         split = -1 if farthest is None else bucket_index(self.key, farthest)
+        self._neighbours_refreshed = now
         for index in range(split + 1, self._deepest() + 1):
             self._buckets.setdefault(index, Bucket(refreshed=now)).refreshed = now
+
+    def neighbours_due(self, now: float) -> bool:
+        """True when no lookup for our own key took place for REFRESH_INTERVAL."""
+        return now - self._neighbours_refreshed >= defaults.REFRESH_INTERVAL
 
     def _deepest(self) -> int:
         """The bucket of our nearest neighbour, -1 when we know nobody."""
@@ -204,11 +214,16 @@ class RoutingTable:
     def refresh_due(self, now: float, rng: random.Random) -> list[int]:
         """One random key for each bucket that is due, far to near, up to our nearest neighbour's bucket.
 
-        Nearer buckets are empty because nobody lives there.
+        Nearer buckets are empty because nobody lives there. A bucket that was never refreshed is due while it holds
+        fewer than REFRESH_ENOUGH contacts.
         """
         due = []
         for index in range(self._deepest() + 1):
             bucket = self._buckets.get(index)
+            if bucket is not None and bucket.refreshed == -float("inf"):
+                if len(bucket.contacts) >= min(defaults.REFRESH_ENOUGH, self.k):
+                    bucket.refreshed = now
+                    continue
             if bucket is None or now - bucket.refreshed >= defaults.REFRESH_INTERVAL:
                 due.append(random_key(self.key, index, rng))
         return due

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import attrs
 import trio
@@ -15,8 +15,7 @@ from ...transport.errors import DecodeError, Overloaded, RemoteError, RemoteProt
 from ...transport.identity import PeerId
 from ...transport.rpc import Method
 from . import defaults
-from .lookup import Answered, Failed, Lookup
-from .records import open_peer_record
+from .lookup import Answered, Failed, Lookup, Slow
 from .service import Counters
 from .table import Contact, RoutingTable, networks_of
 
@@ -25,6 +24,9 @@ R = TypeVar("R")
 
 #: Refusals that mean that the peer does not take part in the DHT. Any other one comes from a live peer that serves.
 NOT_SERVING = ("unknown_method", "unknown_protocol", "bad_request")
+
+#: The records under which peers were named in a lookup, with who named them; verified when they are used.
+Claims: TypeAlias = dict[PeerId, list[tuple[PeerId, SignedPeerRecord]]]
 
 
 @attrs.frozen
@@ -52,7 +54,7 @@ class Walker:
         if record is None:
             return
         try:
-            opened = open_peer_record(record, self.host.wall())
+            opened = record.open(self.host.wall())
         except DecodeError:  # it ran out: the next link or ping brings a fresh one
             return
         link = self.endpoint.link(peer)
@@ -84,17 +86,14 @@ class Walker:
 
     def learn(self, record: SignedPeerRecord) -> None:
         """Hand a contact to the endpoint unless it has this very one. Raises :class:`DecodeError`."""
-        peer = open_peer_record(record, self.host.wall()).peer
+        peer = record.open(self.host.wall()).peer
         if peer != self.endpoint.peer_id and self.endpoint.contact(peer) != record:
             self.endpoint.learn(record)
 
     def patience(self, peer: PeerId) -> float:
-        """Seconds for one question, the dial to a peer without a link included: what a sign of life may take.
-
-        No more: a lookup has others to ask, and a peer that is slower than that is no good in a lookup.
-        """
+        """Seconds for one question, the dial to a peer without a link included."""
         link = self.endpoint.link(peer)
-        return deadlines.sign_of_life(0.0 if link is None else link.rtt, self.endpoint.lag.value(self.host.now()))
+        return deadlines.query(0.0 if link is None else link.rtt, self.endpoint.lag.value(self.host.now()))
 
     # -- one question ----------------------------------------------------------------------------------------
 
@@ -154,63 +153,101 @@ class Walker:
 
     # -- lookups ---------------------------------------------------------------------------------------------
 
-    async def walk(self, target: int, ask: Callable[[PeerId], Awaitable[Reply]], *, paths: int = 1) -> Lookup:
+    async def walk(
+        self, target: int, ask: Callable[[PeerId], Awaitable[Reply]], *, paths: int = 1, k: int | None = None
+    ) -> Lookup:
         """Run a lookup: ``ask`` puts the question to one peer and raises :class:`RemoteError` when that fails.
+
+        ``k``: how many of the closest must have answered (default: the table's k).
 
         Ends when the lookup is done, when a reply is enough, or after LOOKUP_DEADLINE with what was found by
         then. Cancelling cancels the queries in flight.
         """
         self.counters.lookups += 1
         seeds = [contact.peer for contact in self.table.closest(target, self.table.k)]
-        lookup = Lookup(target, seeds, own=self.endpoint.peer_id, k=self.table.k, paths=paths)
-        named: dict[PeerId, SignedPeerRecord] = {}
+        lookup = Lookup(target, seeds, own=self.endpoint.peer_id, k=k or self.table.k, paths=paths)
+        claims: Claims = {}
+        asked: dict[PeerId, float] = {}  # when; oldest first, those whose answer is still awaited
+        now = self.host.now
 
         async def query(peer: PeerId) -> None:
             event: Answered | Failed = Failed(peer)
             try:
-                if peer in named:
-                    self.learn(named[peer])
-                reply = await ask(peer)
-                event = Answered(peer, self._named(peer, reply.closer, named))
-                if reply.enough:
-                    lookup.stop()
+                if peer not in claims or self._introduce(peer, claims.pop(peer), lookup):
+                    reply = await ask(peer)
+                    event = Answered(peer, self._named(peer, reply.closer, claims))
+                    if reply.enough:
+                        lookup.stop()
             except RemoteProtocolError:
                 self.counters.lies += 1
                 self.missed(peer)
             except (RemoteError, Overloaded):
                 pass
+            asked.pop(peer, None)
             if not lookup.done:
                 launch(lookup.receive(event))
             if lookup.done:
                 nursery.cancel_scope.cancel()
 
         def launch(peers: Sequence[PeerId]) -> None:
+            began = now()
             for peer in peers:
+                asked[peer] = began
                 nursery.start_soon(query, peer)
+
+        async def hurry() -> None:
+            while True:
+                await trio.sleep(defaults.SLOW_AFTER / 2)
+                for peer, began in list(asked.items()):
+                    if began > now() - defaults.SLOW_AFTER or lookup.done:
+                        break
+                    del asked[peer]
+                    launch(lookup.receive(Slow(peer)))
 
         with trio.move_on_after(defaults.LOOKUP_DEADLINE) as deadline:
             async with trio.open_nursery() as nursery:
                 launch(lookup.start())
+                if lookup.done:
+                    nursery.cancel_scope.cancel()
+                nursery.start_soon(hurry)
         if deadline.cancelled_caught:
             self.counters.lookups_expired += 1
         self.table.refreshed(target, self.host.now())
         return lookup
 
-    def _named(
-        self, source: PeerId, closer: Sequence[SignedPeerRecord], named: dict[PeerId, SignedPeerRecord]
-    ) -> tuple[PeerId, ...]:
-        """Check the peers that ``source`` named and note their newest records. Raises :class:`DecodeError`."""
+    def _named(self, source: PeerId, closer: Sequence[SignedPeerRecord], claims: Claims) -> tuple[PeerId, ...]:
+        """Note the peers that ``source`` named and their records, not verified. Raises :class:`DecodeError`."""
         if len(closer) > self.table.k:
             raise DecodeError(f"named {len(closer)} peers, at most {self.table.k} allowed", peer=source.short)
-        wall = self.host.wall()
         peers = []
         for record in closer:
-            # Checked here and not when queried: a forged record must not stand in for the real one of another source.
-            opened = open_peer_record(record, -float("inf"))
-            if opened.expires <= wall or not opened.addresses:
-                continue
-            held = named.get(opened.peer)
-            if held is None or open_peer_record(held, -float("inf")).seq < opened.seq:
-                named[opened.peer] = record
-            peers.append(opened.peer)
+            peer = record.claimed
+            if peer is None:
+                raise DecodeError("named a peer under a record that is none", peer=source.short)
+            # Several records of one peer: a forged one must not stand in for the real one of another source.
+            held = claims.get(peer)
+            if held is None:
+                claims[peer] = [(source, record)]
+            elif held[0][1] is not record and len(held) < defaults.MAX_CLAIMS and record not in [r for _, r in held]:
+                held.append((source, record))
+            peers.append(peer)
         return tuple(peers)
+
+    def _introduce(self, peer: PeerId, claims: Sequence[tuple[PeerId, SignedPeerRecord]], lookup: Lookup) -> bool:
+        """Verify the records under which others named ``peer``; False when none of them tells where it is.
+
+        Whoever named it under a record that it never signed has lied.
+        """
+        wall, useful = self.host.wall(), self.endpoint.contact(peer) is not None
+        for source, record in claims:
+            try:
+                opened = record.open(-float("inf"))
+            except DecodeError:
+                self.counters.lies += 1
+                self.missed(source)
+                lookup.expose(source)
+                continue
+            if opened.expires > wall and opened.addresses:
+                self.learn(record)
+                useful = True
+        return useful

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.dht.kademlia import defaults
 from shoal.dht.kademlia.keys import digest
-from shoal.dht.kademlia.records import VALIDATORS, Announcement, SignedRecord, open_peer_record, owned_key
+from shoal.dht.kademlia.records import VALIDATORS, Announcement, SignedRecord, owned_key
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.errors import DecodeError
 from shoal.transport.identity import Identity
@@ -161,6 +161,6 @@ def test_an_announcement_cannot_outlive_its_bound_or_its_contact() -> None:
 
 def test_a_remembered_peer_record_still_expires() -> None:
     record = contact(expires=NOW + 10)
-    assert open_peer_record(record, NOW).peer == ALICE.peer_id
+    assert record.open(NOW).peer == ALICE.peer_id
     with pytest.raises(DecodeError, match="expired"):
-        open_peer_record(record, NOW + 311)
+        record.open(NOW + 311)

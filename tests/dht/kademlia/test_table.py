@@ -166,11 +166,23 @@ def test_buckets_are_refreshed_once_an_hour_up_to_the_nearest_neighbour() -> Non
         table.seen(contact(number), 0.0)
     due = table.refresh_due(0.0, rng)
     deepest = max(bucket_index(table.key, c.key) for c in table)
-    assert [bucket_index(table.key, key) for key in due] == list(range(deepest + 1))
+    held = [len(table.bucket(index).contacts) for index in range(deepest + 1)]
+    poor = [index for index in range(deepest + 1) if held[index] < defaults.REFRESH_ENOUGH]
+    assert 0 < len(poor) <= deepest  # those that have enough are left for the hour
+    assert [bucket_index(table.key, key) for key in due] == poor
     for key in due:
         table.refreshed(key, 10.0)
     assert table.refresh_due(11.0, rng) == []
     assert len(table.refresh_due(10.0 + defaults.REFRESH_INTERVAL, rng)) == deepest + 1
+
+
+def test_the_neighbourhood_is_looked_up_once_an_hour() -> None:
+    table = RoutingTable(peer(0))
+    table.seen(contact(1), 0.0)
+    assert table.neighbours_due(5.0)
+    table.refreshed_near(None, 5.0)
+    assert not table.neighbours_due(5.0 + defaults.REFRESH_INTERVAL - 1)
+    assert table.neighbours_due(5.0 + defaults.REFRESH_INTERVAL)
 
 
 def test_a_lookup_for_our_own_key_spares_the_buckets_it_covered() -> None:
@@ -178,11 +190,14 @@ def test_a_lookup_for_our_own_key_spares_the_buckets_it_covered() -> None:
     for number in range(1, 200):
         table.seen(contact(number), 0.0)
     farthest = table.closest(table.key, defaults.K)[-1].key
+    for index in range(bucket_index(table.key, farthest) + 1):
+        table.bucket(index).refreshed = 0.0
     table.refreshed_near(farthest, 1.0)
-    due = [bucket_index(table.key, key) for key in table.refresh_due(2.0, rng)]
+    later = defaults.REFRESH_INTERVAL
+    due = [bucket_index(table.key, key) for key in table.refresh_due(later, rng)]
     assert due == list(range(bucket_index(table.key, farthest) + 1))
-    table.refreshed_near(None, 2.0)
-    assert table.refresh_due(3.0, rng) == []
+    table.refreshed_near(None, later)
+    assert table.refresh_due(later + 1, rng) == []
 
 
 @given(st.lists(st.floats(0.001, 2), min_size=1, max_size=20))
