@@ -132,7 +132,13 @@ class Dht:
     # -- peers -----------------------------------------------------------------------------------------------
 
     async def _find(
-        self, target: int, *, paths: int = 1, wanted: PeerId | None = None, k: int | None = None
+        self,
+        target: int,
+        *,
+        paths: int = 1,
+        wanted: PeerId | None = None,
+        k: int | None = None,
+        settled: int | None = None,
     ) -> Lookup:
         """Find the ``k`` (default: the table's) peers closest to ``target``.
 
@@ -152,7 +158,7 @@ class Dht:
                     found = True
             return Reply(closer, enough=found)
 
-        return await self._walker.walk(target, ask, paths=paths, k=k)
+        return await self._walker.walk(target, ask, paths=paths, k=k, settled=settled)
 
     async def _find_neighbours(self) -> None:
         """Find the k peers closest to us: the near buckets are complete then."""
@@ -201,8 +207,10 @@ class Dht:
         """Find the peers closest to ``place`` on disjoint paths and ask them to store; at least one must."""
         if not len(self.table):
             return 0
-        lookup = await self._find(place, paths=defaults.WRITE_PATHS)
-        stored, errors = await self._walker.ask_all(lookup.closest, method, request)
+        # That a peer is there shows when it stores: only the very closest are asked before, who is near.
+        lookup = await self._find(place, paths=defaults.WRITE_PATHS, settled=defaults.WRITE_SETTLED)
+        k = self.table.k
+        stored, errors = await self._walker.ask_closest(lookup.ranked(2 * k), k, method, request)
         if not stored:
             for error in errors.values():
                 if isinstance(error, RemoteRefused):
@@ -235,7 +243,8 @@ class Dht:
             record.check(self.host.wall(), self._validators)
             if record.expires > self.host.wall():
                 found.append((peer, record))
-            return Reply(answer.closer, len(found) >= defaults.READ_QUORUM or digest(record.value) == key)
+            missing = 0 if digest(record.value) == key else defaults.READ_QUORUM - len(found)
+            return Reply(answer.closer, enough=missing <= 0, missing=missing if found else None)
 
         await self._walker.walk(record_key(namespace, key), ask)
         if not found:

@@ -31,10 +31,14 @@ Claims: TypeAlias = dict[PeerId, list[tuple[PeerId, SignedPeerRecord]]]
 
 @attrs.frozen
 class Reply:
-    """What one peer added to a lookup: ``closer`` as it named them; ``enough`` ends the lookup."""
+    """What one peer added to a lookup: ``closer`` as it named them; ``enough`` ends the lookup.
+
+    ``missing``: how many more answers of its kind would be enough; None: that cannot be said.
+    """
 
     closer: Sequence[SignedPeerRecord]
     enough: bool = False
+    missing: int | None = None
 
 
 class Walker:
@@ -151,21 +155,57 @@ class Walker:
                 nursery.start_soon(one, peer)
         return answered, errors
 
+    async def ask_closest(
+        self, peers: Sequence[PeerId], n: int, method: Method[Q, R], request: Q
+    ) -> tuple[int, dict[PeerId, RemoteError]]:
+        """Ask the first ``n`` of ``peers`` the same, ALPHA_MAX at a time, and for each that is not there a later one.
+
+        Returns how many answered, and the errors of the others.
+        """
+        errors: dict[PeerId, RemoteError] = {}
+        answered, left = 0, n
+        queue = iter(peers)
+
+        async def worker() -> None:
+            nonlocal answered, left
+            while left and (peer := next(queue, None)) is not None:
+                left -= 1
+                try:
+                    await self.ask(peer, method, request)
+                    answered += 1
+                except RemoteRefused as error:
+                    errors[peer] = error
+                except (RemoteError, Overloaded) as error:
+                    errors[peer] = error if isinstance(error, RemoteError) else RemoteError(str(error), peer=peer.short)
+                    left += 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(defaults.ALPHA_MAX, n)):
+                nursery.start_soon(worker)
+        return answered, errors
+
     # -- lookups ---------------------------------------------------------------------------------------------
 
     async def walk(
-        self, target: int, ask: Callable[[PeerId], Awaitable[Reply]], *, paths: int = 1, k: int | None = None
+        self,
+        target: int,
+        ask: Callable[[PeerId], Awaitable[Reply]],
+        *,
+        paths: int = 1,
+        k: int | None = None,
+        settled: int | None = None,
     ) -> Lookup:
         """Run a lookup: ``ask`` puts the question to one peer and raises :class:`RemoteError` when that fails.
 
-        ``k``: how many of the closest must have answered (default: the table's k).
+        ``k``: how many of the closest must have answered (default: the table's k). ``settled``: that so many have is
+        enough; of the others in :meth:`Lookup.ranked` the contacts are verified and learned then.
 
         Ends when the lookup is done, when a reply is enough, or after LOOKUP_DEADLINE with what was found by
         then. Cancelling cancels the queries in flight.
         """
         self.counters.lookups += 1
         seeds = [contact.peer for contact in self.table.closest(target, self.table.k)]
-        lookup = Lookup(target, seeds, own=self.endpoint.peer_id, k=k or self.table.k, paths=paths)
+        lookup = Lookup(target, seeds, own=self.endpoint.peer_id, k=k or self.table.k, paths=paths, settled=settled)
         claims: Claims = {}
         asked: dict[PeerId, float] = {}  # when; oldest first, those whose answer is still awaited
         now = self.host.now
@@ -178,6 +218,8 @@ class Walker:
                     event = Answered(peer, self._named(peer, reply.closer, claims))
                     if reply.enough:
                         lookup.stop()
+                    elif reply.missing is not None:
+                        lookup.expect(reply.missing)
             except RemoteProtocolError:
                 self.counters.lies += 1
                 self.missed(peer)
@@ -212,8 +254,17 @@ class Walker:
                 nursery.start_soon(hurry)
         if deadline.cancelled_caught:
             self.counters.lookups_expired += 1
+        if settled is not None:
+            self._introduce_all(lookup, claims)
         self.table.refreshed(target, self.host.now())
         return lookup
+
+    def _introduce_all(self, lookup: Lookup, claims: Claims) -> None:
+        """Verify the contacts of those that are closest and were not asked; twice k, as some of them may be gone."""
+        while waiting := [peer for peer in lookup.ranked(2 * lookup.k) if peer in claims]:
+            for peer in waiting:
+                if not self._introduce(peer, claims.pop(peer), lookup):
+                    lookup.discard(peer)
 
     def _named(self, source: PeerId, closer: Sequence[SignedPeerRecord], claims: Claims) -> tuple[PeerId, ...]:
         """Note the peers that ``source`` named and their records, not verified. Raises :class:`DecodeError`."""
