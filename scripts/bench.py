@@ -22,12 +22,14 @@ examples:
   bench.py link --json link.json
   bench.py rpc --systems shoal,tcp --in-flight 1,8,32
   bench.py link --peer-python peers/bin/python      where trustme, grpcio, libp2p, hivemind are installed
+  bench.py dht --peer-python peers/bin/python       where hivemind, libp2p, kademlia are
 
 A peer that cannot run is left out, with the reason.
 """
 
 #: All that `--systems` may name.
 SYSTEMS = ("shoal", "tcp", "tls", "grpc", "libp2p", "hivemind")
+DHT_SYSTEMS = ("shoal", "kademlia", "hivemind", "libp2p")
 
 ALLREDUCE = """\
 One round of the group reduce against torch gloo's all_reduce, one fp32 tensor, the mean over all peers.
@@ -66,6 +68,16 @@ Links from so many peers to one process, after one exchange each: what its memor
 Beside Shoal: TCP and TLS 1.3 of trio, py-libp2p.
 """
 
+DHT = """\
+DHTs of N nodes. Keys are stored by the nodes in turns, then each is got by a node that does not hold it itself; one act
+at a time, all keys distinct, what comes back is compared. The nodes of every system are dealt to as many processes.
+
+shoal      records signed by their author, who may replace them: a get takes three holders that agree. 20 copies.
+kademlia   the package of that name: UDP, no encryption, no signatures. 20 copies.
+hivemind   DHTNode in asyncio, and for each node a p2pd daemon beside the processes. 5 copies, a get takes one holder.
+libp2p     py-libp2p's KadDHT over Noise and yamux. 20 copies.
+"""
+
 WEBRTC = """\
 A byte stream over a WebRTC data channel, its engine in a process of its own: bulk one way, an echo of 1 KiB, and the
 processor time of both engines. It is as shoal opens it between two hosts that nothing else connects.
@@ -82,11 +94,19 @@ def numbers(text: str) -> tuple[int, ...]:
     return values
 
 
-def _systems(text: str) -> tuple[str, ...]:
+def _some_of(known: tuple[str, ...], text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    if not set(names) <= set(SYSTEMS):
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(SYSTEMS)}, got {text!r}")
+    if not set(names) <= set(known):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {text!r}")
     return names
+
+
+def _systems(text: str) -> tuple[str, ...]:
+    return _some_of(SYSTEMS, text)
+
+
+def _dht_systems(text: str) -> tuple[str, ...]:
+    return _some_of(DHT_SYSTEMS, text)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -119,6 +139,16 @@ def arguments() -> argparse.ArgumentParser:
     six.add_argument(
         "--peer-python", default=sys.executable, metavar="PATH", help="the interpreter that has pylibdatachannel"
     )
+    seven = commands.add_parser("dht", help="stores and gets of a DHT", description=DHT, formatter_class=shape)
+    seven.add_argument("--nodes", type=int, default=32, metavar="N", help="nodes of each system (default: 32)")
+    seven.add_argument("--processes", type=int, default=8, metavar="N", help="that they are dealt to (default: 8)")
+    seven.add_argument("--keys", type=int, default=32, metavar="N", help="keys in one run (default: 32)")
+    seven.add_argument(
+        "--systems", type=_dht_systems, default=DHT_SYSTEMS, metavar="A,…", help=f"of {','.join(DHT_SYSTEMS)}"
+    )
+    seven.add_argument(
+        "--peer-python", default=sys.executable, metavar="PATH", help="the interpreter for kademlia, hivemind, libp2p"
+    )
     for command in (two, three, four, five):
         command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
         command.add_argument(
@@ -131,7 +161,7 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument(
             "--time", type=float, default=0.5, metavar="S", help="seconds of one run, about (default: 0.5)"
         )
-    for command in (one, two, three, four, five, six):
+    for command in (one, two, three, four, five, six, seven):
         runs = 3 if command in (five, six) else 9
         command.add_argument(
             "--runs", type=int, default=runs, metavar="N", help=f"counted runs per case (default: {runs})"
@@ -157,7 +187,7 @@ def main() -> int:
         arguments().error("--runs must be at least 1")
     # Imported late, so that --help answers at once.
     import trio
-    from benchmarks import allreduce, handshake, idle, link, rpc, webrtc
+    from benchmarks import allreduce, dht, handshake, idle, link, rpc, webrtc
     from benchmarks.processes import ChildFailed
 
     run = {
@@ -167,6 +197,7 @@ def main() -> int:
         "handshake": handshake.run,
         "idle": idle.run,
         "webrtc": webrtc.run,
+        "dht": dht.run,
     }[options.command]
     code = 0
     try:

@@ -20,6 +20,11 @@ WRITE_PATHS = 3
 #: Disjoint paths of a read that found nothing on one. The record may not exist, but a single path is easily misled.
 READ_PATHS = 3
 
+#: Of the peers closest to a write's place on each path, and of all of them in the end, how many must have answered
+#: before the others are asked to store (whether they are there shows by that). As go-libp2p ("resiliency", beta 3): the
+#: closest peers know who else is near; asking all 20 first made a write in 32 peers 41 requests instead of 30.
+WRITE_SETTLED = 3
+
 #: Holders whose answers settle a read of a record that can change: a holder that was away may be one version behind.
 READ_QUORUM = 3
 
@@ -36,6 +41,9 @@ CROWDED = 0.35
 
 #: Lookups that search a crowded place's region: its half, quarter, eighth and sixteenth beside the crowd.
 REGION_LOOKUPS = 4
+#: Peers that an answer names beside the record: those who hold it too are among them, and each costs the asker 4 µs.
+#: Twice READ_QUORUM, as some may be gone.
+HOLDER_NAMES = 6
 
 #: Queries of one lookup at most. An honest lookup among 10,000 peers needs about 30; liars can force no more than this.
 MAX_QUERIES = 240

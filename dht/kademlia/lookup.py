@@ -111,11 +111,15 @@ class Lookup:
         alpha: int = defaults.ALPHA,
         alpha_max: int = defaults.ALPHA_MAX,
         paths: int = 1,
+        settled: int | None = None,
         max_queries: int = defaults.MAX_QUERIES,
     ) -> None:
-        if min(k, alpha, paths, max_queries) < 1 or alpha_max < alpha:
-            raise ProtocolMisuse("a lookup needs k, alpha, paths, max_queries >= 1 and alpha_max >= alpha")
+        """``settled``: how many of the closest must have answered, on each path and in the end (default: ``k``)."""
+        if min(k, alpha, paths, max_queries, settled or k) < 1 or alpha_max < alpha:
+            raise ProtocolMisuse("a lookup needs k, alpha, paths, settled, max_queries >= 1 and alpha_max >= alpha")
         self.target = target
+        self._settled = min(settled or k, k)
+        self._missing: int | None = None
         self.k, self._alpha_min, self._alpha_max = k, alpha, alpha_max
         self._own, self._max_queries = own, max_queries
         self.queries = 0
@@ -125,7 +129,8 @@ class Lookup:
         candidates = [self._candidate(peer) for peer in dict.fromkeys(seeds) if peer != own]
         candidates.sort(key=lambda candidate: candidate.distance)
         paths = max(1, min(paths, len(candidates)))
-        self._paths = [Path(width=-(-k // paths), alpha=max(1, -(-alpha // paths))) for _ in range(paths)]
+        width = min(-(-k // paths), self._settled)
+        self._paths = [Path(width=width, alpha=max(1, -(-alpha // paths))) for _ in range(paths)]
         for index, candidate in enumerate(candidates):
             self._paths[index % paths].add(candidate)
 
@@ -182,6 +187,20 @@ class Lookup:
         """The caller has what it wants: no further queries."""
         self.done = True
 
+    def expect(self, missing: int) -> None:
+        """``missing`` more answers like the last one are all the caller wants: with as many in flight, none are added.
+
+        One that is slow or fails is made up for.
+        """
+        self._missing = missing
+
+    def discard(self, peer: PeerId) -> None:
+        """A candidate that was not asked is of no use after all."""
+        for path in self._paths:
+            candidate = path.candidates.get(peer)
+            if candidate is not None and candidate.state is State.NEW:
+                candidate.state = State.FAILED
+
     def _floor(self) -> int:
         return max(1, -(-self._alpha_min // len(self._paths)))
 
@@ -227,7 +246,7 @@ class Lookup:
         """Queries that ``path`` sends now: new ones among its ``width`` closest that live, up to alpha in flight."""
         wanted: list[PeerId] = []
         alive = 0
-        room = path.alpha - path.in_flight
+        room = (path.alpha if self._missing is None else min(path.alpha, self._missing)) - path.in_flight
         for _, candidate in path.order:
             if len(wanted) >= room or alive >= path.width:
                 break
@@ -267,7 +286,7 @@ class Lookup:
 
     def _merge(self) -> None:
         """All paths have their share: go on as one path over everything they found."""
-        merged = Path(width=self.k, alpha=self._alpha_max)
+        merged = Path(width=self._settled, alpha=self._alpha_max)
         for path in self._paths:
             merged.in_flight += path.in_flight
             for peer, candidate in path.candidates.items():
@@ -285,6 +304,16 @@ class Lookup:
     def closest(self) -> tuple[PeerId, ...]:
         """The up to ``k`` closest peers that answered, by rising distance."""
         return tuple(candidate.peer for candidate in self._answered()[: self.k])
+
+    def ranked(self, n: int) -> tuple[PeerId, ...]:
+        """The up to ``n`` closest peers that answered, or that nobody has asked and that are believed to be there."""
+        found = {
+            c.distance: c.peer
+            for path in self._paths
+            for _, c in path.order
+            if c.state is State.ANSWERED or (c.state is State.NEW and self._believed(c))
+        }
+        return tuple(found[distance] for distance in sorted(found)[:n])
 
     @property
     def hops(self) -> int:

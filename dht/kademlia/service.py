@@ -89,12 +89,13 @@ class Service:
         if request.serving:
             self._heard(peer)
 
-    def _closer(self, place: int, asker: PeerId) -> tuple[SignedPeerRecord, ...]:
-        """What we know that is closest to ``place``: neither the asker nor anyone whose record ran out."""
+    def _closer(self, place: int, asker: PeerId, n: int | None = None) -> tuple[SignedPeerRecord, ...]:
+        """The ``n`` (default: k) we know that are closest to ``place``: neither the asker nor whose record ran out."""
         wall = self._endpoint.host.wall()
-        contacts = self._table.closest(place, self._table.k + 1, healthy=True)
+        n = self._table.k if n is None else min(n, self._table.k)
+        contacts = self._table.closest(place, n + 1, healthy=True)
         records = [c.record for c in contacts if c.peer != asker and c.expires > wall]
-        return tuple(records[: self._table.k])
+        return tuple(records[:n])
 
     def _refuse(self, code: str, reason: str) -> RemoteRefused:
         self._counters.rejected += 1
@@ -118,7 +119,8 @@ class Service:
         if namespace not in self._validators:
             raise self._refuse("invalid", f"unknown namespace {namespace[: defaults.MAX_NAMESPACE]!r}")
         record = self._store.get(namespace, key, self._endpoint.host.wall())
-        return FoundRecord(record, self._closer(record_key(namespace, key), call.peer))
+        names = None if record is None else defaults.HOLDER_NAMES
+        return FoundRecord(record, self._closer(record_key(namespace, key), call.peer, names))
 
     def _put(self, call: Call[PutRecord]) -> Stored:
         self._admit(call.peer, call.request)

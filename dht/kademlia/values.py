@@ -17,10 +17,11 @@ from ...transport.rpc import Method
 from . import defaults, messages
 from .keys import digest, node_key, record_key, topic_key
 from .lookup import Lookup
+from .lookup_run import Reply
 from .records import Announcement, SignedRecord, Validator
 from .region import crowded, in_region, region_targets
 from .store import Place, Store
-from .walk import Reply, Walker
+from .walk import Walker
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +92,14 @@ class Values:
         """
         if not len(self.table):
             return 0
-        lookup = await self._walker.find(place, paths=defaults.WRITE_PATHS)
-        holders = dict.fromkeys(lookup.closest)
+        # That a peer is there shows when it stores: only the very closest are asked before, who is near.
+        lookup = await self._walker.find(place, paths=defaults.WRITE_PATHS, settled=defaults.WRITE_SETTLED)
+        k = self.table.k
+        stored, errors = await self._walker.ask_all(lookup.ranked(2 * k), method, request, n=k)
         if self._is_crowded(lookup)[0]:
-            holders.update(dict.fromkeys(await self._region(place)))
-        stored, errors = await self._walker.ask_all(tuple(holders), method, request)
+            region = [peer for peer in await self._region(place) if peer not in lookup.ranked(k)]
+            more, refusals = await self._walker.ask_all(region, method, request)
+            stored, errors = stored + more, {**errors, **refusals}
         if not stored:
             for error in errors.values():
                 if isinstance(error, RemoteRefused):
@@ -105,7 +109,7 @@ class Values:
         return stored
 
     def _is_crowded(self, lookup: Lookup) -> tuple[bool, str]:
-        distances = [node_key(peer) ^ lookup.target for peer in lookup.closest]
+        distances = [node_key(peer) ^ lookup.target for peer in lookup.ranked(self.table.k)]
         decision = crowded(distances, self._walker.size.value, self.table.k)
         if decision[0]:
             self._walker.counters.crowded += 1
@@ -151,7 +155,8 @@ class Values:
             record.check(self.host.wall(), self._validators)
             if record.expires > self.host.wall():
                 found[peer] = record
-            return Reply(answer.closer, len(found) >= defaults.READ_QUORUM or digest(record.value) == key)
+            missing = 0 if digest(record.value) == key else defaults.READ_QUORUM - len(found)
+            return Reply(answer.closer, enough=missing <= 0, missing=missing if found else None)
 
         place = record_key(namespace, key)
         lookup = await self._walker.walk(place, ask, paths=paths)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
-import attrs
 import trio
 
 from ...transport import deadlines
 from ...transport.address import SignedPeerRecord
 from ...transport.endpoint import Endpoint
-from ...transport.errors import DecodeError, Overloaded, RemoteError, RemoteProtocolError, RemoteRefused
+from ...transport.errors import DecodeError, Overloaded, RemoteError, RemoteRefused
 from ...transport.identity import PeerId
 from ...transport.rpc import Method
 from . import defaults, messages
 from .keys import to_bytes
-from .lookup import Answered, Failed, Lookup, Slow
+from .lookup import Lookup
+from .lookup_run import LookupRun, Reply
 from .region import SizeEstimate
 from .service import Counters
 from .table import Contact, RoutingTable, networks_of
@@ -26,17 +26,6 @@ R = TypeVar("R")
 
 #: Refusals that mean that the peer does not take part in the DHT. Any other one comes from a live peer that serves.
 NOT_SERVING = ("unknown_method", "unknown_protocol", "bad_request")
-
-#: The records under which peers were named in a lookup, with who named them; verified when they are used.
-Claims: TypeAlias = dict[PeerId, list[tuple[PeerId, SignedPeerRecord]]]
-
-
-@attrs.frozen
-class Reply:
-    """What one peer added to a lookup: ``closer`` as it named them; ``enough`` ends the lookup."""
-
-    closer: Sequence[SignedPeerRecord]
-    enough: bool = False
 
 
 class Walker:
@@ -131,90 +120,64 @@ class Walker:
         return answer
 
     async def ask_all(
-        self, peers: Sequence[PeerId], method: Method[Q, R], request: Q
+        self, peers: Sequence[PeerId], method: Method[Q, R], request: Q, *, n: int | None = None
     ) -> tuple[int, dict[PeerId, RemoteError]]:
-        """Ask ``peers`` the same, ALPHA_MAX at a time. Returns how many answered, and the errors of the others."""
-        errors: dict[PeerId, RemoteError] = {}
-        answered = 0
-        limit = trio.CapacityLimiter(defaults.ALPHA_MAX)
+        """Ask the first ``n`` (default: all) of ``peers`` the same, and for each that is not there a later one.
 
-        async def one(peer: PeerId) -> None:
-            nonlocal answered
-            async with limit:
+        ALPHA_MAX are asked at a time.
+        Returns how many answered, and the errors of the others.
+        """
+        errors: dict[PeerId, RemoteError] = {}
+        answered, left = 0, len(peers) if n is None else n
+        queue = iter(peers)
+
+        async def worker() -> None:
+            nonlocal answered, left
+            while left and (peer := next(queue, None)) is not None:
+                left -= 1
                 try:
                     await self.ask(peer, method, request)
                     answered += 1
-                except RemoteError as error:
+                except RemoteRefused as error:
                     errors[peer] = error
-                except Overloaded as error:
-                    errors[peer] = RemoteError(str(error), peer=peer.short)
+                except (RemoteError, Overloaded) as error:
+                    errors[peer] = error if isinstance(error, RemoteError) else RemoteError(str(error), peer=peer.short)
+                    left += 1
 
         async with trio.open_nursery() as nursery:
-            for peer in peers:
-                nursery.start_soon(one, peer)
+            for _ in range(min(defaults.ALPHA_MAX, left)):
+                nursery.start_soon(worker)
         return answered, errors
 
     # -- lookups ---------------------------------------------------------------------------------------------
 
     async def walk(
-        self, target: int, ask: Callable[[PeerId], Awaitable[Reply]], *, paths: int = 1, k: int | None = None
+        self,
+        target: int,
+        ask: Callable[[PeerId], Awaitable[Reply]],
+        *,
+        paths: int = 1,
+        k: int | None = None,
+        settled: int | None = None,
     ) -> Lookup:
         """Run a lookup: ``ask`` puts the question to one peer and raises :class:`RemoteError` when that fails.
 
-        ``k``: how many of the closest must have answered (default: the table's k).
+        ``k``: how many of the closest must have answered (default: the table's k). ``settled``: that so many have is
+        enough; of the others in :meth:`Lookup.ranked` the contacts are verified and learned then.
 
         Ends when the lookup is done, when a reply is enough, or after LOOKUP_DEADLINE with what was found by
         then. Cancelling cancels the queries in flight.
         """
         self.counters.lookups += 1
         seeds = [contact.peer for contact in self.table.closest(target, self.table.k)]
-        lookup = Lookup(target, seeds, own=self.endpoint.peer_id, k=k or self.table.k, paths=paths)
-        claims: Claims = {}
-        asked: dict[PeerId, float] = {}  # when; oldest first, those whose answer is still awaited
-        now = self.host.now
-
-        async def query(peer: PeerId) -> None:
-            event: Answered | Failed = Failed(peer)
-            try:
-                if peer not in claims or self._introduce(peer, claims.pop(peer), lookup):
-                    reply = await ask(peer)
-                    event = Answered(peer, self._named(peer, reply.closer, claims))
-                    if reply.enough:
-                        lookup.stop()
-            except RemoteProtocolError:
-                self.counters.lies += 1
-                self.missed(peer)
-            except (RemoteError, Overloaded):
-                pass
-            asked.pop(peer, None)
-            if not lookup.done:
-                launch(lookup.receive(event))
-            if lookup.done:
-                nursery.cancel_scope.cancel()
-
-        def launch(peers: Sequence[PeerId]) -> None:
-            began = now()
-            for peer in peers:
-                asked[peer] = began
-                nursery.start_soon(query, peer)
-
-        async def hurry() -> None:
-            while True:
-                await trio.sleep(defaults.SLOW_AFTER / 2)
-                for peer, began in list(asked.items()):
-                    if began > now() - defaults.SLOW_AFTER or lookup.done:
-                        break
-                    del asked[peer]
-                    launch(lookup.receive(Slow(peer)))
-
+        lookup = Lookup(target, seeds, own=self.endpoint.peer_id, k=k or self.table.k, paths=paths, settled=settled)
+        run = LookupRun(self, lookup, ask)
         with trio.move_on_after(defaults.LOOKUP_DEADLINE) as deadline:
-            async with trio.open_nursery() as nursery:
-                launch(lookup.start())
-                if lookup.done:
-                    nursery.cancel_scope.cancel()
-                nursery.start_soon(hurry)
+            await run.run()
         if deadline.cancelled_caught:
             self.counters.lookups_expired += 1
+        if settled is not None:
+            run.introduce_all()
         self.table.refreshed(target, self.host.now())
         return lookup
 
@@ -225,6 +188,7 @@ class Walker:
         paths: int = 1,
         wanted: PeerId | None = None,
         k: int | None = None,
+        settled: int | None = None,
     ) -> Lookup:
         """Find the ``k`` (default: the table's) peers closest to ``target``.
 
@@ -245,41 +209,4 @@ class Walker:
                         found = True
             return Reply(closer, enough=found)
 
-        return await self.walk(target, ask, paths=paths, k=k)
-
-    def _named(self, source: PeerId, closer: Sequence[SignedPeerRecord], claims: Claims) -> tuple[PeerId, ...]:
-        """Note the peers that ``source`` named and their records, not verified. Raises :class:`DecodeError`."""
-        if len(closer) > self.table.k:
-            raise DecodeError(f"named {len(closer)} peers, at most {self.table.k} allowed", peer=source.short)
-        peers = []
-        for record in closer:
-            peer = record.claimed
-            if peer is None:
-                raise DecodeError("named a peer under a record that is none", peer=source.short)
-            # Several records of one peer: a forged one must not stand in for the real one of another source.
-            held = claims.get(peer)
-            if held is None:
-                claims[peer] = [(source, record)]
-            elif held[0][1] is not record and len(held) < defaults.MAX_CLAIMS and record not in [r for _, r in held]:
-                held.append((source, record))
-            peers.append(peer)
-        return tuple(peers)
-
-    def _introduce(self, peer: PeerId, claims: Sequence[tuple[PeerId, SignedPeerRecord]], lookup: Lookup) -> bool:
-        """Verify the records under which others named ``peer``; False when none of them tells where it is.
-
-        Whoever named it under a record that it never signed has lied.
-        """
-        wall, useful = self.host.wall(), self.endpoint.contact(peer) is not None
-        for source, record in claims:
-            try:
-                opened = record.open(-float("inf"))
-            except DecodeError:
-                self.counters.lies += 1
-                self.missed(source)
-                lookup.expose(source)
-                continue
-            if opened.expires > wall and opened.addresses:
-                self.learn(record)
-                useful = True
-        return useful
+        return await self.walk(target, ask, paths=paths, k=k, settled=settled)

@@ -65,11 +65,19 @@ KINDS = {
         )
         for end in ("Server", "Client")
     },
+    **{
+        f"dht-{system}": f"systems.dht_{system}:{system.capitalize()}Dht"
+        for system in ("shoal", "kademlia", "hivemind", "libp2p")
+    },
 }
 
 
 #: These may lack a package: a line before the first order says ``{"missing": …}``, or ``{}``.
-OPTIONAL = tuple(kind for kind in KINDS if kind.partition("-")[0] in ("tls", "grpc", "libp2p", "hivemind"))
+OPTIONAL = tuple(
+    kind
+    for kind in KINDS
+    if kind.removeprefix("dht-").partition("-")[0] in ("tls", "grpc", "libp2p", "hivemind", "kademlia")
+)
 
 
 async def _obey(made: type[Worker], answers: int) -> None:
