@@ -373,7 +373,7 @@ class PlainEndpoint(Endpoint):
         raise PeerUnreachable(what, peer=peer, attempts=failures)
 
     def _try(self, attempt: _Attempt, index: int, *, tries: int = 0) -> None:
-        """Knock at address number ``index``: two round trips to the link, for connection and handshake."""
+        """Knock at address number ``index``: three round trips to the link, for connection, handshake and hello."""
         if index >= len(attempt.addresses):
             self._finish(attempt)
             return
@@ -397,7 +397,7 @@ class PlainEndpoint(Endpoint):
             return
         size = HANDSHAKE_BYTES + len(self.record().record)
         trip = out.route.latency + back.route.latency
-        world.carry(out, size, now + trip, self._knock, attempt, index, out, back)
+        world.carry(out, size, now + 2 * trip + out.route.latency, self._knock, attempt, index, out, back)
 
     def _again(self, attempt: _Attempt, index: int, tries: int) -> None:
         if self._wanted(attempt):
