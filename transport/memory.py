@@ -392,9 +392,7 @@ class MemoryWorld:
             return None, REFUSED
         return (None, "") if listener.full else (listener, "")
 
-    def carry(
-        self, lane: Lane, size: int, earliest: float, deliver: Callable[..., None], *arguments: object
-    ) -> float:
+    def carry(self, lane: Lane, size: int, earliest: float, deliver: Callable[..., None], *arguments: object) -> float:
         """Call ``deliver`` when ``size`` bytes that are sent now have crossed ``lane``, not before ``earliest``.
 
         Returns when. What is separated then, or now, is never delivered. For the plain suite.

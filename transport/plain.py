@@ -58,8 +58,8 @@ class PlainLink:
     """One end of a link in memory; what it shows is what :class:`~shoal.transport.link.Link` shows to calls."""
 
     __slots__ = (
-        "asked", "close_reason", "closed_idle", "endpoint", "goodbye_code", "heard", "initiator", "lane", "last_arrival",
-        "last_used", "observed", "opened_at", "other", "peer", "remote", "rtt", "serving", "useful",
+        "asked", "close_reason", "closed_idle", "endpoint", "goodbye_code", "heard", "initiator", "lane",
+        "last_arrival", "last_used", "observed", "opened_at", "other", "peer", "remote", "rtt", "serving", "useful",
     )  # fmt: skip
 
     cipher = "plain"
@@ -69,7 +69,8 @@ class PlainLink:
     interrupted = troubled = False
     held = 0
     bytes_sent = bytes_received = 0
-    other: PlainLink
+    #: The other end, None once both have ended: the two must not keep each other alive.
+    other: PlainLink | None
 
     def __init__(self, endpoint: PlainEndpoint, peer: PeerId, remote: Address, lane: Lane, *, initiator: bool) -> None:
         now = trio.current_time()
@@ -100,8 +101,7 @@ class PlainLink:
 
     async def wait_can_call(self) -> None:
         while self.alive and not self.can_call:
-            # Rare: as many calls as are allowed are on their way already.
-            await trio.sleep(self.rtt or defaults.PING_FLOOR)
+            await self.endpoint.slots.park()
         if not self.alive:
             raise self._closed_error()
 
@@ -110,7 +110,7 @@ class PlainLink:
         self.asked[call] = None
         self.endpoint._used(self)
         began = trio.current_time()
-        self._send(len(request), self.other._called, call, request)
+        self._send(len(request), PlainLink._called, call, request)
         try:
             while call.answer is None:
                 if call.lost is not None:
@@ -118,8 +118,10 @@ class PlainLink:
                 await call.asker.wait()
         finally:
             self.asked.pop(call, None)
+            if self.endpoint.slots:
+                self.endpoint.slots.unpark_all()
             if call.answer is None and call.lost is None:
-                self._send(0, self.other._cancelled, call)
+                self._send(0, PlainLink._cancelled, call)
                 if self.heard < began and self.alive:
                     # Given up, and not a sign of life since: a keepalive would have ended the link by now.
                     self.end(LinkClosed("it does not answer", peer=self.peer.short))
@@ -136,7 +138,7 @@ class PlainLink:
             call.open = False
             self.serving.pop(call, None)
             if self.alive:
-                self._send(len(data), call.link._answered, call, data)
+                self._send(len(data), PlainLink._answered, call, data)
 
     def try_open_stream(self, protocol: str, priority: Priority = Priority.CONTROL) -> LinkStream | None:
         raise ProtocolMisuse(f"a link of the plain suite carries small calls only, no stream for {protocol}")
@@ -147,15 +149,16 @@ class PlainLink:
     # What arrives
 
     def _send(self, size: int, deliver: Callable[..., None], *arguments: object) -> None:
-        """Let ``deliver`` happen at the other end when ``size`` bytes have arrived there; never, if they do not."""
-        network = self.endpoint.network
-        if not network.killed:
-            if network.frozen:
-                network.when_running(lambda: self._send(size, deliver, *arguments))
-                return
-            self.last_arrival = network.world.carry(
-                self.lane, size + CALL_OVERHEAD, self.last_arrival, self.other._receive, deliver, *arguments
-            )
+        """Have the other end do ``deliver`` when ``size`` bytes have arrived there; never, if they do not."""
+        network, other = self.endpoint.network, self.other
+        if network.killed or other is None:
+            return
+        if network.frozen:
+            network.when_running(lambda: self._send(size, deliver, *arguments))
+            return
+        self.last_arrival = network.world.carry(
+            self.lane, size + CALL_OVERHEAD, self.last_arrival, other._receive, deliver, *arguments
+        )
 
     def _receive(self, deliver: Callable[..., None], *arguments: object) -> None:
         network = self.endpoint.network
@@ -163,11 +166,11 @@ class PlainLink:
             network.when_running(lambda: self._receive(deliver, *arguments))
         elif not network.killed:
             self.heard = trio.current_time()
-            deliver(*arguments)
+            deliver(self, *arguments)
 
     def _called(self, call: PlainCall, request: bytes) -> None:
         if not self.alive:
-            self._send(0, self.other._reset)
+            self._send(0, PlainLink._reset)
         else:
             self.serving[call] = None
             self.endpoint._on_call(cast(Link, self), call, memoryview(request))
@@ -195,13 +198,13 @@ class PlainLink:
 
     def say_goodbye(self, reason: str, code: int) -> None:
         if self.alive:
-            self._send(len(reason), self.other._parted, code, reason)
+            self._send(len(reason), PlainLink._parted, code, reason)
             self.closed_idle = code == GoodbyeCode.IDLE
             self.end(LinkClosed(f"closed by us: {reason}", peer=self.peer.short))
 
     def hang_up(self) -> None:
         """The process has died: its kernel closes the connection."""
-        if self.alive:
+        if self.alive and self.other is not None:
             world = self.endpoint.network.world
             world.carry(self.lane, CALL_OVERHEAD, self.last_arrival, self.other._reset)
             self.close_reason = LinkClosed("this process was killed", peer=self.peer.short)
@@ -209,6 +212,8 @@ class PlainLink:
     def end(self, reason: RemoteError) -> None:
         if self.alive:
             self.close_reason = reason
+            if self.other is not None and not self.other.alive:
+                self.other.other = self.other = None
             asked, serving = list(self.asked), list(self.serving)
             self.asked.clear()
             self.serving.clear()
@@ -243,6 +248,8 @@ class PlainEndpoint(Endpoint):
             raise ConfigError("the plain suite is for the memory network of simulations only: it encrypts nothing")
         super().__init__(host, identity, max_links=max_links)
         self.network = host.network
+        #: Who waits for a call of any link to end, as that link has as many as are allowed.
+        self.slots = trio.lowlevel.ParkingLot()
         self._plain: dict[PeerId, PlainLink] = {}  # least recently used first
         self._attempts: dict[PeerId, _Attempt] = {}
         self._max_links = max_links
@@ -427,9 +434,7 @@ class PlainEndpoint(Endpoint):
         there._adopt(theirs)
         record = there.record()
         size = HANDSHAKE_BYTES + len(record.record)
-        ours.last_arrival = theirs.last_arrival = world.carry(
-            back, size, -1.0, self._greeted, attempt, ours, record
-        )
+        ours.last_arrival = theirs.last_arrival = world.carry(back, size, -1.0, self._greeted, attempt, ours, record)
 
     def _refused(self, attempt: _Attempt, index: int, reason: str) -> None:
         attempt.failures.append((str(attempt.addresses[index]), reason))
@@ -438,7 +443,8 @@ class PlainEndpoint(Endpoint):
 
     def _greeted(self, attempt: _Attempt, link: PlainLink, record: SignedPeerRecord) -> None:
         if self.network.killed or self._nursery is None:
-            link.other._reset()
+            if link.other is not None:
+                link.other._reset()
             return
         if not link.alive:
             self._finish(attempt)

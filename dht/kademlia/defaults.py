@@ -17,14 +17,30 @@ ALPHA_MAX = 10
 #: success rises from 0.6 to 0.9 within the first few paths; each path costs about one more round of queries.
 WRITE_PATHS = 3
 
-#: Of the peers closest to a write's place on each path, and of all of them in the end, how many must have answered before
-#: the others are asked to store (whether they are there shows by that). As go-libp2p ("resiliency", beta 3): the closest
-#: peers know who else is near; asking all 20 first made a write in 32 peers 41 requests instead of 30.
+#: Disjoint paths of a read that found nothing on one. The record may not exist, but a single path is easily misled.
+READ_PATHS = 3
+
+#: Of the peers closest to a write's place on each path, and of all of them in the end, how many must have answered
+#: before the others are asked to store (whether they are there shows by that). As go-libp2p ("resiliency", beta 3): the
+#: closest peers know who else is near; asking all 20 first made a write in 32 peers 41 requests instead of 30.
 WRITE_SETTLED = 3
 
 #: Holders whose answers settle a read of a record that can change: a holder that was away may be one version behind.
 READ_QUORUM = 3
 
+#: Estimates of the swarm's size that are kept: their median moves little when a few of them are wrong.
+SIZE_SAMPLES = 15
+
+#: Peers that a lookup must have found for its distances to count: 5, as the lookups that refresh buckets find.
+SIZE_MIN_PEERS = 5
+
+#: Part of the expected distance of the k-th closest peer below which a place counts as crowded. The number of peers
+#: within it is Poisson: 20 where 7 are expected happens 4 times in 100,000. Attackers that stay above it leave 7 honest
+#: peers among the 20.
+CROWDED = 0.35
+
+#: Lookups that search a crowded place's region: its half, quarter, eighth and sixteenth beside the crowd.
+REGION_LOOKUPS = 4
 #: Peers that an answer names beside the record: those who hold it too are among them, and each costs the asker 4 µs.
 #: Twice READ_QUORUM, as some may be gone.
 HOLDER_NAMES = 6

@@ -45,6 +45,8 @@ class Counters:
     refusals: int = 0
     #: Answers that broke the rules: too many peers, wrong signatures, another key's record.
     lies: int = 0
+    #: Places of records that more peers crowd than chance puts there.
+    crowded: int = 0
     served: int = 0
     limited: int = 0
     #: Records and announcements that were offered to us and refused.

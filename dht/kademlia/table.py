@@ -220,10 +220,9 @@ class RoutingTable:
         due = []
         for index in range(self._deepest() + 1):
             bucket = self._buckets.get(index)
-            if bucket is not None and bucket.refreshed == -float("inf"):
-                if len(bucket.contacts) >= min(defaults.REFRESH_ENOUGH, self.k):
-                    bucket.refreshed = now
-                    continue
+            new = bucket is not None and bucket.refreshed == -float("inf")
+            if bucket is not None and new and len(bucket.contacts) >= min(defaults.REFRESH_ENOUGH, self.k):
+                bucket.refreshed = now
             if bucket is None or now - bucket.refreshed >= defaults.REFRESH_INTERVAL:
                 due.append(random_key(self.key, index, rng))
         return due

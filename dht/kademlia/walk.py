@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
-import attrs
 import trio
 
 from ...transport import deadlines
 from ...transport.address import SignedPeerRecord
 from ...transport.endpoint import Endpoint
-from ...transport.errors import DecodeError, Overloaded, RemoteError, RemoteProtocolError, RemoteRefused
+from ...transport.errors import DecodeError, Overloaded, RemoteError, RemoteRefused
 from ...transport.identity import PeerId
 from ...transport.rpc import Method
-from . import defaults
-from .lookup import Answered, Failed, Lookup, Slow
+from . import defaults, messages
+from .keys import to_bytes
+from .lookup import Lookup
+from .lookup_run import LookupRun, Reply
+from .region import SizeEstimate
 from .service import Counters
 from .table import Contact, RoutingTable, networks_of
 
@@ -25,28 +27,14 @@ R = TypeVar("R")
 #: Refusals that mean that the peer does not take part in the DHT. Any other one comes from a live peer that serves.
 NOT_SERVING = ("unknown_method", "unknown_protocol", "bad_request")
 
-#: The records under which peers were named in a lookup, with who named them; verified when they are used.
-Claims: TypeAlias = dict[PeerId, list[tuple[PeerId, SignedPeerRecord]]]
-
-
-@attrs.frozen
-class Reply:
-    """What one peer added to a lookup: ``closer`` as it named them; ``enough`` ends the lookup.
-
-    ``missing``: how many more answers of its kind would be enough; None: that cannot be said.
-    """
-
-    closer: Sequence[SignedPeerRecord]
-    enough: bool = False
-    missing: int | None = None
-
 
 class Walker:
     """Sends questions for the peer behind ``endpoint``; keeps ``table`` and the lost contacts up to date."""
 
-    def __init__(self, endpoint: Endpoint, table: RoutingTable, counters: Counters) -> None:
-        self.endpoint, self.table, self.counters = endpoint, table, counters
+    def __init__(self, endpoint: Endpoint, table: RoutingTable, counters: Counters, *, serve: bool) -> None:
+        self.endpoint, self.table, self.counters, self._serve = endpoint, table, counters, serve
         self.host = endpoint.host
+        self.size = SizeEstimate()
         #: Contacts that left the table because they did not answer, longest ago first: tried again later.
         self.lost: dict[PeerId, SignedPeerRecord] = {}
 
@@ -132,38 +120,15 @@ class Walker:
         return answer
 
     async def ask_all(
-        self, peers: Sequence[PeerId], method: Method[Q, R], request: Q
+        self, peers: Sequence[PeerId], method: Method[Q, R], request: Q, *, n: int | None = None
     ) -> tuple[int, dict[PeerId, RemoteError]]:
-        """Ask ``peers`` the same, ALPHA_MAX at a time. Returns how many answered, and the errors of the others."""
-        errors: dict[PeerId, RemoteError] = {}
-        answered = 0
-        limit = trio.CapacityLimiter(defaults.ALPHA_MAX)
+        """Ask the first ``n`` (default: all) of ``peers`` the same, and for each that is not there a later one.
 
-        async def one(peer: PeerId) -> None:
-            nonlocal answered
-            async with limit:
-                try:
-                    await self.ask(peer, method, request)
-                    answered += 1
-                except RemoteError as error:
-                    errors[peer] = error
-                except Overloaded as error:
-                    errors[peer] = RemoteError(str(error), peer=peer.short)
-
-        async with trio.open_nursery() as nursery:
-            for peer in peers:
-                nursery.start_soon(one, peer)
-        return answered, errors
-
-    async def ask_closest(
-        self, peers: Sequence[PeerId], n: int, method: Method[Q, R], request: Q
-    ) -> tuple[int, dict[PeerId, RemoteError]]:
-        """Ask the first ``n`` of ``peers`` the same, ALPHA_MAX at a time, and for each that is not there a later one.
-
+        ALPHA_MAX are asked at a time.
         Returns how many answered, and the errors of the others.
         """
         errors: dict[PeerId, RemoteError] = {}
-        answered, left = 0, n
+        answered, left = 0, len(peers) if n is None else n
         queue = iter(peers)
 
         async def worker() -> None:
@@ -180,7 +145,7 @@ class Walker:
                     left += 1
 
         async with trio.open_nursery() as nursery:
-            for _ in range(min(defaults.ALPHA_MAX, n)):
+            for _ in range(min(defaults.ALPHA_MAX, left)):
                 nursery.start_soon(worker)
         return answered, errors
 
@@ -206,99 +171,42 @@ class Walker:
         self.counters.lookups += 1
         seeds = [contact.peer for contact in self.table.closest(target, self.table.k)]
         lookup = Lookup(target, seeds, own=self.endpoint.peer_id, k=k or self.table.k, paths=paths, settled=settled)
-        claims: Claims = {}
-        asked: dict[PeerId, float] = {}  # when; oldest first, those whose answer is still awaited
-        now = self.host.now
-
-        async def query(peer: PeerId) -> None:
-            event: Answered | Failed = Failed(peer)
-            try:
-                if peer not in claims or self._introduce(peer, claims.pop(peer), lookup):
-                    reply = await ask(peer)
-                    event = Answered(peer, self._named(peer, reply.closer, claims))
-                    if reply.enough:
-                        lookup.stop()
-                    elif reply.missing is not None:
-                        lookup.expect(reply.missing)
-            except RemoteProtocolError:
-                self.counters.lies += 1
-                self.missed(peer)
-            except (RemoteError, Overloaded):
-                pass
-            asked.pop(peer, None)
-            if not lookup.done:
-                launch(lookup.receive(event))
-            if lookup.done:
-                nursery.cancel_scope.cancel()
-
-        def launch(peers: Sequence[PeerId]) -> None:
-            began = now()
-            for peer in peers:
-                asked[peer] = began
-                nursery.start_soon(query, peer)
-
-        async def hurry() -> None:
-            while True:
-                await trio.sleep(defaults.SLOW_AFTER / 2)
-                for peer, began in list(asked.items()):
-                    if began > now() - defaults.SLOW_AFTER or lookup.done:
-                        break
-                    del asked[peer]
-                    launch(lookup.receive(Slow(peer)))
-
+        run = LookupRun(self, lookup, ask)
         with trio.move_on_after(defaults.LOOKUP_DEADLINE) as deadline:
-            async with trio.open_nursery() as nursery:
-                launch(lookup.start())
-                if lookup.done:
-                    nursery.cancel_scope.cancel()
-                nursery.start_soon(hurry)
+            await run.run()
         if deadline.cancelled_caught:
             self.counters.lookups_expired += 1
         if settled is not None:
-            self._introduce_all(lookup, claims)
+            run.introduce_all()
         self.table.refreshed(target, self.host.now())
         return lookup
 
-    def _introduce_all(self, lookup: Lookup, claims: Claims) -> None:
-        """Verify the contacts of those that are closest and were not asked; twice k, as some of them may be gone."""
-        while waiting := [peer for peer in lookup.ranked(2 * lookup.k) if peer in claims]:
-            for peer in waiting:
-                if not self._introduce(peer, claims.pop(peer), lookup):
-                    lookup.discard(peer)
+    async def find(
+        self,
+        target: int,
+        *,
+        paths: int = 1,
+        wanted: PeerId | None = None,
+        k: int | None = None,
+        settled: int | None = None,
+    ) -> Lookup:
+        """Find the ``k`` (default: the table's) peers closest to ``target``.
 
-    def _named(self, source: PeerId, closer: Sequence[SignedPeerRecord], claims: Claims) -> tuple[PeerId, ...]:
-        """Note the peers that ``source`` named and their records, not verified. Raises :class:`DecodeError`."""
-        if len(closer) > self.table.k:
-            raise DecodeError(f"named {len(closer)} peers, at most {self.table.k} allowed", peer=source.short)
-        peers = []
-        for record in closer:
-            peer = record.claimed
-            if peer is None:
-                raise DecodeError("named a peer under a record that is none", peer=source.short)
-            # Several records of one peer: a forged one must not stand in for the real one of another source.
-            held = claims.get(peer)
-            if held is None:
-                claims[peer] = [(source, record)]
-            elif held[0][1] is not record and len(held) < defaults.MAX_CLAIMS and record not in [r for _, r in held]:
-                held.append((source, record))
-            peers.append(peer)
-        return tuple(peers)
-
-    def _introduce(self, peer: PeerId, claims: Sequence[tuple[PeerId, SignedPeerRecord]], lookup: Lookup) -> bool:
-        """Verify the records under which others named ``peer``; False when none of them tells where it is.
-
-        Whoever named it under a record that it never signed has lied.
+        Learns the contact of ``wanted`` and ends when somebody has it.
         """
-        wall, useful = self.host.wall(), self.endpoint.contact(peer) is not None
-        for source, record in claims:
-            try:
-                opened = record.open(-float("inf"))
-            except DecodeError:
-                self.counters.lies += 1
-                self.missed(source)
-                lookup.expose(source)
-                continue
-            if opened.expires > wall and opened.addresses:
-                self.learn(record)
-                useful = True
-        return useful
+        request = messages.Find(to_bytes(target), self._serve)
+
+        async def ask(peer: PeerId) -> Reply:
+            closer = (await self.ask(peer, messages.FIND, request)).closer
+            if wanted is None:
+                return Reply(closer)
+            found = False
+            for record in closer[: self.table.k]:
+                if record.claimed == wanted:
+                    opened = record.open(-float("inf"))
+                    if opened.expires > self.host.wall():
+                        self.learn(record)
+                        found = True
+            return Reply(closer, enough=found)
+
+        return await self.walk(target, ask, paths=paths, k=k, settled=settled)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import trio
-
 from shoal.dht.kademlia import records
 from shoal.dht.kademlia.node import Dht
 from shoal.dht.kademlia.records import SignedRecord, owned_key

@@ -52,7 +52,7 @@ async def test_lookups_find_the_true_closest_peers(open_swarm: OpenSwarm) -> Non
             asker, target = rng.choice(nodes), rng.getrandbits(256)
             peers = [node.identity.peer_id for node in nodes if node is not asker]
             truth = sorted(peers, key=lambda peer: node_key(peer) ^ target)[: defaults.K]
-            assert list((await asker.dht._find(target)).closest) == truth
+            assert list((await asker.dht.find(target)).closest) == truth
 
 
 async def test_run_providers_are_found_through_any_member_after_the_founder_left(open_swarm: OpenSwarm) -> None:
