@@ -109,3 +109,9 @@ NOTABLE_SKEW, BAD_SKEW = 5.0, 300.0
 
 #: Bytes of free disk below which a warning is due, and below which nothing can be saved.
 DISK_LOW, DISK_FULL = 2e9, 200e6
+
+#: Seconds `shoal dht` waits for an answer: a lookup may take its LOOKUP_DEADLINE of 60 s, a read two of them.
+DHT_TIMEOUT = 150.0
+
+#: Bytes of a record's key and of a topic, as in the dht floor: told here, so that the commands load little.
+MAX_DHT_KEY = 64

@@ -31,6 +31,8 @@ from .control import (
     Stop,
 )
 from .datadir import DataDir
+from .dht_inspect import answer_dht
+from .dht_messages import DHT_REQUESTS
 from .health import health_of
 from .lifetime import Lifetime
 from .linkinfo import peer_infos
@@ -211,5 +213,7 @@ class RelayDaemon:
                 return Done()
             case Export():
                 raise ConfigError("this node is a relay: it trains nothing and has no weights to export")
+            case _ if isinstance(request, DHT_REQUESTS):
+                return await answer_dht(self.node.dht, request)
             case _:
                 raise RemoteError(f"unknown request {type(request).__name__}")
