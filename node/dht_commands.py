@@ -86,7 +86,9 @@ def table(options: argparse.Namespace) -> int:
 
 def walk(options: argparse.Namespace) -> int:
     if (options.what is None) != options.random:
-        raise ConfigError("name what to look for, or say --random: a peer, a ticket, PEER/NAME, or 64 hexadecimal digits")
+        raise ConfigError(
+            "name what to look for, or say --random: a peer, a ticket, PEER/NAME, or 64 hexadecimal digits"
+        )
     found = _ask(options, DhtWalk(b"" if options.random else _place(options.what), options.paths), DhtWalked)
     if options.json:
         _say_json(found)
@@ -177,7 +179,9 @@ def render_table(found: DhtTableInfo) -> str:
     rows = [("DEPTH", "PEER", "ADDRESS", "RTT", "HEARD", "FAILED", "NETWORKS")]
     for bucket in found.buckets:
         looked = "never" if bucket.refreshed is None else f"{duration(bucket.refreshed)} ago"
-        rows.append((str(bucket.depth), f"{len(bucket.contacts)} of {found.k}", f"looked into {looked}", "", "", "", ""))
+        rows.append(
+            (str(bucket.depth), f"{len(bucket.contacts)} of {found.k}", f"looked into {looked}", "", "", "", "")
+        )
         rows += [
             (
                 "", contact.peer[:8], contact.address or "-", "-" if contact.rtt_ms is None else f"{contact.rtt_ms:.1f} ms",

@@ -156,7 +156,20 @@ def _table(swarms: Sequence[Swarm], options: argparse.Namespace) -> None:
     show(
         f"{options.nodes} nodes in {min(options.processes, options.nodes)} processes: "
         "ms for one store, and for one get by a node that does not hold the key",
-        ("system", "security", "copies", "store", "p99", "× shoal", "get", "p99", "× shoal", "MiB/node", "daemon", "start s"),
+        (
+            "system",
+            "security",
+            "copies",
+            "store",
+            "p99",
+            "× shoal",
+            "get",
+            "p99",
+            "× shoal",
+            "MiB/node",
+            "daemon",
+            "start s",
+        ),
         lines,
         [
             f"machine: {machine()['cores']} cores, load {machine()['load']}; "
