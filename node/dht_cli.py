@@ -33,8 +33,8 @@ examples:
 """
 
 PUT_EPILOG = """\
-The record is signed with this node's key, in the namespace `owned`: nobody else can replace it. Its sequence number is one
-above what the swarm holds. It lives a day, and is published again while this node runs.
+The record is signed with this node's key, in the namespace `owned`: nobody else can replace it. Its sequence number is
+one above what the swarm holds. It lives a day, and is published again while this node runs.
 
 examples:
   shoal dht put greeting "hello"
@@ -43,8 +43,8 @@ examples:
 """
 
 WALK_EPILOG = """\
-WHAT is a peer (52 letters and digits), a ticket (who keeps the providers of its run), PEER/NAME (who keeps that record), or a
-place in the key space (64 hexadecimal digits).
+WHAT is a peer (52 letters and digits), a ticket (who keeps the providers of its run), PEER/NAME (who keeps that
+record), or a place in the key space (64 hexadecimal digits).
 
 examples:
   shoal dht walk --random

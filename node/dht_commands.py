@@ -172,7 +172,7 @@ def render_table(found: DhtTableInfo) -> str:
         f"key       {found.key.hex()}",
         f"contacts  {len(contacts)} in {len(found.buckets)} buckets of up to {found.k}; {waiting} wait for a place",
         f"health    {_health(len(contacts), failing, found.lost)}",
-        f"swarm     {'too little is known to tell its size' if found.swarm is None else f'about {found.swarm:.0f} peers'}",
+        "swarm     " + ("too little is known" if found.swarm is None else f"about {found.swarm:.0f} peers"),
         f"holds     {found.records} records, {found.announcements} announcements",
         "since it began  " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in found.counters if count),
     ]
@@ -184,7 +184,8 @@ def render_table(found: DhtTableInfo) -> str:
         )
         rows += [
             (
-                "", contact.peer[:8], contact.address or "-", "-" if contact.rtt_ms is None else f"{contact.rtt_ms:.1f} ms",
+                "", contact.peer[:8], contact.address or "-",
+                "-" if contact.rtt_ms is None else f"{contact.rtt_ms:.1f} ms",
                 f"{duration(contact.age)} ago", str(contact.failures or "-"), ", ".join(contact.networks) or "-",
             )
             for contact in bucket.contacts

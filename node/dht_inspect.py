@@ -73,11 +73,11 @@ async def _put(dht: Dht, name: bytes, value: bytes) -> tuple[SignedRecord, int]:
     """Our own record ``name`` in its next version: what was published before, also in an earlier life, is asked for."""
     identity = dht.endpoint.identity
     key = owned_key(identity.peer_id, name)
-    if not 0 < len(name) or len(key) > dht_defaults.MAX_KEY:
+    if not name or len(key) > dht_defaults.MAX_KEY:
         raise ConfigError(f"a name is 1 to {dht_defaults.MAX_KEY - len(identity.peer_id.key)} bytes, not {len(name)}")
     if len(value) > dht_defaults.MAX_VALUE:
         raise ConfigError(
-            f"the value is {len(value)} bytes, and a record holds {dht_defaults.MAX_VALUE}: put larger things into a blob"
+            f"the value is {len(value)} bytes, and a record holds {dht_defaults.MAX_VALUE}: larger things are blobs"
         )
     held = await dht.get("owned", key)
     seq = 1 if held is None else held.seq + 1

@@ -102,7 +102,7 @@ class DhtContact:
 
 @attrs.frozen
 class DhtBucket:
-    """``depth``: leading bits of the key that its peers share with us. ``refreshed``: since a lookup here; None: never."""
+    """``depth``: leading bits that its peers' keys share with ours. ``refreshed``: since a lookup here; None: never."""
 
     depth: int
     contacts: tuple[DhtContact, ...]

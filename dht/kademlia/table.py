@@ -87,11 +87,6 @@ class RoutingTable:
     def __contains__(self, peer: PeerId) -> bool:
         return self.get(peer) is not None
 
-    def buckets(self) -> Iterator[tuple[int, Bucket]]:
-        """Each bucket that was ever used, by rising index: the far half of the space first."""
-        for index in sorted(self._buckets):
-            yield index, self._buckets[index]
-
     def __iter__(self) -> Iterator[Contact]:
         for index in sorted(self._buckets):
             yield from self._buckets[index].contacts.values()

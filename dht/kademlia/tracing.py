@@ -20,9 +20,10 @@ from .walk import Walker
 class Query:
     """One question of a lookup. Times in seconds, ``began`` from the lookup's beginning.
 
-    ``hop``: 1 for our own contacts, one more than the first who named it for the others. ``bits``: of its distance to the
-    target: 256 for the far half of the key space, fewer the nearer. ``named``: how many peers it named; ``nearest``: bits of
-    the nearest of them, None when it named nobody. ``failure``: why it gave no answer, empty when it did.
+    ``hop``: 1 for our own contacts, one more than the first who named it for the others. ``bits``: of its distance to
+    the target: 256 for the far half of the key space, fewer the nearer. ``named``: how many peers it named;
+    ``nearest``: bits of the nearest of them, None when it named nobody. ``failure``: why it gave no answer, empty when
+    it did.
     """
 
     peer: PeerId

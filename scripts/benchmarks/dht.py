@@ -174,6 +174,6 @@ def _table(swarms: Sequence[Swarm], options: argparse.Namespace) -> None:
         [
             f"machine: {machine()['cores']} cores, load {machine()['load']}; "
             f"{len(swarms[0].stores) if swarms else 0} distinct keys of each system, one act at a time.",
-            "MiB/node: anonymous resident memory that the processes grew by, ÷ nodes; daemon: p2pd's, one for each node.",
+            "MiB/node: anonymous memory that the processes grew by, ÷ nodes; daemon: p2pd's, one for each node.",
         ],
     )
