@@ -122,3 +122,40 @@ LAB_DELAY_QUEUE = 4096
 
 #: Columns of the matrix where the output is no terminal.
 LAB_WIDTH = 160
+
+
+# Worlds of thousands of nodes (crowd.py, places.py, churn.py)
+
+#: Seconds: side of the square in which centres of hosts lie, and spread of the hosts around theirs. See places.py for
+#: what comes out.
+MAP_SIDE, MAP_SPREAD = 0.11, 0.012
+
+#: Seconds: median of the delay of an access line, one way, its spread (of the logarithm) and its greatest.
+ACCESS_DELAY, ACCESS_SIGMA, ACCESS_MAX = 0.008, 0.7, 0.1
+
+#: Shape of the Weibull distribution of sessions: the largest of the three that were measured, see churn.py.
+SESSION_SHAPE = 0.59
+
+#: Nodes that join in one virtual second, at most, and at most this part of those present: thousands that come within
+#: a second would know only one another.
+JOIN_RATE, JOIN_FRACTION = 100.0, 0.25
+
+#: Nodes that a newcomer is told of. Whoever hears only of adversaries never gets out of their world: with a fifth of
+#: the nodes hostile, one newcomer in 125 of those that are told of three.
+CONTACTS = 3
+
+#: Virtual seconds after the last join, until tables have filled by refreshes.
+SETTLE = 45.0
+
+#: Seconds to which the times of a crowd's events are rounded up: half a percent of a round trip.
+CROWD_TICK = 0.001
+
+#: Part of the departures that are silent (a machine off the network); the others close their connections (a process
+#: that ends). Nobody measured it; half is the middle.
+SILENT_DEPARTURES = 0.5
+
+#: Adversaries around each victim's key: more than k, so that all k closest are theirs.
+ECLIPSE_SIZE = 24
+
+#: Lookups per virtual second, unless they are spread over a longer time.
+LOOKUP_RATE = 20.0

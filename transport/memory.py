@@ -193,6 +193,8 @@ class MemoryWorld:
         self.routes = routes
         self.agenda = Agenda()
         self._gone: dict[str, None] = {}
+        #: Messages and bytes of the plain suite so far.
+        self.messages = self.bytes = 0
         self.draw = random.random
         self._machines: dict[str, Machine] = {}
         self._processes: dict[str, MemoryNetwork] = {}
@@ -269,6 +271,11 @@ class MemoryWorld:
         self._gone[name] = None
         self._rewire()
 
+    def drop_machine(self, name: str) -> None:
+        """Drop what is kept of a machine whose process was killed and which never comes back under this name."""
+        self._processes.pop(name, None)
+        self._machines.pop(name, None)
+
     def freeze(self, name: str) -> None:
         """SIGSTOP: bytes queue up to the window, nothing is read, sent or answered."""
         self._event("freeze", name)
@@ -337,9 +344,21 @@ class MemoryWorld:
             found = self._lanes[source, target] = Lane(sender, self._machine(target), route)
         return found
 
+    def passing_lane(self, source: str, target: str) -> Lane:
+        """A lane for one link of the plain suite. Unless a route was set for these two, it is forgotten with the link:
+        among thousands of machines, pairs that once spoke would fill the memory.
+        """
+        if self.routes is None or source == target or (source, target) in self._lanes:
+            return self.lane(source, target)
+        return Lane(self._machine(source), self._machine(target), self.routes(source, target))
+
+    def target_of(self, to: Address) -> str:
+        """The machine at an address."""
+        return self.nats.machine(to.host) or self._tenants.get(to.host) or to.host
+
     def lanes(self, source: str, to: Address) -> tuple[Lane, Lane]:
         """The lanes from machine ``source`` to the machine at an address, and back."""
-        target = self.nats.machine(to.host) or self._tenants.get(to.host) or to.host
+        target = self.target_of(to)
         return self.lane(source, target), self.lane(target, source)
 
     def host_of(self, name: str) -> str:
@@ -399,6 +418,8 @@ class MemoryWorld:
         """
         now, route = trio.current_time(), lane.route
         self.note("send", lane, size)
+        self.messages += 1
+        self.bytes += size
         lane.sent += size
         left = lane.transmit(now, size) if route.bandwidth < math.inf or lane.source.uplink < math.inf else now
         late = route.retransmission(size, self.draw) if route.loss else 0.0

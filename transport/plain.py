@@ -383,7 +383,8 @@ class PlainEndpoint(Endpoint):
             self._try(attempt, index + 1)
             return
         world = self.network.world
-        out, back = world.lanes(self.network.name, address)
+        target = world.target_of(address)
+        out, back = world.passing_lane(self.network.name, target), world.passing_lane(target, self.network.name)
         world.note("dial", out, 0)
         now = trio.current_time()
         if world.lost(out) or world.lost(back):

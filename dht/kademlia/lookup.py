@@ -10,8 +10,9 @@ the paper (Maymounkov & Mazières 2002, section 2.3):
   candidate, and still counts when its answer comes: a peer that has gone costs one more query, not its time-out.
 * Disjoint paths (S/Kademlia, Baumgart & Mies 2007, section 4.3). With ``paths`` > 1 the first candidates are
   dealt to that many paths; a peer is queried on one path only, and a path hears only of the peers its own
-  answers name. One liar misleads the path that met it. When every path has its share of ``k``, what they
-  found is merged and finished as one.
+  answers name. One liar misleads the path that met it. Where liars have surrounded us, or the target, all of the
+  closest contacts may be theirs: the last path begins at ``outside`` contacts, from anywhere in the key space. When
+  every path has its share of ``k``, what they found is merged and finished as one.
 
 No randomness and no clock: the same events give the same queries.
 """
@@ -111,6 +112,7 @@ class Lookup:
         alpha: int = defaults.ALPHA,
         alpha_max: int = defaults.ALPHA_MAX,
         paths: int = 1,
+        outside: Iterable[PeerId] = (),
         settled: int | None = None,
         max_queries: int = defaults.MAX_QUERIES,
     ) -> None:
@@ -128,11 +130,16 @@ class Lookup:
         self._named: dict[PeerId, list[int]] = {}  # source -> [answered, failed] among the peers it named
         candidates = [self._candidate(peer) for peer in dict.fromkeys(seeds) if peer != own]
         candidates.sort(key=lambda candidate: candidate.distance)
-        paths = max(1, min(paths, len(candidates)))
+        known = {candidate.peer: None for candidate in candidates}
+        others = [self._candidate(peer) for peer in dict.fromkeys(outside) if peer != own and peer not in known]
+        apart = 1 if paths > 1 and others else 0
+        paths = max(1, min(paths, len(candidates) + apart))
         width = min(-(-k // paths), self._settled)
         self._paths = [Path(width=width, alpha=max(1, -(-alpha // paths))) for _ in range(paths)]
         for index, candidate in enumerate(candidates):
-            self._paths[index % paths].add(candidate)
+            self._paths[index % max(1, paths - apart)].add(candidate)
+        for candidate in others[: len(others) * apart]:
+            self._paths[-1].add(candidate)
 
     def _candidate(self, peer: PeerId, hops: int = 0) -> Candidate:
         return Candidate(peer, node_key(peer) ^ self.target, hops)

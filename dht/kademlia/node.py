@@ -18,6 +18,7 @@ from .joining import reach
 from .keys import node_key
 from .lookup import Lookup
 from .records import VALIDATORS, SignedRecord, Validator
+from .region import crowded, hidden, region_targets
 from .service import Counters, Service
 from .store import Store
 from .table import RoutingTable
@@ -118,8 +119,11 @@ class Dht:
     # -- peers -----------------------------------------------------------------------------------------------
 
     async def _find_neighbours(self) -> None:
-        """Find the k peers closest to us: the near buckets are complete then."""
-        closest = (await self._walker.find(self.table.key)).closest
+        """Find the k peers closest to us: the near buckets are complete then.
+
+        On disjoint paths: this lookup decides whom we know, and whom we name to others.
+        """
+        closest = (await self._walker.find(self.table.key, paths=defaults.CAREFUL_PATHS)).closest
         self._walker.size.note([node_key(peer) ^ self.table.key for peer in closest])
         everybody = len(closest) < self.table.k
         self.table.refreshed_near(None if everybody else node_key(closest[-1]), self.host.now())
@@ -217,9 +221,24 @@ class Dht:
             return
         if self.table.neighbours_due(now()):
             await self._find_neighbours()
-        for key in self.table.refresh_due(now(), self.host.random):
-            lookup = await self._walker.find(key, k=defaults.REFRESH_WIDTH)
+        keys = self.table.refresh_due(now(), self.host.random)
+        for key in keys:
+            lookup = await self._walker.find(key, paths=defaults.REFRESH_PATHS, k=defaults.REFRESH_WIDTH)
             self._walker.size.note([node_key(peer) ^ key for peer in lookup.closest])
+        if keys:
+            await self._look_around()
+
+    async def _look_around(self) -> None:
+        """Find our neighbours by other ways where those we know are too few, or too many, to be all of them."""
+        size, k = self._walker.size.value, self.table.k
+        if size is None:
+            return
+        distances = [contact.key ^ self.table.key for contact in self.table.closest(self.table.key, k)]
+        if hidden(distances, size, k)[0]:
+            await self._walker.find(self.table.key, paths=defaults.CAREFUL_PATHS)
+        elif crowded(distances, size, k)[0]:
+            for target in region_targets(self.table.key, size, k, self.host.random):
+                await self._walker.find(target, paths=defaults.CAREFUL_PATHS)
 
     async def _replicate(self) -> None:
         """Hand records on that nobody renewed here, straight to the closest contacts: our own neighbourhood we know."""

@@ -66,6 +66,19 @@ def crowded(distances: Sequence[int], size: float | None, k: int) -> tuple[bool,
     return False, f"its {k} closest peers stand as in a swarm of {size:.0f}"
 
 
+def hidden(distances: Sequence[int], size: float | None, k: int) -> tuple[bool, str]:
+    """Are fewer peers around a place than there must be? ``distances``: of those known closest to it, rising.
+
+    Returns (decision, reason). Whoever met only liars at first knows only those whom they named: their few accomplices.
+    """
+    if size is None or size <= 2 * k or not distances:
+        return False, "the swarm is too small to tell"
+    seen = swarm_size(distances[:k])
+    if seen < defaults.HIDDEN * size:
+        return True, f"the closest peers are those of a swarm of {seen:.0f}, while there are about {size:.0f}"
+    return False, f"the closest peers are those of a swarm of {seen:.0f} of about {size:.0f}"
+
+
 def region_bits(size: float, k: int) -> int:
     """Leading bits that the peers of a place's region share with it: about k to 2k honest peers live there."""
     return max(0, (int(size) // k).bit_length() - 1)

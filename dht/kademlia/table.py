@@ -196,11 +196,12 @@ class RoutingTable:
     def refreshed_near(self, farthest: int | None, now: float) -> None:
         """A lookup for our own key found everybody up to the node key ``farthest`` (None: everybody there is).
 
-        The buckets nearer to us than that hold all their peers; a lookup in each would find the same ones.
+        The buckets nearer to us than that hold all their peers; a lookup in each would find the same ones. The far
+        half is looked at all the same: where liars named everybody so far, it is the way out.
         """
         split = -1 if farthest is None else bucket_index(self.key, farthest)
         self._neighbours_refreshed = now
-        for index in range(split + 1, self._deepest() + 1):
+        for index in range(max(split, 0) + 1, self._deepest() + 1):
             self._buckets.setdefault(index, Bucket(refreshed=now)).refreshed = now
 
     def neighbours_due(self, now: float) -> bool:
@@ -215,12 +216,12 @@ class RoutingTable:
         """One random key for each bucket that is due, far to near, up to our nearest neighbour's bucket.
 
         Nearer buckets are empty because nobody lives there. A bucket that was never refreshed is due while it holds
-        fewer than REFRESH_ENOUGH contacts.
+        fewer than REFRESH_ENOUGH contacts; the far half of the space always is, see :meth:`refreshed_near`.
         """
         due = []
         for index in range(self._deepest() + 1):
             bucket = self._buckets.get(index)
-            new = bucket is not None and bucket.refreshed == -float("inf")
+            new = bucket is not None and bucket.refreshed == -float("inf") and index > 0
             if bucket is not None and new and len(bucket.contacts) >= min(defaults.REFRESH_ENOUGH, self.k):
                 bucket.refreshed = now
             if bucket is None or now - bucket.refreshed >= defaults.REFRESH_INTERVAL:

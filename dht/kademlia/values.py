@@ -93,7 +93,7 @@ class Values:
         if not len(self.table):
             return 0
         # That a peer is there shows when it stores: only the very closest are asked before, who is near.
-        lookup = await self._walker.find(place, paths=defaults.WRITE_PATHS, settled=defaults.WRITE_SETTLED)
+        lookup = await self._walker.find(place, paths=defaults.CAREFUL_PATHS, settled=defaults.WRITE_SETTLED)
         k = self.table.k
         stored, errors = await self._walker.ask_all(lookup.ranked(2 * k), method, request, n=k)
         if self._is_crowded(lookup)[0]:
@@ -123,7 +123,7 @@ class Values:
             return []
         found: dict[PeerId, int] = {}
         for target in region_targets(place, size, k, self.host.random):
-            for peer in (await self._walker.find(target)).closest:
+            for peer in (await self._walker.find(target, paths=defaults.CAREFUL_PATHS)).closest:
                 distance = node_key(peer) ^ place
                 if in_region(distance, size, k):
                     found[peer] = distance
@@ -161,8 +161,8 @@ class Values:
         place = record_key(namespace, key)
         lookup = await self._walker.walk(place, ask, paths=paths)
         if not found and thorough:
-            if paths < defaults.READ_PATHS and len(lookup.closest) >= self.table.k:
-                lookup = await self._walker.walk(place, ask, paths=defaults.READ_PATHS)
+            if len(lookup.closest) >= self.table.k:
+                lookup = await self._walker.walk(place, ask, paths=defaults.CAREFUL_PATHS)
             if not found and self._is_crowded(lookup)[0]:
                 await self._ask_in_turn(await self._region(place), ask)
         if not found:

@@ -170,7 +170,20 @@ class Walker:
         """
         self.counters.lookups += 1
         seeds = [contact.peer for contact in self.table.closest(target, self.table.k)]
-        lookup = Lookup(target, seeds, own=self.endpoint.peer_id, k=k or self.table.k, paths=paths, settled=settled)
+        outside: list[PeerId] = []
+        if paths > 1:
+            near = dict.fromkeys(seeds)
+            far = [contact.peer for contact in self.table if contact.peer not in near]
+            outside = self.host.random.sample(far, min(defaults.ALPHA, len(far)))
+        lookup = Lookup(
+            target,
+            seeds,
+            own=self.endpoint.peer_id,
+            k=k or self.table.k,
+            paths=paths,
+            outside=outside,
+            settled=settled,
+        )
         run = LookupRun(self, lookup, ask)
         with trio.move_on_after(defaults.LOOKUP_DEADLINE) as deadline:
             await run.run()

@@ -154,7 +154,7 @@ def test_liars_do_not_keep_honest_peers_from_being_found(lie: str) -> None:
         net = Network(seed, 120, liars=0.2, k=20)
         net.lie = LIES[lie](net)
         asker, target = net.honest[0], net.rng.getrandbits(256)
-        lookup = Lookup(target, net.seeds(asker, target), own=asker, paths=defaults.WRITE_PATHS)
+        lookup = Lookup(target, net.seeds(asker, target), own=asker, paths=defaults.CAREFUL_PATHS)
         queries += len(drive(lookup, net.query(target), net.rng))
         closest = net.truth(target, asker)
         honest = [p for p in closest if p not in net.liars]
@@ -214,7 +214,7 @@ def test_each_peer_is_queried_on_one_path_only_and_writes_cost_little_more() -> 
     for seed in range(5):
         net = Network(seed, 200, k=20)
         asker, target = net.honest[0], net.rng.getrandbits(256)
-        for paths in (1, defaults.WRITE_PATHS):
+        for paths in (1, defaults.CAREFUL_PATHS):
             lookup = Lookup(target, net.seeds(asker, target), own=asker, paths=paths)
             queries = drive(lookup, net.query(target), net.rng)
             assert len(queries) == len(set(queries))
