@@ -21,8 +21,8 @@ NAMES = {"shoal": "shoal", "kademlia": "kademlia (PyPI)", "hivemind": "hivemind 
 #: Seconds for a whole system to start, and for one batch.
 PATIENCE = 600.0
 COLUMNS = (
-    *("system", "security", "store", "p99", "× us", "CPU"),
-    *("get", "p99", "× us", "CPU", "MiB/node", "daemon", "start s"),
+    *("system", "security", "store", "p99", "×", "CPU"),
+    *("get", "p99", "×", "CPU", "MiB", "daemon", "start"),
 )
 
 
@@ -160,7 +160,7 @@ def _table(swarms: Sequence[Swarm], options: argparse.Namespace) -> None:
     ours = next((swarm for swarm in swarms if swarm.system == "shoal"), None)
     lines = []
     for swarm in swarms:
-        cells = [swarm.name, f"{swarm.security} ×{swarm.copies}"]
+        cells = [swarm.name, f"{swarm.security}, {swarm.copies}"]
         for what, cpu in (("stores", swarm.store_cpu), ("gets", swarm.get_cpu)):
             times = getattr(swarm, what)
             median = statistics.median(times)
@@ -177,7 +177,7 @@ def _table(swarms: Sequence[Swarm], options: argparse.Namespace) -> None:
         [
             f"machine: {machine()['cores']} cores, load {machine()['load']}; "
             f"{len(swarms[0].stores) if swarms else 0} distinct keys of each system, one act at a time.",
-            "× after security: copies of a record. CPU: ms of all processes together, daemons too, for one act.",
-            "MiB/node: anonymous memory that the processes grew by, ÷ nodes; daemon: p2pd's, one for each node.",
+            "After security: copies of a record. CPU: ms of all processes together, daemons too, for one act. ×: of shoal's.",
+            "MiB of a node: anonymous memory that the processes grew by, ÷ nodes; daemon: p2pd's, one for each node.",
         ],
     )
