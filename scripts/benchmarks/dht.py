@@ -177,7 +177,7 @@ def _table(swarms: Sequence[Swarm], options: argparse.Namespace) -> None:
         [
             f"machine: {machine()['cores']} cores, load {machine()['load']}; "
             f"{len(swarms[0].stores) if swarms else 0} distinct keys of each system, one act at a time.",
-            "After security: copies of a record. CPU: ms of all processes together, daemons too, for one act. ×: of shoal's.",
+            "After security: copies. CPU: ms of all processes together, daemons too, for one act. ×: of shoal's.",
             "MiB of a node: anonymous memory that the processes grew by, ÷ nodes; daemon: p2pd's, one for each node.",
         ],
     )
