@@ -149,6 +149,8 @@ def build_parser(extra: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
         prog="shoal", description=DESCRIPTION, epilog=EPILOG, formatter_class=_Formatter, allow_abbrev=False
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
+    from .dht_cli import add_dht  # it uses what stands here
+
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (
         *extra,
@@ -160,6 +162,7 @@ def build_parser(extra: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
         _add_peers,
         _add_stop,
         _add_export,
+        add_dht,
     ):
         add(commands)
     return parser

@@ -20,6 +20,7 @@ from ..transport.errors import ConfigError, DecodeError, LocalError, ShoalError
 from ..transport.wire import pack, unpack
 from . import defaults, local_socket
 from .datadir import DataDir
+from .dht_messages import DHT_MESSAGES, DHT_REQUESTS
 
 if TYPE_CHECKING:
     import trio
@@ -176,10 +177,10 @@ MESSAGES: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         GetStatus, GetPeers, GetHealth, Stop, Export, Watch,
-        NodeStatus, NodeHealth, PeerList, Done, Refused, EventFrame, RoundFrame, Ended,
+        NodeStatus, NodeHealth, PeerList, Done, Refused, EventFrame, RoundFrame, Ended, *DHT_MESSAGES,
     )
 }  # fmt: skip
-REQUESTS = (GetStatus, GetPeers, GetHealth, Stop, Export, Watch)
+REQUESTS = (GetStatus, GetPeers, GetHealth, Stop, Export, Watch, *DHT_REQUESTS)
 
 
 @attrs.frozen
@@ -248,6 +249,10 @@ class ControlClient:
 
     def export(self, path: str) -> Done:
         return self._ask(Export(path), Done)
+
+    def ask(self, request: Any, kind: type[M]) -> M:
+        """The answer to any request, when it is of ``kind``."""
+        return self._ask(request, kind)
 
     def locator(self) -> str:
         try:

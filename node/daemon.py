@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -36,12 +35,13 @@ from .control import (
     finite,
 )
 from .datadir import DataDir, NodeRecord
+from .dht_inspect import answer_dht
+from .dht_messages import DHT_REQUESTS
 from .health import health_of
 from .lifetime import Lifetime
 from .node import Node, NodeConfig
 from .reach import reach_of
-
-log = logging.getLogger(__name__)
+from .snapshots import SnapshotKeeper
 
 
 @attrs.frozen
@@ -73,6 +73,7 @@ class Daemon:
         self.node = Node(
             host, identity, config, on_event=self._event, on_round=self._round, on_note=console.note
         )  # fmt: skip
+        self._snapshots = SnapshotKeeper(data, self.node.dht)
         self._life = Lifetime(self.node.stop, console.note, console.flush)
 
     async def run(self) -> int:
@@ -84,7 +85,7 @@ class Daemon:
             await nursery.start(self._life.watch_signals)
             if self._options.leash:
                 nursery.start_soon(self._life.hold_leash)
-            nursery.start_soon(self._keep_snapshot)
+            nursery.start_soon(self._snapshots.run)
             nursery.start_soon(self._watch_reach)
             try:
                 async with trio.open_nursery() as inner:
@@ -130,7 +131,7 @@ class Daemon:
             except ConfigError as problem:
                 reason = f"{reason}; no export: {problem}"
                 self._console.note(reason)
-        self._write_snapshot()
+        await self._snapshots.write()
         outcome = "failed" if error is not None else self.node.outcome
         self._events.append(Ended(outcome, reason, self.status()))
         with trio.move_on_after(defaults.GOODBYE / 2):
@@ -147,17 +148,6 @@ class Daemon:
             if now[0] != said[0]:
                 said = now
                 self._console.note(f"reach      {now[1]}")
-
-    async def _keep_snapshot(self) -> None:
-        while True:
-            await trio.sleep(defaults.SNAPSHOT_INTERVAL)
-            self._write_snapshot()
-
-    def _write_snapshot(self) -> None:
-        try:
-            self._data.write_dht(self.node.dht.snapshot())
-        except ConfigError as error:
-            log.warning("%s", error)
 
     # -- telling -------------------------------------------------------------------------------------------------------
 
@@ -210,6 +200,8 @@ class Daemon:
                     raise ConfigError("this node takes part in no run yet; there is nothing to export")
                 digest = await self.node.run_here.export(Path(path))
                 return Done(f"round {self.node.run_here.round}, state {digest[:16]}")
+            case _ if isinstance(request, DHT_REQUESTS):
+                return await answer_dht(self.node.dht, request)
             case _:
                 raise RemoteError(f"unknown request {type(request).__name__}")
 

@@ -48,6 +48,9 @@ REACH_LOOK = 1.0
 #: Seconds between two writes of what the node knows of the swarm to the data directory.
 SNAPSHOT_INTERVAL = 60.0
 
+#: Seconds between two looks whether there is more to lose: a node that is killed this long after it joined finds back.
+SNAPSHOT_LOOK = 2.0
+
 #: Seconds that one thread may hold the interpreter while another waits. With Python's 5 ms a training thread
 #: delays the event loop by 42 ms at the 99th percentile; with this, by 2.4 ms (measured, see docs).
 SWITCH_INTERVAL = 0.0005
@@ -109,3 +112,9 @@ NOTABLE_SKEW, BAD_SKEW = 5.0, 300.0
 
 #: Bytes of free disk below which a warning is due, and below which nothing can be saved.
 DISK_LOW, DISK_FULL = 2e9, 200e6
+
+#: Seconds `shoal dht` waits for an answer: a lookup may take its LOOKUP_DEADLINE of 60 s, a read two of them.
+DHT_TIMEOUT = 150.0
+
+#: Bytes of a record's key and of a topic, as in the dht floor: told here, so that the commands load little.
+MAX_DHT_KEY = 64

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from pathlib import Path
@@ -31,15 +30,16 @@ from .control import (
     Stop,
 )
 from .datadir import DataDir
+from .dht_inspect import answer_dht
+from .dht_messages import DHT_REQUESTS
 from .health import health_of
 from .lifetime import Lifetime
 from .linkinfo import peer_infos
 from .listening import parse_hosts, parse_via
 from .relay_node import RelayNode
+from .snapshots import SnapshotKeeper
 from .terminal import Lines, configure_logging, read_line
 from .ticket import Ticket
-
-log = logging.getLogger(__name__)
 
 OPEN, PRIVATE = "relay", "relay of a private swarm"
 
@@ -117,6 +117,7 @@ class RelayDaemon:
             map_port=map_port,
             on_note=self._lines.line,
         )
+        self._snapshots = SnapshotKeeper(data, self.node.dht)
         self._life = Lifetime(self.node.stop, self._lines.line, self._lines.flush)
 
     async def run(self) -> int:
@@ -131,30 +132,19 @@ class RelayDaemon:
             await nursery.start(self._life.watch_signals)
             if self._leash:
                 nursery.start_soon(self._life.hold_leash)
-            nursery.start_soon(self._keep_snapshot)
+            nursery.start_soon(self._snapshots.run)
             await nursery.start(self._run_node, nursery.cancel_scope)
             self._say_where()
         return 0
 
     async def _run_node(self, all_of_it: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
         await self.node.run(task_status=task_status)
-        self._write_snapshot()
+        await self._snapshots.write()
         self._events.append(Ended("left", "stopped", self.status()))
         with trio.move_on_after(defaults.GOODBYE / 2):
             await self._events.drained()
         self._lines.line("stopped")
         all_of_it.cancel()
-
-    async def _keep_snapshot(self) -> None:
-        while True:
-            await trio.sleep(defaults.SNAPSHOT_INTERVAL)
-            self._write_snapshot()
-
-    def _write_snapshot(self) -> None:
-        try:
-            self._data.write_dht(self.node.dht.snapshot())
-        except ConfigError as error:
-            log.warning("%s", error)
 
     def _say_where(self) -> None:
         node = self.node
@@ -211,5 +201,7 @@ class RelayDaemon:
                 return Done()
             case Export():
                 raise ConfigError("this node is a relay: it trains nothing and has no weights to export")
+            case _ if isinstance(request, DHT_REQUESTS):
+                return await answer_dht(self.node.dht, request)
             case _:
                 raise RemoteError(f"unknown request {type(request).__name__}")

@@ -74,7 +74,7 @@ class RelayNode:
             nursery.start_soon(self.helping.run, bind)
             if self._map_port:
                 nursery.start_soon(self.port.run)
-            if self.via:
+            if self.via or self._snapshot is not None:
                 nursery.start_soon(self._meet_others)
             await self._stop.wait()
             nursery.cancel_scope.cancel()

@@ -54,8 +54,11 @@ class FoundRecord:
 
 @attrs.frozen
 class PutRecord:
+    """``closer``: who is closest to it is asked as well."""
+
     record: SignedRecord
     serving: bool
+    closer: bool = False
 
 
 @attrs.frozen
@@ -75,11 +78,14 @@ class FoundProviders:
 class PutProvider:
     announcement: Announcement
     serving: bool
+    closer: bool = False
 
 
 @attrs.frozen
 class Stored:
     """It is kept; a refusal travels as a typed refusal (``stale``, ``quota``, ``full``, ``invalid``, ``rate``)."""
+
+    closer: tuple[SignedPeerRecord, ...] = ()
 
 
 PING = Method("dht.ping", Ping, Pong)

@@ -22,6 +22,7 @@ from .region import crowded, hidden, region_targets
 from .service import Counters, Service
 from .store import Store
 from .table import RoutingTable
+from .tracing import Query, trace
 from .values import Values
 from .walk import Walker
 
@@ -163,6 +164,15 @@ class Dht:
     async def find(self, target: int, *, paths: int = 1, k: int | None = None) -> Lookup:
         """The lookup of the peers closest to ``target``, finished: see :meth:`.walk.Walker.find`."""
         return await self._walker.find(target, paths=paths, k=k)
+
+    async def trace(self, target: int, *, paths: int = 1) -> tuple[Lookup, list[Query], float]:
+        """As :meth:`find`, telling of each query and how long it all took: see :func:`.tracing.trace`."""
+        return await trace(self._walker, target, paths=paths, serving=self._serve)
+
+    @property
+    def lost(self) -> int:
+        """How many contacts left the table because they did not answer, and are tried again."""
+        return len(self._walker.lost)
 
     @property
     def swarm_size(self) -> float | None:

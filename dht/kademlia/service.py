@@ -129,7 +129,7 @@ class Service:
             call.request.record.check(wall, self._validators)
         except DecodeError as error:
             raise self._refuse("invalid", error.message) from None
-        return self._stored(self._store.put(call.request.record, wall))
+        return self._stored(self._store.put(call.request.record, wall), call, call.request.record.place)
 
     def _providers(self, call: Call[GetProviders]) -> FoundProviders:
         self._admit(call.peer, call.request)
@@ -147,9 +147,11 @@ class Service:
             call.request.announcement.check(wall)
         except DecodeError as error:
             raise self._refuse("invalid", error.message) from None
-        return self._stored(self._store.announce(call.request.announcement, wall))
+        return self._stored(
+            self._store.announce(call.request.announcement, wall), call, call.request.announcement.place
+        )
 
-    def _stored(self, verdict: Verdict) -> Stored:
+    def _stored(self, verdict: Verdict, call: Call[PutRecord] | Call[PutProvider], place: int) -> Stored:
         if not verdict.kept:
             raise self._refuse(verdict.code, verdict.reason)
-        return Stored()
+        return Stored(self._closer(place, call.peer) if call.request.closer else ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 import trio
@@ -15,11 +15,11 @@ from ...transport.errors import DecodeError, Overloaded, PeerUnreachable, Protoc
 from ...transport.identity import PeerId
 from ...transport.rpc import Method
 from . import defaults, messages
-from .keys import digest, node_key, record_key, topic_key
+from .keys import digest, node_key, record_key, to_bytes, topic_key
 from .lookup import Lookup
 from .lookup_run import Reply
 from .records import Announcement, SignedRecord, Validator
-from .region import crowded, in_region, region_targets
+from .region import SPACE, crowded, in_region, region_targets
 from .store import Place, Store
 from .walk import Walker
 
@@ -85,17 +85,36 @@ class Values:
         self._renewed(published, defaults.REPLICATE_INTERVAL)
         return await self._store_at_closest(record.place, messages.PUT, messages.PutRecord(record, self._serve))
 
-    async def _store_at_closest(self, place: int, method: Method[Q, R], request: Q) -> int:
+    async def _store_at_closest(self, place: int, method: Method[Any, messages.Stored], request: Any) -> int:
         """Find the peers closest to ``place`` on disjoint paths and ask them to store; at least one must.
 
         Where more peers crowd the place than chance puts there, those of its whole region are asked as well.
         """
         if not len(self.table):
             return 0
-        # That a peer is there shows when it stores: only the very closest are asked before, who is near.
-        lookup = await self._walker.find(place, paths=defaults.CAREFUL_PATHS, settled=defaults.WRITE_SETTLED)
+        # That a peer is there shows when it stores: only the very closest are asked before who is near, and those of
+        # them that are near enough to hold it are asked both at once.
         k = self.table.k
-        stored, errors = await self._walker.ask_all(lookup.ranked(2 * k), method, request, n=k)
+        holders: dict[PeerId, None] = {}
+        refused: dict[PeerId, RemoteError] = {}
+        find, both = messages.Find(to_bytes(place), self._serve), attrs.evolve(request, closer=True)
+        reach = self._reach(place)
+
+        async def ask(peer: PeerId) -> Reply:
+            if node_key(peer) ^ place <= reach:
+                try:
+                    closer = (await self._walker.ask(peer, method, both)).closer
+                    holders[peer] = None
+                    return Reply(closer)
+                except RemoteRefused as error:
+                    refused[peer] = error
+            return Reply((await self._walker.ask(peer, messages.FIND, find)).closer)
+
+        lookup = await self._walker.walk(place, ask, paths=defaults.CAREFUL_PATHS, settled=defaults.WRITE_SETTLED)
+        done = [peer for peer in lookup.ranked(k) if peer in holders or peer in refused]
+        left = [peer for peer in lookup.ranked(2 * k) if peer not in holders and peer not in refused]
+        stored, errors = await self._walker.ask_all(left, method, request, n=k - len(done))
+        stored, errors = stored + len(holders), {**refused, **errors}
         if self._is_crowded(lookup)[0]:
             region = [peer for peer in await self._region(place) if peer not in lookup.ranked(k)]
             more, refusals = await self._walker.ask_all(region, method, request)
@@ -107,6 +126,15 @@ class Values:
             attempts = tuple((peer.short, error.message) for peer, error in errors.items())
             raise PeerUnreachable("none of the known peers stored it", attempts=attempts)
         return stored
+
+    def _reach(self, place: int) -> int:
+        """Within that distance a peer is probably one of the k closest to ``place``; -1 while that is not known."""
+        size, k = self._walker.size.value, self.table.k
+        known = self.table.closest(place, k)
+        if size is None or len(known) < k:
+            return -1
+        # Twice what is expected, as the size is an estimate: a copy too far away does no harm, and it expires.
+        return min(known[-1].key ^ place, int(2 * k / size * SPACE))
 
     def _is_crowded(self, lookup: Lookup) -> tuple[bool, str]:
         distances = [node_key(peer) ^ lookup.target for peer in lookup.ranked(self.table.k)]

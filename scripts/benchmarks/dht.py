@@ -20,6 +20,10 @@ SYSTEMS = ("shoal", "kademlia", "hivemind", "libp2p")
 NAMES = {"shoal": "shoal", "kademlia": "kademlia (PyPI)", "hivemind": "hivemind DHT", "libp2p": "py-libp2p kad-dht"}
 #: Seconds for a whole system to start, and for one batch.
 PATIENCE = 600.0
+COLUMNS = (
+    *("system", "security", "store", "p99", "×", "CPU"),
+    *("get", "p99", "×", "CPU", "MiB", "daemon", "start"),
+)
 
 
 @attrs.define
@@ -36,6 +40,8 @@ class Swarm:
     helpers_kib: float
     stores: list[float] = attrs.field(factory=list)
     gets: list[float] = attrs.field(factory=list)
+    store_cpu: float = 0.0
+    get_cpu: float = 0.0
     numbered: int = 0
 
     @property
@@ -103,12 +109,14 @@ async def _turn(swarm: Swarm, keys: int, counts: bool) -> None:
     names = [f"key-{swarm.numbered + number}" for number in range(keys)]
     swarm.numbered += keys
     held: list[tuple[str, str]] = []
+    before = await _cpu(swarm)
     for number, child in enumerate(swarm.processes):
         mine = names[number :: len(swarm.processes)]
         answer = await child.ask("store", names=mine, patience=PATIENCE)
         held += [(name, where) for name, (_, where) in zip(mine, answer["stored"], strict=True)]
         if counts:
             swarm.stores += [seconds for seconds, _ in answer["stored"]]
+    between = await _cpu(swarm)
     for number in range(len(swarm.processes)):
         left = held[number :: len(swarm.processes)]
         for offset in range(1, len(swarm.processes) + 1):
@@ -117,6 +125,15 @@ async def _turn(swarm: Swarm, keys: int, counts: bool) -> None:
             left = [key for key, seconds in zip(left, times, strict=True) if seconds is None]
             if counts:
                 swarm.gets += [seconds for seconds in times if seconds is not None]
+
+    if counts:
+        swarm.store_cpu += between - before
+        swarm.get_cpu += await _cpu(swarm) - between
+
+
+async def _cpu(swarm: Swarm) -> float:
+    """Seconds that all processes of it have worked, daemons too."""
+    return sum(float(answer["seconds"]) for answer in await ask_all(swarm.processes, "cpu"))
 
 
 async def _weigh(swarm: Swarm) -> None:
@@ -129,11 +146,9 @@ def _rows(swarm: Swarm, options: argparse.Namespace) -> list[Row]:
     case = {"nodes": options.nodes, "processes": options.processes, "value_bytes": 128}
     extra: dict[str, Any] = {"security": swarm.security, "copies": swarm.copies, **machine()}
     rows = []
-    for what, times in (("store", swarm.stores), ("get", swarm.gets)):
-        cuts = statistics.quantiles(times, n=100)
-        rows.append(
-            Row("dht", {**case, "what": what}, swarm.name, "median_s", times, {**extra, "p99_ms": cuts[98] * 1e3})
-        )
+    for what, times, cpu in (("store", swarm.stores, swarm.store_cpu), ("get", swarm.gets, swarm.get_cpu)):
+        cost = {"p99_ms": statistics.quantiles(times, n=100)[98] * 1e3, "cpu_ms": cpu / len(times) * 1e3}
+        rows.append(Row("dht", {**case, "what": what}, swarm.name, "median_s", times, {**extra, **cost}))
     kib = swarm.memory_kib + swarm.helpers_kib
     parts = {"own_kib": swarm.memory_kib, "helpers_kib": swarm.helpers_kib}
     rows.append(Row("dht", {**case, "what": "memory of a node"}, swarm.name, "kib", [kib], {**extra, **parts}))
@@ -145,35 +160,24 @@ def _table(swarms: Sequence[Swarm], options: argparse.Namespace) -> None:
     ours = next((swarm for swarm in swarms if swarm.system == "shoal"), None)
     lines = []
     for swarm in swarms:
-        cells = [swarm.name, swarm.security, swarm.copies]
-        for what in ("stores", "gets"):
+        cells = [swarm.name, f"{swarm.security}, {swarm.copies}"]
+        for what, cpu in (("stores", swarm.store_cpu), ("gets", swarm.get_cpu)):
             times = getattr(swarm, what)
             median = statistics.median(times)
             cells += [f"{median * 1e3:.2f}", f"{statistics.quantiles(times, n=100)[98] * 1e3:.2f}"]
             cells.append("" if ours in (None, swarm) else f"{median / statistics.median(getattr(ours, what)):.2f}")
+            cells.append(f"{cpu / len(times) * 1e3:.2f}")
         cells += [f"{swarm.memory_kib / 1024:.1f}", f"{swarm.helpers_kib / 1024:.1f}", f"{swarm.start_s:.1f}"]
         lines.append(cells)
     show(
         f"{options.nodes} nodes in {min(options.processes, options.nodes)} processes: "
         "ms for one store, and for one get by a node that does not hold the key",
-        (
-            "system",
-            "security",
-            "copies",
-            "store",
-            "p99",
-            "× shoal",
-            "get",
-            "p99",
-            "× shoal",
-            "MiB/node",
-            "daemon",
-            "start s",
-        ),
+        COLUMNS,
         lines,
         [
             f"machine: {machine()['cores']} cores, load {machine()['load']}; "
             f"{len(swarms[0].stores) if swarms else 0} distinct keys of each system, one act at a time.",
-            "MiB/node: anonymous resident memory that the processes grew by, ÷ nodes; daemon: p2pd's, one for each node.",
+            "After security: copies. CPU: ms of all processes together, daemons too, for one act. ×: of shoal's.",
+            "MiB of a node: anonymous memory that the processes grew by, ÷ nodes; daemon: p2pd's, one for each node.",
         ],
     )

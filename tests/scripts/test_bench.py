@@ -149,3 +149,18 @@ def test_a_child_that_fails_is_named_with_its_last_words(tmp_path: Path) -> None
     assert done.returncode == 1
     assert "process shoal 0 ended during 'start'" in done.stderr
     assert "this torch is broken" in done.stderr
+
+
+@pytest.mark.process
+def test_dht_measures_stores_gets_memory_and_start(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = bench(
+        "dht", "--systems", "shoal,kademlia", "--peer-python", sys.executable, "--nodes", "24", "--processes", "2",
+        "--keys", "8", "--runs", "1", "--json", str(file),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [row for row in rows(file, "dht") if row["system"] == "shoal"]
+    assert [row["case"]["what"] for row in found] == ["store", "get", "memory of a node", "start"]
+    assert found[0]["runs"] == 8
+    assert 1 <= found[1]["runs"] <= 8
+    assert "hold the key" in done.stdout

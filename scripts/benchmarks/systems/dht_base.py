@@ -32,6 +32,8 @@ class DhtWorker(Worker):
                 return {"stored": [await self._store(name) for name in arguments["names"]]}
             case "get":
                 return {"times": [await self._get(name, where) for name, where in arguments["keys"]]}
+            case "cpu":
+                return {"seconds": time.process_time() + self.helpers_cpu()}
             case "memory":
                 return {"kib": memory(), "helpers_kib": self.helpers()}
         raise ValueError(order)
@@ -66,6 +68,10 @@ class DhtWorker(Worker):
     def helpers(self) -> int:
         """Resident KiB, not those of mapped files, of other processes that belong to the nodes."""
         return 0
+
+    def helpers_cpu(self) -> float:
+        """Seconds of processor time of those."""
+        return 0.0
 
     @abstractmethod
     async def begin(self, count: int, hello: dict[str, Any] | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 from hivemind.dht.node import DHTNode
@@ -51,6 +52,14 @@ class HivemindDht(DhtWorker):
             with open(f"/proc/{node.p2p._child.pid}/status") as file:
                 total += next(int(line.split()[1]) for line in file if line.startswith("RssAnon:"))
         return total
+
+    def helpers_cpu(self) -> float:
+        ticks = 0
+        for node in self._nodes:
+            with open(f"/proc/{node.p2p._child.pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def holds(self, node: int, where: str) -> bool:
         protocol, key = self._nodes[node].protocol, DHTID.generate(where)

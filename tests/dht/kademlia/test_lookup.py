@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.dht.kademlia import defaults
 from shoal.dht.kademlia.keys import node_key
-from shoal.dht.kademlia.lookup import Answered, Failed, Lookup, State
+from shoal.dht.kademlia.lookup import Answered, Failed, Lookup, Slow, State
 from shoal.dht.kademlia.reference import reference_lookup
 from shoal.dht.kademlia.table import Contact, RoutingTable
 from shoal.transport.address import SignedPeerRecord
@@ -224,3 +224,49 @@ def test_each_peer_is_queried_on_one_path_only_and_writes_cost_little_more() -> 
             else:
                 several += len(queries)
     assert several <= 1.6 * single
+
+
+def test_with_as_many_queries_in_flight_as_answers_are_missing_none_are_added() -> None:
+    rng = random.Random(5)
+    peers = [random_peer(rng) for _ in range(20)]
+    lookup = Lookup(rng.getrandbits(256), peers, alpha=3)
+    first = lookup.start()
+    assert len(first) == 3
+    lookup.expect(2)
+    assert lookup.receive(Answered(first[0], ())) == ()  # two are in flight, two are missing
+    replaced = lookup.receive(Failed(first[1]))
+    assert len(replaced) == 1  # one that failed is made up for
+    assert len(lookup.receive(Slow(first[2]))) == 1  # and one that is slow
+    lookup.expect(1)
+    assert lookup.receive(Answered(replaced[0], ())) == ()
+
+
+@pytest.mark.parametrize("paths", [1, 3])
+def test_a_settled_lookup_asks_fewer_and_ranks_almost_the_same_peers(paths: int) -> None:
+    network = Network(7, 300, k=20, dead=0.1)
+    full, short, agree, asked = 0, 0, 0, 0
+    for _ in range(40):
+        target = network.rng.getrandbits(256)
+        seeds = [c.peer for c in network.tables[network.rng.choice(network.honest)].closest(target, 20)]
+        whole = Lookup(target, seeds, k=20, paths=paths)
+        full += len(drive(whole, network.query(target), random.Random(1)))
+        settled = Lookup(target, seeds, k=20, paths=paths, settled=3)
+        short += len(drive(settled, network.query(target), random.Random(1)))
+        living = [peer for peer in settled.ranked(40) if peer not in network.dead][:20]
+        agree += len([peer for peer in whole.closest if peer in living])
+        asked += len(whole.closest)
+        assert list(settled.ranked(40)) == sorted(settled.ranked(40), key=lambda peer: node_key(peer) ^ target)
+    assert short < 0.75 * full
+    assert agree >= 0.97 * asked
+
+
+def test_a_peer_that_cannot_be_reached_is_ranked_no_more() -> None:
+    rng = random.Random(6)
+    peers = [random_peer(rng) for _ in range(4)]
+    lookup = Lookup(rng.getrandbits(256), peers, k=4, settled=1)
+    drive(lookup, lambda peer: (), rng)
+    unasked = [peer for peer in lookup.ranked(4) if lookup.states()[peer] is State.NEW]
+    assert unasked
+    lookup.discard(unasked[0])
+    assert unasked[0] not in lookup.ranked(4)
+    assert lookup.closest[0] in lookup.ranked(4)

@@ -413,3 +413,19 @@ def test_what_a_stranger_at_a_loopback_address_says_counts_only_where_there_is_n
     assert _is_lasting([("tcp://10.0.0.1:1", True), ("tcp://127.0.0.1:1", False)])
     assert _is_lasting([("tcp://127.0.0.1:1", True), ("tcp://[::1]:1", False)])
     assert not _is_lasting([])
+
+
+async def test_a_write_asks_who_is_near_and_to_store_in_one_question(open_swarm: OpenSwarm) -> None:
+    async with open_swarm() as swarm:
+        founder = await swarm.add("founder")
+        for number in range(24):
+            await (await swarm.add(f"n{number}")).dht.bootstrap([founder.address])
+        await trio.sleep(60)
+        writer = swarm.nodes["n3"]
+        before = writer.dht.counters.queries
+        record = record_of(writer)
+        assert await writer.dht.put(record) >= 20
+        # 20 store; asked one after the other, another 20 would have been asked who is near.
+        assert writer.dht.counters.queries - before <= 32
+        holders = [n for n in swarm.nodes.values() if n.dht.store.get("owned", record.key, n.host.wall()) is not None]
+        assert len(holders) >= 21
