@@ -30,5 +30,5 @@ class Sessions:
         Long sessions are met in proportion to their length (X = scale · G^(1/shape) with G from a gamma distribution of
         order 1 + 1/shape), and at a uniform moment within.
         """
-        whole = self.scale * self._rng.gammavariate(1 + 1 / self.shape, 1.0) ** (1 / self.shape)
+        whole: float = self.scale * self._rng.gammavariate(1 + 1 / self.shape, 1.0) ** (1 / self.shape)
         return whole * self._rng.random()

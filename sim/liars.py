@@ -6,7 +6,7 @@ import hashlib
 import heapq
 from bisect import bisect_left, insort
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
@@ -15,7 +15,7 @@ from ..dht.kademlia import messages
 from ..dht.kademlia.keys import BITS, from_bytes, node_key, record_key, topic_key
 from ..transport.address import SignedPeerRecord
 from ..transport.identity import Identity
-from ..transport.rpc import Call
+from ..transport.rpc import Call, Method
 
 if TYPE_CHECKING:
     from .crowd import CrowdNode
@@ -39,7 +39,10 @@ class Gang:
         insort(self._keys, (node.key, node), key=itemgetter(0))
         serve = node.endpoint.serve_at_once
         if kind == "drop":
-            for method in (messages.FIND, messages.GET, messages.PUT, messages.PROVIDERS, messages.ANNOUNCE):
+            silent: tuple[Method[Any, Any], ...] = (
+                messages.FIND, messages.GET, messages.PUT, messages.PROVIDERS, messages.ANNOUNCE,
+            )  # fmt: skip
+            for method in silent:
                 node.endpoint.serve(method, _never)
             return
 
@@ -78,7 +81,7 @@ def _forget(call: Call[messages.PutRecord] | Call[messages.PutProvider]) -> mess
     return messages.Stored()
 
 
-async def _never(call: Call[object]) -> messages.Stored:
+async def _never(call: Call[Any]) -> messages.Stored:
     await trio.sleep_forever()
     raise AssertionError("sleep_forever returned")
 

@@ -212,8 +212,9 @@ class PlainLink:
     def end(self, reason: RemoteError) -> None:
         if self.alive:
             self.close_reason = reason
-            if self.other is not None and not self.other.alive:
-                self.other.other = self.other = None
+            other = self.other
+            if other is not None and not other.alive:
+                other.other = self.other = None
             asked, serving = list(self.asked), list(self.serving)
             self.asked.clear()
             self.serving.clear()

@@ -23,8 +23,7 @@ FLOORS = (shoal.transport, shoal.dht, shoal.learning, shoal.node)
 DYNAMIC = {
     ("shoal.transport.rpc", "self._method.response"): "the response of a Method",
     ("shoal.transport.rpc", "method.response"): "the response of a Method",
-    ("shoal.transport.serving", "found[0].request"): "the request of a Method",
-    ("shoal.transport.serving", "method.request"): "the request of a Method",
+    ("shoal.transport.serving", "found.method.request"): "the request of a Method",
     ("shoal.learning.store", "kind"): "RunStore._unpack: SignedSpec, Vote, Head",
     ("shoal.transport.relay", "kind"): "receive_message: Reserve, Circuit, RelayAnswer",
     ("shoal.node.datadir", "kind"): "DataDir._read: NodeRecord",

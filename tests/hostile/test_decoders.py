@@ -27,6 +27,7 @@ FED_BY = {
     "learning.store": "file trust",
     "node.control": "control",
     "node.ticket": "ticket",
+    "transport.address": "test_messages.py: signed peer records in every message that holds one; test_address.py",
     "transport.interfaces": "no bytes from outside: the kernel's",
     "transport.mux": "link",
     "transport.pipe": "link",

@@ -31,7 +31,7 @@ def run(
 
 
 def test_a_quiet_crowd_finds_everything_in_few_hops() -> None:
-    report = run(CrowdScenario(nodes=150, seed=1, loss=0.005), lookups=200)
+    report = run(CrowdScenario(nodes=80, seed=1, loss=0.005), lookups=80)
     assert report.complaints() == []
     assert success(report.of("node")) == success(report.of("record")) == 1.0
     assert report.health.alive == 1.0
@@ -46,8 +46,8 @@ def test_the_same_seed_gives_the_same_events_in_every_process() -> None:
         "import functools\n"
         "from shoal.sim.crowd import CrowdScenario, run_crowd\n"
         "from shoal.sim.lab_dht import Plan, trial\n"
-        "scenario = CrowdScenario(nodes=200, seed=3, session=300.0, adversaries=0.2, loss=0.02, traced=True)\n"
-        "plan = Plan(30, 20, 1, 120.0)\n"
+        "scenario = CrowdScenario(nodes=80, seed=3, session=300.0, adversaries=0.2, loss=0.02, traced=True)\n"
+        "plan = Plan(20, 10, 0, 60.0)\n"
         "print(run_crowd(scenario, functools.partial(trial, plan=plan, progress=lambda text: None)).digest)\n"
     )
     digests = []
@@ -66,14 +66,14 @@ def test_another_seed_gives_other_events() -> None:
 
 
 def test_nodes_come_and_go_and_lookups_succeed() -> None:
-    report = run(CrowdScenario(nodes=150, seed=4, session=600.0), lookups=120, seconds=400.0)
-    assert report.departed > 50
+    report = run(CrowdScenario(nodes=80, seed=4, session=600.0), lookups=80, seconds=300.0)
+    assert report.departed > 20
     assert report.complaints() == []
     assert 0.7 < report.health.alive < 1.0
 
 
 def test_disjoint_paths_find_what_liars_hide_from_one() -> None:
-    report = run(CrowdScenario(nodes=300, seed=5, adversaries=0.2), lookups=300, records=60, victims=1, seconds=20.0)
+    report = run(CrowdScenario(nodes=200, seed=5, adversaries=0.2), lookups=200, records=40, victims=1, seconds=20.0)
     one, several, full = (success(report.of("record", mode)) for mode in ("single", "disjoint", "full"))
     assert several >= 0.95
     assert full >= 0.95
@@ -83,7 +83,7 @@ def test_disjoint_paths_find_what_liars_hide_from_one() -> None:
 
 
 def test_encrypted_links_tell_the_same_story() -> None:
-    plain, real = (run(CrowdScenario(nodes=40, seed=6, encrypted=encrypted), lookups=30) for encrypted in (False, True))
+    plain, real = (run(CrowdScenario(nodes=24, seed=6, encrypted=encrypted), lookups=20) for encrypted in (False, True))
     for report in (plain, real):
         assert report.complaints() == []
     assert real.join_queries == pytest.approx(plain.join_queries, rel=0.25)
