@@ -1,6 +1,7 @@
 """A process in which pycrdt meets what the guard lets pass; its parent sees whether it comes out alive.
 
-``python guard_child.py SEED SECONDS FILE``: FILE holds the input at hand, for when the process is gone.
+``python guard_child.py SEED SECONDS FILE``: FILE holds the input at hand, for when the process is gone. Needs this
+folder and ``tests`` in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ import random
 import sys
 import time
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from hostile.samples import bent
 from updates import checked, honest, imagined

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def test_nothing_changed_is_an_update_too() -> None:
     Guard(CLIENT).admit(b"\0\0")
 
 
-# --- whose it is, and where it stands ----------------------------------------------------------------------------------
+# --- whose it is, and where it stands --------------------------------------------------------------------------------
 
 
 def test_everything_must_be_of_the_author() -> None:
@@ -173,7 +174,7 @@ def test_a_character_of_two_clocks_is_not_cut() -> None:
     checked(CLIENT, [string, encode(CLIENT, 0, [], [(1, 2)])])
 
 
-# --- bounds ------------------------------------------------------------------------------------------------------------
+# --- bounds ----------------------------------------------------------------------------------------------------------
 
 
 def nested(levels: int) -> bytes:
@@ -229,7 +230,7 @@ def test_counts_are_bounded_before_anything_is_allocated() -> None:
     assert "an update of" in refused(bytes(defaults.MAX_UPDATE + 1))
     assert "more than 65536 values" in refused(encode(CLIENT, 0, [piece(body=uint(70_000) + b"\x7e" * 70_000)]))
     assert "beyond clock" in refused(
-        encode(CLIENT, 0, [piece(DELETED, huge)] + [piece(DELETED, huge, origin=defaults.MAX_CLOCK - 1)])
+        encode(CLIENT, 0, [piece(DELETED, huge), piece(DELETED, huge, origin=defaults.MAX_CLOCK - 1)])
     )
     roots = [piece(parent=f"root {number}") for number in range(defaults.MAX_ROOTS + 1)]
     assert "root types" in refused(encode(CLIENT, 0, roots))
@@ -258,7 +259,7 @@ def test_the_costliest_updates_are_looked_at_and_applied_within_a_second() -> No
         assert time.process_time() - start < 2.0  # 0.05 to 0.3 s on an idle core; quadratic work takes minutes
 
 
-# --- layout ------------------------------------------------------------------------------------------------------------
+# --- layout ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -321,13 +322,18 @@ def test_a_truncated_update_is_refused(rng: random.Random) -> None:
                 decode(update[:end], CLIENT)
 
 
-# --- against pycrdt itself, in processes of their own ------------------------------------------------------------------
+# --- against pycrdt itself, in processes of their own ----------------------------------------------------------------
 
 
 def let_pycrdt_meet(seed: int, seconds: float, folder: Path) -> None:
     file = folder / f"input-{seed}"
+    path = os.pathsep.join(str(each) for each in (CHILD.parent, CHILD.parents[2]))
     done = subprocess.run(
-        [sys.executable, str(CHILD), str(seed), str(seconds), str(file)], capture_output=True, text=True, check=False
+        [sys.executable, str(CHILD), str(seed), str(seconds), str(file)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, f"{done.returncode}: {file.read_text()[:3000]}\n{done.stderr[-3000:]}"
     tried, passed, refused_honest = map(int, done.stdout.split())

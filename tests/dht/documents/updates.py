@@ -10,7 +10,7 @@ import attrs
 import pycrdt
 
 from shoal.dht.documents.guard import Guard
-from shoal.dht.documents.guard_decoder import ANY, ARRAY, DELETED, GC, MAP, STRING, TEXT, TYPE
+from shoal.dht.documents.guard_decoder import ANY, ARRAY, DELETED, GC, MAP, STRING, TEXT, TYPE, decode
 
 KINDS: dict[int, Any] = {ARRAY: pycrdt.Array, MAP: pycrdt.Map, TEXT: pycrdt.Text}
 
@@ -234,8 +234,6 @@ def checked(client: int, updates: Sequence[bytes]) -> tuple[Guard, pycrdt.Doc[An
 
     Raises GuardError when the guard refuses one, and AssertionError when pycrdt's state is another than the guard's.
     """
-    from shoal.dht.documents.guard_decoder import decode
-
     guard = Guard(client)
     for update in updates:
         guard.admit(update)
