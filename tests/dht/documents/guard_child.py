@@ -1,7 +1,7 @@
 """A process in which pycrdt meets what the guard lets pass; its parent sees whether it comes out alive.
 
-``python guard_child.py SEED SECONDS FILE``: FILE holds the input at hand, for when the process is gone. Needs this
-folder and ``tests`` in PYTHONPATH.
+``python -m documents.guard_child SEED SECONDS FILE``, with ``tests`` and ``tests/dht`` in PYTHONPATH: FILE holds the
+input at hand, for when the process is gone.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 from hostile.samples import bent
-from updates import checked, honest, imagined
 
 from shoal.dht.documents.guard_decoder import GuardError
+
+from .updates import checked, honest, imagined
 
 
 def main(seed: int, seconds: float, file: Path) -> None:

@@ -22,7 +22,7 @@ from shoal.dht.documents.guard_decoder import ANY, ARRAY, DELETED, GC, MAP, STRI
 from .updates import Author, Piece, checked, encode, honest, text, uint
 
 CLIENT = 300
-CHILD = Path(__file__).parent / "guard_child.py"
+TESTS = Path(__file__).parents[2]
 
 
 def piece(kind: int = ANY, body: bytes = b"\1\x7e", **fields: Any) -> Piece:
@@ -327,10 +327,9 @@ def test_a_truncated_update_is_refused(rng: random.Random) -> None:
 
 def let_pycrdt_meet(seed: int, seconds: float, folder: Path) -> None:
     file = folder / f"input-{seed}"
-    path = os.pathsep.join(str(each) for each in (CHILD.parent, CHILD.parents[2]))
     done = subprocess.run(
-        [sys.executable, str(CHILD), str(seed), str(seconds), str(file)],
-        env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, "-m", "documents.guard_child", str(seed), str(seconds), str(file)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "dht")))},
         capture_output=True,
         text=True,
         check=False,
