@@ -192,13 +192,13 @@ def test_a_damaged_file_is_kept_under_another_name_and_most_of_it_is_saved(tmp_p
 
 def test_only_the_last_few_damaged_files_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "documents.sqlite"
-    for number in range(12):
+    for number in range(5):
         path.write_bytes(b"not a database at all" * 50)
         store = DocumentStore(path)
         assert f"damaged-{number + 1}" in store.notices[0]
         store.close()
     assert sorted(each.name for each in tmp_path.glob("*damaged*")) == [
-        f"documents.sqlite.damaged-{number}" for number in (10, 11, 12)
+        f"documents.sqlite.damaged-{number}" for number in (3, 4, 5)
     ]
 
 
