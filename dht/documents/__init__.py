@@ -1,0 +1,1 @@
+"""Documents: what the swarm writes down together, one single-writer CRDT per author, merged when read."""
