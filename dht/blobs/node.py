@@ -271,4 +271,3 @@ class Blobs:
             except RemoteError as error:
                 # It is in the DHT's care now, which tries again.
                 log.debug("blob %s could not be announced: %s", blob.hex()[:16], error)
-

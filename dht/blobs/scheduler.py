@@ -95,7 +95,9 @@ class Scheduler:
     ``lag``: how late our own loop runs, seconds.
     """
 
-    def __init__(self, size: Callable[[int], int], wanted: Iterable[int], lag: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self, size: Callable[[int], int], wanted: Iterable[int], lag: Callable[[], float] = lambda: 0.0
+    ) -> None:
         self._size, self._lag = size, lag
         #: Open chunks by how many partial holders have them; those that have all make no difference.
         self._open: dict[int, dict[int, None]] = {0: dict.fromkeys(wanted)}

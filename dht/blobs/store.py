@@ -317,7 +317,9 @@ class Store:
                 kept.fresh.add(index)
         return True
 
-    def put(self, tree: Tree, parts: Sequence[Buffer], *, tag: str = "", note: bytes = b"", pinned: bool = False) -> None:
+    def put(
+        self, tree: Tree, parts: Sequence[Buffer], *, tag: str = "", note: bytes = b"", pinned: bool = False
+    ) -> None:
         """Keep a whole blob, of which ``tree`` was built. On return it survives a crash. Raises as :meth:`begin`."""
         with self._lock:
             self.begin(tree, tag=tag, note=note, pinned=pinned)
@@ -420,11 +422,8 @@ class Store:
         tree = self.tree(blob)
         if tree is None:
             return False
-        for index in range(len(tree)):
-            place = tree.place(index)
-            if place.part != number:
-                continue
-            data = self.read(blob, index)
+        for index in tree.chunks_of(number):
+            data, place = self.read(blob, index), tree.place(index)
             if data is None:
                 return False
             out[place.offset : place.offset + place.size] = data

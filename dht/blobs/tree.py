@@ -9,9 +9,10 @@
     leaf              H(chunk of up to 1 MiB; the last one of a part is shorter)
 
 Chunks never span two parts, so each can be read straight into the buffer it belongs to; they are numbered through, part
-after part. The parts' list and the hashes of the pages are the *outline*: whoever knows the id checks it as a whole, with
-it each page of leaves, and with that each chunk, whoever it came from. So nothing has to be believed before it is checked,
-and what is needed for that is small: the outline of 64 GiB in one part holds 2 KiB of page hashes, a page is 32 KiB.
+after part. The parts' list and the hashes of the pages are the *outline*: whoever knows the id checks it as a whole,
+with it each page of leaves, and with that each chunk, whoever it came from. So nothing has to be believed before it is
+checked, and what is needed for that is small: the outline of 64 GiB in one part holds 2 KiB of page hashes, a page is
+32 KiB.
 
 H is BLAKE3 in its ``derive_key`` mode, under another context on each level: none can be passed off as another.
 """
@@ -161,6 +162,11 @@ class Tree:
         offset = (index - self._first[part]) * self.outline.chunk
         size = min(self.outline.chunk, self.outline.parts[part].size - offset)
         return Place(part, offset, size, self._starts[part] + offset)
+
+    def chunks_of(self, part: int) -> range:
+        """The numbers of the chunks of part number ``part``."""
+        first = self._first[part]
+        return range(first, first - (-self.outline.parts[part].size // self.outline.chunk))
 
     def chunk_size(self, index: int) -> int:
         return self.place(index).size

@@ -1,0 +1,234 @@
+"""States of past rounds that stay on disk, and model files written from states.
+
+A checkpoint is a blob in the run's store: its id is the digest that commit records carry, so that members that did the
+same round hold the same blob, and one can be fetched from any of them. Every so many rounds one is kept; of those that
+nobody pinned, the last few stay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import attrs
+import torch
+from torch import Tensor
+
+from ..dht.blobs.store import Entry, Store
+from ..dht.blobs.tree import build_tree
+from ..transport.errors import ConfigError, DecodeError, Overloaded
+from ..transport.host import Host
+from ..transport.identity import PeerId
+from ..transport.wire import pack, unpack
+from . import defaults
+from .events import Checkpoint
+from .files import load_tensors, save_state
+from .snapshots import Snapshot
+from .spec import ParameterSpec, RunSpec
+from .state import Layout, bytes_view, flatten, unflatten
+from .store import RunStore
+from .sync import state_digest, state_fault, state_parts
+from .task import compare_signatures
+
+#: What the store's entries of checkpoints are tagged with: made here, or fetched from others.
+MADE, FETCHED = "checkpoint", "fetched"
+
+
+@attrs.frozen
+class Keeping:
+    """Which states stay. ``every``: rounds between two, 0 for none; ``keep``: how many that nobody pinned; ``quota``:
+    bytes that all blobs of the run may take."""
+
+    every: int = defaults.CHECKPOINT_ROUNDS
+    keep: int = defaults.CHECKPOINTS
+    quota: int = defaults.BLOB_QUOTA
+
+
+@attrs.frozen
+class CheckpointNote:
+    """What stands beside a checkpoint. ``when``: Unix seconds."""
+
+    run: bytes
+    round: int
+    when: float
+
+
+def checkpoint_due(keeping: Keeping, round: int, last: int, since: float, now: float) -> tuple[bool, str]:
+    """Whether the state after ``round`` is to be kept, and why; ``last``: the round kept last, at ``since``.
+
+    Multiples of the same number on all members: so they hold the same states, and can help each other out.
+    """
+    if not keeping.every or round <= max(last, 0):
+        return False, "checkpoints are off" if not keeping.every else f"round {round} is not new"
+    if round % keeping.every == 0:
+        return True, f"every {keeping.every} rounds"
+    if now - since >= defaults.CHECKPOINT_SECONDS:
+        return True, f"nothing was kept for {defaults.CHECKPOINT_SECONDS / 60:g} minutes"
+    return False, f"the next one is after round {round + keeping.every - round % keeping.every}"
+
+
+class Checkpoints:
+    """The checkpoints in a store. Everything blocks."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def save(self, snapshot: Snapshot, note: CheckpointNote, keep: int) -> None:
+        """Keep a state; then let go of all but the last ``keep`` that nobody pinned.
+
+        Raises :class:`Overloaded` or :class:`ConfigError` when there is no room; nothing is lost then.
+        """
+        parts = state_parts(snapshot.round, snapshot.vectors)
+        self.store.put(build_tree(parts), [data for _, _, data in parts], tag=MADE, note=pack(note))
+        made = [(found.round, found.when, entry) for found, entry in self._all() if entry.tag == MADE]
+        unpinned = [entry for _, _, entry in sorted(made, key=lambda item: item[:2]) if not entry.pinned]
+        for entry in unpinned[: max(0, len(unpinned) - keep)]:
+            self.store.remove(entry.id)
+
+    def list(self) -> tuple[Checkpoint, ...]:
+        """All of them, by round."""
+        return tuple(sorted((found for found, _ in self._all()), key=lambda found: (found.round, found.digest)))
+
+    def _all(self) -> list[tuple[Checkpoint, Entry]]:
+        found = []
+        for entry in self.store.entries():
+            if entry.tag not in (MADE, FETCHED):
+                continue
+            round, when = -1, 0.0
+            try:
+                note = unpack(CheckpointNote, entry.note)
+                round, when = note.round, note.when
+            except DecodeError:
+                # Fetched by its digest: the round stands in the blob itself.
+                data = self.store.read(entry.id, 0)
+                if data is not None and len(data) == 8:
+                    round = int.from_bytes(data, "big")
+            shown = Checkpoint(
+                entry.id.hex(), round, entry.size, when, entry.pinned, entry.complete, self.store.path(entry.id)
+            )
+            found.append((shown, entry))
+        return found
+
+    def find(self, ref: str) -> Checkpoint:
+        """The checkpoint of round ``ref``, or whose digest begins so. Raises :class:`ConfigError`."""
+        known = self.list()
+        matches = [found for found in known if ref.isdigit() and found.round == int(ref)]
+        if not matches and is_digest(ref):
+            matches = [found for found in known if found.digest.startswith(ref.lower())]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            names = ", ".join(f"{found.digest[:16]} (round {found.round})" for found in matches)
+            raise ConfigError(f"{ref} names {len(matches)} checkpoints: {names}; give more of the digest")
+        if not ref.isdigit() and not is_digest(ref):
+            raise ConfigError(f"{ref!r} is no checkpoint: expected a round, or 6 or more hex digits of a digest")
+        rounds = ", ".join(str(found.round) for found in known) or "none"
+        raise ConfigError(f"there is no checkpoint {ref} here (rounds kept: {rounds}); see `shoal checkpoint list`")
+
+    def pin(self, ref: str, pinned: bool) -> Checkpoint:
+        """See :meth:`find`. A pinned one stays for ever."""
+        found = self.find(ref)
+        self.store.pin(bytes.fromhex(found.digest), pinned)
+        return attrs.evolve(found, pinned=pinned)
+
+    def load(self, blob: bytes, spec: RunSpec) -> tuple[int, dict[str, Tensor]]:
+        """The round and the vectors of a checkpoint, each chunk checked.
+
+        Raises :class:`ConfigError` when it is not complete, damaged, or of another model.
+        """
+        tree = self.store.tree(blob)
+        if tree is None:
+            raise ConfigError(f"there is no checkpoint {blob.hex()[:16]} here")
+        wrong = state_fault(tree.outline, Layout.of_signature(spec.parameters).size)
+        if wrong is not None:
+            raise ConfigError(f"checkpoint {blob.hex()[:16]} cannot be restored: {wrong}")
+        round = bytearray(8)
+        vectors = {part.label: torch.empty(part.size // 4) for part in tree.outline.parts[1:]}
+        for number, view in enumerate([memoryview(round), *map(bytes_view, vectors.values())]):
+            if not self.store.read_part(blob, number, view):
+                raise ConfigError(
+                    f"checkpoint {blob.hex()[:16]} ({self.store.path(blob)}) is damaged or not complete; while the "
+                    f"node runs, `shoal checkpoint restore {blob.hex()} FILE` fetches what is missing from other members"
+                )
+        return int.from_bytes(round, "big"), vectors
+
+
+def is_digest(ref: str) -> bool:
+    """Whether ``ref`` may be the beginning of a digest."""
+    return re.fullmatch(r"[0-9a-fA-F]{6,64}", ref) is not None
+
+
+class Keeper:
+    """Keeps the states of a run that goes on. ``emit``: tells people, ``(phase, what, peer, detail)``."""
+
+    def __init__(
+        self,
+        host: Host,
+        store: RunStore,
+        run: bytes,
+        keeping: Keeping,
+        emit: Callable[[str, str, PeerId | None, str], None],
+    ) -> None:
+        self._host, self._store, self._run, self.keeping, self._emit = host, store, run, keeping, emit
+        self._last, self._since = 0, host.now()
+        self._busy = False
+
+    async def settled(self, snapshot: Snapshot) -> None:
+        """Keep ``snapshot`` on disk if it is time; one at a time. A disk without room is told of, and costs nothing."""
+        now = self._host.now()
+        due, _ = checkpoint_due(self.keeping, snapshot.round, self._last, self._since, now)
+        if not due or self._busy:
+            return
+        self._last, self._since, self._busy = snapshot.round, now, True
+        try:
+            await snapshot.ready.wait()
+            note = CheckpointNote(self._run, snapshot.round, self._host.wall())
+            save = Checkpoints(self._store.blobs).save
+            await self._host.run_blocking(save, snapshot, note, self.keeping.keep)
+        except (Overloaded, ConfigError) as error:
+            self._emit("run", "no-checkpoint", None, f"the state after round {snapshot.round} is not kept: {error}")
+        finally:
+            self._busy = False
+
+
+# --- model files ------------------------------------------------------------------------------------------------------
+
+_EXTRA = "shoal."
+
+
+def write_model(path: Path, spec: RunSpec, run: bytes, round: int, vectors: Mapping[str, Tensor], digest: bytes) -> str:
+    """Write a state as a model file: the weights with the model's names, shapes and dtypes, the other vectors under
+    ``shoal.``. Returns a sentence about it. Blocking. Raises :class:`ConfigError` naming the file."""
+    named = unflatten(Layout.of_signature(spec.parameters), vectors["weights"])
+    extra = {f"{_EXTRA}{name}": vector for name, vector in vectors.items() if name != "weights"}
+    notes = {"round": str(round), "run": run.hex(), "digest": digest.hex(), "strategy": spec.strategy}
+    save_state(path, {**named, **extra}, notes)
+    return f"round {round}, state {digest.hex()[:16]}"
+
+
+def read_model(path: Path, parameters: Sequence[ParameterSpec], strategy: str) -> tuple[bytes, dict[str, Tensor]]:
+    """The state to begin a run with from a model file (any safetensors file with the model's tensors), and its digest.
+
+    What the strategy had kept beside the weights (momentum …) is taken over from a file of the same strategy. Blocking.
+    Raises :class:`ConfigError` naming the file, also when it is damaged or of another model.
+    """
+    tensors, notes = load_tensors(path)
+    layout = Layout.of_signature(tuple(parameters))
+    extra = {name: tensor for name, tensor in tensors.items() if name.startswith(_EXTRA) and name not in layout.names}
+    model = {name: tensor for name, tensor in tensors.items() if name not in extra}
+    found = tuple(
+        ParameterSpec(name, tuple(model[name].shape), str(model[name].dtype).removeprefix("torch."))
+        for name in (*(n for n in layout.names if n in model), *(n for n in sorted(model) if n not in layout.names))
+    )
+    wrong = compare_signatures(found, tuple(parameters))
+    if wrong is not None:
+        raise ConfigError(f"{path} does not hold the task's model: {wrong}")
+    vectors = {"weights": flatten(layout, [model[name] for name in layout.names])}
+    if notes.get("strategy") == strategy:
+        vectors |= {n.removeprefix(_EXTRA): t for n, t in sorted(extra.items()) if t.dtype == torch.float32}
+    for name, vector in vectors.items():
+        if not bool(torch.isfinite(vector).all()):
+            raise ConfigError(f"{path} holds numbers that are not finite in {name}: no run can begin with it")
+    vectors = {name: vector.reshape(-1).contiguous() for name, vector in vectors.items()}
+    return state_digest(0, vectors), vectors
