@@ -32,6 +32,7 @@ _SHOWN: dict[str, Callable[[Event], str]] = {
     "liar": lambda e: f"! {e.peer[:8]} is not believed: {e.detail}",
     "doubted": lambda e: f"! {e.peer[:8]}: {e.detail}",
     "unreachable": lambda e: f"! {e.detail}",
+    "no-checkpoint": lambda e: f"! {e.detail}",
     "state-failed": lambda e: f"! the state could not be loaded: {e.detail}",
     "stalled": lambda e: f"! {e.detail}",
     "lost": lambda e: f"- {e.peer[:8]} {e.detail if e.detail == GOODBYE else f'cannot be reached: {e.detail}'}",
