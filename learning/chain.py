@@ -271,7 +271,7 @@ class Chain(Membership):
         return tuple(peer for peer in self.placed.voters if peer in self._newcomers)
 
     def _admit(self, head: Head) -> None:
-        """Those that ``head`` takes in load the state now. Who did not make it the last time is not waited for again."""
+        """Those that ``head`` takes in load the state now. Who did not make it last time is not waited for again."""
         now = self.host.now()
         self._waited = {peer: at for peer, at in self._waited.items() if now - at < defaults.JOIN_GRACE_AGAIN}
         new = [peer for peer in head.record.roster if peer not in head.voters and peer != self.me]

@@ -37,10 +37,12 @@ MADE, FETCHED = "checkpoint", "fetched"
 
 @attrs.frozen
 class Keeping:
-    """Which states stay. ``every``: rounds between two, 0 for none; ``keep``: how many that nobody pinned; ``quota``:
-    bytes that all blobs of the run may take."""
+    """Which states stay. ``every``: rounds between two, 0 for none; ``apart``: seconds that this shall take at least,
+    else twice as many rounds, and so on; ``keep``: how many that nobody pinned; ``quota``: bytes that all blobs of the run
+    may take."""
 
     every: int = defaults.CHECKPOINT_ROUNDS
+    apart: float = defaults.CHECKPOINT_APART
     keep: int = defaults.CHECKPOINTS
     quota: int = defaults.BLOB_QUOTA
 
@@ -57,15 +59,19 @@ class CheckpointNote:
 def checkpoint_due(keeping: Keeping, round: int, last: int, since: float, now: float) -> tuple[bool, str]:
     """Whether the state after ``round`` is to be kept, and why; ``last``: the round kept last, at ``since``.
 
-    Multiples of the same number on all members: so they hold the same states, and can help each other out.
+    Multiples of the same number on all members, or of that times a power of two where rounds are quick: so members hold
+    the same states, and can help each other out.
     """
-    if not keeping.every or round <= max(last, 0):
+    if not keeping.every or round <= last:
         return False, "checkpoints are off" if not keeping.every else f"round {round} is not new"
-    if round % keeping.every == 0:
-        return True, f"every {keeping.every} rounds"
     if now - since >= defaults.CHECKPOINT_SECONDS:
         return True, f"nothing was kept for {defaults.CHECKPOINT_SECONDS / 60:g} minutes"
-    return False, f"the next one is after round {round + keeping.every - round % keeping.every}"
+    spacing, pace = keeping.every, (now - since) / (round - last)
+    while spacing * pace < keeping.apart and spacing < defaults.MOST_ROUNDS_APART:
+        spacing *= 2
+    if round % spacing == 0:
+        return True, f"every {spacing} rounds"
+    return False, f"the next one is after round {round + spacing - round % spacing}"
 
 
 class Checkpoints:
@@ -86,7 +92,7 @@ class Checkpoints:
         for entry in unpinned[: max(0, len(unpinned) - keep)]:
             self.store.remove(entry.id)
 
-    def list(self) -> tuple[Checkpoint, ...]:
+    def known(self) -> tuple[Checkpoint, ...]:
         """All of them, by round."""
         return tuple(sorted((found for found, _ in self._all()), key=lambda found: (found.round, found.digest)))
 
@@ -112,7 +118,7 @@ class Checkpoints:
 
     def find(self, ref: str) -> Checkpoint:
         """The checkpoint of round ``ref``, or whose digest begins so. Raises :class:`ConfigError`."""
-        known = self.list()
+        known = self.known()
         matches = [found for found in known if ref.isdigit() and found.round == int(ref)]
         if not matches and is_digest(ref):
             matches = [found for found in known if found.digest.startswith(ref.lower())]
@@ -149,7 +155,7 @@ class Checkpoints:
             if not self.store.read_part(blob, number, view):
                 raise ConfigError(
                     f"checkpoint {blob.hex()[:16]} ({self.store.path(blob)}) is damaged or not complete; while the "
-                    f"node runs, `shoal checkpoint restore {blob.hex()} FILE` fetches what is missing from other members"
+                    f"node runs, `shoal checkpoint restore {blob.hex()} FILE` fetches what is missing from others"
                 )
         return int.from_bytes(round, "big"), vectors
 
@@ -171,12 +177,15 @@ class Keeper:
         emit: Callable[[str, str, PeerId | None, str], None],
     ) -> None:
         self._host, self._store, self._run, self.keeping, self._emit = host, store, run, keeping, emit
-        self._last, self._since = 0, host.now()
+        self._last, self._since = -1, 0.0
         self._busy = False
 
     async def settled(self, snapshot: Snapshot) -> None:
         """Keep ``snapshot`` on disk if it is time; one at a time. A disk without room is told of, and costs nothing."""
         now = self._host.now()
+        if self._last < 0:
+            # Where we came in; time runs from here.
+            self._last, self._since = snapshot.round, now
         due, _ = checkpoint_due(self.keeping, snapshot.round, self._last, self._since, now)
         if not due or self._busy:
             return
@@ -223,6 +232,8 @@ def read_model(path: Path, parameters: Sequence[ParameterSpec], strategy: str) -
     )
     wrong = compare_signatures(found, tuple(parameters))
     if wrong is not None:
+        wrong = wrong.removeprefix("the model differs from the run's: ")
+        wrong = wrong.replace(" here", " in the file").replace("in the run", "in the task")
         raise ConfigError(f"{path} does not hold the task's model: {wrong}")
     vectors = {"weights": flatten(layout, [model[name] for name in layout.names])}
     if notes.get("strategy") == strategy:

@@ -138,6 +138,11 @@ JOIN_GRACE_AGAIN = 600.0
 CHECKPOINT_ROUNDS = 10
 CHECKPOINT_SECONDS = 300.0
 
+#: Seconds that lie at least between two, where the user did not choose: toys do 60 rounds a second, and a history of
+#: one second helps nobody. The rounds between two are doubled for it so often at most.
+CHECKPOINT_APART = 30.0
+MOST_ROUNDS_APART = 1 << 20
+
 #: Checkpoints that stay although nobody pinned them.
 CHECKPOINTS = 3
 

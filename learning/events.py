@@ -55,8 +55,8 @@ class RoundReport:
 class Checkpoint:
     """A state of a past round on this machine's disk. ``digest``: hex, whole. ``round``: -1 where it is not known.
 
-    ``size`` in bytes. ``when``: Unix seconds at which it was kept here, 0 when it was fetched from others. ``complete``:
-    all chunks are there. ``path``: the file.
+    ``size`` in bytes. ``when``: Unix seconds at which it was kept here, 0 when it was fetched from others.
+    ``complete``: all chunks are there. ``path``: the file.
     """
 
     digest: str

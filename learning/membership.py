@@ -259,7 +259,7 @@ class Membership(ABC):
         origin = self.run.origin
         if origin is None and self.spec.origin:
             raise ConfigError(
-                f"this run begins with the state {self.spec.origin.hex()[:16]}, which was not saved when it was founded; "
+                f"this run begins with the state {self.spec.origin.hex()[:16]}, which was not saved at its founding; "
                 "found another with `shoal start TASK --from FILE` and another --data-dir"
             )
         if origin is not None:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from ..learning.store import RunStore
 
 DESCRIPTION = """\
-A node keeps the state after every 10th round (or after 5 minutes) in its data directory: the last 3, and those that are
-pinned, for ever. REF is a round, or the beginning of a digest (6 digits or more).
+A node keeps the state after every 10th round (every 20th, 40th … where that takes less than 30 s; and after 5 minutes
+in any case) in its data directory: the last 3, and those that are pinned, for ever. `shoal start --checkpoint-every N`
+sets another number. REF is a round, or the beginning of a digest (6 digits or more).
 """
 
 EPILOG = """\
@@ -34,7 +35,7 @@ examples:
   shoal checkpoint list                            what is kept here
   shoal checkpoint pin 280                         keep the state after round 280 for ever
   shoal checkpoint restore 280                     write it as a model file, ./checkpoint-280.safetensors
-  shoal checkpoint restore 5f0c…  old.safetensors  by its whole digest: while the node runs, members that have it help out
+  shoal checkpoint restore 5f0c…  old.safetensors  by its whole digest: while the node runs, others that have it help
 
 To go on from an earlier round, found another run with that state; its members join with the new ticket:
   shoal start TASK --from checkpoint-280.safetensors --data-dir NEW
@@ -100,11 +101,11 @@ def list_command(options: argparse.Namespace) -> int:
         found = ControlClient(data).checkpoints()
     else:
         with _stopped(data) as (_, checkpoints):
-            found = checkpoints.list()
+            found = checkpoints.known()
     if options.json:
         _say(json.dumps({"checkpoints": [attrs.asdict(each) for each in found]}, indent=2))
     elif not found:
-        _say("no checkpoints yet: the first one is kept after 10 rounds, or 5 minutes")
+        _say("no checkpoints yet: see `shoal checkpoint --help` for when one is kept")
     else:
         rows = [("ROUND", "DIGEST", "SIZE", "KEPT", "PINNED", "COMPLETE", "FILE")]
         _say(table([*rows, *map(_row, found)]))

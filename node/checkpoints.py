@@ -15,7 +15,7 @@ from . import defaults
 
 async def list_checkpoints(run: Run) -> tuple[Checkpoint, ...]:
     """The checkpoints on this machine's disk."""
-    return await run.host.run_blocking(Checkpoints(run.store.blobs).list)
+    return await run.host.run_blocking(Checkpoints(run.store.blobs).known)
 
 
 async def pin_checkpoint(run: Run, ref: str, pinned: bool) -> Checkpoint:

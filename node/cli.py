@@ -277,7 +277,8 @@ def _add_node_options(parser: argparse.ArgumentParser) -> None:
     node.add_argument("--evaluate-every", type=count, metavar="N", default=1, help="rounds between two evaluations")
     node.add_argument(
         "--checkpoint-every", type=count, metavar="N",
-        help="keep the state after every Nth round (default 10, and after 5 minutes in any case; 0: never)",
+        help="keep the state after every Nth round (default: 10, or so many that it takes 30 s, and after 5 minutes in "
+        "any case; 0: never)",
     )  # fmt: skip
     node.add_argument("--export", metavar="FILE", type=Path, help="write the weights to FILE when the node ends")
     _add_log_level(node)

@@ -46,8 +46,8 @@ def start(options: argparse.Namespace) -> int:
             return _run(options, data, None, ticket=None, psk=_swarm_key(options, data))
         if options.origin is not None:
             raise ConfigError(
-                f"the data directory {data.path} holds a run already, which goes on with its own state; --from founds a "
-                "new one: name another --data-dir"
+                f"the data directory {data.path} holds a run already, which goes on with its own state; --from founds "
+                "a new one: name another --data-dir"
             )
         ticket = Ticket.parse(record.ticket)
         _refuse_conflicts(options, data, record)
@@ -231,7 +231,7 @@ def _run(
         evaluate_every=options.evaluate_every,
         faults=parse_faults(options.fault),
         snapshot=data.read_dht(),
-        keeping=Keeping() if options.checkpoint_every is None else Keeping(every=options.checkpoint_every),
+        keeping=Keeping() if options.checkpoint_every is None else Keeping(options.checkpoint_every, apart=0.0),
         origin=getattr(options, "origin", None),
     )
     extra = DaemonOptions(task, remembered_hosts(options.host, record), parse_export(options.export), options.leash)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 # --- the tree ---------------------------------------------------------------------------------------------------------
 
-#: Bytes of a chunk: what is asked for, checked and kept at a time. BLAKE3 takes 0.3 ms for it, so a check never holds up
-#: the event loop; a call costs about 0.3 ms too, so smaller ones would cost more in calls than in bytes. IPFS uses
+#: Bytes of a chunk: what is asked for, checked and kept at a time. BLAKE3 takes 0.3 ms for it, so a check never holds
+#: up the event loop; a call costs about 0.3 ms too, so smaller ones would cost more in calls than in bytes. IPFS uses
 #: 256 KiB, BitTorrent v2 16 KiB leaves under pieces of up to 16 MiB.
 CHUNK = 1 << 20
 
@@ -49,8 +49,8 @@ PIECE_FIRST = 64 << 10
 #: Seconds without a byte, besides what the bytes need, after which a peer's chunks are asked for elsewhere as well.
 STALL_FLOOR = 1.0
 
-#: Seconds without a byte, besides what the bytes need, after which a request is given up, on either side. A peer that is
-#: gone is known to be after about 10 s (transport's keepalive); a line that is slower than it was needs patience.
+#: Seconds without a byte, besides what the bytes need, after which a request is given up, on either side. A peer that
+#: is gone is known to be after about 10 s (transport's keepalive); a line that is slower than it was needs patience.
 GIVE_UP = 10.0
 
 #: Bytes that a holder sends with one deadline.
@@ -89,7 +89,7 @@ FLUSH_EVERY = 1.0
 READS_PER_PEER = 4
 READS = 64
 
-#: Requests that a peer without any gets through even when there are :data:`READS`, so that slow readers lock nobody out.
+#: Requests that a peer without any gets through even when there are :data:`READS`: slow readers lock nobody out.
 FAIR_READS = 1
 MAX_FAIR_READS = 64
 

@@ -41,7 +41,8 @@ Tell: TypeAlias = Callable[[str, PeerId, str], None]
 class Fetched:
     """A download that is complete. ``received``: right bytes by peer. ``liars`` and ``lost``: who, and why.
 
-    ``spare``: bytes that came twice, as the end was asked of several peers. ``had``: chunks that were here before.
+    ``spare``: bytes that came in vain: twice, as the end was asked of several peers, or wrong. ``had``: chunks that
+    were here before.
     """
 
     tree: Tree
@@ -86,7 +87,7 @@ class Download:
         self._failures: dict[PeerId, str] = {}
         self._liars: dict[PeerId, str] = {}
         self._received: dict[PeerId, int] = {}
-        self._spare = 0
+        self._bytes = 0
         self._hope = 0.0
         self._sink: Sink | None = None
         self._sched: Scheduler | None = None
@@ -129,7 +130,7 @@ class Download:
             tuple(sorted(self._received.items())),
             tuple(sorted(self._liars.items())),
             tuple(sorted(self._failures.items())),
-            self._spare,
+            self._bytes - sum(self._received.values()),
         )
 
     @property
@@ -394,6 +395,7 @@ class Download:
             if scope.cancelled_caught:
                 raise WaitExpired(f"more of blob {self.blob.hex()[:8]}", seconds, peer=ask.peer.short)
             at += len(piece)
+            self._bytes += len(piece)
             sched.progressed(ask.number, len(piece), self._host.now())
             if at < len(view):
                 self._poke()
@@ -411,7 +413,6 @@ class Download:
                 self._scopes[held].cancel()
                 await self._wake.wait()
         if not sched.wants(chunk):
-            self._spare += len(view)
             sched.skipped(number)
             return
         if owner != number:
@@ -420,7 +421,5 @@ class Download:
             raise RemoteProtocolError(f"chunk {chunk} is not what its hash says", peer=ask.peer.short)
         if sched.wants(chunk):
             self._received[ask.peer] = self._received.get(ask.peer, 0) + len(view)
-        else:
-            self._spare += len(view)
         self._cancel(sched.arrived(number, chunk, self._host.now()))
         self._poke()

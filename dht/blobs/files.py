@@ -22,7 +22,7 @@ MAX_HEADER = 4 << 20
 
 
 def header(outline: Outline, notes: Mapping[str, str]) -> bytes:
-    """The beginning of the safetensors file of a blob: each part is a flat tensor. What follows are the parts' bytes."""
+    """The beginning of the safetensors file of a blob: each part is a flat tensor. Behind it stand the parts' bytes."""
     entries: dict[str, object] = {"__metadata__": dict(notes)}
     at = 0
     for part in outline.parts:

@@ -141,7 +141,7 @@ class Blobs:
 
     @contextmanager
     def _slot(self, peer: PeerId, blob: bytes) -> Iterator[None]:
-        """One of the requests for chunks that are answered at once. Raises :class:`RemoteRefused` when there is none."""
+        """One of the requests for chunks that are answered at once. Raises :class:`RemoteRefused` without one."""
         total, own = sum(self._reads.values()), self._reads.get(peer, 0)
         fair = own < defaults.FAIR_READS and total < defaults.READS + defaults.MAX_FAIR_READS
         if own >= defaults.READS_PER_PEER or (total >= defaults.READS and not fair):
@@ -220,7 +220,7 @@ class Blobs:
         tell: Tell = lambda what, peer, detail: None,
         patience: float = defaults.PATIENCE,
     ) -> Fetched:
-        """Fetch ``blob`` into the store, going on where an earlier try ended. Raises also what :meth:`.Store.begin` does.
+        """Fetch ``blob`` into the store, going on where an earlier try ended. Raises also as :meth:`.Store.begin`.
 
         Cancelled, what has come stays in the store, partial.
         """

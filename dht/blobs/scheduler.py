@@ -1,12 +1,12 @@
 """Which chunks of a blob to ask of which holder: a pure state machine, told the time.
 
-Theory of operation. Every chunk that is wanted is *open* (nobody is asked for it), *flying* (one or more holders are), or
-done. A holder with room is given open chunks, those first that the fewest holders have (*rarest first*): whoever leaves
-next then takes with it as little as possible that nobody else has. Its room follows its measured rate: enough for
-:data:`defaults.AHEAD` seconds and two round trips, so that a fast holder never waits for us and a slow one never sits on
-much. When nothing is open for a holder with room, it is given what others would deliver later than it (*endgame*), and
-whatever arrives first ends the other requests. A holder that delivers nothing for longer than it should is *stalled*: its
-chunks are open again, and what it still delivers is welcome. A holder that sends a wrong chunk is out for good.
+Theory of operation. Every chunk that is wanted is *open* (nobody is asked for it), *flying* (one or more holders are),
+or done. A holder with room is given open chunks, those first that the fewest holders have (*rarest first*): whoever
+leaves next then takes with it as little as possible that nobody else has. Its room follows its measured rate: enough
+for :data:`defaults.AHEAD` seconds and two round trips, so that a fast holder never waits for us and a slow one never sits
+on much. When nothing is open for a holder with room, it is given what others would deliver later than it (*endgame*),
+and whatever arrives first ends the other requests. A holder that delivers nothing for longer than it should is
+*stalled*: its chunks are open again, and what it still delivers is welcome. A holder that sends a wrong chunk is out.
 """
 
 from __future__ import annotations
@@ -361,7 +361,7 @@ class Scheduler:
         return self.failed(number, "it does not have what it said it had", now)
 
     def failed(self, number: int, why: str, now: float, *, pause: float = 0.0, lasting: bool = False) -> list[Cancel]:
-        """Request ``number`` ended early. The peer is given up after several in a row, or at once when it is ``lasting``."""
+        """Request ``number`` ended early. The peer is given up after several in a row; if ``lasting``, at once."""
         holder = self._asks.get(number)
         if holder is None:
             return []

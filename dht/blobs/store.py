@@ -1,9 +1,9 @@
 """Blobs that this machine keeps: an index in SQLite (WAL) and a file per blob; crash-safe, bounded, with eviction.
 
 What counts as *had* is what the index says, and the index says it only after the bytes have reached the disk
-(:meth:`Store.flush`). So a process that is killed at any moment loses no chunk that was acknowledged, and never believes
-one that was not written. What an unreliable disk does to chunks later is found when they are read: each is checked against
-its leaf, and one that fails is dropped from the index, to be fetched again.
+(:meth:`Store.flush`). So a process that is killed at any moment loses no chunk that was acknowledged, and never
+believes one that was not written. What an unreliable disk does to chunks later is found when they are read: each is
+checked against its leaf, and one that fails is dropped from the index, to be fetched again.
 
 Without a folder everything is in memory, with the same code.
 """
@@ -254,8 +254,8 @@ class Store:
     def begin(self, tree: Tree, *, tag: str = "", note: bytes = b"", pinned: bool = False) -> None:
         """Make room for a blob, of which nothing is had yet; one that is there already stays as it is.
 
-        Evicts the least recently used blobs that are neither pinned nor held if need be. Raises :class:`Overloaded` when
-        that is not enough for the quota or the disk; nothing is evicted then.
+        Evicts the least recently used blobs that are neither pinned nor held if need be. Raises :class:`Overloaded`
+        when that is not enough for the quota or the disk; nothing is evicted then.
         """
         if len(note) > defaults.MAX_NOTE:
             raise ProtocolMisuse(f"a note of {len(note)} bytes")
@@ -364,7 +364,8 @@ class Store:
     def _acknowledge(self, blob: bytes, kept: _Blob, fresh: Bits) -> None:
         if self._blobs.get(blob) is not kept:
             return
-        before, pages = kept.bits.copy(), {}
+        before = kept.bits.copy()
+        pages: dict[int, None] = {}
         for index in fresh:
             kept.bits.add(index)
             pages[index // defaults.PAGE] = None
