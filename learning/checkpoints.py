@@ -38,8 +38,8 @@ MADE, FETCHED = "checkpoint", "fetched"
 @attrs.frozen
 class Keeping:
     """Which states stay. ``every``: rounds between two, 0 for none; ``apart``: seconds that this shall take at least,
-    else twice as many rounds, and so on; ``keep``: how many that nobody pinned; ``quota``: bytes that all blobs of the run
-    may take."""
+    else twice as many rounds, and so on; ``keep``: how many that nobody pinned; ``quota``: bytes that all blobs of the
+    run may take."""
 
     every: int = defaults.CHECKPOINT_ROUNDS
     apart: float = defaults.CHECKPOINT_APART

@@ -3,8 +3,8 @@
 Theory of operation. Every chunk that is wanted is *open* (nobody is asked for it), *flying* (one or more holders are),
 or done. A holder with room is given open chunks, those first that the fewest holders have (*rarest first*): whoever
 leaves next then takes with it as little as possible that nobody else has. Its room follows its measured rate: enough
-for :data:`defaults.AHEAD` seconds and two round trips, so that a fast holder never waits for us and a slow one never sits
-on much. When nothing is open for a holder with room, it is given what others would deliver later than it (*endgame*),
+for :data:`defaults.AHEAD` seconds and two round trips: a fast holder never waits for us, and a slow one never sits on
+much. When nothing is open for a holder with room, it is given what others would deliver later than it (*endgame*),
 and whatever arrives first ends the other requests. A holder that delivers nothing for longer than it should is
 *stalled*: its chunks are open again, and what it still delivers is welcome. A holder that sends a wrong chunk is out.
 """

@@ -117,7 +117,7 @@ class Store:
             return self._connect(str(path))
         except (sqlite3.OperationalError, PermissionError) as error:
             raise ConfigError(f"cannot use {path}: {error}") from None
-        except (sqlite3.DatabaseError, DecodeError, ValueError, ProtocolMisuse) as error:
+        except (sqlite3.DatabaseError, DecodeError, ValueError, TypeError, ProtocolMisuse) as error:
             log.warning("%s is damaged (%s): it is made anew from the blobs beside it", path, error)
         aside = path.with_suffix(".damaged")
         for suffix in ("", "-wal", "-shm"):
@@ -134,6 +134,8 @@ class Store:
             outline = unpack(Outline, outline_data)
             rows = db.execute("SELECT leaves, bits FROM pages WHERE id = ? ORDER BY page", (blob,)).fetchall()
             fault = outline_fault(outline)
+            if not (isinstance(start, int) and isinstance(used, int) and isinstance(tag, str) and type(note) is bytes):
+                raise ValueError(f"an entry of other types than were written for blob {bytes(blob).hex()[:16]}")
             if fault is None and (outline.root != blob or len(rows) != page_count(outline)):
                 fault = "the outline of another blob"
             for number, (leaves, _) in enumerate(rows):

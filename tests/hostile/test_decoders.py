@@ -22,9 +22,12 @@ QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(Heal
 
 #: Modules that take bytes apart themselves → the decoder, or the file of tests, that feeds them hostile ones.
 FED_BY = {
+    "dht.blobs.files": "blob file",
     "dht.kademlia.keys": "no bytes from outside: its own digests",
+    "learning.checkpoints": "no bytes from outside: a chunk that was checked against its hash",
     "learning.shard": "no bytes from outside: seeds",
     "learning.store": "file trust",
+    "learning.sync": "no bytes from outside: a chunk that was checked against its hash",
     "node.control": "control",
     "node.ticket": "ticket",
     "transport.interfaces": "no bytes from outside: the kernel's",
