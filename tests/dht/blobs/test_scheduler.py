@@ -34,7 +34,7 @@ def bits(size: int, chunks: Iterable[int]) -> Bits:
 
 @attrs.define(eq=False)
 class Peer:
-    """A holder that sends ``rate`` bytes a second, after ``rtt`` seconds, until it ``dies``; a liar sends wrong ones."""
+    """A holder that sends ``rate`` bytes a second, after ``rtt`` seconds, until it ``dies``. A liar: wrong ones."""
 
     rate: float
     chunks: frozenset[int] | None = None
