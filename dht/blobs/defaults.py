@@ -60,7 +60,7 @@ SEND_PIECE = 256 << 10
 MAX_STRIKES = 3
 FIRST_PAUSE = 0.25
 
-#: Seconds between two looks at what a partial holder has got in the meantime.
+#: Seconds between two looks at what a partial holder, or one that had nothing, has got in the meantime.
 REFRESH = 3.0
 
 #: Seconds between two searches for further holders, while there are some and while there are none.

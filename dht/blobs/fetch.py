@@ -149,17 +149,20 @@ class Download:
             self._nursery.start_soon(self._meet, peer)
 
     async def _search(self) -> None:
-        """Look for more holders, and try those again that were lost, now and then."""
+        """Look for more holders, and try those again that were lost or had nothing yet, now and then."""
+        due = -math.inf
         while True:
-            found = dict.fromkeys(self._given)
-            if self._find is not None:
+            now = self._host.now()
+            for peer in self._given:
+                self.add(peer)
+            if self._find is not None and (now >= due or not self._meeting):
+                due = now + defaults.SEARCH_EVERY
                 try:
-                    found.update(dict.fromkeys(await self._find()))
+                    for peer in await self._find():
+                        self.add(peer)
                 except RemoteError as error:
                     self._failures.setdefault(self._endpoint.peer_id, f"no search: {error.message}")
-            for peer in found:
-                self.add(peer)
-            await trio.sleep(defaults.SEARCH_EVERY if self._meeting else defaults.SEARCH_AGAIN)
+            await trio.sleep(defaults.REFRESH if self._meeting else defaults.SEARCH_AGAIN)
 
     def _poke(self, *, members: bool = False) -> None:
         """Something happened; ``members``: to holders or pages, not only to chunks."""
@@ -288,12 +291,10 @@ class Download:
     async def _transfer(self, sink: Sink) -> None:
         self._sink = sink
         wanted = list(sink.have.missing())
-        # Each download begins somewhere else, so that several at once have something for each other.
-        turn = self._host.random.randrange(len(wanted)) if wanted else 0
+        # Each download has an order of its own, so that several at once soon have something for each other.
+        self._host.random.shuffle(wanted)
         lag = self._endpoint.lag
-        self._sched = sched = Scheduler(
-            sink.tree.chunk_size, wanted[turn:] + wanted[:turn], lambda: lag.value(self._host.now())
-        )
+        self._sched = sched = Scheduler(sink.tree.chunk_size, wanted, lambda: lag.value(self._host.now()))
         for peer in list(self._infos):
             self._admit(peer)
         self._poke(members=True)
