@@ -74,6 +74,12 @@ Beside it: aiortc without what webrtc_sctp.py changes, libdatachannel through it
 """
 
 
+BLOBS = """\
+A blob from holder processes on this machine into one buffer of another process, and into its store on disk, each chunk
+checked against the hash tree. Beside it: the same bytes as the answer of one call, unchecked.
+"""
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """Positive whole numbers, separated by commas."""
     values = tuple(int(part) for part in text.split(","))
@@ -119,6 +125,11 @@ def arguments() -> argparse.ArgumentParser:
     six.add_argument(
         "--peer-python", default=sys.executable, metavar="PATH", help="the interpreter that has pylibdatachannel"
     )
+    seven = commands.add_parser(
+        "blobs", help="a blob from one and several holders", description=BLOBS, formatter_class=shape
+    )
+    seven.add_argument("--mb", type=int, default=256, metavar="N", help="MiB of the blob (default: 256)")
+    seven.add_argument("--holders", type=numbers, default=(1, 3), metavar="N,…", help="holders (default: 1,3)")
     for command in (two, three, four, five):
         command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
         command.add_argument(
@@ -131,7 +142,7 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument(
             "--time", type=float, default=0.5, metavar="S", help="seconds of one run, about (default: 0.5)"
         )
-    for command in (one, two, three, four, five, six):
+    for command in (one, two, three, four, five, six, seven):
         runs = 3 if command in (five, six) else 9
         command.add_argument(
             "--runs", type=int, default=runs, metavar="N", help=f"counted runs per case (default: {runs})"
@@ -157,7 +168,7 @@ def main() -> int:
         arguments().error("--runs must be at least 1")
     # Imported late, so that --help answers at once.
     import trio
-    from benchmarks import allreduce, handshake, idle, link, rpc, webrtc
+    from benchmarks import allreduce, blobs, handshake, idle, link, rpc, webrtc
     from benchmarks.processes import ChildFailed
 
     run = {
@@ -167,6 +178,7 @@ def main() -> int:
         "handshake": handshake.run,
         "idle": idle.run,
         "webrtc": webrtc.run,
+        "blobs": blobs.run,
     }[options.command]
     code = 0
     try:
