@@ -7,22 +7,21 @@ nobody pinned, the last few stay.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import attrs
 import torch
+import trio
 from torch import Tensor
 
-from ..dht.blobs.store import Entry, Store
 from ..dht.blobs.tree import build_tree
-from ..transport.errors import ConfigError, DecodeError, Overloaded
+from ..transport.errors import ConfigError, Overloaded
 from ..transport.host import Host
 from ..transport.identity import PeerId
-from ..transport.wire import pack, unpack
+from ..transport.wire import pack
 from . import defaults
-from .events import Checkpoint
+from .checkpoint_index import MADE, CheckpointIndex, CheckpointNote
 from .files import load_tensors, save_state
 from .snapshots import Snapshot
 from .spec import ParameterSpec, RunSpec
@@ -30,9 +29,6 @@ from .state import Layout, bytes_view, flatten, unflatten
 from .store import RunStore
 from .sync import state_digest, state_fault, state_parts
 from .task import compare_signatures
-
-#: What the store's entries of checkpoints are tagged with: made here, or fetched from others.
-MADE, FETCHED = "checkpoint", "fetched"
 
 
 @attrs.frozen
@@ -45,15 +41,6 @@ class Keeping:
     apart: float = defaults.CHECKPOINT_APART
     keep: int = defaults.CHECKPOINTS
     quota: int = defaults.BLOB_QUOTA
-
-
-@attrs.frozen
-class CheckpointNote:
-    """What stands beside a checkpoint. ``when``: Unix seconds."""
-
-    run: bytes
-    round: int
-    when: float
 
 
 def checkpoint_due(keeping: Keeping, round: int, last: int, since: float, now: float) -> tuple[bool, str]:
@@ -74,11 +61,8 @@ def checkpoint_due(keeping: Keeping, round: int, last: int, since: float, now: f
     return False, f"the next one is after round {round + spacing - round % spacing}"
 
 
-class Checkpoints:
-    """The checkpoints in a store. Everything blocks."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
+class Checkpoints(CheckpointIndex):
+    """The checkpoints in a store, with their content. Everything blocks."""
 
     def save(self, snapshot: Snapshot, note: CheckpointNote, keep: int) -> None:
         """Keep a state; then let go of all but the last ``keep`` that nobody pinned.
@@ -87,56 +71,10 @@ class Checkpoints:
         """
         parts = state_parts(snapshot.round, snapshot.vectors)
         self.store.put(build_tree(parts), [data for _, _, data in parts], tag=MADE, note=pack(note))
-        made = [(found.round, found.when, entry) for found, entry in self._all() if entry.tag == MADE]
+        made = [(found.round, found.when, entry) for found, entry in self.entries() if entry.tag == MADE]
         unpinned = [entry for _, _, entry in sorted(made, key=lambda item: item[:2]) if not entry.pinned]
         for entry in unpinned[: max(0, len(unpinned) - keep)]:
             self.store.remove(entry.id)
-
-    def known(self) -> tuple[Checkpoint, ...]:
-        """All of them, by round."""
-        return tuple(sorted((found for found, _ in self._all()), key=lambda found: (found.round, found.digest)))
-
-    def _all(self) -> list[tuple[Checkpoint, Entry]]:
-        found = []
-        for entry in self.store.entries():
-            if entry.tag not in (MADE, FETCHED):
-                continue
-            round, when = -1, 0.0
-            try:
-                note = unpack(CheckpointNote, entry.note)
-                round, when = note.round, note.when
-            except DecodeError:
-                # Fetched by its digest: the round stands in the blob itself.
-                data = self.store.read(entry.id, 0)
-                if data is not None and len(data) == 8:
-                    round = int.from_bytes(data, "big")
-            shown = Checkpoint(
-                entry.id.hex(), round, entry.size, when, entry.pinned, entry.complete, self.store.path(entry.id)
-            )
-            found.append((shown, entry))
-        return found
-
-    def find(self, ref: str) -> Checkpoint:
-        """The checkpoint of round ``ref``, or whose digest begins so. Raises :class:`ConfigError`."""
-        known = self.known()
-        matches = [found for found in known if ref.isdigit() and found.round == int(ref)]
-        if not matches and is_digest(ref):
-            matches = [found for found in known if found.digest.startswith(ref.lower())]
-        if len(matches) == 1:
-            return matches[0]
-        if matches:
-            names = ", ".join(f"{found.digest[:16]} (round {found.round})" for found in matches)
-            raise ConfigError(f"{ref} names {len(matches)} checkpoints: {names}; give more of the digest")
-        if not ref.isdigit() and not is_digest(ref):
-            raise ConfigError(f"{ref!r} is no checkpoint: expected a round, or 6 or more hex digits of a digest")
-        rounds = ", ".join(str(found.round) for found in known) or "none"
-        raise ConfigError(f"there is no checkpoint {ref} here (rounds kept: {rounds}); see `shoal checkpoint list`")
-
-    def pin(self, ref: str, pinned: bool) -> Checkpoint:
-        """See :meth:`find`. A pinned one stays for ever."""
-        found = self.find(ref)
-        self.store.pin(bytes.fromhex(found.digest), pinned)
-        return attrs.evolve(found, pinned=pinned)
 
     def load(self, blob: bytes, spec: RunSpec) -> tuple[int, dict[str, Tensor]]:
         """The round and the vectors of a checkpoint, each chunk checked.
@@ -160,11 +98,6 @@ class Checkpoints:
         return int.from_bytes(round, "big"), vectors
 
 
-def is_digest(ref: str) -> bool:
-    """Whether ``ref`` may be the beginning of a digest."""
-    return re.fullmatch(r"[0-9a-fA-F]{6,64}", ref) is not None
-
-
 class Keeper:
     """Keeps the states of a run that goes on. ``emit``: tells people, ``(phase, what, peer, detail)``."""
 
@@ -178,18 +111,21 @@ class Keeper:
     ) -> None:
         self._host, self._store, self._run, self.keeping, self._emit = host, store, run, keeping, emit
         self._last, self._since = -1, 0.0
-        self._busy = False
+        self._pending, self._done = 0, trio.Event()
 
-    async def settled(self, snapshot: Snapshot) -> None:
-        """Keep ``snapshot`` on disk if it is time; one at a time. A disk without room is told of, and costs nothing."""
+    def settled(self, snapshot: Snapshot, nursery: trio.Nursery, *, final: bool) -> None:
+        """Keep ``snapshot`` on disk if it is time, in a task of ``nursery``. While the one before is still being
+        written only the ``final`` one counts. A disk without room is told of, and costs nothing."""
         now = self._host.now()
         if self._last < 0:
             # Where we came in; time runs from here.
             self._last, self._since = snapshot.round, now
         due, _ = checkpoint_due(self.keeping, snapshot.round, self._last, self._since, now)
-        if not due or self._busy:
-            return
-        self._last, self._since, self._busy = snapshot.round, now, True
+        if due and (final or not self._pending):
+            self._last, self._since, self._pending = snapshot.round, now, self._pending + 1
+            nursery.start_soon(self._save, snapshot)
+
+    async def _save(self, snapshot: Snapshot) -> None:
         try:
             await snapshot.ready.wait()
             note = CheckpointNote(self._run, snapshot.round, self._host.wall())
@@ -198,7 +134,14 @@ class Keeper:
         except (Overloaded, ConfigError) as error:
             self._emit("run", "no-checkpoint", None, f"the state after round {snapshot.round} is not kept: {error}")
         finally:
-            self._busy = False
+            self._pending -= 1
+            self._done.set()
+
+    async def idle(self) -> None:
+        """Return when everything that is to be kept is on disk."""
+        while self._pending:
+            self._done = trio.Event()
+            await self._done.wait()
 
 
 # --- model files ------------------------------------------------------------------------------------------------------

@@ -135,6 +135,7 @@ class Run:
                 await self._live()
                 self.phase, self.reason = "finished", f"all {self.spec.rounds} rounds are done"
                 self.emit("run", "finished")
+                await self._keeper.idle()
                 self.finished.set()
                 await self.save()
                 await trio.sleep_forever()
@@ -194,7 +195,7 @@ class Run:
         snapshot = Snapshot(self.round, vectors, self.membership.head)
         self._snapshots.keep(snapshot)
         self.nursery.start_soon(self._snapshots.settle, snapshot)
-        self.nursery.start_soon(self._keeper.settled, snapshot)
+        self._keeper.settled(snapshot, self.nursery, final=self.over())
         due = self._evaluate_every and (self.round % self._evaluate_every == 0 or self.over())
         if due and (self._pending_report is not None or self._metric is None):
             values = await self.trainer.evaluate()

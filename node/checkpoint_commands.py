@@ -9,20 +9,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import attrs
 
+from ..dht.blobs.store import Store
+from ..learning.checkpoint_index import CheckpointIndex
 from ..learning.events import Checkpoint
 from ..transport.errors import ConfigError
 from . import defaults
 from .commands import size, table
 from .control import ControlClient
 from .datadir import DataDir
-
-if TYPE_CHECKING:
-    from ..learning.checkpoints import Checkpoints
-    from ..learning.store import RunStore
 
 DESCRIPTION = """\
 A node keeps the state after every 10th round (every 20th, 40th … where that takes less than 30 s; and after 5 minutes
@@ -80,17 +77,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 @contextmanager
-def _stopped(data: DataDir) -> Iterator[tuple[RunStore, Checkpoints]]:
+def _stopped(data: DataDir) -> Iterator[CheckpointIndex]:
     """The checkpoints of a node that does not run. Raises :class:`ConfigError` when there is no run."""
-    from ..learning.checkpoints import Checkpoints
-    from ..learning.store import RunStore
-
     if not data.run_path.is_dir():
         raise ConfigError(f"the data directory {data.path} holds no run; name another one with --data-dir")
     with data.locked():
-        store = RunStore(data.run_path)
+        store = Store(data.run_path / "blobs")
         try:
-            yield store, Checkpoints(store.blobs)
+            yield CheckpointIndex(store)
         finally:
             store.close()
 
@@ -100,7 +94,7 @@ def list_command(options: argparse.Namespace) -> int:
     if data.holder() is not None:
         found = ControlClient(data).checkpoints()
     else:
-        with _stopped(data) as (_, checkpoints):
+        with _stopped(data) as checkpoints:
             found = checkpoints.known()
     if options.json:
         _say(json.dumps({"checkpoints": [attrs.asdict(each) for each in found]}, indent=2))
@@ -136,15 +130,15 @@ def restore(options: argparse.Namespace) -> int:
 
 
 def _restore_stopped(data: DataDir, ref: str, target: Path) -> str:
-    from ..learning.checkpoints import write_model
+    from ..learning.checkpoints import Checkpoints, write_model
+    from ..learning.store import RunStore
 
-    with _stopped(data) as (store, checkpoints):
-        signed = store.load_spec()
+    with _stopped(data) as index:
+        signed = RunStore(data.run_path).load_spec()
         if signed is None:
             raise ConfigError(f"the data directory {data.path} holds no run; name another one with --data-dir")
-        found, spec = checkpoints.find(ref), signed.open()
-        blob = bytes.fromhex(found.digest)
-        round, vectors = checkpoints.load(blob, spec)
+        blob, spec = bytes.fromhex(index.find(ref).digest), signed.open()
+        round, vectors = Checkpoints(index.store).load(blob, spec)
         return write_model(target, spec, signed.run_id, round, vectors, blob)
 
 
@@ -161,7 +155,7 @@ def _pin(options: argparse.Namespace, pinned: bool) -> int:
     if data.holder() is not None:
         detail = ControlClient(data).pin_checkpoint(options.ref, pinned).detail
     else:
-        with _stopped(data) as (_, checkpoints):
+        with _stopped(data) as checkpoints:
             detail = pinned_words(checkpoints.pin(options.ref, pinned))
     _say(detail)
     return 0

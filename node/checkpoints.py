@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..learning.checkpoints import FETCHED, Checkpoints, is_digest, write_model
+from ..learning.checkpoint_index import FETCHED, is_digest
+from ..learning.checkpoints import Checkpoints, write_model
 from ..learning.events import Checkpoint
 from ..learning.run import Run
 from ..learning.sync import state_fault

@@ -48,7 +48,10 @@ def read_header(path: Path) -> tuple[list[tuple[str, str, int]], dict[str, str],
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_HEADER:
                 raise ValueError("a header of unlikely length")
-            entries = json.loads(file.read(length))
+            text = file.read(length)
+        if len(text) != length:
+            raise ValueError("a header that ends early")
+        entries = json.loads(text)
         notes = {str(name): str(text) for name, text in entries.pop("__metadata__", {}).items()}
         parts, at = [], 0
         for label, entry in entries.items():

@@ -24,6 +24,7 @@ QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(Heal
 FED_BY = {
     "dht.blobs.files": "blob file",
     "dht.kademlia.keys": "no bytes from outside: its own digests",
+    "learning.checkpoint_index": "no bytes from outside: a chunk that was checked against its hash",
     "learning.checkpoints": "no bytes from outside: a chunk that was checked against its hash",
     "learning.shard": "no bytes from outside: seeds",
     "learning.store": "file trust",

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from shoal.dht.blobs.store import Store
 from shoal.learning import defaults
+from shoal.learning.checkpoint_index import CheckpointNote
 from shoal.learning.checkpoints import (
-    CheckpointNote,
     Checkpoints,
     Keeping,
     checkpoint_due,
