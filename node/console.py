@@ -33,7 +33,7 @@ _SHOWN: dict[str, Callable[[Event], str]] = {
     "doubted": lambda e: f"! {e.peer[:8]}: {e.detail}",
     "unreachable": lambda e: f"! {e.detail}",
     "no-checkpoint": lambda e: f"! {e.detail}",
-    "state-failed": lambda e: f"! the state could not be loaded: {e.detail}",
+    "state-failed": lambda e: f"! the state could not be loaded{f' from {e.peer[:8]}' if e.peer else ''}: {e.detail}",
     "stalled": lambda e: f"! {e.detail}",
     "lost": lambda e: f"- {e.peer[:8]} {e.detail if e.detail == GOODBYE else f'cannot be reached: {e.detail}'}",
     "found": lambda e: f"+ {e.peer[:8]} can be reached again",

@@ -14,6 +14,7 @@ from ...transport.endpoint import Endpoint
 from ...transport.errors import (
     LinkClosed,
     LocalError,
+    Overloaded,
     PeerUnreachable,
     RemoteError,
     RemoteProtocolError,
@@ -160,8 +161,8 @@ class Download:
                 try:
                     for peer in await self._find():
                         self.add(peer)
-                except RemoteError as error:
-                    self._failures.setdefault(self._endpoint.peer_id, f"no search: {error.message}")
+                except (RemoteError, Overloaded) as error:
+                    self._failures.setdefault(self._endpoint.peer_id, f"no search: {error}")
             await trio.sleep(defaults.REFRESH if self._meeting else defaults.SEARCH_AGAIN)
 
     def _poke(self, *, members: bool = False) -> None:
@@ -211,12 +212,13 @@ class Download:
                 self._poke()
                 if not await self._stay(peer, info):
                     return
-        except RemoteError as error:
+        except (RemoteError, Overloaded) as error:
             lied = isinstance(error, RemoteProtocolError)
-            if lied or self._failures.get(peer) != error.message:
-                self._failed(peer, error.message, lied=lied)
+            why = error.message if isinstance(error, RemoteError) else str(error)
+            if lied or self._failures.get(peer) != why:
+                self._failed(peer, why, lied=lied)
             if self._sched is not None:
-                self._cancel(self._sched.drop(peer, error.message, lied=lied))
+                self._cancel(self._sched.drop(peer, why, lied=lied))
         finally:
             self._meeting.pop(peer, None)
             self._infos.pop(peer, None)
