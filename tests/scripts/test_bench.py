@@ -149,3 +149,12 @@ def test_a_child_that_fails_is_named_with_its_last_words(tmp_path: Path) -> None
     assert done.returncode == 1
     assert "process shoal 0 ended during 'start'" in done.stderr
     assert "this torch is broken" in done.stderr
+
+
+@pytest.mark.process
+def test_blobs_measures_holders_beside_a_plain_stream(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = bench("blobs", "--mb", "4", "--holders", "1,2", "--runs", "1", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    cases = [row["case"]["what"] for row in rows(file, "blobs")]
+    assert cases == ["one plain stream", "blob from 1", "blob from 2", "blob from 2, to disk"]

@@ -8,7 +8,7 @@ import trio
 from shoal.dht.blobs import defaults
 from shoal.dht.blobs.messages import CHUNKS, INFO, LEAVES, AskBlob, AskChunks, AskLeaves
 from shoal.dht.blobs.store import Store
-from shoal.transport.errors import RemoteRefused
+from shoal.transport.errors import PeerUnreachable, RemoteRefused
 
 from .swarm import Node, content, offer, swarm
 
@@ -151,6 +151,8 @@ async def test_a_chunk_that_is_damaged_on_the_holder_s_disk_is_not_served_and_co
         store = nodes[1].blobs.store
         data = store._files.data[tree.id]  # type: ignore[attr-defined]
         data[-3_000_000] ^= 1
+        with pytest.raises(PeerUnreachable, match="nobody brings the last 1 chunks"):
+            await s.fetch(tree, nodes[1:2], patience=2.0)
         done, buffers = await s.fetch(tree, nodes[1:])
         assert [bytes(b) for b in buffers] == parts
         assert done.liars == ()
@@ -169,7 +171,8 @@ async def test_what_is_offered_is_known_to_be_in_use_while_it_is_sent() -> None:
         assert holder.blobs.idle(tree.id) is None
         s.nursery.start_soon(s.fetch, tree, [holder])
         await trio.sleep(2.0)
-        assert holder.blobs.idle(tree.id) == 0.0
+        idle = holder.blobs.idle(tree.id)
+        assert idle is not None and idle < 0.5
         await trio.sleep(20.0)
         idle = holder.blobs.idle(tree.id)
         assert idle is not None and 10.0 < idle < 20.0
