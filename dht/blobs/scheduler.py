@@ -346,7 +346,7 @@ class Scheduler:
         return [] if holder is None else self.drop(holder.peer, why, lied=True)
 
     def lacks(self, number: int, now: float) -> list[Cancel]:
-        """The peer of request ``number`` says that it does not have what it was asked for."""
+        """The peer of request ``number`` says that it does not have the next chunk that it was asked for."""
         holder = self._asks.get(number)
         if holder is None:
             return []
@@ -354,7 +354,7 @@ class Scheduler:
         if holder.bits is None:
             holder.bits = Bits.full(1 + max((*self._left, *flight.chunks), default=0))
             self._count(holder.bits, 1)
-        gone = [chunk for chunk in flight.chunks if chunk in holder.bits]
+        gone = [chunk for chunk in list(flight.chunks)[:1] if chunk in holder.bits]
         for chunk in gone:
             holder.bits.discard(chunk)
         self._count(gone, -1)

@@ -303,8 +303,7 @@ class Machine(RuleBasedStateMachine):
                 assert ask.peer not in self.sched.holders
             case "lacks":
                 held = self.has[ask.peer] or Bits.full(self.size)
-                for chunk in ask.chunks:
-                    held.discard(chunk) if chunk not in self.got else None
+                held.discard(next(chunk for chunk in ask.chunks if chunk not in self.got))
                 self.has[ask.peer] = held
                 self.take(self.sched.lacks(ask.number, self.now))
             case _:
