@@ -8,6 +8,7 @@ branch with fewer committed samples gives way when they meet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -274,8 +275,10 @@ class Chain(Membership):
         """Those that ``head`` takes in load the state now. Who did not make it last time is not waited for again."""
         now = self.host.now()
         self._waited = {peer: at for peer, at in self._waited.items() if now - at < defaults.JOIN_GRACE_AGAIN}
-        new = [peer for peer in head.record.roster if peer not in head.voters and peer != self.me]
-        self._newcomers = dict.fromkeys(peer for peer in new if peer not in self._waited)
+        new = [peer for peer in head.record.roster if peer not in head.voters and peer not in (self.me, *self._waited)]
+        # A pause between two such waits, lest a crowd of names that never make it makes every round a long one.
+        rested = now - max(self._waited.values(), default=-math.inf) >= 2 * defaults.JOIN_GRACE
+        self._newcomers = dict.fromkeys(new if rested else ())
         self._waited.update(dict.fromkeys(self._newcomers, now))
 
     def skipped(self, samples: int) -> None:

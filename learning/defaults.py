@@ -128,7 +128,8 @@ HOLD_IDLE = 10.0
 HOLD_MAX = 3600.0
 
 #: Seconds that a round waits at most for peers that were admitted by the one before and are loading the state. Each is
-#: waited for like that once in so many seconds, lest one that never makes it slows down all rounds.
+#: waited for like that once in so many seconds, and there are two such spans between two waits, lest those that never
+#: make it slow down all rounds.
 JOIN_GRACE = 60.0
 JOIN_GRACE_AGAIN = 600.0
 
