@@ -8,6 +8,7 @@ branch with fewer committed samples gives way when they meet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -37,7 +38,7 @@ from .rounds.messages import (
 )
 from .rounds.terms import Terms, fill
 from .store import Head
-from .sync import BRANCH, AskBranch, BranchSigned, HeadInfo, agreed_digest, load_state, state_digest
+from .sync import BRANCH, AskBranch, BranchSigned, HeadInfo, agreed_digest, describe_load, load_state
 from .trust import SMALL
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class Chain(Membership):
         self._branched: trio.Event = trio.Event()
         self._stalled_since: float | None = None
         self._former: dict[PeerId, None] = {}
-        self._poor: dict[PeerId, None] = {}
+        self._newcomers: dict[PeerId, None] = {}
+        self._waited: dict[PeerId, float] = {}
         self._returned: dict[PeerId, None] = {}
         self._nudge = trio.Event()
         self.proofs = Proofs(run)
@@ -119,6 +121,7 @@ class Chain(Membership):
             await self.run.adopt(vectors, head)
             self.run.emit("run", "restored", detail=f"the state after round {self.round}")
         elif self.me == self.spec.founder:
+            await self.begin_from_origin()
             self._has_state = True
         if self.me == self.spec.founder and self.head.record.kind == "genesis" and self.spec.min_peers > 1:
             await self._enrol()
@@ -161,34 +164,23 @@ class Chain(Membership):
         return better(a.total, a.digest, b.total, b.digest) and a.digest != b.digest
 
     async def _load(self, info: HeadInfo, infos: dict[PeerId, HeadInfo]) -> bool:
-        """Load the state after ``info``'s commit from its holders and check it against the digest they agree on."""
+        """Load the state after ``info``'s commit from all its holders, bit for bit that of the digest they agree on."""
         head = info.head()
         digest, holders, why = agreed_digest(infos, head)
         if digest is None:
             self._set_reason(why)
             return False
-        start = self.host.now()
-        # Whoever failed us before is asked last: it would cost the time in which the run moves on.
-        for holder in sorted(holders, key=lambda peer: peer in self._poor):
-            try:
-                vectors = await load_state(
-                    self.endpoint, holder, self.run.run_id, head.record.round, self.run.layout.size
-                )
-            except RemoteError as error:
-                self.run.emit("run", "state-failed", holder, str(error))
-                self._poor[holder] = None
-                continue
-            if await self.host.run_blocking(state_digest, head.record.round, vectors) != digest:
-                self.run.emit("run", "liar", holder, "its state has another digest than it said")
-                self._poor[holder] = None
-                continue
-            await self.run.adopt(vectors, head)
-            took = self.host.now() - start
-            self.run.emit(
-                "run", "loaded", holder, f"round {head.record.round} in {took:.2f} s, digest {digest.hex()[:16]}; {why}"
+        round = head.record.round
+        try:
+            vectors, done = await load_state(
+                self.run.blobs, digest, round, self.run.layout.size, holders, self.tell_of_holder
             )
-            return True
-        return False
+        except RemoteError as error:
+            self.run.emit("run", "state-failed", detail=str(error))
+            return False
+        await self.run.adopt(vectors, head)
+        self.run.emit("run", "loaded", detail=f"round {round} {describe_load(done, digest)}; {why}")
+        return True
 
     def adopt(self, head: Head) -> None:
         self._has_state = True
@@ -265,6 +257,7 @@ class Chain(Membership):
     def committed(self, commit: Commit, voters: tuple[PeerId, ...]) -> None:
         self._move(Head(commit.record, commit.certificate, voters))
         self._stalled_since = None
+        self._admit(self.head)
         for peer in commit.record.roster:
             self._wishes.pop(peer, None)
             self._former.pop(peer, None)
@@ -274,6 +267,19 @@ class Chain(Membership):
         while len(self._former) > defaults.MAX_FORMER:
             del self._former[next(iter(self._former))]
         self._leaving.clear()
+
+    def loading(self) -> tuple[PeerId, ...]:
+        return tuple(peer for peer in self.placed.voters if peer in self._newcomers)
+
+    def _admit(self, head: Head) -> None:
+        """Those that ``head`` takes in load the state now. Who did not make it last time is not waited for again."""
+        now = self.host.now()
+        self._waited = {peer: at for peer, at in self._waited.items() if now - at < defaults.JOIN_GRACE_AGAIN}
+        new = [peer for peer in head.record.roster if peer not in head.voters and peer not in (self.me, *self._waited)]
+        # A pause between two such waits, lest a crowd of names that never make it makes every round a long one.
+        rested = now - max(self._waited.values(), default=-math.inf) >= 2 * defaults.JOIN_GRACE
+        self._newcomers = dict.fromkeys(new if rested else ())
+        self._waited.update(dict.fromkeys(self._newcomers, now))
 
     def skipped(self, samples: int) -> None:
         raise OutOfStep("a replicated strategy cannot skip a round")

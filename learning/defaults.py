@@ -27,9 +27,6 @@ SHOWN_DIFFERENCES = 4
 #: (mean of 8 vectors of 64 MiB: 57 ms; 96 ms unchunked).
 EXACT_CHUNK = 1 << 16
 
-#: Bytes of a chunk of the state digest: what a joiner fetches and checks at a time. The same as for blobs.
-DIGEST_CHUNK = 1 << 20
-
 #: Elements up to which a pass over them runs on the event loop: it takes 10 to 30 µs, the way to a thread and back 100,
 #: or 10 ms when the machine is busy, and a round has a dozen such passes one after the other.
 INLINE = 1 << 16
@@ -111,6 +108,47 @@ GUARD_EVERY = 0.5
 
 #: Seconds after the end of training without a commit, before we ask others whether we were left behind.
 STUCK_AFTER = 8.0
+
+# --- state ----------------------------------------------------------------------------------------------------------
+
+#: Vectors of a state that a joiner accepts, and their size in multiples of the weights'.
+MAX_VECTORS = 4090
+MAX_STATE_FACTOR = 8
+
+#: Seconds that a joiner goes on without any holder of the state it loads: the run moves on meanwhile.
+STATE_PATIENCE = 5.0
+
+#: Settled states that are kept in memory in any case: the last one, and the one that a commit has just vouched for.
+SNAPSHOTS = 2
+
+#: Older states that are kept as long as somebody loads them: how many at most, how many seconds after they were last
+#: asked for (a joiner asks several times a second), and how many in all (256 MiB at 1 Mbit/s take 36 minutes).
+HELD_SNAPSHOTS = 2
+HOLD_IDLE = 10.0
+HOLD_MAX = 3600.0
+
+#: Seconds that a round waits at most for peers that were admitted by the one before and are loading the state. Each is
+#: waited for like that once in so many seconds, and there are two such spans between two waits, lest those that never
+#: make it slow down all rounds.
+JOIN_GRACE = 60.0
+JOIN_GRACE_AGAIN = 600.0
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+#: Rounds between two checkpoints, and seconds after which one is kept in any case: rounds of large models take minutes.
+CHECKPOINT_ROUNDS = 10
+CHECKPOINT_SECONDS = 300.0
+
+#: Seconds that lie at least between two, where the user did not choose: toys do 60 rounds a second, and a history of
+#: one second helps nobody. The rounds between two are doubled for it so often at most.
+CHECKPOINT_APART = 30.0
+MOST_ROUNDS_APART = 1 << 20
+
+#: Checkpoints that stay although nobody pinned them.
+CHECKPOINTS = 3
+
+#: Bytes that the blobs of a run may take on disk.
+BLOB_QUOTA = 50_000_000_000
 
 # --- gossip -----------------------------------------------------------------------------------------------------------
 

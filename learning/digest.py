@@ -1,14 +1,9 @@
-"""Two summaries of a state: the collision-resistant digest, and the fast keyed fingerprint a round commits on.
+"""The fast keyed fingerprint that a round commits on. (The digest of a state is a blob's id: ``dht/blobs/tree.py``.)
 
-*Digest.* A tree of BLAKE3 hashes over labelled parts (layout, weights, outer state …): each part is cut in chunks of
-1 MiB, each chunk is a leaf, and the root covers labels, sizes, the chunk size and all leaves. Whoever knows the root
-can check the list of leaves, and with it each chunk as it arrives from any holder. Leaf, root and fingerprint are
-hashed under keys of their own (BLAKE3's ``derive_key`` mode), so none can be passed off as another.
-
-*Fingerprint.* A message authentication code under a key that is agreed only after every member holds its result, so
-that nobody can prepare two vectors that agree; then even a MAC that is not collision resistant is sound. AEGIS-128L
-over 4 MiB pieces where the CPU has AES (64 MiB in 3 ms; keyed BLAKE3 takes 18, BLAKE2b 96), keyed BLAKE3 otherwise.
-Members must compute the same one: the leader picks an algorithm that all of them offer (:func:`choose_fingerprint`).
+A message authentication code under a key that is agreed only after every member holds its result, so that nobody can
+prepare two vectors that agree; then even a MAC that is not collision resistant is sound. AEGIS-128L over 4 MiB pieces
+where the CPU has AES (64 MiB in 3 ms; keyed BLAKE3 takes 18, BLAKE2b 96), keyed BLAKE3 otherwise. Members must compute
+the same one: the leader picks an algorithm that all of them offer (:func:`choose_fingerprint`).
 """
 
 from __future__ import annotations
@@ -19,7 +14,6 @@ import time
 from collections.abc import Sequence
 from typing import TypeAlias
 
-import attrs
 import nacl.bindings  # noqa: F401  runs sodium_init, which picks the AES implementations of nacl._sodium below
 from blake3 import blake3
 from nacl._sodium import ffi, lib
@@ -29,84 +23,13 @@ from . import defaults
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
-DIGEST_BYTES = 32
 FINGERPRINT_BYTES = 32
 FINGERPRINT_KEY_BYTES = 32
 
 AEGIS = "aegis128l"
 BLAKE3 = "blake3"
 
-_LEAF = "shoal 2026 state leaf v1"
-_ROOT = "shoal 2026 state root v1"
 _FINGERPRINT = "shoal 2026 fingerprint v1"
-
-
-# --- digest -----------------------------------------------------------------------------------------------------------
-
-
-@attrs.frozen
-class TreePart:
-    """One labelled buffer of a tree: ``size`` in bytes, ``leaves`` the 32-byte hashes of its chunks, joined."""
-
-    label: str
-    size: int
-    leaves: bytes
-
-
-@attrs.frozen
-class Tree:
-    """The leaves of a state and what they say about its chunks. Travels as a message: check :meth:`sound` first."""
-
-    chunk: int
-    parts: tuple[TreePart, ...]
-
-    @property
-    def root(self) -> bytes:
-        """The digest: 32 bytes over labels, sizes, chunk size and leaves."""
-        hasher = blake3(derive_key_context=_ROOT)
-        hasher.update(struct.pack("<QQ", self.chunk, len(self.parts)))
-        for part in self.parts:
-            label = part.label.encode()
-            hasher.update(struct.pack("<QQQ", len(label), part.size, len(part.leaves)))
-            hasher.update(label)
-            hasher.update(part.leaves)
-        return hasher.digest()
-
-    def sound(self) -> bool:
-        """True when chunk size is positive and every part has as many leaves as its size calls for."""
-        return self.chunk > 0 and all(
-            part.size >= 0 and len(part.leaves) == DIGEST_BYTES * -(-part.size // self.chunk) for part in self.parts
-        )
-
-    def verify(self, part: int, index: int, data: Buffer) -> bool:
-        """True when ``data`` is chunk ``index`` of part number ``part``."""
-        if not 0 <= part < len(self.parts) or index < 0:
-            return False
-        leaf = self.parts[part].leaves[DIGEST_BYTES * index : DIGEST_BYTES * (index + 1)]
-        size = min(self.chunk, self.parts[part].size - index * self.chunk)
-        return len(data) == size and blake3(data, derive_key_context=_LEAF).digest() == leaf
-
-
-def hash_tree(parts: Sequence[tuple[str, Buffer]], *, chunk: int = defaults.DIGEST_CHUNK) -> Tree:
-    """The tree over ``(label, bytes)`` parts; buffers of other items than bytes must be cast first. Blocking."""
-    return Tree(chunk=chunk, parts=tuple(_hash_part(label, memoryview(data), chunk) for label, data in parts))
-
-
-def tree_digest(parts: Sequence[tuple[str, Buffer]], *, chunk: int = defaults.DIGEST_CHUNK) -> bytes:
-    """The root of :func:`hash_tree`: 32 bytes. Blocking, 64 MiB in about 18 ms."""
-    return hash_tree(parts, chunk=chunk).root
-
-
-def _hash_part(label: str, data: memoryview, chunk: int) -> TreePart:
-    if data.itemsize != 1:
-        raise ProtocolMisuse("digests are taken over bytes")
-    leaves = (
-        blake3(data[start : start + chunk], derive_key_context=_LEAF).digest() for start in range(0, len(data), chunk)
-    )
-    return TreePart(label=label, size=len(data), leaves=b"".join(leaves))
-
-
-# --- fingerprint ------------------------------------------------------------------------------------------------------
 
 
 def fingerprint(algorithm: str, key: bytes, data: Buffer) -> bytes:

@@ -52,6 +52,23 @@ class RoundReport:
 
 
 @attrs.frozen
+class Checkpoint:
+    """A state of a past round on this machine's disk. ``digest``: hex, whole. ``round``: -1 where it is not known.
+
+    ``size`` in bytes. ``when``: Unix seconds at which it was kept here, 0 when it was fetched from others.
+    ``complete``: all chunks are there. ``path``: the file.
+    """
+
+    digest: str
+    round: int
+    size: int
+    when: float
+    pinned: bool
+    complete: bool
+    path: str
+
+
+@attrs.frozen
 class RunStatus:
     """The moment, for ``shoal status``. ``reason``: why the run is in this phase (a pure decision's reason)."""
 

@@ -10,12 +10,13 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from ..dht.blobs.tree import Buffer, build_tree
 from ..transport.errors import ConfigError
-from .digest import tree_digest
 from .state import bytes_view
 
 #: Metadata key that holds the digest of the tensors, in hex.
 _DIGEST = "shoal.digest"
+_CHECKED = "shoal.checked"
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -47,6 +48,17 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises :class:`ConfigError` naming the file when it is missing, truncated, altered or of another kind.
     """
+    tensors, notes = load_tensors(path)
+    if notes.pop(_CHECKED, None) is None:
+        raise ConfigError(f"{path} was not written by Shoal: it carries no digest")
+    return tensors, notes
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read any safetensors file: CPU tensors by name, and the metadata. Blocking. Raises as :func:`load_state`.
+
+    The content is checked where the file carries a digest; :data:`_CHECKED` stands in the metadata then.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             notes = dict(file.metadata() or {})
@@ -58,17 +70,17 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (safetensors.SafetensorError, ValueError) as error:
         raise ConfigError(f"{path} is damaged or no safetensors file ({error}); restore or delete it") from error
     expected = notes.pop(_DIGEST, None)
-    if expected is None:
-        raise ConfigError(f"{path} was not written by Shoal: it carries no digest")
-    if _digest(tensors, notes) != expected:
+    if expected is not None and _digest(tensors, notes) != expected:
         raise ConfigError(f"{path} is damaged: its content does not match its digest; restore or delete it")
-    return tensors, notes
+    return tensors, notes if expected is None else {**notes, _CHECKED: ""}
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     header = repr((sorted(metadata.items()), [(n, tuple(t.shape), str(t.dtype)) for n, t in sorted(tensors.items())]))
-    parts = [("header", memoryview(header.encode())), *((n, bytes_view(t)) for n, t in sorted(tensors.items()))]
-    return tree_digest(parts).hex()
+    # Names are in the header: labels only count, as there may be longer ones than a label.
+    parts: list[tuple[str, str, Buffer]] = [("header", "U8", header.encode())]
+    parts += [(str(n), "U8", bytes_view(tensors[name])) for n, name in enumerate(sorted(tensors))]
+    return build_tree(parts).id.hex()
 
 
 def sync_folder(folder: Path) -> None:

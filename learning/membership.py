@@ -15,7 +15,7 @@ import trio
 
 from ..transport.address import SignedPeerRecord
 from ..transport.endpoint import Endpoint
-from ..transport.errors import DecodeError, RemoteError, RemoteRefused
+from ..transport.errors import ConfigError, DecodeError, RemoteError, RemoteRefused
 from ..transport.identity import PeerId
 from ..transport.rpc import Call
 from . import defaults
@@ -23,19 +23,13 @@ from .rounds.instance import Instance
 from .rounds.messages import Certificate, Commit, CommitRecord, Signed, instance_key, sign_accept
 from .rounds.methods import Ack
 from .rounds.terms import Terms
-from .state import bytes_view
 from .store import Head
 from .sync import (
-    DESCRIBE,
     HEAD,
-    STATE,
     WISH,
     AskHead,
-    AskState,
     HeadInfo,
     Seen,
-    Snapshot,
-    StateInfo,
     Wish,
     ask_heads,
 )
@@ -74,8 +68,6 @@ class Membership(ABC):
         self._bootstrapped: dict[PeerId, None] = {}
         self.endpoint.serve(HEAD, self._on_head)
         self.endpoint.serve(WISH, self._on_wish)
-        self.endpoint.serve(DESCRIBE, self._on_describe)
-        self.endpoint.serve(STATE, self._on_state)
 
     # -- what the run calls -------------------------------------------------------------------------
 
@@ -255,24 +247,28 @@ class Membership(ABC):
     def left(self, peer: PeerId) -> None:
         """A member says goodbye."""
 
-    def _snapshot(self, ask: AskState) -> Snapshot:
-        self._mine(ask.run)
-        for snapshot in self.run.snapshots:
-            if snapshot.round == ask.round:
-                return snapshot
-        raise RemoteRefused("moved-on", f"the state after round {ask.round} is not here")
+    def loading(self) -> tuple[PeerId, ...]:
+        """Voters of the placed round that are loading the state, to be waited for."""
+        return ()
 
-    async def _on_describe(self, call: Call[AskState]) -> StateInfo:
-        snapshot = self._snapshot(call.request)
-        await snapshot.ready.wait()
-        return snapshot.info()
+    async def begin_from_origin(self) -> None:
+        """The founder, without a saved state: load what the run begins with, and save it before anything is trained.
 
-    async def _on_state(self, call: Call[AskState]) -> Ack:
-        snapshot = self._snapshot(call.request)
-        for name in sorted(snapshot.vectors):
-            if snapshot.vectors[name].numel():
-                await call.write(bytes_view(snapshot.vectors[name]))
-        return Ack()
+        Raises :class:`ConfigError` when it is gone: a fresh model would be another run.
+        """
+        origin = self.run.origin
+        if origin is None and self.spec.origin:
+            raise ConfigError(
+                f"this run begins with the state {self.spec.origin.hex()[:16]}, which was not saved at its founding; "
+                "found another with `shoal start TASK --from FILE` and another --data-dir"
+            )
+        if origin is not None:
+            await self.host.run_blocking(self.run.store.save_state, origin, self.head)
+            await self.run.adopt(origin, self.head)
+
+    def tell_of_holder(self, what: str, peer: PeerId, detail: str) -> None:
+        """A holder of a state that we load was ``lost``, or is a ``liar``."""
+        self.run.emit("run", "liar" if what == "liar" else "state-failed", peer, detail)
 
 
 def founding(run: Run) -> Head:

@@ -11,6 +11,7 @@ import attrs
 import trio
 from torch import Tensor
 
+from ..dht.blobs.node import Blobs
 from ..dht.kademlia.node import Dht
 from ..transport import deadlines
 from ..transport.address import Address
@@ -19,8 +20,8 @@ from ..transport.errors import ConfigError, RemoteError
 from ..transport.identity import PeerId
 from . import defaults, exact
 from .chain import Chain
+from .checkpoints import Keeper, Keeping, write_model
 from .events import Event, RoundReport, RunStatus
-from .files import save_state
 from .gossip import Gossip
 from .membership import Membership
 from .peer import OutOfStep, Peer, Round, Tally, Trainer
@@ -33,11 +34,11 @@ from .rounds.post import Post
 from .rounds.presence import Presence
 from .rounds.setting import Setting
 from .shard import Shard
+from .snapshots import Snapshot, Snapshots
 from .spec import SignedSpec
-from .state import Layout, unflatten
+from .state import Layout
 from .store import Head, RunStore, Vote
 from .strategies import resolve as resolve_strategy
-from .sync import Snapshot, state_digest
 from .task import Task, compare_signatures, metric_name, score, signature
 from .worker import Worker
 
@@ -57,7 +58,8 @@ class Run:
 
     ``bootstrap``: addresses of peers that may know the run. ``trainer``: what trains instead of a
     :class:`Worker` on the task (a user's own loop); it brings its ``model``. ``time_budget``: seconds to train per
-    round instead of the strategy's number of steps; the mean is then weighted by samples.
+    round instead of the strategy's number of steps; the mean is then weighted by samples. ``origin``: the state that
+    the founder begins with, where the spec names one.
     Raises :class:`ConfigError` when the task's model is not the run's.
     """
 
@@ -76,11 +78,13 @@ class Run:
         faults: Faults | None = None,
         bootstrap: tuple[Address, ...] = (),
         trainer: Trainer | None = None,
+        keeping: Keeping | None = None,
+        origin: dict[str, Tensor] | None = None,
     ) -> None:
         self.endpoint, self.dht, self.host, self.me = endpoint, dht, endpoint.host, endpoint.peer_id
         self.signed, self.spec, self.run_id = spec, spec.open(), spec.run_id
         self.task, self.store, self.time_budget, self.bootstrap = task, store, time_budget, bootstrap
-        self.faults = faults or Faults()
+        self.faults, self.origin = faults or Faults(), origin
         self.strategy = resolve_strategy(self.spec.strategy, dict(self.spec.strategy_args))
         self._on_event, self._evaluate_every = on_event, evaluate_every
         self._start = self.host.now()
@@ -91,8 +95,10 @@ class Run:
             raise ConfigError(f"the model does not match the run's: {wrong}")
         self.layout = Layout.of(self.trainer.model)
         self.gossip = not self.strategy.replicated
+        self.blobs = Blobs(endpoint, dht, store.blobs)
+        self._snapshots = Snapshots(self.blobs)
+        self._keeper = Keeper(self.host, store, self.run_id, keeping or Keeping(), self.emit)
         self.restored: dict[str, Tensor] = {}
-        self.snapshots: list[Snapshot] = []
         self.reports: list[RoundReport] = []
         self.finished = trio.Event()
         self.round = 0
@@ -123,11 +129,13 @@ class Run:
                 self.presence.on_link = self.membership.found
                 await self.host.run_blocking(self.store.save_spec, self.signed)
                 self.nursery.start_soon(self._announce)
+                self.nursery.start_soon(self.blobs.run)
                 self.nursery.start_soon(self.membership.scout)
                 task_status.started()
                 await self._live()
                 self.phase, self.reason = "finished", f"all {self.spec.rounds} rounds are done"
                 self.emit("run", "finished")
+                await self._keeper.idle()
                 self.finished.set()
                 await self.save()
                 await trio.sleep_forever()
@@ -135,6 +143,7 @@ class Run:
             with trio.move_on_after(deadlines.goodbye(), shield=True):
                 await self.save()
                 self.emit("run", "left")
+            self.store.close()
 
     async def _live(self) -> None:
         while True:
@@ -181,11 +190,12 @@ class Run:
         """The state after the last round is final: keep, digest, evaluate, report and (now and then) save it."""
         weights = await self.trainer.weights()
         # Copies: outer optimisers go on in place, while this is given to joiners and saved.
-        kept = {name: vector.clone() for name, vector in self._peer.vectors().items()}
+        kept = {name: vector.clone() for name, vector in (self._peer.vectors() or self.restored).items()}
         vectors = {"weights": weights, **kept}
         snapshot = Snapshot(self.round, vectors, self.membership.head)
-        self.snapshots = [*self.snapshots[-1:], snapshot]
-        self.nursery.start_soon(self._digest, snapshot)
+        self._snapshots.keep(snapshot)
+        self.nursery.start_soon(self._snapshots.settle, snapshot)
+        self._keeper.settled(snapshot, self.nursery, final=self.over())
         due = self._evaluate_every and (self.round % self._evaluate_every == 0 or self.over())
         if due and (self._pending_report is not None or self._metric is None):
             values = await self.trainer.evaluate()
@@ -199,10 +209,6 @@ class Run:
         if self.host.now() - self._saved_at > defaults.SAVE_EVERY:
             self._saved_at = self.host.now()
             self.nursery.start_soon(self.save)
-
-    async def _digest(self, snapshot: Snapshot) -> None:
-        snapshot.digest = await self.host.run_blocking(state_digest, snapshot.round, snapshot.vectors)
-        snapshot.ready.set()
 
     async def open_round(self) -> Round:
         """Begin the next round. Raises :class:`OutOfStep` when we are not among its voters."""
@@ -236,7 +242,14 @@ class Run:
             prev=place.prev,
             voters=place.voters,
             terms=self.membership.terms(self.speed),
-            pace=pace(self.endpoint, place.voters, 4 * self.layout.size, self._worked),
+            pace=pace(
+                self.endpoint,
+                place.voters,
+                4 * self.layout.size,
+                self._worked,
+                self.membership.loading(),
+                self._snapshots.size,
+            ),
             check=self.membership.check,
             max_length=defaults.VECTORS_PER_ROUND * self.layout.size,
             save=save,
@@ -436,24 +449,26 @@ class Run:
         """Those who may still need us after the last round: who did it with us, ourselves perhaps among them."""
         return self.membership.head.voters if self.gossip else self.membership.members()
 
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """The last final states."""
+        return self._snapshots.last
+
     def digest(self) -> str:
         """Hex digest of the last final state; empty before there is one."""
         ready = [snapshot.digest for snapshot in self.snapshots if snapshot.digest]
         return ready[-1].hex() if ready else ""
 
     async def export(self, path: Path) -> str:
-        """Write the weights of the last final state to ``path`` (safetensors, the model's names, shapes and dtypes; the
-        other vectors of the state under ``shoal.``); returns the digest. Raises :class:`ConfigError` before there
-        is one."""
+        """Write the last final state to ``path``, see :func:`write_model`. Raises :class:`ConfigError` before there is
+        one."""
         if not self.snapshots:
             raise ConfigError("there is no state to export yet")
         snapshot = self.snapshots[-1]
         await snapshot.ready.wait()
-        named = unflatten(self.layout, snapshot.vectors["weights"])
-        extra = {f"shoal.{name}": vector for name, vector in snapshot.vectors.items() if name != "weights"}
-        notes = {"round": str(snapshot.round), "run": self.run_id.hex(), "digest": snapshot.digest.hex()}
-        await self.host.run_blocking(save_state, path, {**named, **extra}, notes)
-        return snapshot.digest.hex()
+        return await self.host.run_blocking(
+            write_model, path, self.spec, self.run_id, snapshot.round, snapshot.vectors, snapshot.digest
+        )
 
     def weights(self) -> Tensor:
         """A copy of the weights of the last final state."""

@@ -39,7 +39,8 @@ class RunSpec:
     ``task``: the name of a task, never code to import. ``task_hash``: BLAKE2b-256 of its source (a
     difference is a warning). ``strategy_args``: ``(name, value)`` pairs. ``group``: peers in one group
     reduce, 0 for all of them. ``min_peers``: rounds begin once the roster has this many. ``rounds``: 0
-    for endless. ``created``: Unix seconds.
+    for endless. ``created``: Unix seconds. ``origin``: digest of the state that it begins with, empty for the founder's
+    fresh model.
     """
 
     task: str
@@ -54,6 +55,7 @@ class RunSpec:
     parameters: tuple[ParameterSpec, ...]
     founder: PeerId
     created: float
+    origin: bytes = b""
 
 
 @attrs.frozen

@@ -9,6 +9,8 @@ from typing import TypeVar
 import attrs
 from torch import Tensor
 
+from ..dht.blobs import defaults as blob_defaults
+from ..dht.blobs.store import Store
 from ..transport.errors import ConfigError, DecodeError
 from ..transport.identity import PeerId
 from ..transport.wire import pack, unpack
@@ -38,16 +40,34 @@ class Head:
 
 
 class RunStore:
-    """Keeps a run in ``folder``, every file written whole or not at all; without a folder only in memory."""
+    """Keeps a run in ``folder``, every file written whole or not at all; without a folder only in memory.
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    ``quota``: bytes that its blobs may take.
+    """
+
+    def __init__(self, folder: Path | None, quota: int = blob_defaults.QUOTA) -> None:
+        self.folder, self.quota = folder, quota
         self._files: dict[str, bytes] = {}
         self._state: tuple[dict[str, Tensor], Head] | None = None
+        self._blobs: Store | None = None
+
+    @property
+    def blobs(self) -> Store:
+        """The blobs of this run: checkpoints, and what was fetched. Opened when first asked for, which blocks."""
+        if self._blobs is None:
+            self._blobs = Store(None if self.folder is None else self.folder / "blobs", self.quota)
+        return self._blobs
+
+    def close(self) -> None:
+        """Let go of the files. Blocking."""
+        if self._blobs is not None and self.folder is not None:
+            self._blobs.close()
+            self._blobs = None
 
     def copy(self) -> RunStore:
         """What is stored now; of a store in memory what is saved later does not show in the copy."""
-        made = RunStore(self.folder)
+        made = RunStore(self.folder, self.quota)
+        made._blobs = None if self._blobs is None or self.folder is not None else self._blobs.copy()
         made._files, made._state = dict(self._files), self._state
         return made
 

@@ -9,15 +9,16 @@ import torch
 import trio
 from torch import Tensor
 
-from ..transport import deadlines
+from ..dht.blobs.ends import MemorySink, Sink
+from ..dht.blobs.fetch import Fetched, Tell
+from ..dht.blobs.node import Blobs
+from ..dht.blobs.tree import Buffer, Outline, Part, Tree, build_tree
 from ..transport.address import SignedPeerRecord
 from ..transport.endpoint import Endpoint
-from ..transport.errors import DecodeError, RemoteError, RemoteProtocolError, WaitExpired
+from ..transport.errors import DecodeError, RemoteError, RemoteProtocolError
 from ..transport.identity import PeerId
-from ..transport.mux import Priority
 from ..transport.rpc import Method
-from . import exact
-from .digest import tree_digest
+from . import defaults, exact
 from .rounds.messages import Certificate, CommitRecord, instance_key, verify_certificate
 from .rounds.methods import Ack
 from .rounds.terms import accepts_needed
@@ -81,24 +82,6 @@ class View:
 
 
 @attrs.frozen
-class AskState:
-    """The state after round ``round`` of run ``run``."""
-
-    run: bytes
-    round: int
-
-
-@attrs.frozen
-class StateInfo:
-    """Names and sizes (fp32 elements) of the vectors of a state, in the order in which they travel, and its digest."""
-
-    round: int
-    names: tuple[str, ...]
-    sizes: tuple[int, ...]
-    digest: bytes
-
-
-@attrs.frozen
 class AskBranch:
     """Go on together as a branch: sign ``record``, whose roster are its voters."""
 
@@ -113,38 +96,18 @@ class BranchSigned:
 HEAD = Method("run.head", AskHead, HeadInfo)
 WISH = Method("run.wish", Wish, Ack)
 VIEW = Method("run.view", View, View)
-DESCRIBE = Method("run.describe", AskState, StateInfo)
-STATE = Method("run.state", AskState, Ack, Priority.BULK)
 BRANCH = Method("run.branch", AskBranch, BranchSigned)
 
-#: Bytes of a state that are waited for at a time: a holder that stalls is left soon, a slow one is not.
-STATE_PIECE = 256 << 10
 
-#: Vectors of a state beside the weights that a joiner accepts, and their size in multiples of the weights'.
-MAX_VECTORS = 4096
-MAX_STATE_FACTOR = 8
+def state_parts(round: int, vectors: Mapping[str, Tensor]) -> list[tuple[str, str, Buffer]]:
+    """A state as the parts of a blob: the round, then the vectors by name."""
+    parts: list[tuple[str, str, Buffer]] = [("round", "U8", round.to_bytes(8, "big"))]
+    return parts + [(name, "F32", bytes_view(vectors[name])) for name in sorted(vectors)]
 
 
 def state_digest(round: int, vectors: Mapping[str, Tensor]) -> bytes:
-    """32 bytes that name a state. Blocking."""
-    parts: list[tuple[str, memoryview | bytes]] = [("round", round.to_bytes(8, "big"))]
-    parts += [(name, bytes_view(vectors[name])) for name in sorted(vectors)]
-    return tree_digest(parts)
-
-
-@attrs.define
-class Snapshot:
-    """A final state: fp32 CPU vectors by name, never written to again. ``digest`` is set when ``ready``."""
-
-    round: int
-    vectors: dict[str, Tensor]
-    head: Head
-    digest: bytes = b""
-    ready: trio.Event = attrs.field(factory=trio.Event)
-
-    def info(self) -> StateInfo:
-        names = tuple(sorted(self.vectors))
-        return StateInfo(self.round, names, tuple(self.vectors[n].numel() for n in names), self.digest)
+    """32 bytes that name a state: the id of its blob. Blocking."""
+    return build_tree(state_parts(round, vectors)).id
 
 
 def check_head(info: HeadInfo, run: bytes, gossip: bool) -> str | None:
@@ -209,30 +172,72 @@ def agreed_digest(infos: Mapping[PeerId, HeadInfo], head: Head) -> tuple[bytes |
     return digest, tuple(holders), f"{len(holders)} of {total} holders agree"
 
 
-async def load_state(endpoint: Endpoint, holder: PeerId, run: bytes, round: int, size: int) -> dict[str, Tensor]:
-    """The state after ``round`` from ``holder``; ``size``: elements of the weights. Raises :class:`RemoteError`."""
-    info = await endpoint.call(holder, DESCRIBE, AskState(run, round))
-    sizes = dict(zip(info.names, info.sizes, strict=False))
-    if len(info.names) != len(info.sizes) or len(sizes) != len(info.names) or len(sizes) > MAX_VECTORS:
-        raise RemoteProtocolError("a state whose list of vectors makes no sense", peer=holder.short)
-    if sizes.get("weights") != size or min(sizes.values()) < 0 or sum(sizes.values()) > MAX_STATE_FACTOR * size + 4096:
-        raise RemoteProtocolError(f"a state of {sum(sizes.values())} elements for a model of {size}", peer=holder.short)
-    vectors = {name: torch.empty(count, dtype=torch.float32) for name, count in sizes.items()}
-    link = await endpoint.connect(holder)
-    whole = deadlines.call(link.rtt, link.lag, 4 * sum(sizes.values()))
-    async with endpoint.stream(holder, STATE, AskState(run, info.round), timeout=whole) as reply:
-        for name in info.names:
-            view = bytes_view(vectors[name])
-            for at in range(0, len(view), STATE_PIECE):
-                piece = view[at : at + STATE_PIECE]
-                seconds = deadlines.progress(link.rtt, link.lag, len(piece))
-                with trio.move_on_after(seconds) as scope:
-                    await reply.read_into(piece)
-                if scope.cancelled_caught:
-                    raise WaitExpired(f"more of the state after {at} bytes of {name}", seconds, peer=holder.short)
-        await reply.result()
-    for name, vector in vectors.items():
-        wrong = exact.check_finite(vector)
-        if wrong is not None:
-            raise RemoteProtocolError(f"a state with {wrong} in {name}", peer=holder.short)
-    return vectors
+def state_fault(outline: Outline, size: int) -> str | None:
+    """What is wrong with a blob as a state of a model of ``size`` elements; None when it may be one."""
+    parts = outline.parts
+    if not parts or parts[0] != Part("round", "U8", 8) or len(parts) > defaults.MAX_VECTORS:
+        return f"{len(parts)} parts that are no state"
+    sizes = {part.label: part.size for part in parts[1:]}
+    if any(part.kind != "F32" for part in parts[1:]) or sizes.get("weights") != 4 * size:
+        return f"a state for another model than one of {size} elements"
+    if sum(sizes.values()) > defaults.MAX_STATE_FACTOR * 4 * size + 16384:
+        return f"a state of {sum(sizes.values())} bytes for a model of {size} elements"
+    return None
+
+
+class StateBuffers:
+    """Where a state goes that is loaded: one fp32 vector per part, allocated once its outline is checked."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._round = size, bytearray(8)
+        self.vectors: dict[str, Tensor] = {}
+
+    def fault(self, outline: Outline) -> str | None:
+        return state_fault(outline, self._size)
+
+    async def open(self, tree: Tree) -> Sink:
+        self.vectors = {p.label: torch.empty(p.size // 4, dtype=torch.float32) for p in tree.outline.parts[1:]}
+        views = [memoryview(self._round), *map(bytes_view, self.vectors.values())]
+        return MemorySink(tree, views)
+
+    @property
+    def round(self) -> int:
+        return int.from_bytes(self._round, "big")
+
+    def check(self) -> str | None:
+        """What is wrong with the numbers; None when they are a state."""
+        for name, vector in self.vectors.items():
+            wrong = exact.check_finite(vector)
+            if wrong is not None:
+                return f"{wrong} in {name}"
+        return None
+
+
+async def load_state(
+    blobs: Blobs, digest: bytes, round: int, size: int, holders: Sequence[PeerId], tell: Tell
+) -> tuple[dict[str, Tensor], Fetched]:
+    """The state after ``round`` whose digest is ``digest``, bit for bit, from all ``holders`` at once.
+
+    ``size``: elements of the weights. ``tell``: who of them was lost or lied, and why. Raises :class:`RemoteError` when
+    nobody brings it, or when it is no state that we can go on from.
+    """
+    buffers = StateBuffers(size)
+    done = await blobs.fetch(
+        digest,
+        buffers.open,
+        peers=holders,
+        search=False,
+        accept=buffers.fault,
+        tell=tell,
+        patience=defaults.STATE_PATIENCE,
+    )
+    wrong = await blobs.host.run_blocking(buffers.check)
+    if wrong is not None or buffers.round != round:
+        raise RemoteProtocolError(f"the agreed state has {wrong or f'round {buffers.round} instead of {round}'}")
+    return buffers.vectors, done
+
+
+def describe_load(done: Fetched, digest: bytes) -> str:
+    """How a state came, for people."""
+    peers = f"{len(done.received)} peer{'' if len(done.received) == 1 else 's'}"
+    return f"in {done.seconds:.2f} s from {peers}, digest {digest.hex()[:16]}"

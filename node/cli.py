@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..transport.errors import ConfigError, ShoalError
+from . import checkpoint_commands
 
 #: Exit codes, also in `shoal --help`.
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -36,6 +37,7 @@ examples:
   shoal doctor                           why do two machines not connect?
   shoal status                           what the node of this machine is doing, and why
   shoal export model.safetensors         the weights as they are now
+  shoal checkpoint list                  the states of past rounds that are kept
 
 A node keeps its key and its place in the run in its data directory (--data-dir, $SHOAL_HOME, or
 ~/.local/share/shoal): start it again after a crash or a reboot and it goes on. Two nodes on one machine need
@@ -54,6 +56,8 @@ examples:
   shoal start stdlib --strategy noloco            another strategy: see --strategy
   shoal start my_task:MyTask --set inner_steps=50 your own task, an argument of the strategy
   shoal start digits --private                    only who has the ticket gets in: keep it secret
+  shoal start digits --from checkpoint-280.safetensors --data-dir new
+                                                  a new run that begins with these weights: see `shoal checkpoint`
   shoal start digits --via 203.0.113.5:4001       not reachable from outside? begin with a `shoal relay` that is
   shoal start                                     go on with the run in the data directory
 
@@ -163,6 +167,7 @@ def build_parser(extra: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
         _add_stop,
         _add_export,
         add_dht,
+        checkpoint_commands.add,
     ):
         add(commands)
     return parser
@@ -225,6 +230,11 @@ def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="available (default): survivors of a split go on as branches; strict: a minority waits",
     )  # fmt: skip
     run.add_argument("--rounds", type=count, metavar="N", help="end after N rounds (default: go on until stopped)")
+    run.add_argument(
+        "--from", metavar="FILE", dest="origin", type=Path,
+        help="begin with the weights of this safetensors file: an export, a checkpoint, or any file with the model's "
+        "tensors (default: the task's fresh model)",
+    )  # fmt: skip
     run.add_argument("--min-peers", type=positive, metavar="N", help="begin once N peers are there (default 1)")
     run.add_argument("--group", type=count, metavar="N", help="peers in one group reduce (default 0: all of them)")
     run.add_argument("--seed", type=count, metavar="N", help="seed of the split of the data (default 0)")
@@ -268,6 +278,11 @@ def _add_node_options(parser: argparse.ArgumentParser) -> None:
         "on this machine cannot read off the process list)",
     )  # fmt: skip
     node.add_argument("--evaluate-every", type=count, metavar="N", default=1, help="rounds between two evaluations")
+    node.add_argument(
+        "--checkpoint-every", type=count, metavar="N",
+        help="keep the state after every Nth round (default: 10, or so many that it takes 30 s, and after 5 minutes in "
+        "any case; 0: never)",
+    )  # fmt: skip
     node.add_argument("--export", metavar="FILE", type=Path, help="write the weights to FILE when the node ends")
     _add_log_level(node)
     # For tests and the simulator: announce a phase of a round, then wait there to be killed.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
-from ..learning.events import Event, RoundReport, RunStatus
+from ..learning.events import Checkpoint, Event, RoundReport, RunStatus
 from ..transport.errors import ConfigError, DecodeError, LocalError, ShoalError
 from ..transport.wire import pack, unpack
 from . import defaults, local_socket
@@ -56,6 +56,28 @@ class Export:
     """Write the run's present weights to ``path`` (absolute) as safetensors. Answered by :class:`Done`."""
 
     path: str
+
+
+@attrs.frozen
+class GetCheckpoints:
+    """Answered by :class:`CheckpointList`."""
+
+
+@attrs.frozen
+class RestoreCheckpoint:
+    """Write the checkpoint ``ref`` (a round, the beginning of a digest) to ``path`` (absolute). Answered by
+    :class:`Done`, when it is there: one that is not here is fetched from other members."""
+
+    ref: str
+    path: str
+
+
+@attrs.frozen
+class PinCheckpoint:
+    """Keep the checkpoint ``ref`` for ever, or no more. Answered by :class:`Done`."""
+
+    ref: str
+    pinned: bool
 
 
 @attrs.frozen
@@ -136,6 +158,11 @@ class PeerList:
 
 
 @attrs.frozen
+class CheckpointList:
+    checkpoints: tuple[Checkpoint, ...]
+
+
+@attrs.frozen
 class Done:
     """It is done. ``detail``: a sentence for people."""
 
@@ -176,11 +203,14 @@ class Ended:
 MESSAGES: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
-        GetStatus, GetPeers, GetHealth, Stop, Export, Watch,
-        NodeStatus, NodeHealth, PeerList, Done, Refused, EventFrame, RoundFrame, Ended, *DHT_MESSAGES,
+        GetStatus, GetPeers, GetHealth, Stop, Export, GetCheckpoints, RestoreCheckpoint, PinCheckpoint, Watch,
+        NodeStatus, NodeHealth, PeerList, CheckpointList, Done, Refused, EventFrame, RoundFrame, Ended, *DHT_MESSAGES,
     )
 }  # fmt: skip
-REQUESTS = (GetStatus, GetPeers, GetHealth, Stop, Export, Watch, *DHT_REQUESTS)
+REQUESTS = (
+    GetStatus, GetPeers, GetHealth, Stop, Export, GetCheckpoints, RestoreCheckpoint, PinCheckpoint, Watch,
+    *DHT_REQUESTS,
+)  # fmt: skip
 
 
 @attrs.frozen
@@ -253,6 +283,15 @@ class ControlClient:
     def ask(self, request: Any, kind: type[M]) -> M:
         """The answer to any request, when it is of ``kind``."""
         return self._ask(request, kind)
+
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return self._ask(GetCheckpoints(), CheckpointList).checkpoints
+
+    def restore_checkpoint(self, ref: str, path: str) -> Done:
+        return self._ask(RestoreCheckpoint(ref, path), Done)
+
+    def pin_checkpoint(self, ref: str, pinned: bool) -> Done:
+        return self._ask(PinCheckpoint(ref, pinned), Done)
 
     def locator(self) -> str:
         try:

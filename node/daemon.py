@@ -12,24 +12,31 @@ import attrs
 import trio
 
 from ..learning.events import Event, RoundReport
+from ..learning.run import Run
 from ..transport.errors import ConfigError, RemoteError, ShoalError
 from ..transport.host import Host
 from ..transport.identity import Identity
 from . import defaults
 from .boundary import first_error
+from .checkpoint_commands import pinned_words
+from .checkpoints import list_checkpoints, pin_checkpoint, restore_checkpoint
 from .console import Console
 from .control import (
+    CheckpointList,
     ControlServer,
     Done,
     Ended,
     EventFrame,
     EventLog,
     Export,
+    GetCheckpoints,
     GetHealth,
     GetPeers,
     GetStatus,
     NodeStatus,
     PeerList,
+    PinCheckpoint,
+    RestoreCheckpoint,
     RoundFrame,
     Stop,
     finite,
@@ -184,6 +191,11 @@ class Daemon:
             private=self.node.psk is not None,
         )
 
+    def _run_here(self) -> Run:
+        if self.node.run_here is None:
+            raise ConfigError("this node takes part in no run yet; it has no state")
+        return self.node.run_here
+
     async def _answer(self, request: Any) -> Any:
         match request:
             case GetStatus():
@@ -196,10 +208,13 @@ class Daemon:
                 self._life.begin_stop("shoal stop")
                 return Done()
             case Export(path):
-                if self.node.run_here is None:
-                    raise ConfigError("this node takes part in no run yet; there is nothing to export")
-                digest = await self.node.run_here.export(Path(path))
-                return Done(f"round {self.node.run_here.round}, state {digest[:16]}")
+                return Done(await self._run_here().export(Path(path)))
+            case GetCheckpoints():
+                return CheckpointList(await list_checkpoints(self._run_here()))
+            case RestoreCheckpoint(ref, path):
+                return Done(await restore_checkpoint(self._run_here(), ref, Path(path)))
+            case PinCheckpoint(ref, pinned):
+                return Done(pinned_words(await pin_checkpoint(self._run_here(), ref, pinned)))
             case _ if isinstance(request, DHT_REQUESTS):
                 return await answer_dht(self.node.dht, request)
             case _:

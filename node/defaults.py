@@ -55,6 +55,12 @@ SNAPSHOT_LOOK = 2.0
 #: delays the event loop by 42 ms at the 99th percentile; with this, by 2.4 ms (measured, see docs).
 SWITCH_INTERVAL = 0.0005
 
+#: Seconds for a command that fetches a checkpoint from other members: 10 GB at 100 Mbit/s.
+FETCH_TIMEOUT = 900.0
+
+#: Seconds after which a checkpoint that nobody has is given up.
+FETCH_PATIENCE = 10.0
+
 #: Seconds a node that has finished a run stays, at most, for members that still need something of the last round.
 LINGER = 10.0
 

@@ -44,6 +44,11 @@ def start(options: argparse.Namespace) -> int:
             )
         if record is None:
             return _run(options, data, None, ticket=None, psk=_swarm_key(options, data))
+        if options.origin is not None:
+            raise ConfigError(
+                f"the data directory {data.path} holds a run already, which goes on with its own state; --from founds "
+                "a new one: name another --data-dir"
+            )
         ticket = Ticket.parse(record.ticket)
         _refuse_conflicts(options, data, record)
         _refuse_other_swarm(options, data, ticket)
@@ -84,6 +89,9 @@ def check_usage(options: argparse.Namespace) -> None:
     parse_hosts(options.host, options.port or 0)
     parse_via(options.via)
     parse_export(options.export)
+    origin = getattr(options, "origin", None)
+    if origin is not None and not origin.is_file():
+        raise ConfigError(f"--from {origin}: there is no such file")
 
 
 def _check_task(task: str) -> None:
@@ -187,6 +195,7 @@ def _run(
     bind, fallback = choose_bind(options.host, options.port, record)
     via = parse_via([*options.via, *(record.via if record is not None else ())])
     _load_torch(options.threads)
+    from ..learning.checkpoints import Keeping
     from ..transport.traversal import Traversal
     from .console import Console
     from .daemon import Daemon, DaemonOptions, run_daemon
@@ -222,6 +231,8 @@ def _run(
         evaluate_every=options.evaluate_every,
         faults=parse_faults(options.fault),
         snapshot=data.read_dht(),
+        keeping=Keeping() if options.checkpoint_every is None else Keeping(options.checkpoint_every, apart=0.0),
+        origin=getattr(options, "origin", None),
     )
     extra = DaemonOptions(task, remembered_hosts(options.host, record), parse_export(options.export), options.leash)
     return run_daemon(lambda: Daemon(RealHost(), identity, data, config, extra, Console()))

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import attrs
 import trio
+from torch import Tensor
 
 from ..dht.kademlia.node import Dht
+from ..learning.checkpoints import Keeping, read_model
 from ..learning.events import Event, RoundReport, RunStatus
 from ..learning.peer import Trainer
 from ..learning.run import Faults, Run
@@ -59,6 +61,7 @@ class NodeConfig:
     a private swarm to found (a ticket brings its own). ``via``: addresses of relays and other peers to begin with.
     ``traversal``: how to get through NATs, None: not at all; ``map_port``: ask the router for a port.
     ``snapshot``: of an earlier life's DHT. ``linger``: seconds to stay, at most, for others that are not finished yet.
+    ``keeping``: which states stay on disk. ``origin``: a model file that the run to found begins with.
     """
 
     bind: tuple[Address, ...] = ()
@@ -78,6 +81,8 @@ class NodeConfig:
     snapshot: bytes | None = None
     linger: float = defaults.LINGER
     join_timeout: float = defaults.JOIN_TIMEOUT
+    keeping: Keeping = attrs.field(factory=Keeping)
+    origin: Path | None = None
 
 
 class Node:
@@ -101,7 +106,7 @@ class Node:
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.host, self.identity, self.config = host, identity, config
-        self.store = RunStore(config.folder)
+        self.store = RunStore(config.folder, config.keeping.quota)
         #: The key of the private swarm that this node belongs to; None in an open one.
         self.psk = config.ticket.psk if config.ticket else config.psk
         self.endpoint = Endpoint(host, identity, psk=self.psk, traversal=config.traversal)
@@ -116,6 +121,7 @@ class Node:
         self._task, self._trainer = task, trainer
         self._on_event, self._on_round, self._on_note = on_event, on_round, on_note
         self._started = 0.0
+        self._origin: dict[str, Tensor] | None = None
         #: Set once the node takes part in a run and has a ticket.
         self.taking_part = trio.Event()
         self._stop = trio.Event()
@@ -142,6 +148,7 @@ class Node:
             spec = self.signed.open()
             nursery.start_soon(self.dht.run)
             task = await self._load_task(spec)
+            await self.host.run_blocking(lambda: self.store.blobs)
             run = Run(
                 self.endpoint,
                 self.dht,
@@ -156,6 +163,8 @@ class Node:
                 # Addresses that have answered already would only be dialled a second time.
                 bootstrap=() if len(self.dht.table) else self._bootstrap(),
                 trainer=self._trainer,
+                keeping=self.config.keeping,
+                origin=self._origin,
             )
             self.run_here = run
             await nursery.start(run.run)
@@ -219,6 +228,11 @@ class Node:
         name = title(task)
         if not is_task_name(name):
             raise ConfigError(f"the task's name {name!r} cannot travel: use letters, digits, - and _ only (Task.name)")
+        origin = b""
+        if self.config.origin is not None:
+            origin, self._origin = await self.host.run_blocking(
+                read_model, self.config.origin, signature(model), founding.strategy
+            )
         spec = RunSpec(
             task=name,
             task_hash=source_hash(task),
@@ -232,6 +246,7 @@ class Node:
             parameters=signature(model),
             founder=self.identity.peer_id,
             created=self.host.wall(),
+            origin=origin,
         )
         return SignedSpec.sign(self.identity, spec)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..learning.files import save_state
-from ..learning.state import Layout, unflatten
+from ..learning.checkpoints import write_model
 from ..learning.store import RunStore
 from ..learning.sync import state_digest
 from ..transport.errors import ConfigError
@@ -26,10 +25,6 @@ def export_saved(data: DataDir, target: Path) -> str:
         )
     vectors, head = saved
     spec = signed.open()
-    layout = Layout.of_signature(spec.parameters)
-    digest = state_digest(head.record.round, vectors).hex()
-    tensors = unflatten(layout, vectors["weights"])
-    tensors |= {f"shoal.{name}": vector for name, vector in vectors.items() if name != "weights"}
-    notes = {"round": str(head.record.round), "run": signed.run_id.hex(), "digest": digest}
-    save_state(target, tensors, notes)
-    return f"round {head.record.round}, state {digest[:16]} (saved; no node is running)"
+    round = head.record.round
+    said = write_model(target, spec, signed.run_id, round, vectors, state_digest(round, vectors))
+    return f"{said} (saved; no node is running)"

@@ -86,6 +86,12 @@ Beside it: aiortc without what webrtc_sctp.py changes, libdatachannel through it
 """
 
 
+BLOBS = """\
+A blob from holder processes on this machine into one buffer of another process, and into its store on disk, each chunk
+checked against the hash tree. Beside it: the same bytes as the answer of one call, unchecked.
+"""
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """Positive whole numbers, separated by commas."""
     values = tuple(int(part) for part in text.split(","))
@@ -149,6 +155,11 @@ def arguments() -> argparse.ArgumentParser:
     seven.add_argument(
         "--peer-python", default=sys.executable, metavar="PATH", help="the interpreter for kademlia, hivemind, libp2p"
     )
+    eight = commands.add_parser(
+        "blobs", help="a blob from one and several holders", description=BLOBS, formatter_class=shape
+    )
+    eight.add_argument("--mb", type=int, default=256, metavar="N", help="MiB of the blob (default: 256)")
+    eight.add_argument("--holders", type=numbers, default=(1, 3), metavar="N,…", help="holders (default: 1,3)")
     for command in (two, three, four, five):
         command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
         command.add_argument(
@@ -187,7 +198,7 @@ def main() -> int:
         arguments().error("--runs must be at least 1")
     # Imported late, so that --help answers at once.
     import trio
-    from benchmarks import allreduce, dht, handshake, idle, link, rpc, webrtc
+    from benchmarks import allreduce, blobs, dht, handshake, idle, link, rpc, webrtc
     from benchmarks.processes import ChildFailed
 
     run = {
@@ -198,6 +209,7 @@ def main() -> int:
         "idle": idle.run,
         "webrtc": webrtc.run,
         "dht": dht.run,
+        "blobs": blobs.run,
     }[options.command]
     code = 0
     try:

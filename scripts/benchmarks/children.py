@@ -53,6 +53,7 @@ def child_main(kind: str) -> int:
 KINDS = {
     "shoal": "reducer:ShoalPeer",
     "gloo": "gloo:GlooPeer",
+    "blobs": "blobs:BlobPeer",
     **{
         f"{system}-{end.lower()}": f"systems.{module}:{name}{end}"
         for system, module, name in (

@@ -17,6 +17,10 @@ from typing import Any
 
 import attrs
 
+from shoal.dht.blobs.bits import Bits
+from shoal.dht.blobs.files import header, read_header
+from shoal.dht.blobs.store import Store as BlobStore
+from shoal.dht.blobs.tree import Outline, Tree, build_tree, check_outline, outline_fault
 from shoal.dht.documents.envelope import Envelope, Evidence, client_id
 from shoal.dht.documents.guard import Guard
 from shoal.dht.documents.marks import Marks
@@ -448,6 +452,60 @@ def _load_snapshot(data: bytes) -> Any:
     return None
 
 
+# --- blobs -------------------------------------------------------------------------------------------------------
+
+
+def _tree(rng: random.Random) -> Tree:
+    parts = [(f"part {n}", rng.choice(("U8", "F32")), rng.randbytes(4 * rng.choice((0, 1, 40)))) for n in range(3)]
+    return build_tree(parts[: rng.randrange(4)], chunk=64)
+
+
+_TREE = build_tree([("round", "U8", bytes(8)), ("weights", "F32", bytes(range(200)))], chunk=64)
+
+
+def _outline(data: bytes) -> Any:
+    outline = unpack(Outline, data)
+    assert outline_fault(outline) is not None or len(outline.root) == 32
+    check_outline(outline, _TREE.id)
+    return outline
+
+
+def _bitmap_seed(rng: random.Random) -> bytes:
+    bits = Bits(37)
+    for _ in range(rng.randrange(40)):
+        bits.add(rng.randrange(37))
+    return bits.encode()
+
+
+def _bitmap(data: bytes) -> Any:
+    bits = Bits.decode(data, 37)
+    assert len(list(bits)) == bits.count == 37 - len(list(bits.missing()))
+    assert Bits.decode(bits.encode(), 37).encode() == bits.encode()
+    return None
+
+
+def _blob_file(data: bytes) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "blob"
+        path.write_bytes(data)
+        parts, notes, start = read_header(path)
+        assert start <= len(data) + 8
+        return parts, notes
+
+
+def _write_index(folder: Path, rng: random.Random) -> None:
+    store = BlobStore(folder)
+    tree = _tree(rng)
+    store.begin(tree, tag="t", note=b"n")
+    store.close()
+
+
+def _read_index(folder: Path) -> Any:
+    store = BlobStore(folder)
+    assert store.entries() == ()  # the file that it names is not there
+    store.close()
+
+
 # --- the control socket ------------------------------------------------------------------------------------------
 
 
@@ -629,6 +687,10 @@ def decoders() -> dict[str, Decoder]:
               lambda folder: RunStore(folder).load_vote(bytes(32)), "vote"),
         _file("trust", lambda folder, rng: RunStore(folder).save_trust(sample(tuple[Head, ...], rng)),
               lambda folder: RunStore(folder).load_trust(), "trust"),
+        Decoder("blob outline", lambda rng: pack(_TREE.outline), _outline, sealed=True),
+        Decoder("blob bitmap", _bitmap_seed, _bitmap),
+        Decoder("blob file", lambda rng: header(_tree(rng).outline, {"note": "x"}), _blob_file),
+        _file("blob index", _write_index, _read_index, "index.sqlite"),
         _file("state", _write_state, _read_state, "state.safetensors"),
         Decoder("control", _control_seed, _control),
         Decoder("stun", _stun_seed, _stun),

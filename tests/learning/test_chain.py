@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, ClassVar
 
+import attrs
+import torch
 import trio
 
+from shoal.dht.blobs.messages import CHUNKS, AskChunks, Sent
 from shoal.learning import defaults
-from shoal.learning.rounds.methods import Ack
-from shoal.learning.state import bytes_view
-from shoal.learning.sync import HEAD, STATE, AskHead, AskState, HeadInfo
+from shoal.learning.sync import HEAD, AskHead, HeadInfo
 from shoal.node.node import Founding
 from shoal.sim.world import Member, Scenario, World, simulate
 from shoal.transport.memory import Route
@@ -100,36 +101,93 @@ def test_the_founder_may_leave_and_a_peer_may_still_join_afterwards() -> None:
     assert len([r for r in world.members[3].run.reports if world.members[3].peer in r.members]) >= 3
 
 
-def lie(member: Member, served: list[int]) -> None:
+class Wide(Pull):
+    """A state of many chunks: weights of 2 MiB, of which only the first numbers are trained."""
+
+    def model(self) -> torch.nn.Module:
+        model = super().model()
+        model.rest = torch.nn.Parameter(torch.zeros(1 << 19))
+        return model
+
+    def loss(self, model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return super().loss(model, batch) + 0.0 * model.rest.sum()
+
+
+class Calm(Wide):
+    """Rounds long enough for the lines to be idle between two exchanges."""
+
+    step_seconds: ClassVar[float] = 3.0
+
+
+def lie(member: Member, asked: list[int]) -> None:
     """From now on ``member`` serves a state with one altered number, of the digest that everybody agrees on."""
 
-    async def on_state(call: Call[AskState]) -> Ack:
-        served.append(member.number)
-        snapshot = member.run.membership._snapshot(call.request)
-        for name in sorted(snapshot.vectors):
-            vector = snapshot.vectors[name].clone()
-            if name == "weights":
-                vector[7] += 1.0
-            await call.write(bytes_view(vector))
-        return Ack()
+    async def on_chunks(call: Call[AskChunks]) -> Sent:
+        asked.append(member.number)
+        source = member.run.blobs.offered(call.request.blob)
+        assert source is not None
+        for index in call.request.chunks:
+            data = bytearray(await source.read(index) or b"")
+            data[7] ^= 1
+            await call.write(data)
+        return Sent()
 
-    member.run.endpoint.serve(STATE, on_state)
+    member.run.endpoint.serve(CHUNKS, on_chunks)
 
 
-def test_a_holder_that_serves_another_state_than_it_said_is_named_and_skipped() -> None:
-    served: list[int] = []
+def test_a_holder_that_serves_another_state_than_it_said_is_named_and_the_join_goes_on_without_it() -> None:
+    asked: list[int] = []
 
     async def script(world: World) -> None:
+        for number in range(3):
+            # So slow that every holder is needed.
+            world.network.set_uplink(f"node{number}", 4e6)
         await reach(world, 2)
         for number in (0, 1):
-            lie(world.members[number], served)
+            lie(world.members[number], asked)
         world.start(3)
 
-    world = simulate(scenario(4, 9, late=(3,)), script)
+    world = simulate(attrs.evolve(scenario(4, 9, late=(3,)), make_task=Wide), script)
     agree(world, rounds=9)
-    assert served
-    assert len(events(world.members[3], "liar")) == len(served)
-    assert events(world.members[3], "loaded")
+    joiner = world.members[3]
+    assert set(asked) == {0, 1}
+    assert len(asked) <= 4, "found out at the first chunk: at most a second request was on its way"
+    liars = [event.peer for event in joiner.events if event.what == "liar"]
+    assert sorted(liars) == sorted(world.members[number].peer for number in (0, 1))
+    (loaded,) = events(joiner, "loaded")
+    assert "from 1 peer," in loaded
+
+
+def test_a_joiner_loads_the_state_from_all_holders_at_once() -> None:
+    async def script(world: World) -> None:
+        for number in range(3):
+            world.network.set_uplink(f"node{number}", 1e6)
+        await reach(world, 2)
+        world.start(3)
+
+    world = simulate(attrs.evolve(scenario(4, 6, late=(3,)), make_task=Calm), script)
+    agree(world, rounds=6)
+    (loaded,) = events(world.members[3], "loaded")
+    assert "from 3 peers" in loaded
+    # Weights and momentum, 4 MiB: 4.2 s from one of them, 1.4 s from all, 2.1 s in whole chunks.
+    assert float(loaded.split(" in ")[1].split()[0]) < 3.0
+
+
+def test_a_joiner_that_loads_for_longer_than_rounds_take_is_waited_for_and_takes_part_from_the_next_on() -> None:
+    async def script(world: World) -> None:
+        await reach(world, 3)
+        for number in range(3):
+            world.network.set_route(f"node{number}", "node3", Route(latency=0.02, bandwidth=3e5))
+        world.start(3)
+
+    world = simulate(attrs.evolve(scenario(4, 8, late=(3,)), make_task=Wide), script)
+    agree(world, rounds=8)
+    late = world.members[3]
+    (loaded,) = events(late, "loaded")
+    # Longer than the grace for stragglers, which is 3 s.
+    assert float(loaded.split(" in ")[1].split()[0]) > 5.0
+    first = next(report for report in world.members[0].run.reports if late.peer in report.joined)
+    assert late.peer in world.members[0].run.reports[first.round].members
 
 
 def test_a_holder_that_names_another_digest_is_outvoted() -> None:

@@ -1,84 +1,21 @@
-"""Digests and fingerprints tell any two states apart, and chunks can be checked one by one."""
+"""Fingerprints tell any two results apart."""
 
 from __future__ import annotations
 
-import attrs
 import pytest
-from blake3 import blake3
-from hypothesis import given
-from hypothesis import strategies as st
 
 from shoal.learning import defaults
 from shoal.learning.digest import (
     AEGIS,
     BLAKE3,
-    Tree,
-    TreePart,
     choose_fingerprint,
     fingerprint,
-    hash_tree,
     local_fingerprints,
-    tree_digest,
 )
 from shoal.transport.errors import ProtocolMisuse
 
 KEY = bytes(range(32))
 ALGORITHMS = [AEGIS, BLAKE3]
-PARTS = st.lists(st.tuples(st.text(max_size=3), st.binary(max_size=40)), max_size=4)
-
-
-@given(one=PARTS, two=PARTS)
-def test_digests_are_equal_exactly_when_the_parts_are(
-    one: list[tuple[str, bytes]], two: list[tuple[str, bytes]]
-) -> None:
-    assert (tree_digest(one, chunk=8) == tree_digest(two, chunk=8)) == (one == two)
-
-
-def test_a_digest_covers_labels_sizes_chunk_size_and_every_byte() -> None:
-    base = [("layout", b"a"), ("weights", bytes(100))]
-    changed = bytearray(100)
-    changed[99] = 1
-    digests = [
-        tree_digest(base, chunk=16),
-        tree_digest(base, chunk=32),
-        tree_digest([("layout", b"a"), ("weight", bytes(100))], chunk=16),
-        tree_digest([("layout", b"a"), ("weights", bytes(101))], chunk=16),
-        tree_digest([("layout", b"a"), ("weights", changed)], chunk=16),
-        tree_digest(base[::-1], chunk=16),
-    ]
-    assert len(set(digests)) == len(digests)
-
-
-def test_a_known_digest_stays_what_it_is() -> None:
-    leaf = blake3(b"abc", derive_key_context="shoal 2026 state leaf v1").digest()
-    part = TreePart("x", 3, leaf)
-    assert hash_tree([("x", b"abc")]) == Tree(chunk=1 << 20, parts=(part,))
-    assert tree_digest([("x", b"abc")]).hex() == "c9b7430219e578e073f993ae663c92a5d90a1128156cda3ab42b7a151888d3d2"
-
-
-def test_each_chunk_is_checked_by_itself() -> None:
-    data = bytes(range(100))
-    tree = hash_tree([("head", b""), ("data", data)], chunk=32)
-    assert tree.sound()
-    assert all(tree.verify(1, i, data[32 * i : 32 * (i + 1)]) for i in range(4))
-    assert not tree.verify(1, 0, data[32:64])
-    assert not tree.verify(1, 3, data[96:] + b"x")
-    assert not tree.verify(1, 4, b"")
-    assert not tree.verify(1, -1, data[96:])
-    assert not tree.verify(2, 0, b"")
-    assert not tree.verify(0, 0, b"")
-
-
-def test_a_tree_whose_leaves_do_not_fit_its_size_is_not_sound() -> None:
-    tree = hash_tree([("data", bytes(100))], chunk=32)
-    assert not attrs.evolve(tree, chunk=0).sound()
-    assert not attrs.evolve(tree, parts=(attrs.evolve(tree.parts[0], size=200),)).sound()
-    assert not attrs.evolve(tree, parts=(attrs.evolve(tree.parts[0], size=-1, leaves=b""),)).sound()
-
-
-def test_buffers_of_other_items_than_bytes_are_refused() -> None:
-    with pytest.raises(ProtocolMisuse):
-        tree_digest([("x", memoryview(bytes(8)).cast("I"))])
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

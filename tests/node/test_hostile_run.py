@@ -10,28 +10,38 @@ import pytest
 import torch
 import trio
 
+from shoal.dht.blobs.ends import MemorySource
+from shoal.dht.blobs.messages import (
+    CHUNKS,
+    INFO,
+    LEAVES,
+    AskBlob,
+    AskChunks,
+    AskLeaves,
+    BlobInfo,
+    Leaves,
+    Sent,
+)
+from shoal.dht.blobs.node import Blobs
+from shoal.dht.blobs.store import Store
+from shoal.dht.blobs.tree import Part, build_tree
 from shoal.dht.kademlia.node import Dht
 from shoal.learning import defaults
 from shoal.learning.rounds.messages import Certificate, Commit, Convene, Signed, instance_key, sign_accept
 from shoal.learning.rounds.methods import SAY
-from shoal.learning.state import bytes_view
 from shoal.learning.sync import (
     BRANCH,
-    DESCRIBE,
     HEAD,
-    STATE,
     VIEW,
     WISH,
     AskBranch,
     AskHead,
-    AskState,
     HeadInfo,
     Seen,
-    StateInfo,
     View,
     Wish,
     check_head,
-    state_digest,
+    state_parts,
 )
 from shoal.learning.trust import TRUST, AskTrust, TrustPage
 from shoal.node.node import Founding
@@ -216,34 +226,55 @@ Lie = Callable[[World, Member], None]
 
 
 def stalls(world: World, member: Member) -> None:
-    async def state(call: Call[AskState]) -> object:
-        await call.write(bytes(64))
+    async def chunks(call: Call[AskChunks]) -> Sent:
+        await call.write(bytes(4))
         await trio.sleep_forever()
+        raise AssertionError
 
-    member.node.endpoint.serve(STATE, state)  # type: ignore[arg-type]
+    member.node.endpoint.serve(CHUNKS, chunks)
 
 
-def sends(change: Callable[[torch.Tensor], torch.Tensor]) -> Lie:
+def sends(change: Callable[[bytes], bytes]) -> Lie:
     def lie(world: World, member: Member) -> None:
-        async def state(call: Call[AskState]) -> object:
-            snapshot = member.run.membership._snapshot(call.request)
-            for name in sorted(snapshot.vectors):
-                await call.write(bytes_view(change(snapshot.vectors[name].clone())))
-            return STATE.response()
+        async def chunks(call: Call[AskChunks]) -> Sent:
+            source = member.run.blobs.offered(call.request.blob)
+            assert source is not None
+            for index in call.request.chunks:
+                await call.write(change(bytes(await source.read(index) or b"")))
+            return Sent()
 
-        member.node.endpoint.serve(STATE, state)  # type: ignore[arg-type]
+        member.node.endpoint.serve(CHUNKS, chunks)
 
     return lie
 
 
-def describes(**changes: object) -> Lie:
+def answers(change: Callable[[BlobInfo], BlobInfo]) -> Lie:
     def lie(world: World, member: Member) -> None:
-        async def describe(call: Call[AskState]) -> StateInfo:
-            return attrs.evolve(await member.run.membership._on_describe(call), **changes)
+        async def info(call: Call[AskBlob]) -> BlobInfo:
+            return change(await member.run.blobs._on_info(call))
 
-        member.node.endpoint.serve(DESCRIBE, describe)
+        member.node.endpoint.serve(INFO, info)
 
     return lie
+
+
+def outlines(**changes: object) -> Lie:
+    return answers(lambda info: attrs.evolve(info, outline=attrs.evolve(info.outline, **changes)))
+
+
+def invents_leaves(world: World, member: Member) -> None:
+    async def leaves(call: Call[AskLeaves]) -> Leaves:
+        honest = await member.run.blobs._on_leaves(call)
+        return Leaves(bytes(len(honest.leaves)))
+
+    member.node.endpoint.serve(LEAVES, leaves)
+
+
+def lacks_what_it_claims(world: World, member: Member) -> None:
+    async def chunks(call: Call[AskChunks]) -> Sent:
+        raise RemoteRefused("missing-chunk", "not today")
+
+    member.node.endpoint.serve(CHUNKS, chunks)
 
 
 def claims_another_digest(world: World, member: Member) -> None:
@@ -256,29 +287,39 @@ def claims_another_digest(world: World, member: Member) -> None:
 @pytest.mark.parametrize(
     ("lie", "said"),
     [
-        (stalls, "no more of the state after 0 bytes of"),
-        (sends(lambda v: v * float("nan")), "not a number|NaN|nan"),
-        (sends(lambda v: v + 1.0), "its state has another digest than it said"),
-        (sends(lambda v: v[: v.numel() // 2].clone()), "a body shorter"),
-        (sends(lambda v: torch.cat([v, v])), "longer body|another digest|NaN"),
-        (describes(names=("weights",), sizes=(1 << 40,)), "elements for a model of 64"),
-        (describes(names=("weights", "x"), sizes=(64, 1 << 60)), "elements for a model of 64"),
-        (describes(names=("weights", "weights"), sizes=(64, 64)), "list of vectors makes no sense"),
-        (describes(names=(), sizes=()), "makes no sense|for a model of 64"),
-        (describes(names=("weights", "x"), sizes=(64, -8)), "elements for a model of 64"),
+        (stalls, ""),
+        (sends(lambda b: b"\0\0\xc0\x7f" * (len(b) // 4)), "not what its hash says"),
+        (sends(lambda b: bytes([b[0] ^ 1]) + b[1:]), "not what its hash says"),
+        (sends(lambda b: b[: len(b) // 2]), "a body shorter|not what its hash says"),
+        (sends(lambda b: b + b), "longer body|not what its hash says"),
+        (outlines(chunk=0), "an outline with chunks of 0 bytes"),
+        (outlines(parts=(Part("round", "U8", 8), Part("weights", "F32", 1 << 60))), "an outline with"),
+        (outlines(parts=(Part("weights", "F32", 256),) * 2), "repeated label"),
+        (outlines(parts=(Part("weights", "F32", -8),)), "a part of -8 bytes"),
+        (outlines(parts=(Part("round", "U8", 8), Part("weights", "F32", 128))), "the outline of another blob"),
+        (outlines(pages=b"x" * 32), "the outline of another blob"),
+        (answers(lambda info: attrs.evolve(info, outline=None)), "no outline, which was asked for"),
+        (answers(lambda info: attrs.evolve(info, complete=False, bits=b"\xff" * 9)), "a bitmap of 9 bytes"),
+        (invents_leaves, "leaves that are not page 0"),
+        (lacks_what_it_claims, ""),
         (claims_another_digest, ""),
     ],
 )
 def test_a_joiner_leaves_a_holder_that_lies_or_stalls_for_another_one(lie: Lie, said: str) -> None:
     async def script(world: World) -> None:
         await known_round(world, 2)
-        # The founder is the one whom a newcomer knows first.
+        # The founder is nearest: its answers come first.
+        for number in (1, 2):
+            world.network.set_route(f"node{number}", "node3", Route(latency=0.1))
         lie(world, world.members[0])
         joiner = world.start(3)
         await world.until(lambda: joiner.node.run_here is not None and events(joiner, "loaded") != [], "a state", 300.0)
 
     world = simulate(scenario(3, 30), script)
     joiner = world.members[3]
+    # It cost nobody a second try, and no more than a stalled request.
+    (loaded,) = events(joiner, "loaded")
+    assert float(loaded.split(" in ")[1].split()[0]) < 5.0
     told = [*events(joiner, "state-failed"), *events(joiner, "liar")]
     if said:
         assert any(part in " ".join(told) for part in said.split("|")), told
@@ -408,18 +449,12 @@ def test_a_joiner_of_a_gossip_swarm_follows_the_many_and_not_the_one_that_is_far
             asked.append(call.peer)
             return attrs.evolve(lie, digest=digest)
 
-        async def describe(call: Call[AskState]) -> StateInfo:
-            return StateInfo(10_000, ("weights",), (tiny.SIZE,), digest)
-
-        async def state(call: Call[AskState]) -> object:
-            await call.write(bytes_view(poison))
-            return STATE.response()
-
         poison = torch.full((tiny.SIZE,), 666.0)
-        digest = state_digest(10_000, {"weights": poison})
+        parts = state_parts(10_000, {"weights": poison})
+        tree = build_tree(parts)
+        digest = tree.id
+        Blobs(stranger.endpoint, stranger.dht, Store(None)).offer(MemorySource(tree, [data for _, _, data in parts]))
         stranger.endpoint.serve(HEAD, head)
-        stranger.endpoint.serve(DESCRIBE, describe)
-        stranger.endpoint.serve(STATE, state)  # type: ignore[arg-type]
         await stranger.enter()
         await stranger.dht.provide(prev)
         joiner = world.start(4)

@@ -257,7 +257,7 @@ BAD_CALLS = {
     "a missing field": (call("run.head", pack_request()), b"missing field 'run'"),
     "an unknown field": (call("run.head", pack_request(run=RUN, admin=True)), b"unknown field 'admin'"),
     "another type": (call("run.head", pack_request(run="text")), b"run: "),
-    "a number for bytes": (call("run.state", pack_request(run=RUN, round=1.5)), b"round: "),
+    "a number for bytes": (call("blob.leaves", pack_request(blob=RUN, page=1.5)), b"page: "),
     "no map at all": (call("run.head", b"\x93\x01\x02\x03"), b"does not decode"),
     "deep nesting": (call("run.head", nested(5000)), b"is not a valid message"),
     "an array of 4 billion": (call("run.head", b"\xdd\xff\xff\xff\xff"), b"is not a valid message"),
@@ -271,7 +271,7 @@ BAD_CALLS = {
         b"a message of 2097152 bytes, at most 1048576 allowed",
     ),
     "a head of 4 GB": (b"\xff\xff\xff\xff", b"a message of 4294967295 bytes, at most 1024 allowed"),
-    "a negative round": (call("run.state", pack_request(run=RUN, round=-(1 << 62))), b"takes no part"),
+    "a blob that is not here": (call("blob.leaves", pack_request(blob=RUN, page=-(1 << 62))), b"is not held here"),
     "numbers out of range": (
         call("round.convene", pack_request(key=RUN, round=1 << 63, attempt=0)),
         b"is out of range",

@@ -164,3 +164,12 @@ def test_dht_measures_stores_gets_memory_and_start(tmp_path: Path) -> None:
     assert found[0]["runs"] == 8
     assert 1 <= found[1]["runs"] <= 8
     assert "hold the key" in done.stdout
+
+
+@pytest.mark.process
+def test_blobs_measures_holders_beside_a_plain_stream(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = bench("blobs", "--mb", "4", "--holders", "1,2", "--runs", "1", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    cases = [row["case"]["what"] for row in rows(file, "blobs")]
+    assert cases == ["one plain stream", "blob from 1", "blob from 2", "blob from 2, to disk"]
