@@ -146,9 +146,30 @@ class Lookup:
 
     # -- events ----------------------------------------------------------------------------------------------
 
-    def start(self) -> tuple[PeerId, ...]:
-        """The first queries; none, and :attr:`done`, when there was nobody to ask."""
-        return self._due()
+    def start(self, costs: Mapping[PeerId, float] | None = None) -> tuple[PeerId, ...]:
+        """The first queries; none, and :attr:`done`, when there was nobody to ask.
+
+        ``costs``: seconds that an answer of a seed is likely to take. Far from the target all contacts of a bucket take
+        a lookup on alike, so the quickest of them are asked; near it the closest.
+        """
+        quick = [peer for path in self._paths for peer in self._quickest(path, costs)] if costs else []
+        return (*quick, *self._due())
+
+    def _quickest(self, path: Path, costs: Mapping[PeerId, float]) -> list[PeerId]:
+        """The queries of ``path`` within its closest bucket, where that is large enough to be far from the target."""
+        bits = path.order[0][0].bit_length() if path.order else 0
+        bucket = [candidate for distance, candidate in path.order if distance.bit_length() == bits]
+        if len(bucket) <= max(path.alpha, path.width // 2):
+            return []
+        bucket.sort(key=lambda candidate: costs.get(candidate.peer, float("inf")))
+        return [self._ask(path, candidate) for candidate in bucket[: path.alpha - path.in_flight]]
+
+    def _ask(self, path: Path, candidate: Candidate) -> PeerId:
+        self.queries += 1
+        self._claimed[candidate.peer] = path
+        candidate.state = State.ASKED
+        path.in_flight += 1
+        return candidate.peer
 
     def receive(self, event: Event) -> tuple[PeerId, ...]:
         """Feed what became of one query; returns the queries to send now.
@@ -255,19 +276,16 @@ class Lookup:
         alive = 0
         room = (path.alpha if self._missing is None else min(path.alpha, self._missing)) - path.in_flight
         for _, candidate in path.order:
-            if len(wanted) >= room or alive >= path.width:
+            if room <= 0 or alive >= path.width:
                 break
             if candidate.state is State.FAILED or (candidate.slow and candidate.state is State.ASKED):
                 continue
             if candidate.state is State.NEW:
                 if not self._askable(path, candidate):
                     continue
-                self.queries += 1
-                self._claimed[candidate.peer] = path
-                candidate.state = State.ASKED
-                wanted.append(candidate.peer)
+                wanted.append(self._ask(path, candidate))
+                room -= 1
             alive += 1
-        path.in_flight += len(wanted)
         return wanted
 
     def _finished(self, path: Path) -> bool:

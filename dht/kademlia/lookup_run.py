@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
@@ -37,8 +37,8 @@ Ask: TypeAlias = Callable[[PeerId], Awaitable[Reply]]
 class LookupRun:
     """A class and no closures, which would be cycles: a world of thousands of nodes leaves nothing to the collector."""
 
-    def __init__(self, walker: Walker, lookup: Lookup, ask: Ask) -> None:
-        self._walker, self._lookup, self._ask = walker, lookup, ask
+    def __init__(self, walker: Walker, lookup: Lookup, ask: Ask, costs: Mapping[PeerId, float] | None = None) -> None:
+        self._walker, self._lookup, self._ask, self._costs = walker, lookup, ask, costs
         #: The records under which peers were named, with who named them; verified when they are used.
         self._claims: dict[PeerId, list[tuple[PeerId, SignedPeerRecord]]] = {}
         #: When the peers were asked whose answer is still awaited, and is not slow; oldest first.
@@ -47,7 +47,7 @@ class LookupRun:
     async def run(self) -> None:
         """Returns when the lookup is done. Cancelling cancels the queries in flight."""
         async with trio.open_nursery() as nursery:
-            self._launch(self._lookup.start(), nursery)
+            self._launch(self._lookup.start(self._costs), nursery)
             if self._lookup.done:
                 return
             nursery.start_soon(self._hurry, nursery)

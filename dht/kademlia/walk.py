@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import statistics
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 import trio
@@ -14,7 +15,7 @@ from ...transport.errors import DecodeError, Overloaded, RemoteError, RemoteRefu
 from ...transport.identity import PeerId
 from ...transport.rpc import Method
 from . import defaults, messages
-from .keys import to_bytes
+from .keys import BITS, to_bytes
 from .lookup import Lookup
 from .lookup_run import LookupRun, Reply
 from .region import SizeEstimate
@@ -169,7 +170,8 @@ class Walker:
         then. Cancelling cancels the queries in flight.
         """
         self.counters.lookups += 1
-        seeds = [contact.peer for contact in self.table.closest(target, self.table.k)]
+        contacts = self.table.closest(target, self.table.k)
+        seeds = [contact.peer for contact in contacts]
         outside: list[PeerId] = []
         if paths > 1:
             near = dict.fromkeys(seeds)
@@ -184,7 +186,7 @@ class Walker:
             outside=outside,
             settled=settled,
         )
-        run = LookupRun(self, lookup, ask)
+        run = LookupRun(self, lookup, ask, self._costs(target, contacts))
         with trio.move_on_after(defaults.LOOKUP_DEADLINE) as deadline:
             await run.run()
         if deadline.cancelled_caught:
@@ -193,6 +195,22 @@ class Walker:
             run.introduce_all()
         self.table.refreshed(target, self.host.now())
         return lookup
+
+    def _costs(self, target: int, contacts: Sequence[Contact]) -> Mapping[PeerId, float] | None:
+        """Seconds that the first answer of each contact is likely to take; None where the closest are to be asked.
+
+        They are where the closest contacts' part of the key space holds hardly more peers than we know of it.
+        """
+        size, k = self.size.value, self.table.k
+        if size is None or not contacts or size * 2.0 ** ((contacts[0].key ^ target).bit_length() - BITS) <= 3 * k:
+            return None
+        known = [contact.rtt for contact in contacts if contact.rtt is not None]
+        usual = statistics.median(known) if known else 0.0
+        return {
+            # Without a link: connection, handshake and hello come before the question.
+            c.peer: (usual if c.rtt is None else c.rtt) * (1 if self.endpoint.link(c.peer) is not None else 4)
+            for c in contacts
+        }
 
     async def find(
         self,

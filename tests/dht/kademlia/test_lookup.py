@@ -272,3 +272,65 @@ def test_a_peer_that_cannot_be_reached_is_ranked_no_more() -> None:
     lookup.discard(unasked[0])
     assert unasked[0] not in lookup.ranked(4)
     assert lookup.closest[0] in lookup.ranked(4)
+
+
+def far_and_near(rng: random.Random, near: int, far: int) -> tuple[list[PeerId], list[PeerId]]:
+    """Peers in the target's half of the key space (target 0), and in the other."""
+    peers = [random_peer(rng) for _ in range(8 * (near + far))]
+    halves = [p for p in peers if not node_key(p) >> 255], [p for p in peers if node_key(p) >> 255]
+    return halves[0][:near], halves[1][:far]
+
+
+def test_a_slow_peer_gives_its_place_and_still_counts_when_it_answers() -> None:
+    rng = random.Random(1)
+    seeds = sorted((random_peer(rng) for _ in range(8)), key=node_key)
+    lookup = Lookup(0, seeds, k=3, alpha=2, alpha_max=2)
+    assert list(lookup.start()) == seeds[:2]
+    assert list(lookup.receive(Slow(seeds[0]))) == [seeds[2]]
+    with pytest.raises(ProtocolMisuse, match="slow before"):
+        lookup.receive(Slow(seeds[0]))
+    lookup.receive(Answered(seeds[1], ()))
+    assert list(lookup.receive(Answered(seeds[2], ()))) == []  # the fourth is on its way
+    lookup.receive(Answered(seeds[0], ()))
+    assert lookup.closest[:3] == tuple(seeds[:3])
+
+
+def test_a_peer_that_names_others_under_forged_records_counts_for_nothing() -> None:
+    rng = random.Random(2)
+    liar, honest, named = (random_peer(rng) for _ in range(3))
+    lookup = Lookup(0, [liar, honest], k=3, alpha=1, alpha_max=1)
+    (first,) = lookup.start()
+    following = lookup.receive(Answered(first, (named,)))
+    lookup.expose(first)
+    for peer in following:
+        lookup.receive(Answered(peer, ()))
+    assert first not in lookup.closest
+
+
+def test_one_path_begins_outside_where_the_closest_contacts_may_be_of_one_mind() -> None:
+    rng = random.Random(3)
+    near, far = far_and_near(rng, 20, 3)
+    truth = min((random_peer(rng) for _ in range(500)), key=node_key)
+
+    def ask(peer: PeerId) -> list[PeerId]:
+        # The near ones are accomplices that name one another; only those elsewhere know who is closest.
+        return near if peer in near else [truth]
+
+    surrounded = Lookup(0, near, k=20, paths=8)
+    drive(surrounded, ask, rng)
+    assert truth not in surrounded.states()
+    escaped = Lookup(0, near, k=20, paths=8, outside=far)
+    drive(escaped, ask, rng)
+    assert truth in escaped.closest
+
+
+def test_far_from_the_target_the_quickest_of_a_bucket_are_asked_and_near_it_the_closest() -> None:
+    rng = random.Random(4)
+    _, far = far_and_near(rng, 0, 20)
+    costs = {peer: rng.random() for peer in far}
+    first = Lookup(0, far, k=20).start(costs)
+    assert sorted(first, key=lambda peer: costs[peer]) == sorted(far, key=lambda peer: costs[peer])[: defaults.ALPHA]
+    assert list(Lookup(0, far, k=20).start()) == sorted(far, key=node_key)[: defaults.ALPHA]
+    # A bucket of a few is not far from the target.
+    few = far[:4]
+    assert list(Lookup(0, few, k=20).start(costs)) == sorted(few, key=node_key)[: defaults.ALPHA]
