@@ -80,3 +80,48 @@ MAX_LISTED = 1024
 
 #: Signatures remembered as right: one check takes 70 µs, and an envelope comes by several times.
 KNOWN_SIGNATURES = 16384
+
+# --- gossip: broadcast, anti-entropy, the service ---------------------------------------------------------------------
+
+#: Members that each member follows. With as many followers in the mean, two hops reach 16 + 16² of them. More partners
+#: gain less than a round at 1,000 members (docs/gossip.md) and cost links, of which 64 are kept.
+PARTNERS = 8
+#: Of these, how many push to us: at most this many copies of an envelope, but for its first hops. With 4, and 20 % of all
+#: members silent, one member in 600 is left to the telling; with 3, one in 125.
+FEEDS = 4
+#: Followers that a member serves at most. Mean PARTNERS, so that the Poisson tail beyond 24 is 2e-6.
+MAX_FOLLOWERS = 24
+#: Seconds for which names of envelopes wait to be told together. Below a human's patience, above the time that a batch of
+#: envelopes takes through a store.
+TELL_DELAY = 0.05
+#: Seconds after which a fetch that has not ended is tried elsewhere. Some round trips across the world.
+FETCH_PATIENCE = 2.0
+#: Seconds for which a peer that did not answer is chosen as a partner no more.
+SILENT_FOR = 60.0
+#: Seconds between two renewals of following somebody; a follower is forgotten after 2.5 of them.
+FOLLOW_RENEW = 60.0
+#: Bytes up to which an envelope is pushed at all; larger ones are told, and fetched once.
+EAGER_SIZE = 16_384
+#: Envelopes remembered as seen, with who else has them. Older ones are known to the replica.
+REMEMBERED = 4096
+#: Envelopes, per scope, that we were told of and lack; also names kept for one peer until it is told.
+MAX_WANTED = 4096
+#: Names in one message.
+MAX_ADVERTS = 512
+#: Names in one request for envelopes.
+MAX_FETCH = 64
+#: Envelopes, and bytes of them, in one message. Bytes: a quarter of what a message may hold.
+MAX_SENT = 64
+MAX_SENT_BYTES = 256 * 1024
+
+#: Half bytes of an author's hash in the tree of digests. 64 bits: nobody crowds one place by grinding keys.
+TREE_DEPTH = 16
+#: Entries below a node up to which they are named instead of divided. 16 digests of 16 bytes cost as much as 3 entries, a
+#: round trip more; with 24, 1,000 authors are 3 levels (63 and 4 below a node).
+TREE_LEAF = 24
+#: Nodes in one question.
+MAX_NODES = 256
+#: Entries and digests in one answer: some 60 kB.
+MAX_COMPARED = 512
+#: Questions in one exchange. 1,000 authors with all of them different take 20.
+MAX_COMPARES = 128
