@@ -90,10 +90,10 @@ Action: TypeAlias = Push | Tell | Fetch | Follow
 
 @attrs.define(eq=False)
 class _Seen:
-    """An envelope that we hold: who else is known to."""
+    """An envelope that we hold: who else is known to, and who has sent it how often."""
 
     holders: dict[PeerId, None]
-    copies: int = 0
+    senders: dict[PeerId, int]
 
 
 @attrs.define(eq=False)
@@ -253,18 +253,19 @@ class Broadcast:
 
     # -- envelopes ------------------------------------------------------------------------------------------------------
 
-    def pushed(self, peer: PeerId, advert: Advert) -> bool:
-        """``peer`` sent us this envelope. Returns whether it is a copy of one that we hold."""
+    def pushed(self, peer: PeerId, advert: Advert) -> int:
+        """``peer`` sent us this envelope. Returns 0 when we lack it; else how often this peer has sent it by now, as far
+        as that is remembered."""
         self.received += 1
         seen = self._seen.get(advert.id)
         if seen is not None:
-            seen.copies += 1
-            seen.holders[peer] = None
             self.redundant += 1
-            return True
+            seen.holders[peer] = None
+            seen.senders[peer] = seen.senders.get(peer, 0) + 1
+            return seen.senders[peer]
         if self._holds(advert):
             self.redundant += 1
-            return True
+            return 1
         wanted = self._wanted.get(advert.id)
         if wanted is not None:
             wanted.told[peer] = None
@@ -285,7 +286,7 @@ class Broadcast:
         if seen is not None:
             seen.holders.update(holders)
             return []
-        self._seen[advert.id] = _Seen(holders)
+        self._seen[advert.id] = _Seen(holders, dict.fromkeys(senders, 1))
         if len(self._seen) > self.settings.remembered:
             del self._seen[next(iter(self._seen))]
         for peer in holders:

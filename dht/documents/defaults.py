@@ -125,3 +125,47 @@ MAX_NODES = 256
 MAX_COMPARED = 512
 #: Questions in one exchange. 1,000 authors with all of them different take 20.
 MAX_COMPARES = 128
+
+#: Calls per second, and at once, that one peer may make. Sixteen neighbours that tell every 50 ms make 20 each.
+PEER_CALLS, PEER_CALLS_BURST = 50.0, 250.0
+#: Envelopes per second, and at once, that one peer may send. 200 signatures are 14 ms of a core; the burst is the
+#: backlog of a healed partition.
+PEER_ENVELOPES, PEER_ENVELOPES_BURST = 200.0, 2000.0
+#: Bytes per second, and at once, that one peer may send, and be sent when it asks.
+PEER_BYTES, PEER_BYTES_BURST = 2.0e6, 32.0e6
+#: Peers whose conduct is remembered.
+MAX_CONDUCT = 4096
+#: Strikes (what no honest peer does) after which a peer is not heard: one may be a bug or a bad disk.
+STRIKES = 5
+#: Seconds after which one strike is forgiven.
+STRIKE_FORGIVEN = 600.0
+#: Seconds for which a peer with too many strikes is not heard.
+MUTED_FOR = 900.0
+
+#: Seconds, in the mean, between two exchanges of anti-entropy with somebody. The broadcast brings news; this is for what
+#: it lost, and equal documents cost 100 bytes.
+RECONCILE_EVERY = 20.0
+#: Seconds within which a peer has to answer, connecting included.
+ANSWER_DEADLINE = 10.0
+#: Seconds between two looks at who is a member.
+MEMBERS_EVERY = 3.0
+#: Seconds between two looks for what has expired, and at the store's free pages.
+EXPIRE_EVERY = 60.0
+#: Pushes and names kept for a peer that is slow. What is dropped comes by anti-entropy.
+MAX_OUTBOX = 512
+#: Share of anti-entropy that goes to any member instead of a neighbour: it finds what a clique of neighbours hides.
+RECONCILE_FAR = 0.34
+#: Exchanges that one node carries on at once.
+MAX_RECONCILING = 4
+#: Documents that a node has open.
+MAX_OPEN = 1024
+#: Bytes of an envelope beside its update: ids, hash, signature, names of fields.
+ENVELOPE_OVERHEAD = 400
+#: Seconds to wait for an envelope that others, which follow on it, have overtaken.
+EARLY_PATIENCE = 0.3
+#: Authors with such envelopes, and envelopes of each, that wait.
+MAX_EARLY = 64
+#: Proofs in one message. Each holds two headers of 300 bytes.
+MAX_PROOFS = 64
+#: Exchanges with one peer behind one another, when one of them is cut short.
+MAX_EXCHANGES = 16

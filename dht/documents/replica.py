@@ -151,9 +151,7 @@ class Replica:
     def begin(self, author: PeerId, incarnation: int) -> None:
         raise NotImplementedError
 
-    def write(
-        self, change: Callable[[pycrdt.Doc[Any]], None], identity: Identity, wall: float
-    ) -> Envelope | None:
+    def write(self, change: Callable[[pycrdt.Doc[Any]], None], identity: Identity, wall: float) -> Envelope | None:
         """Sign the change as the next envelope, or a snapshot when it is time for one. None: nothing changed.
 
         The replica is as before until the envelope, stored, is offered to it; until then there is no second write.
