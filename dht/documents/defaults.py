@@ -12,6 +12,10 @@ MAX_UPDATE = 128 * 1024
 #: reached only by updates of many tiny ones, which cost 100 times their size in memory.
 MAX_STRUCTS = 16384
 
+#: Pieces into which one author's part of a document falls: runs of content that lie beside one another. Each takes
+#: about 200 bytes while its author's guard is held; a hostile update makes one of 11 bytes.
+MAX_RUNS = 32768
+
 #: Ranges in the delete set of one update.
 MAX_DELETED_RANGES = 16384
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import attrs
@@ -52,7 +53,7 @@ class DocumentSpec:
             writers = self.policy.writers
             if not 0 < len(writers) <= defaults.MAX_LISTED:
                 raise ValueError(f"a policy lists 1 to {defaults.MAX_LISTED} writers, not {len(writers)}")
-            if any(not one < other for one, other in zip(writers, writers[1:], strict=False)):
+            if any(not one < other for one, other in itertools.pairwise(writers)):
                 raise ValueError("the writers of a policy are not in ascending order, or one stands twice")
         elif isinstance(self.policy, Members) and len(self.policy.members) > defaults.MAX_DOCUMENT_NAME:
             raise ValueError(f"members are named in at most {defaults.MAX_DOCUMENT_NAME} characters")
