@@ -1,4 +1,5 @@
-"""Epidemic broadcast of new envelopes among the members of a scope: who gets what pushed, and who is only told; sans-IO.
+"""Epidemic broadcast of new envelopes among the members of a scope: who gets what pushed, and who is only told;
+sans-IO.
 
 How it spreads. Every member chooses *partners* at random and follows them; at a few of these it asks to be *fed*. Those
 who chose it are its *followers*. Whoever comes to hold a new envelope
@@ -7,19 +8,19 @@ who chose it are its *followers*. Whoever comes to hold a new envelope
   all partners and followers;
 - tells all others that it has it. Who lacks it fetches it, from one of those who told.
 
-Why so. Plain push with fan-out f leaves e^-f of the members out and costs f - 1 redundant copies, so all of 1,000 members
-take about ten copies each. Pushing along a spanning tree and telling the rest (Plumtree: Leitão, Pereira, Rodrigues,
-"Epidemic Broadcast Trees", SRDS 2007) costs no redundant copy but is as deep as the tree, begins with a flood, and mends
-its tree by timers whenever a member falls silent. Push and pull in rounds (Karp, Schindelhauer, Shenker, Vöcking,
-"Randomized Rumor Spreading", FOCS 2000) shows where the copies go: pushing is nearly free until half of the members know,
-pulling from then on. Here the feeds are chosen by who receives, so that *everybody* has the same number of chances to be
-pushed to (chosen by the sender, the numbers are Poisson's and the unlucky ones make the tail), copies are bounded by
-feeds and the few wide hops, and no liar can make itself anybody's source. Followers and partners together are an undirected
-random graph, as HyParView's active view (Leitão et al., DSN 2007), whose replacing of silent neighbours this follows too.
-Numbers: docs/gossip.md, tests/dht/documents/test_broadcast.py.
+Why so. Plain push with fan-out f leaves e^-f of the members out and costs f - 1 redundant copies, so all of 1,000
+members take about ten copies each. Pushing along a spanning tree and telling the rest (Plumtree: Leitão, Pereira,
+Rodrigues, "Epidemic Broadcast Trees", SRDS 2007) costs no redundant copy but is as deep as the tree, begins with a
+flood, and mends its tree by timers whenever a member falls silent. Push and pull in rounds (Karp, Schindelhauer,
+Shenker, Vöcking, "Randomized Rumor Spreading", FOCS 2000) shows where the copies go: pushing is nearly free until half
+of the members know, pulling from then on. Here the feeds are chosen by who receives, so that *everybody* has the same
+number of chances to be pushed to (chosen by the sender, the numbers are Poisson's and the unlucky ones make the tail),
+copies are bounded by feeds and the few wide hops, and no liar can make itself anybody's source. Followers and partners
+together are an undirected random graph, as HyParView's active view (Leitão et al., DSN 2007), whose replacing of silent
+neighbours this follows too. Numbers: docs/gossip.md, tests/dht/documents/test_broadcast.py.
 
-A hop count cannot be believed; whoever lies about it makes a push wide (the copies are still bounded: everybody passes on an
-envelope once) or narrow (the telling still reaches everybody).
+A hop count cannot be believed; whoever lies about it makes a push wide (the copies are still bounded: everybody passes
+on an envelope once) or narrow (the telling still reaches everybody).
 """
 
 from __future__ import annotations
@@ -128,8 +129,8 @@ def wide_hops(members: int, neighbours: int) -> int:
 class Broadcast:
     """One member of one scope. ``holds``: whether an advertised envelope, or what replaced it, is here already.
 
-    Every method that is told ``now`` (seconds, any zero) returns the :data:`Action` to carry out. All memory is bounded by
-    :class:`Settings`: neighbours, remembered envelopes, wanted ones.
+    Every method that is told ``now`` (seconds, any zero) returns the :data:`Action` to carry out. All memory is bounded
+    by :class:`Settings`: neighbours, remembered envelopes, wanted ones.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class Broadcast:
         """Envelopes that we were told of, lack, and are trying to get."""
         return len(self._wanted)
 
-    # -- neighbours -----------------------------------------------------------------------------------------------------
+    # -- neighbours ---------------------------------------------------------------------------------------------------
 
     @property
     def partners(self) -> tuple[PeerId, ...]:
@@ -251,11 +252,12 @@ class Broadcast:
                 self._free(id, wanted)
         return actions + self._fetches(now)
 
-    # -- envelopes ------------------------------------------------------------------------------------------------------
+    # -- envelopes ----------------------------------------------------------------------------------------------------
 
     def pushed(self, peer: PeerId, advert: Advert) -> int:
-        """``peer`` sent us this envelope. Returns 0 when we lack it; else how often this peer has sent it by now, as far
-        as that is remembered."""
+        """``peer`` sent us this envelope. Returns 0 when we lack it; else how often this peer has sent it by now, as
+        far as that is remembered.
+        """
         self.received += 1
         seen = self._seen.get(advert.id)
         if seen is not None:
@@ -386,7 +388,7 @@ class Broadcast:
         """What was sent under this name is no good: it is not wanted any more."""
         self._unwant(advert.id)
 
-    # -- time -----------------------------------------------------------------------------------------------------------
+    # -- time ---------------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Action]:
         """What is due: telling, asking again, renewing what we follow, forgetting who no longer follows."""

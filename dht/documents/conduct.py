@@ -1,8 +1,9 @@
 """How peers behave about documents: what each may ask and send per second, and what counts against it; sans-IO.
 
-Every peer has a bucket each for calls, envelopes, bytes it sends and bytes it is sent. What it did wrong is counted by name
-for people to see; what only a liar or a broken program does is a *strike*, and a peer with too many of them is not heard for
-a while. Memory is bounded: the peers that were silent longest are forgotten first, but those with strikes last.
+Every peer has a bucket each for calls, envelopes, bytes it sends and bytes it is sent. What it did wrong is counted by
+name for people to see; what only a liar or a broken program does is a *strike*, and a peer with too many of them is not
+heard for a while. Memory is bounded: the peers that were silent longest are forgotten first, but those with strikes
+last.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Conduct:
         self._peers[peer] = record
         return record
 
-    # -- limits ---------------------------------------------------------------------------------------------------------
+    # -- limits -------------------------------------------------------------------------------------------------------
 
     def admit(self, peer: PeerId, now: float) -> tuple[bool, str, str]:
         """May it ask something now? Returns (decision, code of the refusal, reason)."""
@@ -116,7 +117,7 @@ class Conduct:
         """It was sent ``size`` bytes that it asked for."""
         self._of(peer, now).outgoing.tokens -= size
 
-    # -- faults ---------------------------------------------------------------------------------------------------------
+    # -- faults -------------------------------------------------------------------------------------------------------
 
     def count(self, peer: PeerId, fault: Fault, now: float, detail: str = "") -> bool:
         """It did this. Returns whether it is not heard any more from now on."""

@@ -90,13 +90,13 @@ KNOWN_SIGNATURES = 16384
 #: Members that each member follows. With as many followers in the mean, two hops reach 16 + 16² of them. More partners
 #: gain less than a round at 1,000 members (docs/gossip.md) and cost links, of which 64 are kept.
 PARTNERS = 8
-#: Of these, how many push to us: at most this many copies of an envelope, but for its first hops. With 4, and 20 % of all
-#: members silent, one member in 600 is left to the telling; with 3, one in 125.
+#: Of these, how many push to us: at most this many copies of an envelope, but for its first hops. With 4, and 20 % of
+#: all members silent, one member in 600 is left to the telling; with 3, one in 125.
 FEEDS = 4
 #: Followers that a member serves at most. Mean PARTNERS, so that the Poisson tail beyond 24 is 2e-6.
 MAX_FOLLOWERS = 24
-#: Seconds for which names of envelopes wait to be told together. Below a human's patience, above the time that a batch of
-#: envelopes takes through a store.
+#: Seconds for which names of envelopes wait to be told together. Below a human's patience, above the time that a batch
+#: of envelopes takes through a store.
 TELL_DELAY = 0.05
 #: Seconds after which a fetch that has not ended is tried elsewhere. Some round trips across the world.
 FETCH_PATIENCE = 2.0
@@ -120,13 +120,15 @@ MAX_SENT_BYTES = 256 * 1024
 
 #: Half bytes of an author's hash in the tree of digests. 64 bits: nobody crowds one place by grinding keys.
 TREE_DEPTH = 16
-#: Entries below a node up to which they are named instead of divided. 16 digests of 16 bytes cost as much as 3 entries, a
-#: round trip more; with 24, 1,000 authors are 3 levels (63 and 4 below a node).
+#: Entries below a node up to which they are named instead of divided. 16 digests of 16 bytes cost as much as 3 entries,
+#: a round trip more; with 24, 1,000 authors are 3 levels (63 and 4 below a node).
 TREE_LEAF = 24
 #: Nodes in one question.
 MAX_NODES = 256
 #: Entries and digests in one answer: some 60 kB.
 MAX_COMPARED = 512
+#: Nodes that wait to be asked about in one exchange; what is beyond is left for the next one.
+MAX_PENDING = 8192
 #: Questions in one exchange. 1,000 authors with all of them different take 20.
 MAX_COMPARES = 128
 
@@ -146,8 +148,8 @@ STRIKE_FORGIVEN = 600.0
 #: Seconds for which a peer with too many strikes is not heard.
 MUTED_FOR = 900.0
 
-#: Seconds, in the mean, between two exchanges of anti-entropy with somebody. The broadcast brings news; this is for what
-#: it lost, and equal documents cost 100 bytes.
+#: Seconds, in the mean, between two exchanges of anti-entropy with somebody. The broadcast brings news; this is for
+#: what it lost, and equal documents cost 100 bytes.
 RECONCILE_EVERY = 20.0
 #: Seconds within which a peer has to answer, connecting included.
 ANSWER_DEADLINE = 10.0

@@ -55,7 +55,7 @@ class Document:
     def id(self) -> bytes:
         return self.spec.id
 
-    # -- reading --------------------------------------------------------------------------------------------------------
+    # -- reading ------------------------------------------------------------------------------------------------------
 
     def read(self) -> dict[PeerId, dict[str, Any]]:
         """Every author's root types by name, as plain Python. Not to be changed."""
@@ -71,13 +71,9 @@ class Document:
 
     def info(self) -> DocumentInfo:
         ranges = self.replica.summary()
-        envelopes, size = 0, 0
-        for held in ranges:
-            for envelope in self.replica.envelopes(held.author, held.incarnation, held.first, held.next):
-                envelopes += 1
-                size += len(envelope.update)
+        envelopes = sum(held.next - held.first for held in ranges)
         frozen = tuple(held.author for held in ranges if held.frozen)
-        return DocumentInfo(self.spec.name, self.id, len(ranges), envelopes, size, frozen)
+        return DocumentInfo(self.spec.name, self.id, len(ranges), envelopes, self.replica.size, frozen)
 
     def tree(self) -> Tree:
         """What we hold, hashed; made anew when it has changed."""
@@ -86,21 +82,30 @@ class Document:
             self._tree = digest, Tree(self.replica.summary())
         return self._tree[1]
 
-    # -- writing --------------------------------------------------------------------------------------------------------
+    # -- writing ------------------------------------------------------------------------------------------------------
 
     async def write(self, change: Callable[[pycrdt.Doc[Any]], None]) -> Envelope | None:
         """Let ``change`` alter our own part of the document; returns once that is on disk, and on its way to others.
 
-        None: nothing changed. Raises what ``change`` raises, what the store raises when the disk fails (then nothing has
-        changed), and :class:`ConfigError` when the policy does not let us write. A cancellation comes before the envelope
-        is signed or after everything is done.
+        None: nothing changed. Raises what ``change`` raises, what the store raises when the disk fails (then nothing
+        has changed), and :class:`ConfigError` when the policy does not let us write. A cancellation comes before the
+        envelope is signed or after everything is done.
         """
+        return await self._sign(lambda: self.replica.write(change, self._endpoint.identity, self._endpoint.host.wall()))
+
+    async def renew(self) -> Envelope | None:
+        """Sign what we wrote once more when half of its time is over; None while it is not."""
+        if not self.replica.renewal_due(self._endpoint.peer_id, self._endpoint.host.wall()):
+            return None
+        return await self._sign(lambda: self.replica.renew(self._endpoint.identity, self._endpoint.host.wall()))
+
+    async def _sign(self, draw_up: Callable[[], Envelope | None]) -> Envelope | None:
         me = self._endpoint.peer_id
         async with self._writing:
             with trio.CancelScope(shield=True):
                 if self.replica.must_begin(me):
                     self.replica.begin(me, await self._keeper.reserve(self.id, me, self._endpoint.host.wall()))
-                draft = self.replica.write(change, self._endpoint.identity, self._endpoint.host.wall())
+                draft = draw_up()
                 if draft is None:
                     return None
                 try:
@@ -114,7 +119,7 @@ class Document:
         self._written(self, draft)
         return draft
 
-    # -- for the service ------------------------------------------------------------------------------------------------
+    # -- for the service ----------------------------------------------------------------------------------------------
 
     def touch(self, author: PeerId) -> None:
         """What ``author`` wrote has changed."""
@@ -133,7 +138,8 @@ class Subscription:
         self._seen = document._version
 
     async def changed(self) -> tuple[PeerId, ...]:
-        """Wait for a change; the authors whose part has changed since the last call, in the order of their last changes.
+        """Wait for a change; the authors whose part has changed since the last call, in the order of their last
+        changes.
 
         Cancelled, it has told nothing: the next call returns what this one would have.
         """

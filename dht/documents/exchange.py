@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 
 @attrs.frozen
 class Exchanged:
-    """What one exchange was. ``equal``: both sides held the same; ``unfinished``: something is left for the next one."""
+    """What one exchange was. ``equal``: both sides held the same; ``unfinished``: something is left for the next
+    one.
+    """
 
     questions: int = 0
     received: int = 0

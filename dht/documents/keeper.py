@@ -37,7 +37,7 @@ def _work(store: DocumentStore, jobs: list[_Job]) -> None:
                 batch[0].work()
             else:
                 store.append([envelope for job in batch for envelope in job.envelopes])
-        except Exception as error:  # boundary: whoever waits for these gets it; the next ones are tried all the same
+        except Exception as error:  # noqa: BLE001  # boundary: whoever waits for these gets it; the next are tried
             for job in batch:
                 job.error = error
         for job in batch:
@@ -46,7 +46,8 @@ def _work(store: DocumentStore, jobs: list[_Job]) -> None:
 
 
 class Keeper:
-    """Around one :class:`DocumentStore`. Every method returns once its change is on disk, and raises what the store does.
+    """Around one :class:`DocumentStore`. Every method returns once its change is on disk, and raises what the store
+    does.
 
     Cancelled while it waits its turn, a change is still written, by whoever is next or at :meth:`flush`.
     """

@@ -1,7 +1,7 @@
 """What members of a scope say to each other about documents, as typed RPC methods.
 
-Envelopes travel as they were signed. Everything that is a list is bounded where it is served (``defaults``); a refusal is
-typed: ``rate``, ``misbehaved``, ``too-large``, ``unknown-scope``, ``full``, ``busy``.
+Envelopes travel as they were signed. Everything that is a list is bounded where it is served (``defaults``); a refusal
+is typed: ``rate``, ``misbehaved``, ``too-large``, ``unknown-scope``, ``full``, ``busy``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Advert(_Named):
 
 @attrs.frozen
 class Sent:
-    """An envelope on its way. ``hop``: how many have passed it on, the author included; negative: it is caught up on."""
+    """An envelope on its way. ``hop``: how many have passed it on, the author included; negative: it is caught up
+    on.
+    """
 
     envelope: Envelope
     hop: int
@@ -146,7 +148,9 @@ class Compare:
 
 @attrs.frozen
 class Compared:
-    """Those that differ, taken apart; as many as fit. What is not named is equal, or to be asked for again (``more``)."""
+    """Those that differ, taken apart; as many as fit. What is not named is equal, or to be asked for again
+    (``more``).
+    """
 
     branches: tuple[Branches, ...]
     leaves: tuple[Leaves, ...]

@@ -1,15 +1,15 @@
-"""Anti-entropy: two members find out, in few small messages, what each of them lacks, and ship the original envelopes; sans-IO.
+"""Anti-entropy: two members find out, in few small messages, what each lacks, and ship original envelopes; sans-IO.
 
-What a member holds of a document is its replica's summary, a :class:`Range` for each author: incarnation, counters from …
-to, the hash of the last envelope (which commits to all before it, as each names its predecessor), and whether there is
-proof that the author contradicted itself. The summary is hashed as a tree by the half
-bytes of each author's hash: equal documents cost one digest of 16 bytes; one author who differs among 1,000 costs three
-exchanges of about a kilobyte. The asking side (:class:`Comparison`) holds the state, the answering side (:func:`answer`)
-none, so nobody can make a member remember half-finished exchanges.
+What a member holds of a document is its replica's summary, a :class:`Range` for each author: incarnation, counters from
+… to, the hash of the last envelope (which commits to all before it, as each names its predecessor), and whether there
+is proof that the author contradicted itself. The summary is hashed as a tree by the half bytes of each author's hash:
+equal documents cost one digest of 16 bytes; one author who differs among 1,000 costs three exchanges of about a
+kilobyte. The asking side (:class:`Comparison`) holds the state, the answering side (:func:`answer`) none, so nobody can
+make a member remember half-finished exchanges.
 
 Merkle trees for anti-entropy: Demers et al., "Epidemic Algorithms for Replicated Database Maintenance", PODC 1987, and
-DeCandia et al., "Dynamo", SOSP 2007, section 4.7. Sketches (IBLT, minisketch) would save bytes where many differ, but need a
-guess of how many, and what is shipped then is far larger than what they save.
+DeCandia et al., "Dynamo", SOSP 2007, section 4.7. Sketches (IBLT, minisketch) would save bytes where many differ, but
+need a guess of how many, and what is shipped then is far larger than what they save.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class Tree:
 
 
 def answer(trees: Mapping[bytes, Tree], nodes: Sequence[Node]) -> Compared:
-    """The answering side: which of ``nodes`` differ here, taken apart. Documents that are not held here count as equal."""
+    """The answering side: which of ``nodes`` differ here, taken apart. Documents that are not held here count as
+    equal.
+    """
     branches: list[Branches] = []
     leaves: list[Leaves] = []
     room = defaults.MAX_COMPARED
@@ -119,8 +121,8 @@ def answer(trees: Mapping[bytes, Tree], nodes: Sequence[Node]) -> Compared:
 class Differences:
     """What two members have to send each other, by document, author and counter.
 
-    ``wants``: what we lack and they hold; ``offers``: the reverse. ``doubts``: authors against whom they hold a proof that
-    we lack; ``proofs``: the reverse.
+    ``wants``: what we lack and they hold; ``offers``: the reverse. ``doubts``: authors against whom they hold a proof
+    that we lack; ``proofs``: the reverse.
     """
 
     wants: list[Want] = attrs.field(factory=list)
@@ -139,23 +141,31 @@ class Differences:
 
     def _compare(self, document: bytes, author: PeerId, have: Range | None, has: Range | None) -> None:
         if has is not None and (have is None or has.incarnation > have.incarnation):
-            self._add(self.wants, document, has, has.first)
+            self._one_sided(self.wants, self.doubts, document, has)
         elif have is not None and (has is None or have.incarnation > has.incarnation):
-            self._add(self.offers, document, have, have.first)
+            self._one_sided(self.offers, self.proofs, document, have)
         elif have is not None and has is not None:
-            if has.next > have.next and not have.frozen:
+            if have.frozen or has.frozen:
+                # Nothing of this incarnation counts any more: only the proof has to travel.
+                if has.frozen and not have.frozen:
+                    self.doubts.append(Accused(document, author))
+                elif have.frozen and not has.frozen:
+                    self.proofs.append(Accused(document, author))
+            elif has.next > have.next:
                 # If it does not follow on what we hold, that is the proof of a fork.
                 self._add(self.wants, document, has, max(has.first, have.next))
-            elif have.next > has.next and not has.frozen:
+            elif have.next > has.next:
                 self._add(self.offers, document, have, max(have.first, has.next))
-            elif have.next == has.next and have.head != has.head and not have.frozen and not has.frozen:
+            elif have.head != has.head:
                 # Two envelopes at one counter: both sides shall have the proof.
                 self._add(self.wants, document, has, has.next - 1)
                 self._add(self.offers, document, have, have.next - 1)
-            if has.frozen and (not have.frozen or has.next < have.next):
-                self.doubts.append(Accused(document, author))
-            if have.frozen and (not has.frozen or have.next < has.next):
-                self.proofs.append(Accused(document, author))
+
+    def _one_sided(self, where: list[Want], proofs: list[Accused], document: bytes, held: Range) -> None:
+        if held.frozen:
+            proofs.append(Accused(document, held.author))
+        else:
+            self._add(where, document, held, held.first)
 
     @staticmethod
     def _add(where: list[Want], document: bytes, held: Range, first: int) -> None:
@@ -208,8 +218,12 @@ class Comparison:
             for half, digest in enumerate(branches.digests):
                 prefix = branches.prefix + bytes((half,))
                 own = tree.digest(prefix)
-                if own != digest:
-                    self._pending.append(Node(branches.document, prefix, own))
+                if own == digest:
+                    continue
+                if len(self._pending) >= defaults.MAX_PENDING:
+                    self.unfinished = True
+                    return
+                self._pending.append(Node(branches.document, prefix, own))
         if compared.more:
             # Cut short in the order of the nodes: whatever was not named may differ.
             if not compared.leaves and not compared.branches:

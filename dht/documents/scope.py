@@ -10,7 +10,7 @@ import attrs
 import trio
 
 from ...transport.endpoint import Endpoint
-from ...transport.errors import DecodeError, RemoteError, RemoteRefused, ShoalError
+from ...transport.errors import RemoteError, RemoteRefused, ShoalError
 from ...transport.identity import PeerId
 from . import defaults
 from .broadcast import Action, Broadcast, Fetch, Follow, Push, Settings, Tell
@@ -18,8 +18,20 @@ from .conduct import Conduct, Fault
 from .document import Document
 from .envelope import Envelope, Evidence
 from .keeper import Keeper
-from .messages import ACCUSE, FETCH, FOLLOW, PUSH, TELL, Advert, FetchEnvelopes, FollowPeer, PushEnvelopes
-from .messages import PushEvidence, Sent, TellEnvelopes
+from .messages import (
+    ACCUSE,
+    FETCH,
+    FOLLOW,
+    PUSH,
+    TELL,
+    Advert,
+    FetchEnvelopes,
+    FollowPeer,
+    PushEnvelopes,
+    PushEvidence,
+    Sent,
+    TellEnvelopes,
+)
 from .replica import Blame, Code, Verdict
 
 log = logging.getLogger(__name__)
@@ -79,12 +91,11 @@ class Scope:
         self.nursery: trio.Nursery | None = None
         self._outboxes: dict[PeerId, _Outbox] = {}
         self._early: dict[PeerId, list[tuple[PeerId, Envelope]]] = {}
-        self._proven: dict[tuple[bytes, PeerId, int], int] = {}
         self._wake = trio.Event()
         self._asleep_until = 0.0
         self._known: tuple[PeerId, ...] = ()
 
-    # -- life -----------------------------------------------------------------------------------------------------------
+    # -- life ---------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Follow members, and do what the broadcast core has to do in time; until cancelled."""
@@ -120,7 +131,7 @@ class Scope:
         """Members that we may call, ourselves perhaps among them."""
         return self._known
 
-    # -- taking in ------------------------------------------------------------------------------------------------------
+    # -- taking in ----------------------------------------------------------------------------------------------------
 
     def holds(self, advert: Advert) -> bool:
         """Whether an envelope, or what replaced it, is here, or is not wanted here."""
@@ -130,11 +141,11 @@ class Scope:
         held = document.replica.range_of(advert.author)
         if held is None or held.incarnation != advert.incarnation:
             return held is not None and held.incarnation > advert.incarnation
-        if advert.counter >= held.next:
+        if advert.counter >= held.next or held.frozen:
             return held.frozen
         found = document.replica.envelopes(advert.author, advert.incarnation, advert.counter, advert.counter + 1)
         # Another one at the same counter is wanted: it is the proof of a fork.
-        return not found or found[0].id == advert.id or held.frozen
+        return not found or found[0].id == advert.id
 
     async def take(self, peer: PeerId, sent: Sequence[Sent]) -> tuple[str, ...]:
         """Take in what ``peer`` sent; returns a code for each, when those that were kept are on disk."""
@@ -191,13 +202,13 @@ class Scope:
         if verdict.blame is Blame.AUTHOR and envelope.author != peer:
             self.blame(envelope.author, Fault.FORK if verdict.code is Code.FORK else Fault.GARBAGE, verdict.reason)
         if verdict.evidence is not None:
-            self._proof(document, verdict.evidence, None)
+            self._proven(document, verdict.evidence, None)
 
     def blame(self, peer: PeerId, fault: Fault, detail: str) -> None:
         if self.conduct.count(peer, fault, self.host.now(), detail):
             self.perform(self.broadcast.silent(peer, self.host.now()))
 
-    # -- envelopes that came before those they follow on ----------------------------------------------------------------
+    # -- envelopes that came before those they follow on --------------------------------------------------------------
 
     def _keep_early(self, peer: PeerId, envelope: Envelope) -> None:
         """Envelopes may overtake each other on their ways. Wait a moment for the missing ones, then ask for them."""
@@ -241,34 +252,26 @@ class Scope:
         for peer in dict.fromkeys(peer for peer, _ in waiting):
             self.catch_up(peer)
 
-    # -- proofs ---------------------------------------------------------------------------------------------------------
+    # -- proofs -------------------------------------------------------------------------------------------------------
 
     async def accused(self, peer: PeerId, evidence: Iterable[Evidence]) -> tuple[str, ...]:
         """Take in proofs that ``peer`` sent."""
         codes = []
         for proof in evidence:
             document = self.documents.get(proof.first.document)
-            if document is None:
-                codes.append("unknown")
+            if document is None or proof.author in self.banned:
+                codes.append("unknown" if document is None else "banned")
                 continue
-            try:
-                proof.check()
-            except DecodeError as error:
-                self.blame(peer, Fault.FALSE_PROOF, error.message)
-                codes.append("invalid")
-                continue
-            codes.append("kept" if self._proof(document, proof, peer) else "duplicate")
+            verdict = document.replica.accuse(proof, self.host.wall())
+            codes.append(verdict.code)
+            if verdict.kept:
+                self._proven(document, proof, peer)
+            elif verdict.blame is Blame.SENDER:
+                self.blame(peer, Fault.FALSE_PROOF, verdict.reason)
         return tuple(codes)
 
-    def _proof(self, document: Document, proof: Evidence, peer: PeerId | None) -> bool:
-        """A proof that holds. Returns whether it says something new."""
-        key = document.id, proof.author, proof.incarnation
-        if self._proven.get(key, 1 << 62) <= proof.point:
-            return False
-        self._proven[key] = proof.point
-        if len(self._proven) > defaults.REMEMBERED:
-            del self._proven[next(iter(self._proven))]
-        document.replica.accuse(proof)
+    def _proven(self, document: Document, proof: Evidence, peer: PeerId | None) -> None:
+        """A proof, which our replica has taken in: keep it, pass it on, tell the application."""
         document.touch(proof.author)
         log.warning("%s contradicts itself in the document %s", proof.author.short, document.spec.name)
         if self.nursery is not None:
@@ -280,12 +283,11 @@ class Scope:
                     del outbox.proofs[: -defaults.MAX_PROOFS]
         for hook in self.on_evidence:
             hook(document, proof)
-        return True
 
     async def _keep_proof(self, proof: Evidence) -> None:
         await self.keeper.accuse(proof)
 
-    # -- sending --------------------------------------------------------------------------------------------------------
+    # -- sending ------------------------------------------------------------------------------------------------------
 
     def written(self, document: Document, envelope: Envelope) -> None:
         """We wrote this."""
@@ -390,7 +392,7 @@ class Scope:
         elif missing:
             self.blame(peer, Fault.EMPTY_PROMISE, f"{missing} of {len(adverts)} envelopes that it told us of")
 
-    # -- bans -----------------------------------------------------------------------------------------------------------
+    # -- bans ---------------------------------------------------------------------------------------------------------
 
     async def ban(self, author: PeerId, why: str) -> None:
         """Refuse ``author`` from now on, forget what it wrote, and have nothing to do with it in this scope."""

@@ -93,7 +93,7 @@ class Documents:
         ):
             endpoint.serve(method, handler)
 
-    # -- for the application --------------------------------------------------------------------------------------------
+    # -- for the application ------------------------------------------------------------------------------------------
 
     def join(self, scope: bytes, members: Callable[[], Sequence[PeerId]]) -> None:
         """Take part in ``scope``: ``members`` names who does, at any time; their contacts are the endpoint's."""
@@ -113,7 +113,8 @@ class Documents:
         *,
         lifetime: float = defaults.LIFETIME,
     ) -> Document:
-        """The document ``spec``, with what is on disk of it. ``is_member``: who may write where the policy says members.
+        """The document ``spec``, with what is on disk of it. ``is_member``: who may write where the policy says
+        members.
 
         Its scope must have been joined. Raises :class:`ConfigError` when too many are open, and what the store raises.
         """
@@ -126,7 +127,7 @@ class Documents:
             raise ConfigError(f"more than {defaults.MAX_OPEN} documents are open")
         replica = Replica(spec, lambda peer: peer not in scope.banned and is_member(peer), lifetime=lifetime)
         loaded = await self.keeper.load(spec.id, self.endpoint.peer_id)
-        replica.load(loaded.envelopes, loaded.evidence, self.host.wall())
+        replica.load(loaded.envelopes, loaded.evidence, self.host.wall(), loaded.own)
         self._tell_notices()
         if spec.id in scope.documents:  # opened by another task meanwhile
             return scope.documents[spec.id]
@@ -163,7 +164,7 @@ class Documents:
         """Whom we follow and who follows us in ``scope``."""
         return self._scopes[scope].broadcast.neighbours()
 
-    # -- life -----------------------------------------------------------------------------------------------------------
+    # -- life ---------------------------------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Spread and take in until cancelled; then write what is left."""
@@ -240,7 +241,7 @@ class Documents:
     def _fault(self, peer: PeerId, fault: Fault, detail: str) -> None:
         log.info("documents: %s: %s: %s", peer.short, fault, detail)
 
-    # -- serving --------------------------------------------------------------------------------------------------------
+    # -- serving ------------------------------------------------------------------------------------------------------
 
     def _admit(self, peer: PeerId, scope: bytes, items: int, limit: int) -> Scope:
         """The scope that a call is about. Raises :class:`RemoteRefused`."""
