@@ -186,9 +186,9 @@ class Evidence:
     second: Header
 
     @classmethod
-    def of(cls, one: Envelope, other: Envelope) -> Evidence:
+    def of(cls, one: Header, other: Header) -> Evidence:
         """In an order of its own: the lower counter first, then the smaller id."""
-        first, second = sorted((one.header, other.header), key=lambda header: (header.counter, header.id))
+        first, second = sorted((one, other), key=lambda header: (header.counter, header.id))
         return cls(first, second)
 
     @property
@@ -203,6 +203,11 @@ class Evidence:
     def point(self) -> int:
         """The first counter at which there is more than one truth."""
         return self.first.counter
+
+    @property
+    def expires(self) -> float:
+        """Unix seconds: from then on nobody holds either envelope, and the proof can go."""
+        return max(self.first.expires, self.second.expires)
 
     def check(self) -> None:
         """Raise :class:`DecodeError` unless it proves its author's fault."""
