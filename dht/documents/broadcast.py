@@ -255,9 +255,7 @@ class Broadcast:
     # -- envelopes ----------------------------------------------------------------------------------------------------
 
     def pushed(self, peer: PeerId, advert: Advert) -> int:
-        """``peer`` sent us this envelope. Returns 0 when we lack it; else how often this peer has sent it by now, as
-        far as that is remembered.
-        """
+        """``peer`` sent us this envelope. Returns 0 when it is not remembered; else how often this peer has sent it."""
         self.received += 1
         seen = self._seen.get(advert.id)
         if seen is not None:
@@ -265,13 +263,10 @@ class Broadcast:
             seen.holders[peer] = None
             seen.senders[peer] = seen.senders.get(peer, 0) + 1
             return seen.senders[peer]
-        if self._holds(advert):
-            self.redundant += 1
-            return 1
         wanted = self._wanted.get(advert.id)
         if wanted is not None:
             wanted.told[peer] = None
-        return False
+        return 0
 
     def kept(
         self, advert: Advert, size: int, hop: int, now: float, senders: Sequence[PeerId] = (), *, wide: bool = True

@@ -56,7 +56,7 @@ class _Record:
     incoming: TokenBucket
     outgoing: TokenBucket
     faults: dict[Fault, int] = attrs.field(factory=dict)
-    strikes: float = 0.0
+    strikes: int = 0
     struck: float = 0.0
     muted_until: float = 0.0
 
@@ -126,11 +126,11 @@ class Conduct:
         self._on_fault(peer, fault, detail)
         if fault not in STRIKES:
             return False
-        record.strikes = max(0.0, record.strikes - (now - record.struck) / defaults.STRIKE_FORGIVEN) + 1
+        record.strikes = max(0, record.strikes - int((now - record.struck) / defaults.STRIKE_FORGIVEN)) + 1
         record.struck = now
         if record.strikes < defaults.STRIKES:
             return False
-        record.strikes = 0.0
+        record.strikes = 0
         record.muted_until = now + defaults.MUTED_FOR
         return True
 

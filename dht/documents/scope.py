@@ -190,6 +190,7 @@ class Scope:
             self._keep_early(peer, envelope)
         else:
             self.broadcast.refused(advert)
+            self.broadcast.redundant += verdict.code is Code.DUPLICATE
             self._refused(peer, document, envelope, verdict)
         return verdict.code
 

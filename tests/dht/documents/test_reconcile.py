@@ -186,7 +186,7 @@ def test_an_author_stands_below_its_own_hash_only() -> None:
     assert sum(tree.count(bytes([half])) for half in range(16)) == 1000 == tree.count(b"")
 
 
-# --- answers of liars --------------------------------------------------------------------------------------------------
+# --- answers of liars ------------------------------------------------------------------------------------------------
 
 
 def asked() -> tuple[Comparison, tuple[Node, ...]]:
