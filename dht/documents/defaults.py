@@ -85,6 +85,26 @@ MAX_LISTED = 1024
 #: Signatures remembered as right: one check takes 70 µs, and an envelope comes by several times.
 KNOWN_SIGNATURES = 16384
 
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+#: Bytes of the file of marks, after which it is written anew with one record per document. A record takes 96.
+MAX_MARKS = 64 * 1024
+
+#: Bytes to which SQLite cuts its write-ahead log after a checkpoint.
+MAX_LOG = 4 * 1024 * 1024
+
+#: KiB of database pages held in memory. Documents are in memory anyway; after the start the database is only written.
+CACHE_KIB = 512
+
+#: Database pages (4 KiB) given back to the file system by one call of ``tidy``: a few milliseconds.
+VACUUM_PAGES = 256
+
+#: Damaged databases that are kept for people to look at. The oldest goes first.
+MAX_SET_ASIDE = 3
+
+#: Rows in a row that cannot be read, after which a damaged table is taken to have no more.
+MAX_MISSING_ROWS = 4096
+
 # --- gossip: broadcast, anti-entropy, the service ---------------------------------------------------------------------
 
 #: Members that each member follows. With as many followers in the mean, two hops reach 16 + 16² of them. More partners

@@ -394,7 +394,7 @@ class Replica:
         return self._write(change, identity, wall, renew=False)
 
     def renewal_due(self, author: PeerId, wall: float) -> bool:
-        """Whether half of the time is over that is left to what ``author`` (ourselves) wrote: write, or :meth:`renew`."""
+        """Whether what ``author`` (ourselves) wrote has lived half of its time: write, or :meth:`renew`."""
         held = self._authors.get(author)
         return held is not None and held.chain is not None and held.chain.expires < wall + self._lifetime / 2
 
