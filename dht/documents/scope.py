@@ -91,6 +91,7 @@ class Scope:
         self.nursery: trio.Nursery | None = None
         self._outboxes: dict[PeerId, _Outbox] = {}
         self._early: dict[PeerId, list[tuple[PeerId, Envelope]]] = {}
+        self._emptied = trio.Event()
         self._wake = trio.Event()
         self._asleep_until = 0.0
         self._known: tuple[PeerId, ...] = ()
@@ -125,6 +126,11 @@ class Scope:
         if reachable != self._known:
             self._known = reachable
             self.perform(self.broadcast.set_members(reachable, now))
+
+    async def drained(self) -> None:
+        """Return when nothing waits to be sent any more."""
+        while self._outboxes:
+            await self._emptied.wait()
 
     @property
     def reachable(self) -> tuple[PeerId, ...]:
@@ -322,6 +328,8 @@ class Scope:
         outbox = self._outboxes.get(peer)
         if outbox is None:
             assert self.nursery is not None
+            if not self._outboxes:
+                self._emptied = trio.Event()
             outbox = self._outboxes[peer] = _Outbox()
             self.nursery.start_soon(self._deliver, peer, outbox)
         return outbox
@@ -351,6 +359,8 @@ class Scope:
             self.failed(peer, error)
         finally:
             del self._outboxes[peer]
+            if not self._outboxes:
+                self._emptied.set()
 
     def failed(self, peer: PeerId, error: RemoteError) -> None:
         """A call to ``peer`` failed: another one takes its place, unless it is only busy."""

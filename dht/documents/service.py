@@ -160,6 +160,11 @@ class Documents:
         """One exchange with ``peer`` now. Raises :class:`RemoteError`."""
         return await reconcile(self._scopes[scope], peer)
 
+    async def drained(self) -> None:
+        """Return when nothing waits to be sent any more. The caller bounds the wait."""
+        for scope in list(self._scopes.values()):
+            await scope.drained()
+
     def neighbours(self, scope: bytes) -> tuple[PeerId, ...]:
         """Whom we follow and who follows us in ``scope``."""
         return self._scopes[scope].broadcast.neighbours()
