@@ -26,6 +26,7 @@ from .rundocs_content import (
     Point,
     ban_entry,
     read_commits,
+    read_metrics,
     run_documents,
     spec_entry,
     thin,
@@ -260,24 +261,23 @@ class RunDocuments:
         _set(doc, "entry", entry)
 
     def _commits(self, doc: pycrdt.Doc[Any], notes: dict[str, CommitNote]) -> None:
-        known = self._open["commits"].own().get("commits", {})
-        rounds = {key: int(entry["round"]) for key, entry in known.items()} | {
-            key: note.round for key, note in notes.items()
-        }
+        own = self._open["commits"].own()
+        # What is not readable (an older program wrote it) goes too.
+        rounds = {note.key: note.round for note in (*read_commits({self.me: own}), *notes.values())}
         kept = sorted(rounds, key=lambda key: (rounds[key], key))[-defaults.COMMITS_KEPT :]
         new = {key: note.entry() for key, note in notes.items() if key in kept}
-        _set(doc, "commits", new, tuple(key for key in known if key not in kept))
+        _set(doc, "commits", new, tuple(key for key in own.get("commits", {}) if key not in kept))
 
     def _metrics(self, doc: pycrdt.Doc[Any], points: dict[int, Point]) -> None:
-        known = self._open["metrics"].own().get("points", {})
-        rounds = sorted({*map(int, known), *points})
-        dropped: dict[int, None] = {}
-        while gone := thin(rounds):
-            dropped.update(dict.fromkeys(gone))
-            rounds = [round for round in rounds if round not in dropped]
+        own = self._open["metrics"].own()
+        history = read_metrics({self.me: own})
+        rounds = sorted({**{point.round: None for known in history for point in known.points}, **points})
+        while gone := dict.fromkeys(thin(rounds)):
+            rounds = [round for round in rounds if round not in gone]
+        kept = {str(round): None for round in rounds}
         _set(doc, "about", {"metric": self.run_here.status().metric_name})
-        new = {str(round): points[round].entry() for round in sorted(points) if round not in dropped}
-        _set(doc, "points", new, tuple(str(round) for round in dropped if str(round) in known))
+        new = {str(round): points[round].entry() for round in sorted(points) if str(round) in kept}
+        _set(doc, "points", new, tuple(key for key in own.get("points", {}) if key not in kept))
 
     # -- bans ---------------------------------------------------------------------------------------------------------
 

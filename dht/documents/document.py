@@ -9,6 +9,7 @@ import attrs
 import trio
 
 from ...transport.endpoint import Endpoint
+from ...transport.errors import ConfigError
 from ...transport.identity import PeerId
 from .envelope import Envelope
 from .keeper import Keeper
@@ -114,7 +115,9 @@ class Document:
                     self.replica.discard(draft)
                     raise
                 verdict = self.replica.offer(draft, self._endpoint.host.wall(), self._endpoint.host.now())
-        assert verdict.kept, f"our own envelope was not kept: {verdict.reason}"
+        if not verdict.kept:
+            # While it was written to disk, somebody proved that another node writes with our key.
+            raise ConfigError(f"our change of the document {self.spec.name!r} does not count: {verdict.reason}")
         self.touch(me)
         self._written(self, draft)
         return draft
