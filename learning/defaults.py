@@ -152,6 +152,8 @@ REMEMBERED_ROSTERS = 32
 BEAT_MIN, BEAT_EACH = 10.0, 0.5
 #: Seconds at most; a reader takes no member at its word that it will be silent for longer.
 MAX_BEAT = 3600.0
+#: Seconds between two writes of one member at least: others take two envelopes per second from an author, not more.
+SPEAK_EVERY = 2.0
 #: Beats that may be missed, and seconds of clocks that differ and words that travel, before a member counts as silent.
 BEATS_MISSED, BEAT_SLACK = 2.5, 5.0
 #: Rounds that each member keeps of those that fell to it to write down; 32 of 2 kB are a quarter of what it may write.

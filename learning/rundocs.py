@@ -73,6 +73,8 @@ class RunDocuments:
         self._points: dict[int, Point] = {}
         self._notes: dict[str, CommitNote] = {}
         self._state = "training"
+        self._left = False
+        self._saying = trio.Lock()
         self._wake = trio.Event()
         self._nursery: trio.Nursery | None = None
 
@@ -118,10 +120,15 @@ class RunDocuments:
         return self._bans.read(self._open["bans"].read()) if "bans" in self._open else []
 
     async def leave(self) -> None:
-        """Say in the roster that we go, and see that somebody hears it; bounded by :data:`defaults.LAST_WORD`."""
-        if self.documents is None or self._nursery is None:
+        """Write down what is left to say, that we go among it, and see that somebody hears it.
+
+        Bounded by :data:`defaults.LAST_WORD`. Only the first call says anything.
+        """
+        if self.documents is None or self._nursery is None or self._left:
             return
-        self._state = "left"
+        self._left = True
+        if self._state != "finished":
+            self._state = "left"
         with trio.move_on_after(defaults.LAST_WORD):
             if self._may_speak():
                 await self._say()
@@ -140,7 +147,6 @@ class RunDocuments:
             self._nudge()
 
     def _committed(self, report: RoundReport) -> None:
-        first = not self._points and not self._notes
         self._points[report.round] = Point(
             report.round, self.host.wall(), _finite(report.loss), _finite(report.metric), report.samples
         )
@@ -167,7 +173,8 @@ class RunDocuments:
         )
         if order[0] == self.me:
             self._notes[note.key] = note
-            if first and not self.run_here.gossip:
+            # In a run with small groups every group has a commit of its own: those can wait for the next beat.
+            if not self.run_here.gossip:
                 self._nudge()
         elif self._nursery is not None and not self.run_here.gossip:
             self._nursery.start_soon(self._write_second, note)
@@ -221,24 +228,33 @@ class RunDocuments:
         event.set()
 
     async def _speak(self) -> None:
+        """Commits are written soon, everything else with the next beat."""
+        beat = self.host.now()
         while True:
+            wake, now = self._wake, self.host.now()
             if self._may_speak():
-                await self._say()
-            wake = self._wake
-            with trio.move_on_after(self._beat() * (0.9 + 0.2 * self.host.random.random())):
+                due = now >= beat
+                await self._say(everything=due)
+                if due:
+                    beat = now + self._beat() * (0.9 + 0.2 * self.host.random.random())
+            await trio.sleep(defaults.SPEAK_EVERY)
+            with trio.move_on_after(max(0.0, beat - self.host.now()) if self._may_speak() else defaults.BEAT_MIN):
                 await wake.wait()
 
-    async def _say(self) -> None:
-        """Write what is new in all of our documents. What cannot be written now is kept for the next time."""
+    async def _say(self, *, everything: bool = True) -> None:
+        """Write what is new in our documents. What cannot be written now is kept for the next time."""
         try:
-            await self._say_spec()
-            await self._open["roster"].write(self._roster)
-            if notes := dict(self._notes):
-                await self._open["commits"].write(lambda doc: self._commits(doc, notes))
-                self._notes = {key: note for key, note in self._notes.items() if key not in notes}
-            if points := dict(self._points):
-                await self._open["metrics"].write(lambda doc: self._metrics(doc, points))
-                self._points = {round: point for round, point in self._points.items() if round not in points}
+            async with self._saying:
+                if notes := dict(self._notes):
+                    await self._open["commits"].write(lambda doc: self._commits(doc, notes))
+                    self._notes = {key: note for key, note in self._notes.items() if key not in notes}
+                if not everything:
+                    return
+                await self._say_spec()
+                await self._open["roster"].write(self._roster)
+                if points := dict(self._points):
+                    await self._open["metrics"].write(lambda doc: self._metrics(doc, points))
+                    self._points = {round: point for round, point in self._points.items() if round not in points}
         except ConfigError as error:
             # The disk is full, or others would not take it: the run goes on without.
             log.warning("the run's documents could not be written: %s", error)

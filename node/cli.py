@@ -36,6 +36,7 @@ examples:
   shoal doctor                           why do two machines not connect?
   shoal status                           what the node of this machine is doing, and why
   shoal export model.safetensors         the weights as they are now
+  shoal doc show roster                  who takes part and who is alive, as the swarm wrote it down
 
 A node keeps its key and its place in the run in its data directory (--data-dir, $SHOAL_HOME, or
 ~/.local/share/shoal): start it again after a crash or a reboot and it goes on. Two nodes on one machine need
@@ -150,6 +151,8 @@ def build_parser(extra: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    from .doc_cli import add_doc
+
     for add in (
         *extra,
         _add_start,
@@ -160,6 +163,7 @@ def build_parser(extra: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
         _add_peers,
         _add_stop,
         _add_export,
+        add_doc,
     ):
         add(commands)
     return parser

@@ -18,7 +18,7 @@ import attrs
 from ..learning.events import Event, RoundReport, RunStatus
 from ..transport.errors import ConfigError, DecodeError, LocalError, ShoalError
 from ..transport.wire import pack, unpack
-from . import defaults, local_socket
+from . import defaults, doc_messages, local_socket
 from .datadir import DataDir
 
 if TYPE_CHECKING:
@@ -177,9 +177,10 @@ MESSAGES: dict[str, type[Any]] = {
     for kind in (
         GetStatus, GetPeers, GetHealth, Stop, Export, Watch,
         NodeStatus, NodeHealth, PeerList, Done, Refused, EventFrame, RoundFrame, Ended,
+        *doc_messages.MESSAGES,
     )
 }  # fmt: skip
-REQUESTS = (GetStatus, GetPeers, GetHealth, Stop, Export, Watch)
+REQUESTS = (GetStatus, GetPeers, GetHealth, Stop, Export, Watch, *doc_messages.REQUESTS)
 
 
 @attrs.frozen
@@ -248,6 +249,10 @@ class ControlClient:
 
     def export(self, path: str) -> Done:
         return self._ask(Export(path), Done)
+
+    def ask(self, request: Any, kind: type[M]) -> M:
+        """One request and its answer, for commands with messages of their own."""
+        return self._ask(request, kind)
 
     def locator(self) -> str:
         try:

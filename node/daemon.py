@@ -36,6 +36,8 @@ from .control import (
     finite,
 )
 from .datadir import DataDir, NodeRecord
+from .doc_answers import answer as answer_documents
+from .doc_messages import GetDocument, GetDocuments
 from .health import health_of
 from .lifetime import Lifetime
 from .node import Node, NodeConfig
@@ -210,6 +212,8 @@ class Daemon:
                     raise ConfigError("this node takes part in no run yet; there is nothing to export")
                 digest = await self.node.run_here.export(Path(path))
                 return Done(f"round {self.node.run_here.round}, state {digest[:16]}")
+            case GetDocuments() | GetDocument():
+                return await answer_documents(self.node.documents, request)
             case _:
                 raise RemoteError(f"unknown request {type(request).__name__}")
 

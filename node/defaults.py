@@ -109,3 +109,6 @@ NOTABLE_SKEW, BAD_SKEW = 5.0, 300.0
 
 #: Bytes of free disk below which a warning is due, and below which nothing can be saved.
 DISK_LOW, DISK_FULL = 2e9, 200e6
+
+#: Seconds for which a request about documents waits for a change: below CONTROL_TIMEOUT, so that who waits is told.
+DOCUMENT_PATIENCE = 3.0

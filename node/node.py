@@ -173,6 +173,7 @@ class Node:
             await run.finished.wait()
             self.outcome = "finished"
             await self._linger(run)
+            await self.documents.leave()
             nursery.cancel_scope.cancel()
         self.outcome = self.outcome or "left"
 
