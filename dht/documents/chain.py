@@ -154,7 +154,7 @@ def _copy(value: Any) -> Any:
         case pycrdt.Text():
             return pycrdt.Text(str(value))
         case _:
-            return value
+            return plain(value)  # pycrdt gives bytearrays, and does not take them
 
 
 def plain(value: Any) -> Any:
