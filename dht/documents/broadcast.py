@@ -260,13 +260,20 @@ class Broadcast:
         seen = self._seen.get(advert.id)
         if seen is not None:
             self.redundant += 1
-            seen.holders[peer] = None
+            self._held_by(peer, advert.id, seen)
             seen.senders[peer] = seen.senders.get(peer, 0) + 1
             return seen.senders[peer]
         wanted = self._wanted.get(advert.id)
         if wanted is not None:
             wanted.told[peer] = None
         return 0
+
+    def _held_by(self, peer: PeerId, id: bytes, seen: _Seen) -> None:
+        """``peer`` has it: no need to tell it."""
+        seen.holders[peer] = None
+        waiting = self._telling.get(peer)
+        if waiting is not None:
+            waiting.pop(id, None)
 
     def kept(
         self, advert: Advert, size: int, hop: int, now: float, senders: Sequence[PeerId] = (), *, wide: bool = True
@@ -292,12 +299,15 @@ class Broadcast:
         pushing = wide and size <= self.settings.eager_size
         around = len(self.neighbours())
         everywhere = pushing and 0 <= hop < wide_hops(len(self._members) + 1, max(around, self.settings.partners))
+        # In a small swarm, where everybody is everybody's neighbour, whoever wrote it has pushed it to all.
+        done = pushing and hop > 0 and len(self._members) <= around
         actions: list[Action] = []
         for peer in neighbours:
             follower = self._followers.get(peer)
-            if pushing and (everywhere or (follower is not None and follower.feed)):
+            fed = follower is not None and follower.feed
+            if pushing and not done and (everywhere or fed):
                 actions.append(Push(peer, advert, hop + 1))
-            else:
+            elif fed or not done:
                 self._tell(peer, advert, now)
         return actions + self._told(now)
 
@@ -321,7 +331,7 @@ class Broadcast:
         for advert in adverts:
             seen = self._seen.get(advert.id)
             if seen is not None:
-                seen.holders[peer] = None
+                self._held_by(peer, advert.id, seen)
                 continue
             wanted = self._wanted.get(advert.id)
             if wanted is None:
