@@ -36,6 +36,9 @@ class Marks:
         if path is not None and path.exists():
             self._read(path.read_bytes())
 
+    def __len__(self) -> int:
+        return len(self._marks)
+
     def get(self, document: bytes, author: PeerId) -> tuple[int, int] | None:
         """(incarnation, next counter) of the furthest mark."""
         return self._marks.get((document, author.key))

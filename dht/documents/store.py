@@ -221,7 +221,8 @@ class DocumentStore:
         """Give back a bounded number of free pages, and bound the log. Milliseconds; call it every few minutes."""
 
         def vacuum(db: sqlite3.Connection) -> None:
-            db.execute(f"PRAGMA incremental_vacuum({defaults.VACUUM_PAGES})").fetchall()
+            # `execute` would take one step of it, and give back one page.
+            db.executescript(f"PRAGMA incremental_vacuum({defaults.VACUUM_PAGES})")
             db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
         self._do(vacuum)
@@ -256,6 +257,8 @@ class DocumentStore:
             (version,) = db.execute("PRAGMA user_version").fetchone()
             (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if tables == 0 and version == 0:
+                if path is not None and len(self._marks) and not path.with_name(path.name + ".damaged-1").exists():
+                    self.notices.append(f"{path} was lost or emptied: peers have what was in it")
                 with self._transaction(db):
                     for statement in _SCHEMA.split(";"):
                         db.execute(statement)
@@ -414,6 +417,8 @@ def _readable(db: sqlite3.Connection, table: str) -> Iterator[list[object]]:
             continue
         if not rows:
             return
-        missing = 0
-        after = rows[0][0]
+        if rows[0][0] <= after:  # a damaged tree can lead back to where we have been
+            after, missing = after + 1, missing + 1
+            continue
+        missing, after = 0, rows[0][0]
         yield list(rows[0][1:])

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import attrs
 import msgpack
 
+from shoal.dht.documents.policy import DocumentSpec, Listed, Members, Owner
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.identity import Identity, PeerId
 from shoal.transport.webrtc_signal import Description, IceCandidate
@@ -130,6 +131,12 @@ def _candidate(rng: random.Random) -> IceCandidate:
     return IceCandidate(rng.choice(("host", "srflx", "relay")), host, rng.choice((1, 4001, 65535)), 1 << 24, "abc1")
 
 
+def _document_spec(rng: random.Random) -> DocumentSpec:
+    peers = sorted(identity.peer_id for identity in rng.sample(IDENTITIES, rng.randrange(1, 4)))
+    policy = rng.choice((Owner(peers[0]), Listed(tuple(peers)), Members("run")))
+    return DocumentSpec(rng.choice(("metrics", "α")), rng.randbytes(rng.choice((0, 32))), policy)
+
+
 def _description(rng: random.Random) -> Description:
     candidates = tuple(_candidate(rng) for _ in range(rng.randrange(4)))
     return Description("ufrag", "p" * 22, rng.randbytes(32), candidates)
@@ -140,6 +147,7 @@ _SPECIAL: dict[Any, Callable[[random.Random], Any]] = {
     Address: _address,
     SignedPeerRecord: _signed_peer_record,
     IceCandidate: _candidate,
+    DocumentSpec: _document_spec,
     Description: _description,
 }
 
