@@ -195,3 +195,6 @@ MAX_EARLY = 64
 MAX_PROOFS = 64
 #: Exchanges with one peer behind one another, when one of them is cut short.
 MAX_EXCHANGES = 16
+#: Seconds for which an author whom one side does not take (yet) is passed over by anti-entropy with it. Views of who is
+#: a member agree after some seconds.
+PASS_OVER = 60.0

@@ -101,20 +101,26 @@ class Document:
         return await self._sign(lambda: self.replica.renew(self._endpoint.identity, self._endpoint.host.wall()))
 
     async def _sign(self, draw_up: Callable[[], Envelope | None]) -> Envelope | None:
-        me = self._endpoint.peer_id
+        signed: Envelope | None = None
         async with self._writing:
             with trio.CancelScope(shield=True):
-                if self.replica.must_begin(me):
-                    self.replica.begin(me, await self._keeper.reserve(self.id, me, self._endpoint.host.wall()))
-                draft = draw_up()
-                if draft is None:
-                    return None
-                try:
-                    await self._keeper.append([draft], own=me)
-                except BaseException:
-                    self.replica.discard(draft)
-                    raise
-                verdict = self.replica.offer(draft, self._endpoint.host.wall(), self._endpoint.host.now())
+                signed = await self._sign_now(draw_up)
+        return signed
+
+    async def _sign_now(self, draw_up: Callable[[], Envelope | None]) -> Envelope | None:
+        """Draw up, store, take in, send out. Not to be cancelled in between: a signed counter is used once."""
+        me, host = self._endpoint.peer_id, self._endpoint.host
+        if self.replica.must_begin(me):
+            self.replica.begin(me, await self._keeper.reserve(self.id, me, host.wall()))
+        draft = draw_up()
+        if draft is None:
+            return None
+        try:
+            await self._keeper.append([draft], own=me)
+        except BaseException:
+            self.replica.discard(draft)
+            raise
+        verdict = self.replica.offer(draft, host.wall(), host.now())
         if not verdict.kept:
             # While it was written to disk, somebody proved that another node writes with our key.
             raise ConfigError(f"our change of the document {self.spec.name!r} does not count: {verdict.reason}")

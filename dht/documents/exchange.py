@@ -67,7 +67,7 @@ async def reconcile(scope: Scope, peer: PeerId) -> Exchanged:
             raise
     found = comparison.found
     # Proofs first: what comes after the point they prove need not travel.
-    await _fetch_evidence(scope, peer, found.doubts)
+    await _fetch_evidence(scope, peer, [doubt for doubt in found.doubts if doubt.author not in scope.banned])
     await _send_evidence(scope, peer, found.proofs)
     received = await _fetch(scope, peer, found.wants)
     sent = await _send(scope, peer, found.offers)
@@ -106,6 +106,8 @@ def _missing(scope: Scope, wants: Sequence[Want]) -> list[Want]:
         document = scope.documents.get(want.document)
         if document is None or want.author in scope.banned:
             continue
+        if not scope.takes(scope.endpoint.peer_id, want.document, want.author):
+            continue
         held = document.replica.range_of(want.author)
         first = want.first
         if held is not None:
@@ -123,6 +125,8 @@ async def _send(scope: Scope, peer: PeerId, offers: Sequence[Want]) -> int:
     sent = 0
     pending: list[Sent] = []
     for offer in offers:
+        if not scope.takes(peer, offer.document, offer.author):
+            continue
         document = scope.documents[offer.document]
         envelopes = document.replica.envelopes(offer.author, offer.incarnation, offer.first, offer.next)
         pending += [Sent(envelope, -1) for envelope in envelopes]
@@ -146,6 +150,9 @@ async def _send_some(scope: Scope, peer: PeerId, pending: list[Sent]) -> int:
     pushed = await scope.endpoint.call(
         peer, PUSH, PushEnvelopes(scope.name, tuple(batch)), timeout=defaults.ANSWER_DEADLINE
     )
+    for item, code in zip(batch, pushed.codes, strict=False):
+        if code in ("unwelcome", "expired", "full", "banned"):
+            scope.pass_over(peer, item.envelope.document, item.envelope.author)
     return 0 if "limit" in pushed.codes else len(batch)
 
 

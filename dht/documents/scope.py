@@ -50,6 +50,9 @@ _FAULTS = {
     Code.GARBAGE: Fault.GARBAGE,
 }
 
+#: What is refused for reasons that time may change: it is no use to ask for it, or to offer it, again at once.
+_NOT_NOW = (Code.UNWELCOME, Code.EXPIRED, Code.FULL)
+
 
 def advert_of(envelope: Envelope) -> Advert:
     return Advert(envelope.document, envelope.author, envelope.incarnation, envelope.counter, envelope.id)
@@ -91,6 +94,7 @@ class Scope:
         self.nursery: trio.Nursery | None = None
         self._outboxes: dict[PeerId, _Outbox] = {}
         self._early: dict[PeerId, list[tuple[PeerId, Envelope]]] = {}
+        self._passed_over: dict[tuple[PeerId, bytes, PeerId], float] = {}
         self._emptied = trio.Event()
         self._wake = trio.Event()
         self._asleep_until = 0.0
@@ -201,6 +205,8 @@ class Scope:
         return verdict.code
 
     def _refused(self, peer: PeerId, document: Document, envelope: Envelope, verdict: Verdict) -> None:
+        if verdict.code in _NOT_NOW:
+            self.pass_over(self.endpoint.peer_id, document.id, envelope.author)
         fault = _FAULTS.get(verdict.code)
         if verdict.code is Code.FORK and envelope.author == peer:
             fault = Fault.FORK
@@ -214,6 +220,16 @@ class Scope:
     def blame(self, peer: PeerId, fault: Fault, detail: str) -> None:
         if self.conduct.count(peer, fault, self.host.now(), detail):
             self.perform(self.broadcast.silent(peer, self.host.now()))
+
+    def pass_over(self, by: PeerId, document: bytes, author: PeerId) -> None:
+        """``by`` (ourselves or a peer) does not take what ``author`` wrote, for a while."""
+        self._passed_over[by, document, author] = self.host.now() + defaults.PASS_OVER
+        if len(self._passed_over) > defaults.REMEMBERED:
+            del self._passed_over[next(iter(self._passed_over))]
+
+    def takes(self, by: PeerId, document: bytes, author: PeerId) -> bool:
+        """Whether there is no reason to believe that ``by`` would refuse what ``author`` wrote."""
+        return self._passed_over.get((by, document, author), 0.0) <= self.host.now()
 
     # -- envelopes that came before those they follow on --------------------------------------------------------------
 

@@ -81,17 +81,14 @@ class Documents:
         self._scopes: dict[bytes, Scope] = {}
         self._nursery: trio.Nursery | None = None
         self._exchanging: dict[tuple[bytes, PeerId], None] = {}
-        for method, handler in (
-            (messages.PUSH, self._on_push),
-            (messages.TELL, self._on_tell),
-            (messages.FETCH, self._on_fetch),
-            (messages.FOLLOW, self._on_follow),
-            (messages.COMPARE, self._on_compare),
-            (messages.RANGES, self._on_ranges),
-            (messages.EVIDENCE, self._on_evidence),
-            (messages.ACCUSE, self._on_accuse),
-        ):
-            endpoint.serve(method, handler)
+        endpoint.serve(messages.PUSH, self._on_push)
+        endpoint.serve(messages.TELL, self._on_tell)
+        endpoint.serve(messages.FETCH, self._on_fetch)
+        endpoint.serve(messages.FOLLOW, self._on_follow)
+        endpoint.serve(messages.COMPARE, self._on_compare)
+        endpoint.serve(messages.RANGES, self._on_ranges)
+        endpoint.serve(messages.EVIDENCE, self._on_evidence)
+        endpoint.serve(messages.ACCUSE, self._on_accuse)
 
     # -- for the application ------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from shoal.dht.documents import defaults
 from shoal.dht.documents.envelope import Envelope
 from shoal.dht.documents.policy import DocumentSpec, Members, Owner
 from shoal.transport.errors import ConfigError
+from shoal.transport.identity import PeerId
 
 from .doc_swarm import SCOPE, SPEC, doc_swarm, put
 
@@ -219,3 +220,21 @@ async def test_the_store_is_written_before_others_are_told_that_it_is() -> None:
         await swarm.until(lambda: bool(order))
         loaded = other.store.load(SPEC.id, other.peer)
         assert [kept.id for kept in loaded.envelopes] == [envelope.id]
+
+
+async def test_an_author_that_one_side_does_not_know_yet_costs_nothing_and_is_taken_once_it_is_known() -> None:
+    async with doc_swarm() as swarm:
+        nodes = await swarm.grow(3)
+        doubted: dict[PeerId, None] = {nodes[2].peer: None}
+        spec = DocumentSpec("roster", SCOPE, Members("of the test"))
+        strict = await nodes[0].documents.open(spec, lambda peer: peer not in doubted)
+        others = [await node.open(spec) for node in nodes[1:]]
+        await trio.sleep(5)
+        await others[1].write(put(x=1))
+        await swarm.until(lambda: len(others[0].read()) == 1)
+        await trio.sleep(200)
+        assert strict.read() == {}
+        refused = nodes[0].documents.faults()
+        assert sum(count for faults in refused.values() for count in faults.values()) <= 20, refused
+        doubted.clear()
+        await swarm.until(lambda: nodes[0].value(nodes[2], "x", strict) == 1, defaults.PASS_OVER + 120)
