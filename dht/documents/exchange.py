@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import attrs
 
-from ...transport.errors import RemoteError, RemoteProtocolError
+from ...transport.errors import LocalError, RemoteError, RemoteProtocolError
 from ...transport.identity import PeerId
 from . import defaults
 from .conduct import Fault
@@ -27,7 +27,7 @@ from .messages import (
     Want,
 )
 from .reconcile import Comparison
-from .scope import Scope, _some
+from .scope import Scope, not_stored, some
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ async def _send(scope: Scope, peer: PeerId, offers: Sequence[Want]) -> int:
 
 async def _send_some(scope: Scope, peer: PeerId, pending: list[Sent]) -> int:
     """Send the first of ``pending``; returns how many, 0 when the peer takes no more now."""
-    batch = _some(pending)
+    batch = some(pending)
     del pending[: len(batch)]
     pushed = await scope.endpoint.call(
         peer, PUSH, PushEnvelopes(scope.name, tuple(batch)), timeout=defaults.ANSWER_DEADLINE
@@ -183,4 +183,6 @@ async def try_reconcile(scope: Scope, peer: PeerId) -> Exchanged | None:
         return await reconcile(scope, peer)
     except RemoteError as error:
         scope.failed(peer, error)
-        return None
+    except LocalError as error:
+        not_stored(error)
+    return None

@@ -10,7 +10,7 @@ import attrs
 import trio
 
 from ...transport.endpoint import Endpoint
-from ...transport.errors import RemoteError, RemoteRefused, ShoalError
+from ...transport.errors import LocalError, RemoteError, RemoteRefused
 from ...transport.identity import PeerId
 from . import defaults
 from .broadcast import Action, Broadcast, Fetch, Follow, Push, Settings, Tell
@@ -158,7 +158,10 @@ class Scope:
         return not found or found[0].id == advert.id
 
     async def take(self, peer: PeerId, sent: Sequence[Sent]) -> tuple[str, ...]:
-        """Take in what ``peer`` sent; returns a code for each, when those that were kept are on disk."""
+        """Take in what ``peer`` sent; returns a code for each, when those that were kept are on disk.
+
+        Raises :class:`LocalError` when they cannot be written.
+        """
         codes: list[str] = []
         kept: list[Envelope] = []
         for number, item in enumerate(sent):
@@ -197,6 +200,7 @@ class Scope:
             actions = self.broadcast.kept(advert, len(envelope.update), min(hop, 64), now, (peer,), wide=hop >= 0)
             self.perform(actions, envelope)
         elif verdict.code is Code.GAP:
+            self.broadcast.refused(advert)  # it is here already, and waits for those before it
             self._keep_early(peer, envelope)
         else:
             self.broadcast.refused(advert)
@@ -308,7 +312,10 @@ class Scope:
             hook(document, proof)
 
     async def _keep_proof(self, proof: Evidence) -> None:
-        await self.keeper.accuse(proof)
+        try:
+            await self.keeper.accuse(proof)
+        except LocalError as error:
+            not_stored(error)
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
@@ -354,7 +361,7 @@ class Scope:
         try:
             while outbox:
                 if outbox.pushes:
-                    batch = _some(outbox.pushes)
+                    batch = some(outbox.pushes)
                     del outbox.pushes[: len(batch)]
                     await self.endpoint.call(
                         peer, PUSH, PushEnvelopes(self.name, tuple(batch)), timeout=defaults.ANSWER_DEADLINE
@@ -396,6 +403,7 @@ class Scope:
 
     async def _fetch(self, peer: PeerId, adverts: tuple[Advert, ...]) -> None:
         failed: RemoteError | None = None
+        given: dict[bytes, None] = {}
         try:
             fetched = await self.endpoint.call(
                 peer, FETCH, FetchEnvelopes(self.name, adverts), timeout=defaults.ANSWER_DEADLINE
@@ -406,14 +414,18 @@ class Scope:
             asked = {advert.id: None for advert in adverts}
             if any(envelope.id not in asked for envelope in fetched.envelopes):
                 self.blame(peer, Fault.NONSENSE, "it sent envelopes that were not asked for")
-            await self.take(peer, [Sent(envelope, -1) for envelope in fetched.envelopes if envelope.id in asked])
+            given = dict.fromkeys(envelope.id for envelope in fetched.envelopes)
+            try:
+                await self.take(peer, [Sent(envelope, -1) for envelope in fetched.envelopes if envelope.id in asked])
+            except LocalError as error:
+                not_stored(error)
             if fetched.more and fetched.envelopes:
                 rest = tuple(advert for advert in adverts if not self.holds(advert))
                 if len(rest) < len(adverts):
                     await self._fetch(peer, rest)
                     return
-        actions, missing = self.broadcast.fetched(peer, adverts, self.host.now())
-        self.perform(actions)
+        missing = sum(advert.id not in given and not self.holds(advert) for advert in adverts)
+        self.perform(self.broadcast.fetched(peer, adverts, self.host.now())[0])
         if failed is not None:
             self.failed(peer, failed)
         elif missing:
@@ -434,12 +446,16 @@ class Scope:
                 document.touch(author)
                 try:
                     await self.keeper.remove(document.id, [author])
-                except ShoalError as error:
-                    # At the next start it is read again, and the ban with it.
-                    log.warning("what %s wrote could not be removed: %s", author.short, error)
+                except LocalError as error:
+                    not_stored(error)  # at the next start it is read again, and the ban with it
 
 
-def _some(sent: Sequence[Sent]) -> list[Sent]:
+def not_stored(error: LocalError) -> None:
+    """Our disk fails. What is in memory counts all the same, and after a restart peers have it."""
+    log.warning("documents: something could not be written: %s", error)
+
+
+def some(sent: Sequence[Sent]) -> list[Sent]:
     """The first ones, as many as fit in a message; at least one."""
     batch: list[Sent] = []
     size = 0

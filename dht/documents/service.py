@@ -38,7 +38,7 @@ from .messages import (
 from .policy import DocumentSpec
 from .reconcile import answer
 from .replica import Replica
-from .scope import OnEvidence, Scope
+from .scope import OnEvidence, Scope, not_stored
 from .store import DocumentStore
 
 log = logging.getLogger(__name__)
@@ -225,14 +225,23 @@ class Documents:
         while True:
             await trio.sleep(defaults.EXPIRE_EVERY * (0.75 + 0.5 * self.host.random.random()))
             for document in self.documents():
-                gone = document.replica.expire(self.host.wall())
-                for author in gone:
-                    document.touch(author)
-                if gone:
-                    await self.keeper.remove(document.id, gone)
-                await document.renew()
-            await self.keeper.tidy()
+                try:
+                    await self._expire_in(document)
+                except LocalError as error:
+                    not_stored(error)
+            try:
+                await self.keeper.tidy()
+            except LocalError as error:
+                not_stored(error)
             self._tell_notices()
+
+    async def _expire_in(self, document: Document) -> None:
+        gone = document.replica.expire(self.host.wall())
+        for author in gone:
+            document.touch(author)
+        if gone:
+            await self.keeper.remove(document.id, gone)
+        await document.renew()
 
     def _tell_notices(self) -> None:
         """What the store found damaged; peers bring it back by anti-entropy."""

@@ -238,3 +238,24 @@ async def test_an_author_that_one_side_does_not_know_yet_costs_nothing_and_is_ta
         assert sum(count for faults in refused.values() for count in faults.values()) <= 20, refused
         doubted.clear()
         await swarm.until(lambda: nodes[0].value(nodes[2], "x", strict) == 1, defaults.PASS_OVER + 120)
+
+
+async def test_a_disk_that_fails_costs_no_news_and_no_node() -> None:
+    async with doc_swarm() as swarm:
+        one, other = await swarm.grow(2)
+        await trio.sleep(5)
+        append = other.store.append
+
+        def full(envelopes: object, own: object = None) -> None:
+            raise ConfigError("no room on the disk")
+
+        other.store.append = full  # type: ignore[method-assign, assignment]
+        await one.document.write(put(x=1))
+        await swarm.until(lambda: other.value(one, "x") == 1)
+        with pytest.raises(ConfigError, match="no room"):
+            await other.document.write(put(y=1))
+        await trio.sleep(120)
+        other.store.append = append  # type: ignore[method-assign]
+        await other.document.write(put(y=2))
+        await swarm.until(lambda: one.value(other, "y") == 2)
+        assert one.documents.faults() == other.documents.faults() == {}

@@ -129,7 +129,9 @@ def test_files_cut_off_anywhere_are_survived(sample: Sample, tmp_path: Path, nam
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("what", ["bits", "page of zeros", "page of noise"])
 @pytest.mark.parametrize("many", [3, pytest.param(150, marks=pytest.mark.slow)])
-def test_bits_and_pages_overwritten_anywhere_are_survived(sample: Sample, tmp_path: Path, name: str, what: str, many: int) -> None:
+def test_bits_and_pages_overwritten_anywhere_are_survived(
+    sample: Sample, tmp_path: Path, name: str, what: str, many: int
+) -> None:
     if not (sample.folder / name).exists():
         pytest.skip("the log has gone into the database")
     rng = random.Random(name + what)
