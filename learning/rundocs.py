@@ -229,6 +229,7 @@ class RunDocuments:
 
     async def _speak(self) -> None:
         """Commits are written soon, everything else with the next beat."""
+        assert self.documents is not None
         beat = self.host.now()
         while True:
             wake, now = self._wake, self.host.now()
@@ -236,7 +237,7 @@ class RunDocuments:
                 due = now >= beat
                 await self._say(everything=due)
                 if due:
-                    beat = now + self._beat() * (0.9 + 0.2 * self.host.random.random())
+                    beat = now + self._beat() * (0.9 + 0.2 * self.documents.random.random())
             await trio.sleep(defaults.SPEAK_EVERY)
             with trio.move_on_after(max(0.0, beat - self.host.now()) if self._may_speak() else defaults.BEAT_MIN):
                 await wake.wait()
@@ -321,7 +322,7 @@ class RunDocuments:
         author = evidence.author
         await self.documents.ban(self.run_here.run_id, author, "signed two histories of one document")
         self.run_here.emit("run", "banned", author, "signed two histories of one document")
-        await trio.sleep(defaults.BAN_JITTER * self.host.random.random())
+        await trio.sleep(defaults.BAN_JITTER * self.documents.random.random())
         while not self._may_speak():
             wake = self._wake
             with trio.move_on_after(defaults.BEAT_MIN):

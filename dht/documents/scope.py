@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
@@ -76,6 +77,7 @@ class Scope:
     def __init__(
         self,
         endpoint: Endpoint,
+        rng: random.Random,
         keeper: Keeper,
         conduct: Conduct,
         name: bytes,
@@ -85,7 +87,7 @@ class Scope:
         self.name, self.members = name, members
         self.endpoint, self.host, self.keeper, self.conduct = endpoint, endpoint.host, keeper, conduct
         self.documents: dict[bytes, Document] = {}
-        self.broadcast = Broadcast(endpoint.peer_id, endpoint.host.random, self.holds, settings)
+        self.broadcast = Broadcast(endpoint.peer_id, rng, self.holds, settings)
         #: Authors that are refused, and why.
         self.banned: dict[PeerId, str] = {}
         self.on_evidence: list[OnEvidence] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Sequence
 
 import attrs
@@ -73,6 +74,8 @@ class Documents:
         reconcile_every: float = defaults.RECONCILE_EVERY,
     ) -> None:
         self.endpoint, self.host = endpoint, endpoint.host
+        #: A generator of our own, so that what others draw from the host's does not depend on what documents do.
+        self.random = random.Random(endpoint.host.entropy(16))
         self.counters = Counters()
         self.conduct = Conduct(self._fault)
         self.keeper = Keeper(self.host, store)
@@ -97,7 +100,7 @@ class Documents:
         if scope in self._scopes:
             self._scopes[scope].members = members
             return
-        entered = Scope(self.endpoint, self.keeper, self.conduct, scope, members, self._settings)
+        entered = Scope(self.endpoint, self.random, self.keeper, self.conduct, scope, members, self._settings)
         entered.catch_up = lambda peer: self._start_exchange(entered, peer)
         self._scopes[scope] = entered
         if self._nursery is not None:
@@ -189,17 +192,17 @@ class Documents:
 
     async def _reconcile_now_and_then(self, scope: Scope) -> None:
         """Anti-entropy: soon after the first others are known, then every so often with a neighbour or with anybody."""
-        random = self.host.random
+        rng = self.random
         met = False
         while True:
             pause = self._every if met else min(self._every, defaults.MEMBERS_EVERY)
-            await trio.sleep(pause * (0.5 + random.random()))
+            await trio.sleep(pause * (0.5 + rng.random()))
             others = [peer for peer in scope.reachable if peer != self.endpoint.peer_id]
             near = [peer for peer in scope.broadcast.neighbours() if peer not in scope.banned]
-            chosen = others if not near or (others and random.random() < defaults.RECONCILE_FAR) else near
+            chosen = others if not near or (others and rng.random() < defaults.RECONCILE_FAR) else near
             if chosen:
                 met = True
-                await self._exchange(scope, random.choice(chosen))
+                await self._exchange(scope, rng.choice(chosen))
 
     def _start_exchange(self, scope: Scope, peer: PeerId) -> None:
         if self._nursery is not None:
@@ -223,7 +226,7 @@ class Documents:
 
     async def _expire(self) -> None:
         while True:
-            await trio.sleep(defaults.EXPIRE_EVERY * (0.75 + 0.5 * self.host.random.random()))
+            await trio.sleep(defaults.EXPIRE_EVERY * (0.75 + 0.5 * self.random.random()))
             for document in self.documents():
                 try:
                     await self._expire_in(document)
