@@ -31,6 +31,7 @@ from .control import (
     Stop,
 )
 from .datadir import DataDir
+from .doc_messages import GetDocument, GetDocuments
 from .health import health_of
 from .lifetime import Lifetime
 from .linkinfo import peer_infos
@@ -211,5 +212,7 @@ class RelayDaemon:
                 return Done()
             case Export():
                 raise ConfigError("this node is a relay: it trains nothing and has no weights to export")
+            case GetDocuments() | GetDocument():
+                raise ConfigError("this node is a relay: it takes part in no run and holds no documents")
             case _:
                 raise RemoteError(f"unknown request {type(request).__name__}")
