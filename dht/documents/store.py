@@ -10,7 +10,7 @@ import hashlib
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -93,7 +93,8 @@ class DocumentStore:
             if self._db is not None:
                 db, self._db = self._db, None
                 try:
-                    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                    with suppress(sqlite3.DatabaseError):  # on a full disk the log stays, and is as good
+                        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 finally:
                     db.close()
 

@@ -17,6 +17,11 @@ from typing import Any
 
 import attrs
 
+from shoal.dht.documents.envelope import Envelope, Evidence, client_id
+from shoal.dht.documents.guard import Guard
+from shoal.dht.documents.marks import Marks
+from shoal.dht.documents.policy import DocumentSpec, Owner, unpack_spec
+from shoal.dht.documents.replica import Replica
 from shoal.dht.kademlia.keys import node_key
 from shoal.dht.kademlia.records import VALIDATORS, Announcement, SignedRecord, digest, owned_key
 from shoal.dht.kademlia.store import Store
@@ -456,6 +461,66 @@ def _control(data: bytes) -> Any:
     return [message for at in range(0, len(data), 700) for message in framer.feed(data[at : at + 700])]
 
 
+# --- documents -----------------------------------------------------------------------------------------------------
+
+_DOCUMENT = DocumentSpec("metrics", bytes(32), Owner(ALICE.peer_id))
+_CLIENT = client_id(ALICE.peer_id, _DOCUMENT.id, 1)
+
+
+def _update(rng: random.Random) -> bytes:
+    """What an author wrote first: a number, a text, a list, an object in a map."""
+    value = rng.choice((b"\x7d\5", b"\x77\2hi", b"\x75\2\x7e\x78", b"\x76\1\1k\x7e"))
+    number, head = _CLIENT, bytearray(b"\1\1")
+    while number > 0x7F:
+        head.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*head, number]) + b"\0\x28\1\1m\1k\1" + value + b"\0"
+
+
+def _guard(data: bytes) -> Any:
+    guard = Guard(_CLIENT)
+    guard.admit(data)
+    assert sum(length for _, length in guard.deleted()) <= guard.next
+    return guard.next
+
+
+def _sign(update: bytes, lives: float) -> Envelope:
+    return Envelope.sign(
+        ALICE, _DOCUMENT.id, update, incarnation=1, counter=0, previous=bytes(32), expires=WALL + lives
+    )
+
+
+def _offer(data: bytes) -> Any:
+    envelope = unpack(Envelope, data)
+    envelope.check()
+    replica = Replica(_DOCUMENT)
+    if replica.offer(envelope, WALL, 0.0).kept:
+        replica.read()
+        return envelope
+    return None
+
+
+def _evidence(rng: random.Random) -> bytes:
+    return pack(Evidence.of(_sign(b"\0\0", 1.0).header, _sign(_update(rng), 2.0).header))
+
+
+def _accuse(data: bytes) -> Any:
+    evidence = unpack(Evidence, data)
+    evidence.check()
+    Replica(_DOCUMENT).accuse(evidence, WALL)
+    return evidence.author, evidence.incarnation, evidence.point
+
+
+def _write_marks(folder: Path, rng: random.Random) -> None:
+    marks = Marks(folder / "marks")
+    for next in range(rng.randrange(1, 5)):
+        marks.put(_DOCUMENT.id, ALICE.peer_id, 1, next)
+
+
+def _read_marks(folder: Path) -> Any:
+    return Marks(folder / "marks").get(_DOCUMENT.id, ALICE.peer_id)
+
+
 # --- STUN --------------------------------------------------------------------------------------------------------
 
 _TRANSACTION = bytes(range(12))
@@ -539,6 +604,11 @@ def decoders() -> dict[str, Decoder]:
         Decoder("dht record", _dht_record, _check_dht_record, sealed=True),
         Decoder("dht announcement", _announcement, _check_announcement, sealed=True),
         Decoder("dht store snapshot", _store_snapshot, _load_snapshot),
+        Decoder("document update", _update, _guard),
+        Decoder("document envelope", lambda rng: pack(_sign(_update(rng), 60.0)), _offer, sealed=True),
+        Decoder("document evidence", _evidence, _accuse),
+        Decoder("document spec", lambda rng: pack(sample(DocumentSpec, rng)), unpack_spec),
+        _file("marks", _write_marks, _read_marks, "marks"),
         Decoder("run spec", _spec, _open_spec, sealed=True),
         _secure(True, None), _secure(False, None), _secure(True, psk), _secure(False, psk),
         _hello(True), _hello(False),

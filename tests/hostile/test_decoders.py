@@ -22,6 +22,8 @@ QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(Heal
 
 #: Modules that take bytes apart themselves → the decoder, or the file of tests, that feeds them hostile ones.
 FED_BY = {
+    "dht.documents.envelope": "no bytes from outside: its own digests",
+    "dht.documents.marks": "file marks",
     "dht.kademlia.keys": "no bytes from outside: its own digests",
     "learning.shard": "no bytes from outside: seeds",
     "learning.store": "file trust",

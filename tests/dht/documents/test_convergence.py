@@ -150,3 +150,15 @@ def test_three_histories_of_one_author_void_each_other_whoever_knew_which() -> N
     proof = writers[2].replica.evidence(IDS[0].peer_id)
     assert proof is not None and late.accuse(proof).kept
     assert late.digest() == writers[0].replica.digest()
+
+
+def test_the_stories_hold_what_they_are_told_for() -> None:
+    frozen = replaced = compacted = 0
+    for seed in range(60):
+        story = told(random.Random(seed), 4, 60, evil=True)
+        heal(story.writers, story.rng)
+        for held in story.writers[0].replica.summary():
+            frozen += held.frozen
+            replaced += held.incarnation > 2
+            compacted += held.first > 0
+    assert min(frozen, replaced, compacted) > 10
