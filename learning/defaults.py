@@ -182,3 +182,33 @@ TRUST_PAGE = 16
 
 #: Believed rosters off the way to our own that are remembered: other branches, and rosters just before.
 REMEMBERED_ROSTERS = 32
+
+# --- documents of a run -----------------------------------------------------------------------------------------------
+
+#: Seconds between two words of a member that it is there: a person who looks at the roster sees a death within half a
+#: minute. With many members BEAT_EACH seconds per member, so that all of them together say two words per second.
+BEAT_MIN, BEAT_EACH = 10.0, 0.5
+#: Seconds at most; a reader takes no member at its word that it will be silent for longer.
+MAX_BEAT = 3600.0
+#: Seconds between two writes of one member at least: others take two envelopes per second from an author, not more.
+SPEAK_EVERY = 2.0
+#: Beats that may be missed, and seconds of clocks that differ and words that travel, before a member counts as silent.
+BEATS_MISSED, BEAT_SLACK = 2.5, 5.0
+#: Rounds that each member keeps of those that fell to it to write down; 32 of 2 kB are a quarter of what it may write.
+COMMITS_KEPT = 32
+#: Members named in such a note; of more, only their number.
+COMMIT_MEMBERS = 32
+#: Seconds after which the second in line writes a commit down that the first did not.
+COMMIT_SECOND = 5.0
+#: Points of its history that a member keeps: 256 of 40 bytes, compacted 10 kB.
+POINTS_KEPT = 256
+#: Bytes of a proof, characters of a text in a document.
+MAX_EVIDENCE, MAX_DOCUMENT_TEXT = 4096, 128
+#: Bans of one author that are read; proofs remembered as checked.
+MAX_BANS = 1024
+#: Members and former ones remembered, whose words are taken: as many as a document takes authors.
+MAX_FORMER = 4096
+#: Seconds, at most, before a proof is written down: others may have done it by then.
+BAN_JITTER = 3.0
+#: Seconds for the last word of a member that leaves.
+LAST_WORD = 0.4

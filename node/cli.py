@@ -38,6 +38,7 @@ examples:
   shoal status                           what the node of this machine is doing, and why
   shoal export model.safetensors         the weights as they are now
   shoal checkpoint list                  the states of past rounds that are kept
+  shoal doc show roster                  who takes part and who is alive, as the swarm wrote it down
 
 A node keeps its key and its place in the run in its data directory (--data-dir, $SHOAL_HOME, or
 ~/.local/share/shoal): start it again after a crash or a reboot and it goes on. Two nodes on one machine need
@@ -153,7 +154,8 @@ def build_parser(extra: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
         prog="shoal", description=DESCRIPTION, epilog=EPILOG, formatter_class=_Formatter, allow_abbrev=False
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
-    from .dht_cli import add_dht  # it uses what stands here
+    from .dht_cli import add_dht  # these use what stands here
+    from .doc_cli import add_doc
 
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (
@@ -168,6 +170,7 @@ def build_parser(extra: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
         _add_export,
         add_dht,
         checkpoint_commands.add,
+        add_doc,
     ):
         add(commands)
     return parser

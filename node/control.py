@@ -18,7 +18,7 @@ import attrs
 from ..learning.events import Checkpoint, Event, RoundReport, RunStatus
 from ..transport.errors import ConfigError, DecodeError, LocalError, ShoalError
 from ..transport.wire import pack, unpack
-from . import defaults, local_socket
+from . import defaults, doc_messages, local_socket
 from .datadir import DataDir
 from .dht_messages import DHT_MESSAGES, DHT_REQUESTS
 
@@ -205,11 +205,12 @@ MESSAGES: dict[str, type[Any]] = {
     for kind in (
         GetStatus, GetPeers, GetHealth, Stop, Export, GetCheckpoints, RestoreCheckpoint, PinCheckpoint, Watch,
         NodeStatus, NodeHealth, PeerList, CheckpointList, Done, Refused, EventFrame, RoundFrame, Ended, *DHT_MESSAGES,
+        *doc_messages.MESSAGES,
     )
 }  # fmt: skip
 REQUESTS = (
     GetStatus, GetPeers, GetHealth, Stop, Export, GetCheckpoints, RestoreCheckpoint, PinCheckpoint, Watch,
-    *DHT_REQUESTS,
+    *DHT_REQUESTS, *doc_messages.REQUESTS,
 )  # fmt: skip
 
 

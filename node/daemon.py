@@ -44,6 +44,8 @@ from .control import (
 from .datadir import DataDir, NodeRecord
 from .dht_inspect import answer_dht
 from .dht_messages import DHT_REQUESTS
+from .doc_answers import answer as answer_documents
+from .doc_messages import GetDocument, GetDocuments
 from .health import health_of
 from .lifetime import Lifetime
 from .node import Node, NodeConfig
@@ -217,6 +219,8 @@ class Daemon:
                 return Done(pinned_words(await pin_checkpoint(self._run_here(), ref, pinned)))
             case _ if isinstance(request, DHT_REQUESTS):
                 return await answer_dht(self.node.dht, request)
+            case GetDocuments() | GetDocument():
+                return await answer_documents(self.node.documents, request)
             case _:
                 raise RemoteError(f"unknown request {type(request).__name__}")
 

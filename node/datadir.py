@@ -8,6 +8,7 @@
     DIR/control    where the control socket of the running node is
     DIR/node       what the node was doing: ticket, task, port (msgpack)
     DIR/dht        what it knew of the swarm (msgpack); helps it back in when the founder is gone
+    DIR/documents.sqlite   the documents of the run: roster, commits, metrics, bans (written by dht)
     DIR/run/       the run's last commit, weights and outer state (written by learning)
 """
 
@@ -70,6 +71,7 @@ class DataDir:
         self.node_path = self.path / "node"
         self.dht_path = self.path / "dht"
         self.run_path = self.path / "run"
+        self.documents_path = self.path / "documents.sqlite"
         self.control_path = self.path / "control"
 
     def create(self) -> None:

@@ -124,3 +124,5 @@ DHT_TIMEOUT = 150.0
 
 #: Bytes of a record's key and of a topic, as in the dht floor: told here, so that the commands load little.
 MAX_DHT_KEY = 64
+#: Seconds for which a request about documents waits for a change: below CONTROL_TIMEOUT, so that who waits is told.
+DOCUMENT_PATIENCE = 3.0

@@ -195,6 +195,8 @@ def _run(
     bind, fallback = choose_bind(options.host, options.port, record)
     via = parse_via([*options.via, *(record.via if record is not None else ())])
     _load_torch(options.threads)
+    from importlib.metadata import version
+
     from ..learning.checkpoints import Keeping
     from ..transport.traversal import Traversal
     from .console import Console
@@ -219,6 +221,8 @@ def _run(
         bind=bind,
         fallback=fallback,
         folder=data.run_path,
+        documents=data.documents_path,
+        version=version("shoal"),
         task=task,
         founding=founding,
         ticket=ticket,

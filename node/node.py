@@ -15,6 +15,7 @@ from ..learning.checkpoints import Keeping, read_model
 from ..learning.events import Event, RoundReport, RunStatus
 from ..learning.peer import Trainer
 from ..learning.run import Faults, Run
+from ..learning.rundocs import RunDocuments
 from ..learning.spec import BadSpec, RunSpec, SignedSpec, is_task_name
 from ..learning.store import RunStore
 from ..learning.strategies import resolve as resolve_strategy
@@ -56,17 +57,19 @@ class NodeConfig:
     """What one node is to do.
 
     ``bind``: addresses to listen at; ``fallback``: tried when those are taken. ``folder``: where the run is kept, None
-    for memory only; a run found there is resumed. ``task``: as named on this machine, empty for the built-in one that
-    the run names. ``founding`` or ``ticket``: one of them unless ``folder`` holds a run. ``psk``: 32 bytes, the key of
-    a private swarm to found (a ticket brings its own). ``via``: addresses of relays and other peers to begin with.
-    ``traversal``: how to get through NATs, None: not at all; ``map_port``: ask the router for a port.
-    ``snapshot``: of an earlier life's DHT. ``linger``: seconds to stay, at most, for others that are not finished yet.
+    for memory only; a run found there is resumed. ``documents``: the database of the run's documents, likewise.
+    ``task``: as named on this machine, empty for the built-in one that the run names. ``founding`` or ``ticket``: one
+    of them unless ``folder`` holds a run. ``psk``: 32 bytes, the key of a private swarm to found (a ticket brings its
+    own). ``via``: addresses of relays and other peers to begin with. ``traversal``: how to get through NATs, None: not
+    at all; ``map_port``: ask the router for a port. ``snapshot``: of an earlier life's DHT. ``version``: of this
+    program, for others to see. ``linger``: seconds to stay, at most, for others that are not finished yet.
     ``keeping``: which states stay on disk. ``origin``: a model file that the run to found begins with.
     """
 
     bind: tuple[Address, ...] = ()
     fallback: tuple[Address, ...] = ()
     folder: Path | None = None
+    documents: Path | None = None
     task: str = ""
     founding: Founding | None = None
     ticket: Ticket | None = None
@@ -79,6 +82,7 @@ class NodeConfig:
     evaluate_every: int = 1
     faults: Faults = attrs.field(factory=Faults)
     snapshot: bytes | None = None
+    version: str = ""
     linger: float = defaults.LINGER
     join_timeout: float = defaults.JOIN_TIMEOUT
     keeping: Keeping = attrs.field(factory=Keeping)
@@ -115,6 +119,7 @@ class Node:
         self._traffic = Traffic(self.endpoint)
         self.dht = Dht(self.endpoint)
         self.run_here: Run | None = None
+        self.documents: RunDocuments | None = None
         self.signed: SignedSpec | None = None
         #: Why the node ended: ``finished`` or ``left``; empty before.
         self.outcome = ""
@@ -167,12 +172,17 @@ class Node:
                 origin=self._origin,
             )
             self.run_here = run
+            self.documents = RunDocuments(
+                run, path=self.config.documents, version=self.config.version, note=self._on_note
+            )
+            await nursery.start(self.documents.run)
             await nursery.start(run.run)
             self.taking_part.set()
             task_status.started()
             await run.finished.wait()
             self.outcome = "finished"
             await self._linger(run)
+            await self.documents.leave()
             nursery.cancel_scope.cancel()
         self.outcome = self.outcome or "left"
 
@@ -182,6 +192,8 @@ class Node:
 
     async def _until_stopped(self, scope: trio.CancelScope) -> None:
         await self._stop.wait()
+        if self.documents is not None:
+            await self.documents.leave()
         if self.run_here is not None and not self.run_here.finished.is_set():
             await self.run_here.leave()
         scope.cancel()
@@ -385,6 +397,8 @@ class Node:
 
     def _event(self, event: Event) -> None:
         self._on_event(event)
+        if self.documents is not None:
+            self.documents.event(event)
         run = self.run_here
         if run is not None and (event.phase, event.what) == ("commit", "done") and run.reports:
             self._on_round(run.reports[-1], run.status().samples)

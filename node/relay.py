@@ -32,6 +32,7 @@ from .control import (
 from .datadir import DataDir
 from .dht_inspect import answer_dht
 from .dht_messages import DHT_REQUESTS
+from .doc_messages import GetDocument, GetDocuments
 from .health import health_of
 from .lifetime import Lifetime
 from .linkinfo import peer_infos
@@ -203,5 +204,7 @@ class RelayDaemon:
                 raise ConfigError("this node is a relay: it trains nothing and has no weights to export")
             case _ if isinstance(request, DHT_REQUESTS):
                 return await answer_dht(self.node.dht, request)
+            case GetDocuments() | GetDocument():
+                raise ConfigError("this node is a relay: it takes part in no run and holds no documents")
             case _:
                 raise RemoteError(f"unknown request {type(request).__name__}")

@@ -192,6 +192,7 @@ class Swarm:
             config = NodeConfig(
                 bind=parse_hosts([host] if host else (), port),
                 folder=None if data is None else data.run_path,
+                documents=None if data is None else data.documents_path,
                 founding=founding,
                 ticket=ticket,
                 psk=psk,

@@ -60,6 +60,7 @@ WORLD_USES = {
     ("node/doctor_system.py", "socket"): "asks for the addresses of both IP versions; it opens nothing",
     ("node/doctor_system.py", "trio.run_process"): "torch is looked at in a child process",
     ("node/commands.py", "time"): "a command that waits for a node from outside; it is no node",
+    ("node/doc_commands.py", "time"): "a command that shows local times and reads files from outside; it is no node",
     ("sim/netlab_delay.py", "time"): "a cable of the NAT lab; it is no node",
     ("sim/lab_dht.py", "time"): "how long a virtual world takes in real seconds; it is no node",
     ("sim/simulate.py", "time"): "how long the whole simulation takes, before and after its event loop; it is no node",

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import attrs
 import msgpack
 
+from shoal.dht.documents.messages import Accused, Advert, Node, Want
 from shoal.dht.documents.policy import DocumentSpec, Listed, Members, Owner
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.identity import Identity, PeerId
@@ -142,7 +143,24 @@ def _description(rng: random.Random) -> Description:
     return Description("ufrag", "p" * 22, rng.randbytes(32), candidates)
 
 
+def _named(kind: Any) -> Callable[[random.Random], Any]:
+    """A message that refuses hashes of another size than 32 bytes and numbers below 0."""
+
+    def draw(rng: random.Random) -> Any:
+        values = {
+            "document": rng.randbytes(32),
+            "id": rng.randbytes(32),
+            "author": rng.choice(IDENTITIES).peer_id,
+            "prefix": rng.randbytes(rng.choice((0, 1, 16, 300))),
+            "digest": rng.randbytes(rng.choice((0, 16, 32))),
+        } | {name: rng.choice(_INTS) for name in ("incarnation", "counter", "first", "next")}
+        return kind(**{field.name: values[field.name] for field in attrs.fields(kind)})
+
+    return draw
+
+
 _SPECIAL: dict[Any, Callable[[random.Random], Any]] = {
+    **{kind: _named(kind) for kind in (Advert, Node, Want, Accused)},
     PeerId: lambda rng: rng.choice(IDENTITIES).peer_id,
     Address: _address,
     SignedPeerRecord: _signed_peer_record,

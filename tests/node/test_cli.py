@@ -247,13 +247,15 @@ def test_help_shows_every_command_examples_and_exit_codes(capsys: pytest.Capture
         sim_cli.main(["--help"])
     assert caught.value.code == OK
     text = capsys.readouterr().out
-    for command in ("sim", "start", "join", "relay", "doctor", "status", "peers", "stop", "export"):
+    for command in ("sim", "start", "join", "relay", "doctor", "status", "peers", "stop", "export", "doc"):
         assert f"\n    {command} " in text
     assert "examples:" in text
     assert "exit codes:" in text
 
 
-@pytest.mark.parametrize("command", ["sim", "start", "join", "relay", "doctor", "status", "peers", "stop", "export"])
+@pytest.mark.parametrize(
+    "command", ["sim", "start", "join", "relay", "doctor", "status", "peers", "stop", "export", "doc"]
+)
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as caught:
         sim_cli.main([command, "--help"])
