@@ -46,14 +46,17 @@ class Walker:
         record = self.endpoint.contact(peer)
         if record is None:
             return
-        try:
-            opened = record.open(self.host.wall())
-        except DecodeError:  # it ran out: the next link or ping brings a fresh one
-            return
         link = self.endpoint.link(peer)
-        now = self.host.now()
+        now, wall = self.host.now(), self.host.wall()
         rtt = None if link is None or link.rtt <= 0 else link.rtt
         held = self.table.get(peer)
+        if held is not None and held.record is record and held.expires > wall:
+            self.table.touch(held, now, rtt)
+            return
+        try:
+            opened = record.open(wall)
+        except DecodeError:  # it ran out: the next link or ping brings a fresh one
+            return
         if held is not None and held.record == record:
             networks = held.networks
         else:

@@ -211,3 +211,21 @@ def test_round_trip_times_are_smoothed_within_their_range(samples: list[float]) 
     assert held is not None
     assert held.rtt is not None
     assert min(samples) - 1e-9 <= held.rtt <= max(samples) + 1e-9
+
+
+def test_touching_a_contact_is_seeing_it_again() -> None:
+    one, other = RoutingTable(peer(0)), RoutingTable(peer(0))
+    for table in (one, other):
+        for number in range(1, 30):
+            table.seen(contact(number), 0.0)
+    for number in (3, 7, 3):
+        held = one.get(peer(number))
+        assert held is not None
+        held.failures = 1
+        one.touch(held, 5.0, 0.2)
+        again = contact(number)
+        again.rtt = 0.2
+        other.seen(again, 5.0)
+    assert [(c.peer, c.last_seen, c.rtt, c.failures) for c in one] == [
+        (c.peer, c.last_seen, c.rtt, c.failures) for c in other
+    ]
