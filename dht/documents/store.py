@@ -237,7 +237,7 @@ class DocumentStore:
                 raise ConfigError(f"the document store {self.path} is closed")
             try:
                 return work(self._db)
-            except sqlite3.DatabaseError as error:
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
                 if not _is_damage(error):
                     raise
                 self._set_aside(str(error))
@@ -264,13 +264,13 @@ class DocumentStore:
                     for statement in _SCHEMA.split(";"):
                         db.execute(statement)
                     db.execute(f"PRAGMA user_version = {VERSION}")
-            elif version > VERSION:
+            elif VERSION < version < 100:  # more is no version, but damage
                 raise ConfigError(f"{path} was written by a newer Shoal (version {version}, we know {VERSION})")
             elif path is not None:
                 found = [text for (text,) in db.execute("PRAGMA integrity_check(3)")]
                 if found != ["ok"] or version != VERSION:
                     raise _Damaged("; ".join(found) if found != ["ok"] else f"it says that it is of version {version}")
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             db.close()
             if _is_damage(error):
                 raise _Damaged(str(error)) from None
@@ -365,8 +365,20 @@ class DocumentStore:
             raise ConfigError(f"cannot use the document store {self.path}: {error.strerror}") from error
 
 
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+#: Our statements are right: when SQLite finds fault with one, or with a text, it is the schema that was damaged.
+_DAMAGE = (
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_FORMAT,
+    sqlite3.SQLITE_SCHEMA,
+    sqlite3.SQLITE_MISMATCH,
+    sqlite3.SQLITE_CONSTRAINT,
+)
+
+
+def _is_damage(error: Exception) -> bool:
+    return isinstance(error, UnicodeDecodeError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
 
 
 def _checksum(document: bytes, author: bytes, *rest: int | bytes) -> bytes:
@@ -413,7 +425,7 @@ def _readable(db: sqlite3.Connection, table: str) -> Iterator[list[object]]:
     while missing < defaults.MAX_MISSING_ROWS:
         try:
             rows = db.execute(f"SELECT rowid, * FROM {table} NOT INDEXED WHERE rowid > ? LIMIT 1", (after,)).fetchall()
-        except (sqlite3.DatabaseError, OverflowError):
+        except (sqlite3.DatabaseError, OverflowError, UnicodeDecodeError):
             after, missing = after + 1, missing + 1
             continue
         if not rows:
