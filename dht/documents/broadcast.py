@@ -99,9 +99,10 @@ class _Seen:
 
 @attrs.define(eq=False)
 class _Wanted:
-    """An envelope that we were told of and lack. ``asked``: who is being asked; ``since``: from when on."""
+    """An envelope that we were told of and lack. ``by``: by whom first; ``asked``: who is being asked, since when."""
 
     advert: Advert
+    by: PeerId
     told: dict[PeerId, None]
     asked: PeerId | None = None
     since: float = 0.0
@@ -149,6 +150,7 @@ class Broadcast:
         self._silent: dict[PeerId, float] = {}
         self._seen: dict[bytes, _Seen] = {}
         self._wanted: dict[bytes, _Wanted] = {}
+        self._first: dict[PeerId, int] = {}  # → of the wanted, how many it was the first to tell of
         self._idle: dict[bytes, None] = {}  # of the wanted: nobody is being asked for it
         self._telling: dict[PeerId, dict[bytes, Advert]] = {}
         self._tell_at: float | None = None
@@ -335,9 +337,12 @@ class Broadcast:
                 continue
             wanted = self._wanted.get(advert.id)
             if wanted is None:
-                if self._holds(advert) or len(self._wanted) >= self.settings.wanted:
+                # Nobody fills all of the room with names that mean nothing.
+                room = len(self._wanted) < self.settings.wanted
+                if not room or self._first.get(peer, 0) >= max(1, self.settings.wanted // 8) or self._holds(advert):
                     continue
-                wanted = self._wanted[advert.id] = _Wanted(advert, {})
+                wanted = self._wanted[advert.id] = _Wanted(advert, peer, {})
+                self._first[peer] = self._first.get(peer, 0) + 1
                 self._idle[advert.id] = None
             if len(wanted.told) < self.settings.partners + self.settings.followers:
                 wanted.told[peer] = None
@@ -345,7 +350,12 @@ class Broadcast:
 
     def _unwant(self, id: bytes) -> _Wanted | None:
         self._idle.pop(id, None)
-        return self._wanted.pop(id, None)
+        wanted = self._wanted.pop(id, None)
+        if wanted is not None:
+            self._first[wanted.by] -= 1
+            if not self._first[wanted.by]:
+                del self._first[wanted.by]
+        return wanted
 
     def _free(self, id: bytes, wanted: _Wanted) -> None:
         """Nobody is being asked for it any more."""
@@ -359,7 +369,7 @@ class Broadcast:
         for id in idle:
             wanted = self._wanted[id]
             if not wanted.told:
-                del self._wanted[id]
+                self._unwant(id)
                 continue
             wanted.asked, wanted.since = self._random.choice(list(wanted.told)), now
             asking.setdefault(wanted.asked, []).append(wanted.advert)

@@ -291,10 +291,15 @@ class Scope:
             if document is None or proof.author in self.banned:
                 codes.append("unknown" if document is None else "banned")
                 continue
+            if not self.conduct.may_send(peer, 2 * defaults.ENVELOPE_OVERHEAD, self.host.now())[0]:
+                codes.append("limit")
+                continue
             verdict = document.replica.accuse(proof, self.host.wall())
             codes.append(verdict.code)
             if verdict.kept:
                 self._proven(document, proof, peer)
+                if proof.author == peer:
+                    self.blame(peer, Fault.FORK, verdict.reason)
             elif verdict.blame is Blame.SENDER:
                 self.blame(peer, Fault.FALSE_PROOF, verdict.reason)
         return tuple(codes)

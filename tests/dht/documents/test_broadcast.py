@@ -229,6 +229,18 @@ def test_what_is_told_is_fetched_once_and_from_another_one_when_it_does_not_come
     assert core.wanting == 0
 
 
+def test_one_liar_cannot_fill_the_room_for_what_is_wanted() -> None:
+    core = Member().core
+    core.set_members([peer(1), peer(2)], 0.0)
+    core.advertised(peer(1), [advert(number) for number in range(5000)], 0.0)
+    assert core.wanting == core.settings.wanted // 8
+    assert core.advertised(peer(2), [advert(9999)], 0.1) == [Fetch(peer(2), (advert(9999),))]
+    for _ in range(3):
+        core.fetched(peer(1), [advert(number) for number in range(5000)], 0.2)
+    assert core.wanting == 1
+    assert len(core.advertised(peer(1), [advert(1)], 0.3)) == 1
+
+
 def test_what_nobody_gives_is_given_up() -> None:
     core = Member().core
     core.set_members([peer(1), peer(2)], 0.0)
@@ -295,6 +307,7 @@ def test_whatever_peers_say_memory_stays_bounded(seed: int) -> None:
         assert all(len(names) <= 16 for names in core._telling.values())
         assert all(wanted.asked is None or wanted.asked in wanted.told for wanted in core._wanted.values())
         assert all(id in core._wanted for id in core._idle)
+        assert sum(core._first.values()) == core.wanting
         assert core.due(now) >= now
 
 

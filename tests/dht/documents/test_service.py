@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import pytest
 import trio
 
 from shoal.dht.documents import defaults
 from shoal.dht.documents.envelope import Envelope
 from shoal.dht.documents.policy import DocumentSpec, Members, Owner
+from shoal.dht.documents.store import DocumentStore
 from shoal.transport.errors import ConfigError
 from shoal.transport.identity import PeerId
 
@@ -259,3 +263,41 @@ async def test_a_disk_that_fails_costs_no_news_and_no_node() -> None:
         await other.document.write(put(y=2))
         await swarm.until(lambda: one.value(other, "y") == 2)
         assert one.documents.faults() == other.documents.faults() == {}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "gone"])
+async def test_a_damaged_database_is_healed_from_the_others(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "documents.sqlite"
+    async with doc_swarm(seed=6) as swarm:
+        swarm.stores["n1"] = DocumentStore(path)
+        nodes = await swarm.grow(3)
+        await trio.sleep(5)
+        for number, node in enumerate(nodes):
+            for turn in range(20):
+                await node.document.write(put(number=number, turn=turn, text="x" * 300))
+        await swarm.until(swarm.agree)
+        swarm.kill("n1")
+        await trio.sleep(1)
+        swarm.stores["n1"].close()
+        data = bytearray(path.read_bytes())
+        match damage:
+            case "truncated":
+                path.write_bytes(data[: len(data) // 2])
+            case "overwritten":
+                for at in range(8192, len(data), 8192):
+                    data[at : at + 3000] = random.Random(at).randbytes(len(data[at : at + 3000]))
+                path.write_bytes(data)
+            case _:
+                path.unlink()
+        swarm.stores["n1"] = DocumentStore(path)
+        again = await swarm.add("n1")
+        await swarm.until(swarm.agree)
+        assert all(again.value(author, "turn") == 19 for author in nodes)
+        await again.document.write(put(after=1))
+        await swarm.until(lambda: all(node.value(again, "after") == 1 for node in swarm.nodes.values()))
+        assert again.value(again, "turn") == 19, "and what it wrote before is not lost"
+        assert all(node.documents.faults() == {} for node in swarm.nodes.values())
+        assert all(node.document.replica.evidence(again.peer) is None for node in swarm.nodes.values())
+        again.scope.cancel()
+        await again.stopped.wait()
+        again.store.close()
