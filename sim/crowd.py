@@ -141,12 +141,15 @@ class Crowd:
         numbers = list(self.nodes)
         return [self.nodes[number] for number in self.rng.sample(numbers, min(count, len(numbers)))]
 
-    def draw_honest(self) -> CrowdNode:
-        """An honest node that has joined."""
-        while True:
+    def draw_honest(self, fits: Callable[[CrowdNode], bool] = lambda node: True) -> CrowdNode:
+        """An honest node that has joined and ``fits``; where none does, any honest one that has joined."""
+        for _ in range(20):
             (node,) = self._draw(1)
-            if node.honest and node.joined:
+            if node.honest and node.joined and fits(node):
                 return node
+        honest = [node for node in self.nodes.values() if node.honest and node.joined]
+        fitting = [node for node in honest if fits(node)]
+        return self.rng.choice(fitting or honest)
 
     def depart(self, node: CrowdNode) -> None:
         """It ends without a goodbye: some are just silent from now on, of the others the kernel closes connections."""

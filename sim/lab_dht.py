@@ -233,9 +233,7 @@ async def _look_up(
 
     async def record_lookup(number: int) -> None:
         name = _record_name(authors[number], number)
-        asker = crowd.draw_honest()
-        while asker.dht.store.get("owned", name, asker.host.wall()) is not None:
-            asker = crowd.draw_honest()
+        asker = crowd.draw_honest(lambda node: node.dht.store.get("owned", name, node.host.wall()) is None)
         for mode, paths, thorough in modes:
             since, queries = trio.current_time(), asker.dht.counters.queries
             record = await asker.dht.get("owned", name, paths=paths, thorough=thorough)

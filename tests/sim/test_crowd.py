@@ -60,6 +60,11 @@ def test_the_same_seed_gives_the_same_events_in_every_process() -> None:
     assert len(digests[0].strip()) == 64
 
 
+def test_a_crowd_so_small_that_everybody_holds_everything_is_asked_all_the_same() -> None:
+    report = run(CrowdScenario(nodes=8, seed=12), lookups=6, records=3)
+    assert success(report.of("record")) == 1.0
+
+
 def test_another_seed_gives_other_events() -> None:
     digests = [run(CrowdScenario(nodes=40, seed=seed), lookups=4).digest for seed in (1, 2)]
     assert digests[0] != digests[1]
