@@ -32,7 +32,7 @@ async def test_every_node_finds_every_value_after_30_percent_were_killed(open_sw
         await trio.sleep(20)
         specs = [spec_of(node, b"spec %d" % number) for number, node in enumerate(nodes[::3])]
         for node, spec in zip(nodes[::3], specs, strict=True):
-            assert await node.dht.put(spec) == defaults.K
+            assert await node.dht.put(spec) >= defaults.K  # those asked on the way may be a few more
         for name in random.Random(2).sample(sorted(swarm.nodes), 18):
             swarm.kill(name)
         missing = []
