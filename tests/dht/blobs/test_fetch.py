@@ -414,3 +414,41 @@ async def test_a_blob_that_is_not_what_was_expected_is_refused_before_anything_i
                 search=False,
                 accept=lambda outline: "too large",  # type: ignore[arg-type]
             )
+
+
+async def test_holders_that_never_send_a_byte_do_not_keep_a_download_waiting_for_ever() -> None:
+    """They say that they have all of it, and stall: each gives way to the other, and nothing ever comes."""
+    tree, parts = content(4)
+    async with swarm() as s:
+        nodes = [await s.add() for _ in range(4)]
+
+        async def stall(call: Call[AskChunks]) -> Sent:
+            await trio.sleep_forever()
+            raise AssertionError
+
+        for node in nodes[1:]:
+            offer(node, tree, parts)
+            node.blobs.endpoint.serve(CHUNKS, stall)
+        with trio.fail_after(600), pytest.raises(PeerUnreachable, match="nobody brings"):
+            await s.fetch(tree, nodes[1:], patience=defaults.PATIENCE)
+        assert trio.current_time() < 150
+
+
+async def test_holders_that_never_say_what_they_hold_do_not_keep_a_download_waiting_for_ever() -> None:
+    tree, _ = content(4)
+    async with swarm() as s:
+        nodes = [await s.add() for _ in range(4)]
+
+        turn = 0.0
+
+        async def silent(call: Call[AskBlob]) -> BlobInfo:
+            nonlocal turn
+            turn += 0.7
+            await trio.sleep(turn % 5)
+            raise RemoteRefused("odd", f"no {turn}")
+
+        for node in nodes[1:]:
+            node.blobs.endpoint.serve(INFO, silent)
+        with trio.fail_after(600), pytest.raises(PeerUnreachable, match="nobody brings"):
+            await s.fetch(tree, nodes[1:], patience=defaults.PATIENCE)
+        assert trio.current_time() < 150
