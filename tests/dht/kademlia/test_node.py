@@ -429,3 +429,21 @@ async def test_a_write_asks_who_is_near_and_to_store_in_one_question(open_swarm:
         assert writer.dht.counters.queries - before <= 32
         holders = [n for n in swarm.nodes.values() if n.dht.store.get("owned", record.key, n.host.wall()) is not None]
         assert len(holders) >= 21
+
+
+async def test_a_lost_peer_that_comes_by_itself_while_it_waits_for_its_turn_does_no_harm(open_swarm: OpenSwarm) -> None:
+    """A node with many contacts of an earlier life tries ten at a time; one of those that wait joins through it."""
+    async with open_swarm() as swarm:
+        gone = [await swarm.add(f"gone{number}") for number in range(defaults.ALPHA_MAX)]
+        late, node = await swarm.add("late"), await swarm.add("n")
+        records = [other.endpoint.record() for other in (*gone, late)]
+        for other in gone:
+            swarm.world.freeze(other.name)
+
+        async def come() -> None:
+            await trio.sleep(0.1)
+            await late.dht.bootstrap([node.address])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(come)
+            assert await node.dht.bootstrap(peers=records) == 1
