@@ -193,6 +193,9 @@ EARLY_PATIENCE = 0.3
 MAX_EARLY = 64
 #: Proofs in one message. Each holds two headers of 300 bytes.
 MAX_PROOFS = 64
+#: Seconds after which nothing more is asked of one peer in a row: somebody else has a turn, and this one again later.
+#: A newcomer's first exchange (1,000 authors, 20 questions across the world) takes 10; a liar's could take hours.
+EXCHANGE_TIME = 30.0
 #: Exchanges with one peer behind one another, when one of them is cut short.
 MAX_EXCHANGES = 16
 #: Seconds for which an author whom one side does not take (yet) is passed over by anti-entropy with it. Views of who is
