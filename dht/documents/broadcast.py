@@ -99,9 +99,12 @@ class _Seen:
 
 @attrs.define(eq=False)
 class _Wanted:
-    """An envelope that we were told of and lack. ``asked``: who is being asked; ``since``: from when on."""
+    """An envelope that we were told of and lack, first by ``by``. ``asked``: who is being asked; ``since``: from when
+    on.
+    """
 
     advert: Advert
+    by: PeerId
     told: dict[PeerId, None]
     asked: PeerId | None = None
     since: float = 0.0
@@ -149,6 +152,7 @@ class Broadcast:
         self._silent: dict[PeerId, float] = {}
         self._seen: dict[bytes, _Seen] = {}
         self._wanted: dict[bytes, _Wanted] = {}
+        self._brought: dict[PeerId, int] = {}  # who was the first to tell of so many of these
         self._idle: dict[bytes, None] = {}  # of the wanted: nobody is being asked for it
         self._telling: dict[PeerId, dict[bytes, Advert]] = {}
         self._tell_at: float | None = None
@@ -261,16 +265,24 @@ class Broadcast:
         if seen is not None:
             self.redundant += 1
             self._held_by(peer, advert.id, seen)
-            seen.senders[peer] = seen.senders.get(peer, 0) + 1
-            return seen.senders[peer]
+            copies = seen.senders.get(peer, 0) + 1
+            if copies > 1 or len(seen.senders) < self._most:
+                seen.senders[peer] = copies
+            return copies
         wanted = self._wanted.get(advert.id)
-        if wanted is not None:
+        if wanted is not None and len(wanted.told) < self._most:
             wanted.told[peer] = None
         return 0
 
+    @property
+    def _most(self) -> int:
+        """Of how many peers it is remembered that they have an envelope: twice as many as we could tell of it."""
+        return 2 * (self.settings.partners + self.settings.followers)
+
     def _held_by(self, peer: PeerId, id: bytes, seen: _Seen) -> None:
         """``peer`` has it: no need to tell it."""
-        seen.holders[peer] = None
+        if len(seen.holders) < self._most or peer in self._partners or peer in self._followers:
+            seen.holders[peer] = None
         waiting = self._telling.get(peer)
         if waiting is not None:
             waiting.pop(id, None)
@@ -337,7 +349,11 @@ class Broadcast:
             if wanted is None:
                 if self._holds(advert) or len(self._wanted) >= self.settings.wanted:
                     continue
-                wanted = self._wanted[advert.id] = _Wanted(advert, {})
+                brought = self._brought.get(peer, 0)
+                if brought >= max(1, self.settings.wanted // defaults.WANTED_SHARES):
+                    continue
+                self._brought[peer] = brought + 1
+                wanted = self._wanted[advert.id] = _Wanted(advert, peer, {})
                 self._idle[advert.id] = None
             if len(wanted.told) < self.settings.partners + self.settings.followers:
                 wanted.told[peer] = None
@@ -345,7 +361,12 @@ class Broadcast:
 
     def _unwant(self, id: bytes) -> _Wanted | None:
         self._idle.pop(id, None)
-        return self._wanted.pop(id, None)
+        wanted = self._wanted.pop(id, None)
+        if wanted is not None:
+            self._brought[wanted.by] -= 1
+            if not self._brought[wanted.by]:
+                del self._brought[wanted.by]
+        return wanted
 
     def _free(self, id: bytes, wanted: _Wanted) -> None:
         """Nobody is being asked for it any more."""
@@ -359,7 +380,7 @@ class Broadcast:
         for id in idle:
             wanted = self._wanted[id]
             if not wanted.told:
-                del self._wanted[id]
+                self._unwant(id)
                 continue
             wanted.asked, wanted.since = self._random.choice(list(wanted.told)), now
             asking.setdefault(wanted.asked, []).append(wanted.advert)

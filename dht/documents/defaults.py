@@ -130,6 +130,8 @@ EAGER_SIZE = 16_384
 REMEMBERED = 4096
 #: Envelopes, per scope, that we were told of and lack; also names kept for one peer until it is told.
 MAX_WANTED = 4096
+#: Of these, one peer may tell of one in so many: names can be made up, and a batch of MAX_ADVERTS still fits.
+WANTED_SHARES = 8
 #: Names in one message.
 MAX_ADVERTS = 512
 #: Names in one request for envelopes.
