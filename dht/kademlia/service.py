@@ -143,6 +143,8 @@ class Service:
     def _announce(self, call: Call[PutProvider]) -> Stored:
         self._admit(call.peer, call.request)
         wall = self._endpoint.host.wall()
+        if call.request.announcement.provider != call.peer:
+            raise self._refuse("invalid", "a provider announces itself")
         try:
             call.request.announcement.check(wall)
         except DecodeError as error:

@@ -332,11 +332,17 @@ async def test_nobody_announces_another_peer(open_swarm: OpenSwarm) -> None:
         contact: SignedPeerRecord = victim.endpoint.record()
         mine = Announcement.sign(mallory.identity, b"run", contact, issued=1, expires=wall + 60)
         forged = attrs.evolve(mine, provider=victim.identity.peer_id)
-        for announcement, reason in ((mine, "another peer's contact"), (forged, "wrong signature")):
+        for announcement, reason in ((mine, "another peer's contact"), (forged, "announces itself")):
             with pytest.raises(RemoteRefused, match=reason):
                 await mallory.endpoint.call(
                     holder.identity.peer_id, messages.ANNOUNCE, messages.PutProvider(announcement, True)
                 )
+        # Nor by passing on what another one signed: keys are free, links are not.
+        other = Identity(bytes(32))
+        record = SignedPeerRecord.sign(other, (mallory.address,), seq=1, expires=wall + 60)
+        true = Announcement.sign(other, b"run", record, issued=1, expires=wall + 60)
+        with pytest.raises(RemoteRefused, match="announces itself"):
+            await mallory.endpoint.call(holder.identity.peer_id, messages.ANNOUNCE, messages.PutProvider(true, True))
         assert holder.dht.store.announcement_count == 0
 
 
