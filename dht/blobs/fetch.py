@@ -143,9 +143,11 @@ class Download:
         """Another peer that may hold the blob. Does not wait."""
         if peer == self._endpoint.peer_id or peer in self._liars or peer in self._meeting:
             return
-        if len(self._liars) + len(self._failures) + len(self._meeting) >= defaults.MAX_NAMES:
-            return
         if len(self._meeting) < defaults.MAX_HOLDERS:
+            if peer not in self._failures and len(self._liars) + len(self._failures) >= defaults.MAX_NAMES:
+                # Names are free: those that led nowhere must not keep a holder out. Liars come last.
+                names = self._failures or self._liars
+                del names[next(iter(names))]
             self._meeting[peer] = None
             self._nursery.start_soon(self._meet, peer)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import attrs
 import pytest
@@ -23,6 +23,7 @@ from shoal.dht.blobs.messages import (
 from shoal.dht.blobs.store import Store
 from shoal.dht.blobs.tree import Part
 from shoal.transport.errors import ConfigError, Overloaded, PeerUnreachable, RemoteProtocolError, RemoteRefused
+from shoal.transport.identity import Identity, PeerId
 from shoal.transport.memory_flow import Route
 from shoal.transport.rpc import Call
 
@@ -452,3 +453,20 @@ async def test_holders_that_never_say_what_they_hold_do_not_keep_a_download_wait
         with trio.fail_after(600), pytest.raises(PeerUnreachable, match="nobody brings"):
             await s.fetch(tree, nodes[1:], patience=defaults.PATIENCE)
         assert trio.current_time() < 150
+
+
+async def test_a_crowd_of_names_that_lead_nowhere_leaves_room_for_a_holder() -> None:
+    """Whoever announces a blob under hundreds of keys, and has none of it, must not use up the names."""
+    tree, parts = content(2)
+    async with swarm() as s:
+        nodes = [await s.add() for _ in range(2)]
+        offer(nodes[1], tree, parts)
+        crowd = [Identity(bytes([7, number % 256, number // 256]).ljust(32)).peer_id for number in range(400)]
+
+        async def find() -> Sequence[PeerId]:
+            return [crowd.pop() for _ in range(min(12, len(crowd)))] if crowd else [nodes[1].peer]
+
+        nodes[0].blobs.holders = lambda blob: find()  # type: ignore[method-assign, assignment]
+        with trio.fail_after(600):
+            _, buffers = await s.fetch(tree, [], search=True, patience=600.0)
+    assert [bytes(b) for b in buffers] == parts
