@@ -98,6 +98,10 @@ class SignedRecord:
             raise DecodeError(f"record in {self.namespace!r} refused: {reason}", peer=self.author.short)
         _verified(self.author, _Message(self._message()), self.signature)
 
+    def in_time(self, wall: float) -> bool:
+        """Whether its times pass :meth:`check`. Who holds it looked at an earlier time, and at another clock."""
+        return _in_time(self.expires, wall, defaults.RECORD_LIFETIME)
+
     def newer_than(self, other: SignedRecord) -> bool:
         """True when this one replaces ``other`` under the same key: by sequence number, then expiry, then bytes.
 
@@ -137,6 +141,10 @@ def run_record(record: SignedRecord) -> str | None:
 
 #: The namespaces every peer serves.
 VALIDATORS: Mapping[str, Validator] = {"run": run_record, "owned": author_owned}
+
+
+def _in_time(expires: float, wall: float, lifetime: float) -> bool:
+    return wall - transport.CLOCK_SKEW <= expires <= wall + lifetime + transport.CLOCK_SKEW
 
 
 def _check_times(expires: float, wall: float, lifetime: float, what: str, author: PeerId) -> None:
@@ -195,3 +203,10 @@ class Announcement:
         _verified(self.provider, _Message(self._message()), self.signature)
         if self.contact.open(wall).peer != self.provider:
             raise DecodeError("announcement with another peer's contact", peer=self.provider.short)
+
+    def in_time(self, wall: float) -> bool:
+        """Whether its times, and its contact's, pass :meth:`check`. Who holds it looked at an earlier time, and at
+        another clock. Raises :class:`DecodeError` for a contact that nobody signed.
+        """
+        contact = self.contact.open(-float("inf")).expires
+        return contact >= wall - transport.CLOCK_SKEW and _in_time(self.expires, wall, defaults.MAX_PROVIDE_LIFETIME)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
 
 import attrs
@@ -14,6 +14,8 @@ from shoal.dht.kademlia import defaults, messages
 from shoal.dht.kademlia.keys import digest
 from shoal.dht.kademlia.node import _is_lasting
 from shoal.dht.kademlia.records import Announcement, SignedRecord, owned_key
+from shoal.dht.kademlia.store import Store
+from shoal.transport import defaults as transport
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.errors import DecodeError, PeerUnreachable, ProtocolMisuse, RemoteRefused
 from shoal.transport.identity import Identity
@@ -453,3 +455,42 @@ async def test_a_lost_peer_that_comes_by_itself_while_it_waits_for_its_turn_does
         async with trio.open_nursery() as nursery:
             nursery.start_soon(come)
             assert await node.dht.bootstrap(peers=records) == 1
+
+
+async def test_an_announcement_whose_contact_runs_out_hides_no_other_and_blames_no_holder(
+    open_swarm: OpenSwarm,
+) -> None:
+    """What a holder took in good time is too old when it is asked for: the holder did not lie."""
+    async with open_swarm() as swarm:
+        nodes = await swarm.grow(6)
+        provider, mallory, asker = nodes[1], nodes[2], nodes[3]
+        assert await provider.dht.provide(b"run") == 5
+        wall = mallory.host.wall()
+        contact = SignedPeerRecord.sign(
+            mallory.identity, (mallory.address,), seq=1, expires=wall - transport.CLOCK_SKEW + 1
+        )
+        trap = Announcement.sign(mallory.identity, b"run", contact, issued=1, expires=wall + 7200)
+        for other in nodes:
+            if other is not mallory:
+                with suppress(RemoteRefused):
+                    await mallory.endpoint.call(
+                        other.identity.peer_id, messages.ANNOUNCE, messages.PutProvider(trap, True)
+                    )
+        await trio.sleep(5)
+        asker.dht.store = asker.dht.values.store = Store(0)
+        found = [record.open(0).peer for record in await asker.dht.providers(b"run")]
+        assert provider.identity.peer_id in found
+        assert asker.dht.counters.lies == 0
+
+
+async def test_a_record_that_would_live_too_long_by_our_clock_blames_no_holder(open_swarm: OpenSwarm) -> None:
+    async with open_swarm() as swarm:
+        holder = await swarm.add("holder", skew=20)
+        asker = await swarm.add("asker", holder)
+        expires = holder.host.wall() + defaults.RECORD_LIFETIME + transport.CLOCK_SKEW - 1
+        spec = SignedRecord.sign(holder.identity, "run", digest(b"spec"), b"spec", seq=0, expires=expires)
+        assert holder.dht.store.put(spec, holder.host.wall()).kept
+        found = await asker.dht.get("run", digest(b"spec"))
+        assert found is None or found.value == b"spec"
+        assert asker.dht.counters.lies == 0
+        assert len(asker.dht.table) == 1
