@@ -204,8 +204,12 @@ COMMIT_SECOND = 5.0
 POINTS_KEPT = 256
 #: Bytes of a proof, characters of a text in a document.
 MAX_EVIDENCE, MAX_DOCUMENT_TEXT = 4096, 128
-#: Bans of one author that are read; proofs remembered as checked.
+#: Bans of one author that are read: about what fits.
 MAX_BANS = 1024
+#: Proofs remembered as checked, right or wrong: what 40 members who do nothing else can write. A check takes 70 µs.
+PROOFS_CHECKED = 16384
+#: Seconds between two looks at a document that changes all the time: an author of many pieces takes 50 ms to read.
+LOOK_EVERY = 1.0
 #: Members and former ones remembered, whose words are taken: as many as a document takes authors.
 MAX_FORMER = 4096
 #: Seconds, at most, before a proof is written down: others may have done it by then.

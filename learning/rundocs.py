@@ -215,6 +215,7 @@ class RunDocuments:
         changes = self._open["commits"].subscribe()
         while True:
             self._vouch()
+            await trio.sleep(defaults.LOOK_EVERY)
             await changes.changed()
 
     # -- what we say --------------------------------------------------------------------------------------------------
@@ -338,6 +339,7 @@ class RunDocuments:
         changes = self._open["bans"].subscribe()
         while True:
             await self._apply_bans()
+            await trio.sleep(defaults.LOOK_EVERY)
             await changes.changed()
 
     async def _apply_bans(self) -> None:

@@ -319,7 +319,7 @@ class BanReader:
             except DecodeError:
                 evidence = None
             self._checked[key] = evidence
-            if len(self._checked) > defaults.MAX_BANS:
+            if len(self._checked) > defaults.PROOFS_CHECKED:
                 del self._checked[next(iter(self._checked))]
         return self._checked[key]
 

@@ -273,7 +273,10 @@ def _ago(seconds: float) -> str:
 
 
 def _clock(wall: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(wall))
+    try:
+        return time.strftime("%H:%M:%S", time.localtime(wall))
+    except (ValueError, OverflowError, OSError):  # others write these times
+        return "--:--:--"
 
 
 # --- for programs -----------------------------------------------------------------------------------------------------

@@ -117,6 +117,7 @@ def from_json(text: str) -> dict[PeerId, dict[str, Any]]:
     """The reverse. Raises :class:`DecodeError`."""
     try:
         found = json.loads(text, object_hook=_bytes)
-        return {PeerId.parse(author): dict(roots) for author, roots in found.items()}
+        # An author with one text called "hex" has roots that look like bytes: it says nothing that anybody reads.
+        return {PeerId.parse(author): {} if type(roots) is bytes else dict(roots) for author, roots in found.items()}
     except (ValueError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         raise DecodeError(f"the node's answer holds no document: {error}") from None

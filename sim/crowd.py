@@ -2,7 +2,7 @@
 
 Every node runs the real code of a ``shoal relay``'s DHT: endpoint, contacts, calls with strict messages and deadlines,
 routing table, lookups, records with signatures, upkeep. Replaced are the two clocks, randomness, the network, and
-(unless ``encrypted``) what lies below calls: see :mod:`shoal.transport.plain`. Same seed, same events in every process.
+(unless ``encrypted``) what lies below calls: see :mod:`shoal.transport.memory_plain`. Same seed, same events.
 
 Swarms that train are the business of :mod:`.world`.
 """
@@ -26,7 +26,7 @@ from ..transport.endpoint import Endpoint
 from ..transport.errors import PeerUnreachable
 from ..transport.identity import Identity
 from ..transport.memory import MemoryWorld
-from ..transport.plain import PlainEndpoint
+from ..transport.memory_plain import PlainEndpoint
 from . import defaults
 from .churn import Sessions
 from .determinism import TraceHash, run_virtual, seeded

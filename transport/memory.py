@@ -59,7 +59,7 @@ class MemoryNetwork(Network):
         # dicts, not sets: they are gone through in order of opening
         self.streams: dict[MemoryStream, None] = {}
         self.listeners: dict[int, MemoryListener] = {}
-        #: Endpoints of the plain suite by port (:mod:`shoal.transport.plain`).
+        #: Endpoints of the plain suite by port (:mod:`shoal.transport.memory_plain`).
         self.plain: dict[int, PlainServer] = {}
         #: Requests to connect that are on their way from a port that listens too.
         self.knocks: dict[tuple[int, Address], Knock] = {}

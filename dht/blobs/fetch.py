@@ -89,7 +89,7 @@ class Download:
         self._liars: dict[PeerId, str] = {}
         self._received: dict[PeerId, int] = {}
         self._bytes = 0
-        self._hope = 0.0
+        self._hope = self._came = 0.0  # when somebody was to bring something, and when something came
         self._sink: Sink | None = None
         self._sched: Scheduler | None = None
         self._scopes: dict[int, trio.CancelScope] = {}
@@ -106,7 +106,7 @@ class Download:
         Raises :class:`PeerUnreachable`, naming each peer and why, when nobody brings the rest for ``patience`` seconds;
         :class:`RemoteProtocolError` when the blob is not acceptable; what the sink raises (a full disk).
         """
-        begin = self._hope = self._host.now()
+        begin = self._hope = self._came = self._host.now()
         had = 0
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -143,9 +143,11 @@ class Download:
         """Another peer that may hold the blob. Does not wait."""
         if peer == self._endpoint.peer_id or peer in self._liars or peer in self._meeting:
             return
-        if len(self._liars) + len(self._failures) + len(self._meeting) >= defaults.MAX_NAMES:
-            return
         if len(self._meeting) < defaults.MAX_HOLDERS:
+            if peer not in self._failures and len(self._liars) + len(self._failures) >= defaults.MAX_NAMES:
+                # Names are free: those that led nowhere must not keep a holder out. Liars come last.
+                names = self._failures or self._liars
+                del names[next(iter(names))]
             self._meeting[peer] = None
             self._nursery.start_soon(self._meet, peer)
 
@@ -176,14 +178,16 @@ class Download:
     async def _pause(self, until: float) -> None:
         """Until something happens, or ``until``. Raises when it is hopeless, or a task of ours has failed."""
         now = self._host.now()
-        if self._scopes or (self._sched is None and self._meeting):
+        # Holders that say they have it all, and bring nothing, take turns: they are hope for so long only.
+        stalled = now >= self._came + defaults.PATIENCE
+        if not stalled and (self._scopes or (self._sched is None and self._meeting)):
             self._hope = now
         give_up = self._hope + self._patience
         with trio.move_on_after(max(0.0, min(until, give_up) - now)):
             await self._wake.wait()
         if self._error is not None:
             raise self._error
-        if not self._scopes and self._host.now() >= give_up:
+        if (stalled or not self._scopes) and self._host.now() >= give_up:
             attempts = {**self._failures, **{peer: f"lied: {why}" for peer, why in self._liars.items()}}
             raise PeerUnreachable(
                 f"nobody brings {'' if self.left is None else f'the last {self.left} chunks of '}blob "
@@ -241,7 +245,7 @@ class Download:
         if info.outline is not None:
             check_outline(info.outline, self.blob, peer.short)
             if self._outline is None:
-                self._outline = info.outline
+                self._outline, self._came = info.outline, self._host.now()
                 self._open_pages = list(range(page_count(info.outline)))
         elif wanted:
             raise RemoteProtocolError("no outline, which was asked for", peer=peer.short)
@@ -264,7 +268,7 @@ class Download:
                 fault = page_fault(outline, page, leaves)
                 if fault is not None:
                     raise RemoteProtocolError(fault, peer=peer.short)
-                self._pages[page] = leaves
+                self._pages[page], self._came = leaves, self._host.now()
             finally:
                 if page not in self._pages:
                     self._open_pages.append(page)
@@ -399,7 +403,8 @@ class Download:
                 raise WaitExpired(f"more of blob {self.blob.hex()[:8]}", seconds, peer=ask.peer.short)
             at += len(piece)
             self._bytes += len(piece)
-            sched.progressed(ask.number, len(piece), self._host.now())
+            self._came = self._host.now()
+            sched.progressed(ask.number, len(piece), self._came)
             if at < len(view):
                 self._poke()
 

@@ -263,16 +263,24 @@ class Broadcast:
         if seen is not None:
             self.redundant += 1
             self._held_by(peer, advert.id, seen)
-            seen.senders[peer] = seen.senders.get(peer, 0) + 1
-            return seen.senders[peer]
+            copies = seen.senders.get(peer, 0) + 1
+            if copies > 1 or len(seen.senders) < self._most:
+                seen.senders[peer] = copies
+            return copies
         wanted = self._wanted.get(advert.id)
-        if wanted is not None:
+        if wanted is not None and len(wanted.told) < self._most:
             wanted.told[peer] = None
         return 0
 
+    @property
+    def _most(self) -> int:
+        """Of how many peers it is remembered that they have an envelope: twice as many as we could tell of it."""
+        return 2 * (self.settings.partners + self.settings.followers)
+
     def _held_by(self, peer: PeerId, id: bytes, seen: _Seen) -> None:
         """``peer`` has it: no need to tell it."""
-        seen.holders[peer] = None
+        if len(seen.holders) < self._most or peer in self._partners or peer in self._followers:
+            seen.holders[peer] = None
         waiting = self._telling.get(peer)
         if waiting is not None:
             waiting.pop(id, None)
@@ -338,8 +346,9 @@ class Broadcast:
             wanted = self._wanted.get(advert.id)
             if wanted is None:
                 # Nobody fills all of the room with names that mean nothing.
-                room = len(self._wanted) < self.settings.wanted
-                if not room or self._first.get(peer, 0) >= max(1, self.settings.wanted // 8) or self._holds(advert):
+                share = max(1, self.settings.wanted // defaults.WANTED_SHARES)
+                full = len(self._wanted) >= self.settings.wanted or self._first.get(peer, 0) >= share
+                if full or self._holds(advert):
                     continue
                 wanted = self._wanted[advert.id] = _Wanted(advert, peer, {})
                 self._first[peer] = self._first.get(peer, 0) + 1

@@ -130,6 +130,8 @@ EAGER_SIZE = 16_384
 REMEMBERED = 4096
 #: Envelopes, per scope, that we were told of and lack; also names kept for one peer until it is told.
 MAX_WANTED = 4096
+#: Of these, one peer may tell of one in so many: names can be made up, and a batch of MAX_ADVERTS still fits.
+WANTED_SHARES = 8
 #: Names in one message.
 MAX_ADVERTS = 512
 #: Names in one request for envelopes.
@@ -193,6 +195,9 @@ EARLY_PATIENCE = 0.3
 MAX_EARLY = 64
 #: Proofs in one message. Each holds two headers of 300 bytes.
 MAX_PROOFS = 64
+#: Seconds after which nothing more is asked of one peer in a row: somebody else has a turn, and this one again later.
+#: A newcomer's first exchange (1,000 authors, 20 questions across the world) takes 10; a liar's could take hours.
+EXCHANGE_TIME = 30.0
 #: Exchanges with one peer behind one another, when one of them is cut short.
 MAX_EXCHANGES = 16
 #: Seconds for which an author whom one side does not take (yet) is passed over by anti-entropy with it. Views of who is

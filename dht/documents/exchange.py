@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import attrs
@@ -48,14 +49,16 @@ class Exchanged:
         return not (self.received or self.sent or self.unfinished)
 
 
-async def reconcile(scope: Scope, peer: PeerId) -> Exchanged:
+async def reconcile(scope: Scope, peer: PeerId, until: float = math.inf) -> Exchanged:
     """Come to hold, on both sides, what either of us holds of the documents of ``scope``; in bounded steps.
 
+    From ``until`` on nothing more is asked, and it is unfinished.
     Raises :class:`RemoteError` when the peer fails; what has come by then is kept.
     """
     comparison = Comparison({id: document.tree() for id, document in scope.documents.items()})
     questions = 0
-    while nodes := comparison.ask():
+    now = scope.host.now
+    while now() < until and (nodes := comparison.ask()):
         questions += 1
         compared = await scope.endpoint.call(
             peer, COMPARE, Compare(scope.name, nodes), timeout=defaults.ANSWER_DEADLINE
@@ -69,15 +72,15 @@ async def reconcile(scope: Scope, peer: PeerId) -> Exchanged:
     # Proofs first: what comes after the point they prove need not travel.
     await _fetch_evidence(scope, peer, [doubt for doubt in found.doubts if doubt.author not in scope.banned])
     await _send_evidence(scope, peer, found.proofs)
-    received = await _fetch(scope, peer, found.wants)
-    sent = await _send(scope, peer, found.offers)
-    return Exchanged(questions, received, sent, comparison.unfinished)
+    received = await _fetch(scope, peer, found.wants, until)
+    sent = await _send(scope, peer, found.offers, until)
+    return Exchanged(questions, received, sent, comparison.unfinished or now() >= until)
 
 
-async def _fetch(scope: Scope, peer: PeerId, wants: Sequence[Want]) -> int:
+async def _fetch(scope: Scope, peer: PeerId, wants: Sequence[Want], until: float) -> int:
     received = 0
     left = _missing(scope, wants)
-    while left:
+    while left and scope.host.now() < until:
         asked = left[: defaults.MAX_FETCH]
         fetched = await scope.endpoint.call(
             peer, RANGES, FetchRanges(scope.name, tuple(asked)), timeout=defaults.ANSWER_DEADLINE
@@ -121,7 +124,7 @@ def _missing(scope: Scope, wants: Sequence[Want]) -> list[Want]:
     return left
 
 
-async def _send(scope: Scope, peer: PeerId, offers: Sequence[Want]) -> int:
+async def _send(scope: Scope, peer: PeerId, offers: Sequence[Want], until: float) -> int:
     sent = 0
     pending: list[Sent] = []
     for offer in offers:
@@ -132,10 +135,10 @@ async def _send(scope: Scope, peer: PeerId, offers: Sequence[Want]) -> int:
         pending += [Sent(envelope, -1) for envelope in envelopes]
         while len(pending) >= defaults.MAX_SENT:
             done = await _send_some(scope, peer, pending)
-            if not done:
-                return sent
+            if not done or scope.host.now() >= until:
+                return sent + done
             sent += done
-    while pending:
+    while pending and scope.host.now() < until:
         done = await _send_some(scope, peer, pending)
         if not done:
             break
@@ -177,10 +180,10 @@ async def _send_evidence(scope: Scope, peer: PeerId, proofs: Sequence[Accused]) 
         )
 
 
-async def try_reconcile(scope: Scope, peer: PeerId) -> Exchanged | None:
+async def try_reconcile(scope: Scope, peer: PeerId, until: float) -> Exchanged | None:
     """As :func:`reconcile`; None when the peer failed, which is then replaced as a partner."""
     try:
-        return await reconcile(scope, peer)
+        return await reconcile(scope, peer, until)
     except RemoteError as error:
         scope.failed(peer, error)
     except LocalError as error:

@@ -74,6 +74,8 @@ class Tree:
         found = self._digests.get(prefix)
         if found is None:
             first, last = self._range(prefix)
+            if first == last:
+                return _EMPTY
             if self._hashes is None:
                 # Not `first`: what was compacted away is no difference.
                 leaves = [
@@ -81,9 +83,10 @@ class Tree:
                     for h in self._held
                 ]
                 self._hashes = [leaf.digest() for leaf in leaves]
-            joined = b"".join(self._hashes[first:last])
-            found = hashlib.blake2b(joined, digest_size=16).digest() if joined else _EMPTY
-            self._digests[prefix] = found
+            found = hashlib.blake2b(b"".join(self._hashes[first:last]), digest_size=16).digest()
+            if last - first > defaults.TREE_LEAF:
+                # Others choose what is asked for, and nearly every prefix stands above few entries or none.
+                self._digests[prefix] = found
         return found
 
     def branches(self, prefix: bytes) -> tuple[bytes, ...]:

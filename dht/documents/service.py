@@ -202,24 +202,25 @@ class Documents:
             chosen = others if not near or (others and rng.random() < defaults.RECONCILE_FAR) else near
             if chosen:
                 met = True
-                await self._exchange(scope, rng.choice(chosen))
+                await self._exchange(scope, rng.choice(chosen), own=True)
 
     def _start_exchange(self, scope: Scope, peer: PeerId) -> None:
         if self._nursery is not None:
             self._nursery.start_soon(self._exchange, scope, peer)
 
-    async def _exchange(self, scope: Scope, peer: PeerId) -> None:
-        key = scope.name, peer
-        if key in self._exchanging or len(self._exchanging) >= defaults.MAX_RECONCILING:
+    async def _exchange(self, scope: Scope, peer: PeerId, *, own: bool = False) -> None:
+        """``own``: our choice, which those that others bring about by what they send must not stand in the way of."""
+        key, until = (scope.name, peer), self.host.now() + defaults.EXCHANGE_TIME
+        if key in self._exchanging or (len(self._exchanging) >= defaults.MAX_RECONCILING and not own):
             return
         self._exchanging[key] = None
         try:
             for _ in range(defaults.MAX_EXCHANGES):
-                exchanged = await try_reconcile(scope, peer)
+                exchanged = await try_reconcile(scope, peer, until)
                 self.counters.exchanges += 1
                 self.counters.failed += exchanged is None
                 self.counters.equal += exchanged is not None and exchanged.equal
-                if exchanged is None or not exchanged.unfinished:
+                if exchanged is None or not exchanged.unfinished or self.host.now() >= until:
                     return
         finally:
             del self._exchanging[key]

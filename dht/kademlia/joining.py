@@ -27,6 +27,8 @@ async def reach(
     In the order given, not as they fail: the same failures read the same the next time.
     """
     failures: dict[str, tuple[str, bool] | None] = dict.fromkeys((*map(str, addresses), *(peer.short for peer in lost)))
+    # As they are now: one that waits for its turn may come by itself meanwhile, or be forgotten for others.
+    records = {peer: walker.lost[peer] for peer in lost if peer in walker.lost}
     limit = trio.CapacityLimiter(defaults.ALPHA_MAX)
 
     async def attempt_addresses() -> None:
@@ -64,11 +66,11 @@ async def reach(
     async def connect(peer: PeerId) -> PeerId:
         # The record may have run out while we were away; its addresses are still the best guess, and the
         # handshake proves who answers there.
-        known = walker.lost[peer].open(-float("inf"))
+        known = records[peer].open(-float("inf"))
         return (await endpoint.connect(peer, known.addresses, timeout=walker.patience(peer))).peer
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(attempt_addresses)
-        for peer in lost:
+        for peer in records:
             nursery.start_soon(attempt, peer.short, partial(connect, peer))
     return [(name, *failure) for name, failure in failures.items() if failure is not None]

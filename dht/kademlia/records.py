@@ -25,11 +25,27 @@ from .keys import digest, record_key, topic_key
 MAX_SEQ = 1 << 63
 
 
+class _Message:
+    """What is signed: equal to another one by its hash, so that what is remembered does not keep the bytes."""
+
+    __slots__ = ("_digest", "text")
+
+    def __init__(self, text: bytes) -> None:
+        self.text, self._digest = text, digest(text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Message) and other._digest == self._digest
+
+    def __hash__(self) -> int:
+        return hash(self._digest)
+
+
 @lru_cache(maxsize=16384)
-def _verified(author: PeerId, message: bytes, signature: bytes) -> None:
+def _verified(author: PeerId, message: _Message, signature: bytes) -> None:
     """Check a signature once (70 µs) however often the same bytes come by. Failures are not remembered."""
-    if not author.verify(message, signature):
+    if not author.verify(message.text, signature):
         raise DecodeError("wrong signature", peer=author.short)
+    message.text = b""
 
 
 @attrs.frozen
@@ -80,7 +96,11 @@ class SignedRecord:
         reason = validator(self)
         if reason is not None:
             raise DecodeError(f"record in {self.namespace!r} refused: {reason}", peer=self.author.short)
-        _verified(self.author, self._message(), self.signature)
+        _verified(self.author, _Message(self._message()), self.signature)
+
+    def in_time(self, wall: float) -> bool:
+        """Whether its times pass :meth:`check`. Who holds it looked at an earlier time, and at another clock."""
+        return _in_time(self.expires, wall, defaults.RECORD_LIFETIME)
 
     def newer_than(self, other: SignedRecord) -> bool:
         """True when this one replaces ``other`` under the same key: by sequence number, then expiry, then bytes.
@@ -121,6 +141,10 @@ def run_record(record: SignedRecord) -> str | None:
 
 #: The namespaces every peer serves.
 VALIDATORS: Mapping[str, Validator] = {"run": run_record, "owned": author_owned}
+
+
+def _in_time(expires: float, wall: float, lifetime: float) -> bool:
+    return wall - transport.CLOCK_SKEW <= expires <= wall + lifetime + transport.CLOCK_SKEW
 
 
 def _check_times(expires: float, wall: float, lifetime: float, what: str, author: PeerId) -> None:
@@ -176,6 +200,13 @@ class Announcement:
         if not 0 <= self.issued < MAX_SEQ:
             raise DecodeError(f"announcement numbered {self.issued}", peer=self.provider.short)
         _check_times(self.expires, wall, defaults.MAX_PROVIDE_LIFETIME, "announcement", self.provider)
-        _verified(self.provider, self._message(), self.signature)
+        _verified(self.provider, _Message(self._message()), self.signature)
         if self.contact.open(wall).peer != self.provider:
             raise DecodeError("announcement with another peer's contact", peer=self.provider.short)
+
+    def in_time(self, wall: float) -> bool:
+        """Whether its times, and its contact's, pass :meth:`check`. Who holds it looked at an earlier time, and at
+        another clock. Raises :class:`DecodeError` for a contact that nobody signed.
+        """
+        contact = self.contact.open(-float("inf")).expires
+        return contact >= wall - transport.CLOCK_SKEW and _in_time(self.expires, wall, defaults.MAX_PROVIDE_LIFETIME)

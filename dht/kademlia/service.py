@@ -133,7 +133,8 @@ class Service:
 
     def _providers(self, call: Call[GetProviders]) -> FoundProviders:
         self._admit(call.peer, call.request)
-        held = self._store.providers(call.request.topic, self._endpoint.host.wall())
+        wall = self._endpoint.host.wall()
+        held = [a for a in self._store.providers(call.request.topic, wall) if a.in_time(wall)]
         limit = max(0, min(call.request.limit, defaults.MAX_PROVIDERS_ANSWER))
         if len(held) > limit:
             # A popular topic: spread the askers over all of its providers.
@@ -143,6 +144,8 @@ class Service:
     def _announce(self, call: Call[PutProvider]) -> Stored:
         self._admit(call.peer, call.request)
         wall = self._endpoint.host.wall()
+        if call.request.announcement.provider != call.peer:
+            raise self._refuse("invalid", "a provider announces itself")
         try:
             call.request.announcement.check(wall)
         except DecodeError as error:

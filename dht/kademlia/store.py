@@ -62,7 +62,8 @@ class Store:
         self._swept = -float("inf")  # when a full store last looked for what has expired
         self._authors: dict[PeerId, int] = {}
         self._topics: dict[bytes, dict[PeerId, Announcement]] = {}
-        self._providers: dict[PeerId, int] = {}
+        self._providers: dict[PeerId, dict[bytes, None]] = {}  # → its topics, oldest first
+        self._by_topics: dict[int, dict[PeerId, None]] = {}  # number of topics → who has so many
         self._announcements = 0
 
     # -- records ---------------------------------------------------------------------------------------------
@@ -152,20 +153,37 @@ class Store:
                 return Verdict(False, "stale", "a newer announcement is held")
             self._topics[announcement.topic][announcement.provider] = announcement
             return KEPT
-        if self._providers.get(announcement.provider, 0) >= defaults.MAX_TOPICS_PER_PROVIDER:
+        theirs = len(self._providers.get(announcement.provider, ()))
+        if theirs >= defaults.MAX_TOPICS_PER_PROVIDER:
             return Verdict(False, "quota", f"{defaults.MAX_TOPICS_PER_PROVIDER} topics of this provider are held")
         if self._announcements >= self._max_announcements:
             self._sweep(wall)
             if self._announcements >= self._max_announcements:
-                return Verdict(False, "full", f"{self._max_announcements} announcements are held")
+                most = max(self._by_topics)
+                if most <= theirs + 1:
+                    return Verdict(False, "full", f"{self._max_announcements} announcements are held")
+                # Topics and keys are free, so many of them must keep nobody out who has few.
+                greedy = next(iter(self._by_topics[most]))
+                self._forget(self._topics[next(iter(self._providers[greedy]))][greedy])
         if len(self._topics.get(announcement.topic, {})) >= defaults.MAX_PROVIDERS:
             # Live providers renew, so the one to expire first is the likeliest to be gone.
             topic = self._topics[announcement.topic]
             self._forget(min(topic.values(), key=lambda other: (other.expires, other.provider)))
         self._topics.setdefault(announcement.topic, {})[announcement.provider] = announcement
-        self._providers[announcement.provider] = self._providers.get(announcement.provider, 0) + 1
+        topics = self._providers.setdefault(announcement.provider, {})
+        topics[announcement.topic] = None
+        self._counted(announcement.provider, len(topics) - 1, len(topics))
         self._announcements += 1
         return KEPT
+
+    def _counted(self, provider: PeerId, before: int, after: int) -> None:
+        """It has ``after`` topics now."""
+        if before:
+            del self._by_topics[before][provider]
+            if not self._by_topics[before]:
+                del self._by_topics[before]
+        if after:
+            self._by_topics.setdefault(after, {})[provider] = None
 
     def providers(self, topic: bytes, wall: float) -> list[Announcement]:
         """Live announcements of ``topic``, newest first."""
@@ -178,8 +196,10 @@ class Store:
         if not topic:
             del self._topics[held.topic]
         self._announcements -= 1
-        self._providers[held.provider] -= 1
-        if not self._providers[held.provider]:
+        topics = self._providers[held.provider]
+        del topics[held.topic]
+        self._counted(held.provider, len(topics) + 1, len(topics))
+        if not topics:
             del self._providers[held.provider]
 
     # -- both ------------------------------------------------------------------------------------------------

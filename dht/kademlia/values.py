@@ -180,6 +180,8 @@ class Values:
                 return Reply(answer.closer)
             if (record.namespace, record.key) != (namespace, key):
                 raise DecodeError("answered with another record", peer=peer.short)
+            if not record.in_time(self.host.wall()):  # not the holder's fault
+                return Reply(answer.closer)
             record.check(self.host.wall(), self._validators)
             if record.expires > self.host.wall():
                 found[peer] = record
@@ -291,17 +293,20 @@ class Values:
             answer = await self._walker.ask(peer, messages.PROVIDERS, request)
             if len(answer.announcements) > request.limit:
                 raise DecodeError(f"{len(answer.announcements)} providers for {request.limit}", peer=peer.short)
+            live = []
             for announcement in answer.announcements:
                 if announcement.topic != topic:
                     raise DecodeError("answered with providers of another topic", peer=peer.short)
-                announcement.check(wall)
-            live = [a for a in answer.announcements if a.expires > wall and not a.withdrawn]
+                if announcement.in_time(wall):  # otherwise not the holder's fault
+                    announcement.check(wall)
+                    live += [announcement] if announcement.expires > wall and not announcement.withdrawn else []
             take([a for a in live if a.provider != self.endpoint.peer_id])
             return Reply(answer.closer, enough=len(found) >= limit)
 
         if len(found) < limit:
             await self._walker.walk(topic_key(topic), ask)
-        newest = sorted(found.values(), key=lambda a: (-a.issued, a.provider))[:limit]
+        wall = self.host.wall()  # a lookup may have taken a minute
+        newest = [a for a in sorted(found.values(), key=lambda a: (-a.issued, a.provider)) if a.in_time(wall)][:limit]
         for announcement in newest:
             self._walker.learn(announcement.contact)
         return [announcement.contact for announcement in newest]

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import attrs
 import pycrdt
+import pytest
 import trio
 
 from shoal.dht.documents import messages
-from shoal.dht.documents.envelope import NOTHING, Envelope, client_id
+from shoal.dht.documents.envelope import NOTHING, Envelope, Evidence, Header, client_id
 from shoal.dht.documents.messages import PushEnvelopes, Sent
 from shoal.learning import defaults
 from shoal.learning.rundocs import RunDocuments
@@ -30,7 +31,8 @@ from shoal.learning.rundocs_content import (
 )
 from shoal.node.node import Founding
 from shoal.sim.world import Member, Scenario, World, simulate
-from shoal.transport.identity import Identity
+from shoal.transport.errors import DecodeError
+from shoal.transport.identity import Identity, PeerId
 from shoal.transport.memory_flow import Route
 
 from ..sim import tiny
@@ -253,6 +255,36 @@ def _evidence(world: World) -> Any:
     return Evidence.of(one, other)
 
 
+def test_a_member_that_writes_without_pause_makes_nobody_read_all_bans_each_time() -> None:
+    async def script(world: World) -> None:
+        await rounds(world, 3)
+        await trio.sleep(defaults.BEAT_MIN)
+        liar, victim = world.members[2], world.members[1]
+        reads = 0
+        read_bans = docs(victim)._bans.read
+
+        def counted(content: Content) -> Any:
+            nonlocal reads
+            reads += 1
+            return read_bans(content)
+
+        docs(victim)._bans.read = counted  # type: ignore[method-assign]
+        for number in range(100):
+
+            def change(doc: pycrdt.Doc[Any], number: int = number) -> None:
+                doc.get("x", type=pycrdt.Map).update({"n": number})
+
+            await docs(liar).document("bans").write(change)
+            await trio.sleep(0.05)
+        await trio.sleep(5)
+        assert read(victim, "bans")[liar.node.identity.peer_id] == {"x": {"n": 99}}
+        assert 2 <= reads <= 15
+        for number in sorted(world.members):
+            world.stop(number)
+
+    simulate(scenario(3, 100_000), script)
+
+
 def test_gossip_runs_have_documents_too() -> None:
     async def script(world: World) -> None:
         await rounds(world, 12)
@@ -317,3 +349,25 @@ def test_the_documents_of_a_run_are_named_by_run_and_founder() -> None:
     ids = [spec.id for run in (bytes(32), b"\1" * 32) for spec in run_documents(run, ONE).values()]
     assert len({id.hex(): None for id in ids}) == 10
     assert run_documents(bytes(32), ONE)["spec"].id != run_documents(bytes(32), TWO)["spec"].id
+
+
+def test_many_false_proofs_are_checked_once_and_not_with_every_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a few members can write at most: proofs against made-up peers, the second signature wrong."""
+    checks = 0
+
+    def check(self: Evidence) -> None:
+        nonlocal checks
+        checks += 1
+        raise DecodeError("wrong signature")
+
+    monkeypatch.setattr(Evidence, "check", check)
+    document = bytes(32)
+    content: dict[Any, Any] = {}
+    for number in range(1500):
+        one = Header(document, PeerId(number.to_bytes(32, "big")), 1, 0, NOTHING, False, 1e9, bytes(32), bytes(64))
+        proof = ban_entry(Evidence(one, attrs.evolve(one, expires=2e9)))
+        content.setdefault((ONE, TWO)[number % 2], {"bans": {}})["bans"][one.author.text] = proof
+    reader = BanReader([document])
+    for _ in range(3):
+        assert reader.read(content) == []
+    assert checks == 1500

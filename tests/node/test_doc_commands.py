@@ -19,7 +19,7 @@ from shoal.dht.documents.store import DocumentStore
 from shoal.learning.rundocs_content import run_documents
 from shoal.node.cli import OK, USAGE, main
 from shoal.node.datadir import DataDir, NodeRecord
-from shoal.node.doc_commands import bars
+from shoal.node.doc_commands import _clock, bars
 from shoal.node.doc_messages import from_json, to_json
 from shoal.node.ticket import Ticket
 from shoal.transport.errors import DecodeError
@@ -149,6 +149,13 @@ def test_contents_travel_as_json_and_the_largest_authors_give_way() -> None:
     text, omitted = to_json(content, 500)
     assert (from_json(text), omitted) == ({ALICE.peer_id: content[ALICE.peer_id]}, 1)
     assert from_json(to_json({}, 0)[0]) == {}
+
+
+def test_what_one_author_writes_hides_no_other() -> None:
+    """A text called "hex" beside nothing else looks like bytes; a time may be beyond all calendars."""
+    content: dict[Any, Any] = {ALICE.peer_id: {"entry": {"x": 1}}, BOB.peer_id: {"hex": "aa"}}
+    assert from_json(to_json(content, 10_000)[0])[ALICE.peer_id] == content[ALICE.peer_id]
+    assert [_clock(at) for at in (1e18, -1e300)] == ["--:--:--"] * 2
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"x": {}}', "1", f'{{"{ALICE.peer_id.text}": 1}}', "[" * 100_000])

@@ -9,7 +9,7 @@ import trio
 import trustme
 
 from .base import SMALL
-from .plain import TcpClient, TcpServer, exactly
+from .memory_plain import TcpClient, TcpServer, exactly
 
 
 class TlsServer(TcpServer):

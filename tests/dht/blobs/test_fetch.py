@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import attrs
 import pytest
@@ -23,6 +23,7 @@ from shoal.dht.blobs.messages import (
 from shoal.dht.blobs.store import Store
 from shoal.dht.blobs.tree import Part
 from shoal.transport.errors import ConfigError, Overloaded, PeerUnreachable, RemoteProtocolError, RemoteRefused
+from shoal.transport.identity import Identity, PeerId
 from shoal.transport.memory_flow import Route
 from shoal.transport.rpc import Call
 
@@ -414,3 +415,58 @@ async def test_a_blob_that_is_not_what_was_expected_is_refused_before_anything_i
                 search=False,
                 accept=lambda outline: "too large",  # type: ignore[arg-type]
             )
+
+
+async def test_holders_that_never_send_a_byte_do_not_keep_a_download_waiting_for_ever() -> None:
+    """They say that they have all of it, and stall: each gives way to the other, and nothing ever comes."""
+    tree, parts = content(4)
+    async with swarm() as s:
+        nodes = [await s.add() for _ in range(4)]
+
+        async def stall(call: Call[AskChunks]) -> Sent:
+            await trio.sleep_forever()
+            raise AssertionError
+
+        for node in nodes[1:]:
+            offer(node, tree, parts)
+            node.blobs.endpoint.serve(CHUNKS, stall)
+        with trio.fail_after(600), pytest.raises(PeerUnreachable, match="nobody brings"):
+            await s.fetch(tree, nodes[1:], patience=defaults.PATIENCE)
+        assert trio.current_time() < 150
+
+
+async def test_holders_that_never_say_what_they_hold_do_not_keep_a_download_waiting_for_ever() -> None:
+    tree, _ = content(4)
+    async with swarm() as s:
+        nodes = [await s.add() for _ in range(4)]
+
+        turn = 0.0
+
+        async def silent(call: Call[AskBlob]) -> BlobInfo:
+            nonlocal turn
+            turn += 0.7
+            await trio.sleep(turn % 5)
+            raise RemoteRefused("odd", f"no {turn}")
+
+        for node in nodes[1:]:
+            node.blobs.endpoint.serve(INFO, silent)
+        with trio.fail_after(600), pytest.raises(PeerUnreachable, match="nobody brings"):
+            await s.fetch(tree, nodes[1:], patience=defaults.PATIENCE)
+        assert trio.current_time() < 150
+
+
+async def test_a_crowd_of_names_that_lead_nowhere_leaves_room_for_a_holder() -> None:
+    """Whoever announces a blob under hundreds of keys, and has none of it, must not use up the names."""
+    tree, parts = content(2)
+    async with swarm() as s:
+        nodes = [await s.add() for _ in range(2)]
+        offer(nodes[1], tree, parts)
+        crowd = [Identity(bytes([7, number % 256, number // 256]).ljust(32)).peer_id for number in range(400)]
+
+        async def find() -> Sequence[PeerId]:
+            return [crowd.pop() for _ in range(min(12, len(crowd)))] if crowd else [nodes[1].peer]
+
+        nodes[0].blobs.holders = lambda blob: find()  # type: ignore[method-assign, assignment]
+        with trio.fail_after(600):
+            _, buffers = await s.fetch(tree, [], search=True, patience=600.0)
+    assert [bytes(b) for b in buffers] == parts

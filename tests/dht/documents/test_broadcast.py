@@ -249,6 +249,39 @@ def test_what_nobody_gives_is_given_up() -> None:
     assert core.wanting == 0
 
 
+def test_one_peer_that_makes_up_names_leaves_room_for_what_others_have() -> None:
+    core = Member().core
+    core.set_members([peer(1), peer(2)], 0.0)
+    for first in range(0, 10_000, 500):
+        core.advertised(peer(1), [advert(number) for number in range(first, first + 500)], 0.0)
+    assert core.wanting < core.settings.wanted / 2
+    assert Fetch(peer(2), (advert(20_000),)) in core.advertised(peer(2), [advert(20_000)], 0.1)
+    # What it gives, or fails to give, makes room for more of it.
+    given = core.wanting
+    for action in core.tick(core.settings.fetch_patience):
+        assert not isinstance(action, Fetch)
+    assert core.wanting == 1
+    core.advertised(peer(1), [advert(number) for number in range(given)], 10.0)
+    assert core.wanting == given
+
+
+def test_who_says_that_it_has_an_envelope_is_remembered_for_so_many_only() -> None:
+    member = Member()
+    member.core.set_members([peer(1), peer(2)], 0.0)
+    member.core.pushed(peer(1), advert(1))
+    member.core.kept(advert(1), 10, 1, 0.0, (peer(1),))
+    for number in range(3, 2000):
+        member.core.advertised(peer(number), [advert(1)], 0.0)
+        assert member.core.pushed(peer(number), advert(1)) == 1
+        member.core.advertised(peer(number), [advert(2)], 0.0)
+        member.core.pushed(peer(number), advert(2))
+    (seen,) = member.core._seen.values()
+    assert len(seen.holders) < 200
+    assert len(seen.senders) < 200
+    assert len(member.core._wanted[advert(2).id].told) < 200
+    assert member.core.pushed(peer(1), advert(1)) == 2
+
+
 def test_a_copy_says_how_often_this_peer_has_sent_it() -> None:
     member = Member()
     assert member.core.pushed(peer(1), advert(1)) == 0

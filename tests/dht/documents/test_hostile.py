@@ -404,3 +404,28 @@ async def test_a_neighbour_that_only_swallows_what_it_is_sent_hides_nothing() ->
         enemy.endpoint.serve(messages.TELL, swallow)
         await trio.sleep(130)
         await still_well(swarm, nodes)
+
+
+async def test_a_liar_that_takes_its_time_with_every_answer_does_not_keep_others_from_being_compared_with() -> None:
+    """Each of its answers comes just in time and claims one more difference: an exchange with it would take hours."""
+    async with doc_swarm() as swarm:
+        author = await swarm.add("author")
+        await author.document.write(put(x=1))
+        enemies = [Enemy(swarm, f"enemy{number}") for number in range(3)]
+        digest = 0
+
+        async def compare(call: Call[Compare]) -> Compared:
+            nonlocal digest
+            await trio.sleep(defaults.ANSWER_DEADLINE - 1)
+            digest += 1
+            made_up = tuple(bytes([half, digest % 256]) * 8 for half in range(16))
+            short = [node for node in call.request.nodes if len(node.prefix) < defaults.TREE_DEPTH]
+            return Compared(tuple(Branches(node.document, node.prefix, made_up) for node in short), (), False)
+
+        for enemy in enemies:
+            await enemy.enter(member=True)
+            enemy.endpoint.serve(messages.COMPARE, compare)
+        await trio.sleep(600)
+        assert author.documents.counters.exchanges >= 8
+        late = await swarm.add("late")
+        await swarm.until(lambda: late.value(author, "x") == 1, 240)

@@ -262,3 +262,13 @@ def test_a_question_full_of_nonsense_is_answered_in_bounds() -> None:
     compared = answer(trees, nodes)
     assert compared.more
     assert len(compared.branches) * 16 + sum(len(item.held) for item in compared.leaves) <= defaults.MAX_COMPARED
+
+
+def test_questions_about_every_place_leave_nothing_behind() -> None:
+    """An answer remembers no more than the tree has nodes to divide, whatever prefixes others make up."""
+    tree = Tree(list(thousand().values()))
+    for first in range(64):
+        prefixes = [bytes((first >> 4, first & 15, n >> 4, n & 15, 7, 7, 7)) for n in range(defaults.MAX_NODES)]
+        answer({DOCUMENT: tree}, [Node(DOCUMENT, prefix, bytes(16)) for prefix in prefixes])
+        answer({DOCUMENT: tree}, [Node(DOCUMENT, place_of(peer(first)), bytes(16))])
+    assert len(tree._digests) < 100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
 
 import attrs
@@ -14,6 +14,8 @@ from shoal.dht.kademlia import defaults, messages
 from shoal.dht.kademlia.keys import digest
 from shoal.dht.kademlia.node import _is_lasting
 from shoal.dht.kademlia.records import Announcement, SignedRecord, owned_key
+from shoal.dht.kademlia.store import Store
+from shoal.transport import defaults as transport
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.errors import DecodeError, PeerUnreachable, ProtocolMisuse, RemoteRefused
 from shoal.transport.identity import Identity
@@ -332,11 +334,17 @@ async def test_nobody_announces_another_peer(open_swarm: OpenSwarm) -> None:
         contact: SignedPeerRecord = victim.endpoint.record()
         mine = Announcement.sign(mallory.identity, b"run", contact, issued=1, expires=wall + 60)
         forged = attrs.evolve(mine, provider=victim.identity.peer_id)
-        for announcement, reason in ((mine, "another peer's contact"), (forged, "wrong signature")):
+        for announcement, reason in ((mine, "another peer's contact"), (forged, "announces itself")):
             with pytest.raises(RemoteRefused, match=reason):
                 await mallory.endpoint.call(
                     holder.identity.peer_id, messages.ANNOUNCE, messages.PutProvider(announcement, True)
                 )
+        # Nor by passing on what another one signed: keys are free, links are not.
+        other = Identity(bytes(32))
+        record = SignedPeerRecord.sign(other, (mallory.address,), seq=1, expires=wall + 60)
+        true = Announcement.sign(other, b"run", record, issued=1, expires=wall + 60)
+        with pytest.raises(RemoteRefused, match="announces itself"):
+            await mallory.endpoint.call(holder.identity.peer_id, messages.ANNOUNCE, messages.PutProvider(true, True))
         assert holder.dht.store.announcement_count == 0
 
 
@@ -429,3 +437,60 @@ async def test_a_write_asks_who_is_near_and_to_store_in_one_question(open_swarm:
         assert writer.dht.counters.queries - before <= 32
         holders = [n for n in swarm.nodes.values() if n.dht.store.get("owned", record.key, n.host.wall()) is not None]
         assert len(holders) >= 21
+
+
+async def test_a_lost_peer_that_comes_by_itself_while_it_waits_for_its_turn_does_no_harm(open_swarm: OpenSwarm) -> None:
+    """A node with many contacts of an earlier life tries ten at a time; one of those that wait joins through it."""
+    async with open_swarm() as swarm:
+        gone = [await swarm.add(f"gone{number}") for number in range(defaults.ALPHA_MAX)]
+        late, node = await swarm.add("late"), await swarm.add("n")
+        records = [other.endpoint.record() for other in (*gone, late)]
+        for other in gone:
+            swarm.world.freeze(other.name)
+
+        async def come() -> None:
+            await trio.sleep(0.1)
+            await late.dht.bootstrap([node.address])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(come)
+            assert await node.dht.bootstrap(peers=records) == 1
+
+
+async def test_an_announcement_whose_contact_runs_out_hides_no_other_and_blames_no_holder(
+    open_swarm: OpenSwarm,
+) -> None:
+    """What a holder took in good time is too old when it is asked for: the holder did not lie."""
+    async with open_swarm() as swarm:
+        nodes = await swarm.grow(6)
+        provider, mallory, asker = nodes[1], nodes[2], nodes[3]
+        assert await provider.dht.provide(b"run") == 5
+        wall = mallory.host.wall()
+        contact = SignedPeerRecord.sign(
+            mallory.identity, (mallory.address,), seq=1, expires=wall - transport.CLOCK_SKEW + 1
+        )
+        trap = Announcement.sign(mallory.identity, b"run", contact, issued=1, expires=wall + 7200)
+        for other in nodes:
+            if other is not mallory:
+                with suppress(RemoteRefused):
+                    await mallory.endpoint.call(
+                        other.identity.peer_id, messages.ANNOUNCE, messages.PutProvider(trap, True)
+                    )
+        await trio.sleep(5)
+        asker.dht.store = asker.dht.values.store = Store(0)
+        found = [record.open(0).peer for record in await asker.dht.providers(b"run")]
+        assert provider.identity.peer_id in found
+        assert asker.dht.counters.lies == 0
+
+
+async def test_a_record_that_would_live_too_long_by_our_clock_blames_no_holder(open_swarm: OpenSwarm) -> None:
+    async with open_swarm() as swarm:
+        holder = await swarm.add("holder", skew=20)
+        asker = await swarm.add("asker", holder)
+        expires = holder.host.wall() + defaults.RECORD_LIFETIME + transport.CLOCK_SKEW - 1
+        spec = SignedRecord.sign(holder.identity, "run", digest(b"spec"), b"spec", seq=0, expires=expires)
+        assert holder.dht.store.put(spec, holder.host.wall()).kept
+        found = await asker.dht.get("run", digest(b"spec"))
+        assert found is None or found.value == b"spec"
+        assert asker.dht.counters.lies == 0
+        assert len(asker.dht.table) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import attrs
@@ -164,3 +165,18 @@ def test_a_remembered_peer_record_still_expires() -> None:
     assert record.open(NOW).peer == ALICE.peer_id
     with pytest.raises(DecodeError, match="expired"):
         record.open(NOW + 311)
+
+
+def test_what_was_verified_is_remembered_without_its_bytes() -> None:
+    """Strangers fill what is remembered with records as large as they may be: 16,384 of them must not take 70 MB."""
+    author = Identity(bytes([9]) * 32)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for number in range(300):
+            value = number.to_bytes(2, "big") + bytes(defaults.MAX_VALUE - 2)
+            key = owned_key(author.peer_id, b"%d" % number)
+            SignedRecord.sign(author, "owned", key, value, seq=1, expires=NOW + 60).check(NOW, VALIDATORS)
+        assert tracemalloc.get_traced_memory()[0] - before < 300 * 1024
+    finally:
+        tracemalloc.stop()

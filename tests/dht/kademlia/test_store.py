@@ -167,6 +167,21 @@ def test_providers_are_listed_newest_first_until_they_expire_or_withdraw() -> No
     assert store.providers(b"nothing", NOW) == []
 
 
+def test_whoever_fills_the_store_with_topics_gives_way_to_who_has_few() -> None:
+    store = Store(0, max_announcements=8)
+    for number in range(8):
+        assert store.announce(announcement(number % 2, b"%d" % number), NOW).kept
+    for number in range(2, 6):
+        assert store.announce(announcement(number, b"run"), NOW).kept, "those who have four lose one each time"
+    assert len(store.providers(b"run", NOW)) == 4
+    # Nobody has more than two now: a third of one's own displaces nobody, and a second neither.
+    assert store.announce(announcement(0, b"third"), NOW).code == "full"
+    assert store.announce(announcement(2, b"second"), NOW).code == "full"
+    assert store.announce(announcement(6, b"run"), NOW).kept
+    assert store.announcement_count == 8
+    assert sum(map(len, store._providers.values())) == 8
+
+
 def test_the_list_of_providers_is_bounded_and_the_first_to_expire_gives_way() -> None:
     store = Store(0)
     for provider in range(defaults.MAX_PROVIDERS + 1):

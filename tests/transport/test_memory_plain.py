@@ -20,7 +20,7 @@ from shoal.transport.frames import GoodbyeCode
 from shoal.transport.host import RealHost
 from shoal.transport.identity import Identity
 from shoal.transport.memory import MemoryWorld, Route
-from shoal.transport.plain import PlainEndpoint, PlainLink
+from shoal.transport.memory_plain import PlainEndpoint, PlainLink
 from shoal.transport.rpc import Call, Method
 
 
