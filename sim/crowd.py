@@ -163,6 +163,8 @@ class Crowd:
         self.network.kill(node.name)
         node.scope.cancel()
         self.network.drop_machine(node.name)
+        if self.departed % defaults.COLLECT_EVERY == 0:
+            gc.collect()
 
     async def populate(self, identities: dict[int, tuple[Identity | None, str]], progress: Progress) -> None:
         """Start all nodes, slowly at first; ``identities``: by number, those of adversaries, with their kind.

@@ -46,6 +46,11 @@ def dht(options: argparse.Namespace) -> int:
         raise ConfigError("--encrypted runs every byte through real links: 500 nodes at most, 100 take some minutes")
     if options.adversaries and options.nodes < 200:
         raise ConfigError("with adversaries at least 200 nodes: fewer than 40 of them crowd no place")
+    if options.churn and options.churn < defaults.MIN_SESSION:
+        raise ConfigError(
+            f"--churn: a mean session of {options.churn:g} s is too short, joining takes some seconds: "
+            f"{defaults.MIN_SESSION:.0f} s or more"
+        )
     scenario = CrowdScenario(
         nodes=options.nodes,
         seed=options.seed,

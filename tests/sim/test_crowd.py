@@ -177,6 +177,8 @@ def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "500 nodes at most" in capsys.readouterr().err
     assert cli.main(["lab", "dht", "--nodes", "50", "--adversaries", "0.2"]) == 2
     assert "at least 200 nodes" in capsys.readouterr().err
+    assert cli.main(["lab", "dht", "--churn", "1s"]) == 2
+    assert "a mean session of 1 s is too short" in capsys.readouterr().err
     assert cli.main(["lab", "dht", "--nodes", "20", "--lookups", "2", "--json", str(tmp_path / "no" / "x.json")]) == 2
     assert "cannot write" in capsys.readouterr().err
 
