@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -125,7 +126,7 @@ def restore(options: argparse.Namespace) -> int:
     else:
         detail = _restore_stopped(data, options.ref, target)
     _say(f"wrote {target}: {detail}")
-    _say(f"a run goes on from it with: shoal start TASK --from {given} --data-dir NEW")
+    _say(f"a run goes on from it with: shoal start TASK --from {shlex.quote(str(given))} --data-dir NEW")
     return 0
 
 

@@ -123,6 +123,12 @@ def main(argv: Sequence[str] | None = None, *, extra: Sequence[AddCommand] = ())
     except ShoalError as error:
         complain(f"{type(error).__name__}: {error}")
         return FAILED
+    except UnicodeEncodeError as error:
+        # Python hands over bytes of the command line that are no text as half characters.
+        if not any("\ud800" <= c <= "\udfff" for c in error.object):
+            raise
+        complain(f"{error.object!r} is not UTF-8 text")
+        return USAGE
     except BrokenPipeError:
         # `shoal peers | head`: the reader has seen enough. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

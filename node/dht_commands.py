@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from typing import Any, TypeVar
 
@@ -34,8 +35,13 @@ from .ticket import PREFIX, Ticket
 
 M = TypeVar("M")
 
+#: Whose records `shoal dht get` asks for.
+NAMESPACES = ("owned", "run")
+
 
 def get(options: argparse.Namespace) -> int:
+    if options.namespace not in NAMESPACES:
+        raise ConfigError(f"there is no namespace {options.namespace!r}: expected {' or '.join(NAMESPACES)}")
     found = _ask(options, DhtGet(options.namespace, _record_key(options.key)), DhtFound)
     if options.json:
         _say_json(found)
@@ -56,7 +62,7 @@ def put(options: argparse.Namespace) -> int:
         return 0
     copies = f"stored by {stored.copies} other peers" if stored.copies else "kept here: there is nobody else yet"
     _say(f"{copies}, version {stored.record.seq}, {stored.queries} queries in {_ms(stored.seconds)}")
-    _say(f"get it with: shoal dht get owned {stored.record.author}/{options.name}")
+    _say(f"get it with: shoal dht get owned {shlex.quote(f'{stored.record.author}/{options.name}')}")
     return 0
 
 
@@ -110,7 +116,8 @@ def _hex(text: str, what: str) -> bytes:
     except ValueError:
         key = b""
     if not 0 < len(key) <= defaults.MAX_DHT_KEY:
-        raise ConfigError(f"{text!r} is not {what}: expected up to {2 * defaults.MAX_DHT_KEY} hexadecimal digits")
+        shown = text if len(text) <= 160 else f"{text[:160]}…"
+        raise ConfigError(f"{shown!r} is not {what}: expected up to {2 * defaults.MAX_DHT_KEY} hexadecimal digits")
     return key
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from .ticket import Ticket
 
 if TYPE_CHECKING:
     from ..learning.rundocs import RunDocuments
+
+log = logging.getLogger(__name__)
 
 
 def _row(replica: Replica) -> DocumentRow:
@@ -105,6 +108,8 @@ def stored(data: DataDir, name: str, wall: float) -> DocumentList | DocumentStat
         store = DocumentStore(data.documents_path)
         try:
             replicas = {key: _loaded(store.load(spec.id, me), spec, wall) for key, spec in specs.items()}
+            for notice in store.notices:
+                log.warning("documents: %s", notice)
         finally:
             store.close()
     if name:

@@ -91,7 +91,7 @@ def check_usage(options: argparse.Namespace) -> None:
     parse_export(options.export)
     origin = getattr(options, "origin", None)
     if origin is not None and not origin.is_file():
-        raise ConfigError(f"--from {origin}: there is no such file")
+        raise ConfigError(f"--from {origin}: {'that is no file' if origin.exists() else 'there is no such file'}")
 
 
 def _check_task(task: str) -> None:

@@ -205,13 +205,20 @@ class Node:
             self.dht.restore(self.config.snapshot)
         except DecodeError as error:
             # Only a shortcut: the ticket's addresses and the founder's find the swarm too.
-            log.warning("what was known of the swarm cannot be read and is left aside: %s", error)
+            log.warning(
+                "what was known of the swarm (`dht` in the data directory) cannot be read and is left aside: %s", error
+            )
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
     async def _find_spec(self) -> SignedSpec:
         stored = await self.host.run_blocking(self.store.load_spec)
         if stored is not None:
+            try:
+                stored.open()
+            except DecodeError as error:
+                where = f"{self.config.folder}/spec"
+                raise ConfigError(f"{where} is damaged ({error}); delete it to join the run anew") from None
             await self._enter_swarm()
             return stored
         if self.config.ticket is not None:

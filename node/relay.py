@@ -22,11 +22,14 @@ from .control import (
     Ended,
     EventLog,
     Export,
+    GetCheckpoints,
     GetHealth,
     GetPeers,
     GetStatus,
     NodeStatus,
     PeerList,
+    PinCheckpoint,
+    RestoreCheckpoint,
     Stop,
 )
 from .datadir import DataDir
@@ -206,5 +209,7 @@ class RelayDaemon:
                 return await answer_dht(self.node.dht, request)
             case GetDocuments() | GetDocument():
                 raise ConfigError("this node is a relay: it takes part in no run and holds no documents")
+            case GetCheckpoints() | RestoreCheckpoint() | PinCheckpoint():
+                raise ConfigError("this node is a relay: it takes part in no run and keeps no checkpoints")
             case _:
                 raise RemoteError(f"unknown request {type(request).__name__}")

@@ -58,7 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """The console script."""
-    cli.leave(main())
+    try:
+        code = main()
+    except KeyboardInterrupt:  # before a command ran
+        code = cli.INTERRUPTED
+    cli.leave(code)
 
 
 def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -113,8 +113,13 @@ class Store:
         return db
 
     def _open(self, path: Path) -> sqlite3.Connection:
+        empty = not path.exists() or path.stat().st_size == 0
         try:
-            return self._connect(str(path))
+            db = self._connect(str(path))
+            if empty and not self._blobs and self._files.found():
+                log.warning("%s is empty or gone: it is made anew from the blobs beside it", path)
+                self._rebuild(db)
+            return db
         except (sqlite3.OperationalError, PermissionError) as error:
             raise ConfigError(f"cannot use {path}: {error}") from None
         except (sqlite3.DatabaseError, DecodeError, ValueError, TypeError, ProtocolMisuse) as error:

@@ -184,6 +184,21 @@ def test_files_that_vanish_are_forgotten_and_leftovers_are_swept_away(tmp_path: 
     again.close()
 
 
+@pytest.mark.parametrize("how", ["emptied", "gone"])
+def test_without_its_index_a_store_keeps_what_is_there(tmp_path: Path, how: str) -> None:
+    tree = build_tree([("weights", "F32", random.Random(1).randbytes(400_000))])
+    store = Store(tmp_path)
+    store.put(tree, [random.Random(1).randbytes(400_000)], tag="checkpoint", note=b"note")
+    store.close()
+    index = tmp_path / "index.sqlite"
+    index.write_bytes(b"") if how == "emptied" else index.unlink()
+    for _ in range(2):
+        again = Store(tmp_path)
+        (entry,) = again.entries()
+        assert (entry.id, entry.complete, entry.note, entry.pinned) == (tree.id, True, b"note", True)
+        again.close()
+
+
 @pytest.mark.parametrize("how", ["no database", "torn pages", "truncated"])
 def test_a_damaged_index_is_made_anew_from_the_blobs_and_nothing_whole_is_lost(tmp_path: Path, how: str) -> None:
     # In chunks of the usual size: that is all a file does not say itself.
