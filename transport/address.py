@@ -152,6 +152,7 @@ class SignedPeerRecord:
     record: bytes
     signature: bytes
     _content: PeerRecord | None = attrs.field(default=None, init=False, eq=False, repr=False)
+    _wire: bytes = attrs.field(default=b"", init=False, eq=False, repr=False)
     #: Whose record it says it is, not verified; None when that cannot be told, and :meth:`open` would refuse it.
     claimed: PeerId | None = attrs.field(init=False, eq=False, repr=False)
 
@@ -165,7 +166,10 @@ class SignedPeerRecord:
         return PeerId(self.record[1 + head : head + 33])
 
     def to_bytes(self) -> bytes:
-        return self.signature + self.record
+        if not self._wire:
+            # Whoever is in a table is named to others again and again.
+            object.__setattr__(self, "_wire", self.signature + self.record)
+        return self._wire
 
     @classmethod
     def from_bytes(cls, data: bytes) -> SignedPeerRecord:
@@ -175,6 +179,7 @@ class SignedPeerRecord:
             if len(data) <= SIGNATURE_BYTES:
                 raise ValueError(f"a signed peer record of {len(data)} bytes")
             known = _known[data] = cls(data[SIGNATURE_BYTES:], data[:SIGNATURE_BYTES])
+            object.__setattr__(known, "_wire", data)
         return known
 
     @classmethod
