@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,7 @@ class RunDocuments:
         self._former: dict[PeerId, None] = {run.spec.founder: None}
         self._points: dict[int, Point] = {}
         self._notes: dict[str, CommitNote] = {}
+        self._failing: dict[str, None] = {}  # documents whose last write was refused
         self._state = "training"
         self._left = False
         self._saying = trio.Lock()
@@ -172,7 +173,7 @@ class RunDocuments:
             certificate=hashlib.blake2b(pack(head.certificate), digest_size=8).hexdigest(),
         )
         if order[0] == self.me:
-            self._notes[note.key] = note
+            self._keep(note)
             # In a run with small groups every group has a commit of its own: those can wait for the next beat.
             if not self.run_here.gossip:
                 self._nudge()
@@ -183,7 +184,13 @@ class RunDocuments:
         """The first in line may have died of it."""
         await trio.sleep(defaults.COMMIT_SECOND + self._beat())
         if all(known.key != note.key for known in read_commits(self._open["commits"].read())):
-            self._notes[note.key] = note
+            self._keep(note)
+
+    def _keep(self, note: CommitNote) -> None:
+        """To be written down; no more than the document keeps wait for it."""
+        self._notes[note.key] = note
+        if len(self._notes) > defaults.COMMITS_KEPT:
+            del self._notes[next(iter(self._notes))]
 
     # -- who takes part -----------------------------------------------------------------------------------------------
 
@@ -245,21 +252,36 @@ class RunDocuments:
 
     async def _say(self, *, everything: bool = True) -> None:
         """Write what is new in our documents. What cannot be written now is kept for the next time."""
+        async with self._saying:
+            await self._try("commits", self._say_commits)
+            if everything:
+                await self._try("spec", self._say_spec)
+                await self._try("roster", self._say_roster)
+                await self._try("metrics", self._say_metrics)
+
+    async def _try(self, name: str, say: Callable[[], Awaitable[None]]) -> None:
         try:
-            async with self._saying:
-                if notes := dict(self._notes):
-                    await self._open["commits"].write(lambda doc: self._commits(doc, notes))
-                    self._notes = {key: note for key, note in self._notes.items() if key not in notes}
-                if not everything:
-                    return
-                await self._say_spec()
-                await self._open["roster"].write(self._roster)
-                if points := dict(self._points):
-                    await self._open["metrics"].write(lambda doc: self._metrics(doc, points))
-                    self._points = {round: point for round, point in self._points.items() if round not in points}
+            await say()
         except ConfigError as error:
-            # The disk is full, or others would not take it: the run goes on without.
-            log.warning("the run's documents could not be written: %s", error)
+            # The disk is full, or others would not take it: the run goes on without, and so do the other documents.
+            if name not in self._failing:
+                log.warning("the run's document %s could not be written, and is tried again: %s", name, error)
+            self._failing[name] = None
+        else:
+            self._failing.pop(name, None)
+
+    async def _say_commits(self) -> None:
+        if notes := dict(self._notes):
+            await self._open["commits"].write(lambda doc: self._commits(doc, notes))
+            self._notes = {key: note for key, note in self._notes.items() if key not in notes}
+
+    async def _say_roster(self) -> None:
+        await self._open["roster"].write(self._roster)
+
+    async def _say_metrics(self) -> None:
+        if points := dict(self._points):
+            await self._open["metrics"].write(lambda doc: self._metrics(doc, points))
+            self._points = {round: point for round, point in self._points.items() if round not in points}
 
     async def _say_spec(self) -> None:
         if self.me == self.run_here.spec.founder and "run" not in self._open["spec"].own():

@@ -61,6 +61,11 @@ class Chain:
     def head(self) -> bytes:
         return self.envelopes[-1].id
 
+    @property
+    def worn(self) -> bool:
+        """Whether it begins with so large a snapshot that its author should write it anew, without what was deleted."""
+        return self.first > 0 and len(self.envelopes[0].update) > defaults.FRESH_BYTES
+
     def at(self, counter: int) -> Envelope | None:
         index = counter - self.first
         return self.envelopes[index] if 0 <= index < len(self.envelopes) else None

@@ -50,6 +50,11 @@ COMPACT_ENVELOPES = 64
 #: Bytes of updates after which an author replaces its own envelopes by a snapshot, if that is the smaller one by half.
 COMPACT_BYTES = 64 * 1024
 
+#: Bytes of a snapshot after which its author begins a fresh incarnation, with what it says now written anew: Yjs keeps
+#: about 35 bytes of every map key that was ever deleted, so that a map whose keys come and go (a key per round) would
+#: grow past MAX_UPDATE after a few thousand of them. A quarter: 64 envelopes of 32 keys each add 72 KiB at most.
+FRESH_BYTES = 32 * 1024
+
 #: Authors of one document. A swarm of a few thousand members; 4,096 with 2 KiB each are 8 MiB.
 MAX_AUTHORS = 4096
 

@@ -361,7 +361,7 @@ class Replica:
         """Whether ``author`` (ourselves) needs a fresh incarnation (``DocumentStore.reserve``, :meth:`begin`) to write.
 
         It does whenever an envelope of ours could be out there that we do not hold: what it says at its counter must
-        never be contradicted.
+        never be contradicted. And when the chain is worn: only in a new incarnation are deleted keys forgotten.
         """
         own = self._own
         if own is None or own.author != author:
@@ -371,7 +371,7 @@ class Replica:
             return held is not None and held.incarnation >= own.incarnation
         if held is None or held.incarnation != own.incarnation or held.chain is None:
             return True
-        return held.garbage is not None or held.chain.next != own.next
+        return held.garbage is not None or held.chain.next != own.next or held.chain.worn
 
     def begin(self, author: PeerId, incarnation: int) -> None:
         """We write in ``incarnation``, which is on disk and was never used; the first envelope says all anew."""

@@ -31,7 +31,7 @@ from shoal.learning.rundocs_content import (
 )
 from shoal.node.node import Founding
 from shoal.sim.world import Member, Scenario, World, simulate
-from shoal.transport.errors import DecodeError
+from shoal.transport.errors import ConfigError, DecodeError
 from shoal.transport.identity import Identity, PeerId
 from shoal.transport.memory_flow import Route
 
@@ -130,6 +130,35 @@ def test_the_dead_are_told_from_the_living_and_from_those_who_said_goodbye() -> 
             world.stop(number)
 
     simulate(scenario(4, 100_000), script)
+
+
+def test_a_document_that_cannot_be_written_does_not_silence_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    async def script(world: World) -> None:
+        await rounds(world, 3)
+        member, before = world.members[0], docs(world.members[0])
+
+        async def refuse(change: object) -> None:
+            raise ConfigError("others would refuse this")
+
+        commits = before.document("commits")
+        write, commits.write = commits.write, refuse  # type: ignore[method-assign,assignment]
+        await rounds(world, 60)
+        wall = member.node.host.wall()
+        assert all(present.alive(wall)[0] and present.round > 20 for present in roster(world.members[1]).values())
+        assert len(before._notes) <= defaults.COMMITS_KEPT
+        commits.write = write  # type: ignore[method-assign]
+        await rounds(world, 70)
+        assert any(
+            note.writer.text == member.peer and note.round > 50 for note in read_commits(read(member, "commits"))
+        )
+        for number in sorted(world.members):
+            world.stop(number)
+
+    with caplog.at_level("WARNING", "shoal.learning.rundocs"):
+        simulate(scenario(2, 100_000), script)
+    assert [record.getMessage() for record in caplog.records if record.name == "shoal.learning.rundocs"] == [
+        "the run's document commits could not be written, and is tried again: others would refuse this"
+    ]
 
 
 def test_a_partition_of_the_run_heals_to_one_state_of_its_documents() -> None:

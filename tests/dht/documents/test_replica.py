@@ -177,6 +177,22 @@ def test_authors_compact_by_themselves_and_others_follow() -> None:
     assert late.replica.digest() == reader.replica.digest()
 
 
+def test_an_author_whose_keys_come_and_go_can_write_for_ever() -> None:
+    def turn(doc: pycrdt.Doc[Any], number: int) -> None:
+        rounds = doc.get("rounds", type=pycrdt.Map)
+        for key in range(number * 40, number * 40 + 40):
+            rounds[f"{key}.0123456789abcdef"] = {"at": key}
+            rounds.pop(f"{key - 40}.0123456789abcdef", None)
+
+    writer, reader = Writer(ALICE), Writer(BOB)
+    for number in range(150):  # 6,000 keys: what Yjs keeps of the deleted ones is twice what an update may hold
+        assert reader.offer(writer.must_write(lambda doc, number=number: turn(doc, number))).kept
+    assert len(reader.replica.view(ME)["rounds"]) == 40
+    assert reader.replica.digest() == writer.replica.digest()
+    held = reader.replica.range_of(ME)
+    assert held is not None and 2 < held.incarnation < 10
+
+
 def test_a_write_counts_only_once_it_is_offered_and_there_is_one_at_a_time() -> None:
     held = replica()
     assert held.must_begin(ME)
