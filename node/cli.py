@@ -135,6 +135,11 @@ def main(argv: Sequence[str] | None = None, *, extra: Sequence[AddCommand] = ())
         return OK
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BaseExceptionGroup as group:
+        # Ctrl-C in a command that runs on trio comes wrapped in the groups of its nurseries.
+        if group.split(KeyboardInterrupt)[1] is not None:
+            raise
+        return INTERRUPTED
 
 
 def leave(code: int) -> NoReturn:
