@@ -19,10 +19,6 @@ ALPHA_MAX = 10
 #: the records, 8 paths 99.3 %. The paths go on at the same time: latency is that of a single one.
 CAREFUL_PATHS = 8
 
-#: Disjoint paths of the lookups that refresh buckets: one begins in the bucket, one elsewhere, as all of a bucket's
-#: contacts may be of one mind.
-REFRESH_PATHS = 2
-
 #: Of the peers closest to a write's place on each path, and of all of them in the end, how many must have answered
 #: before the others are asked to store (whether they are there shows by that). As go-libp2p ("resiliency", beta 3): the
 #: closest peers know who else is near. With 3 of them 94.8 % of records are found again where a fifth of the nodes are
@@ -34,6 +30,10 @@ READ_QUORUM = 3
 
 #: Estimates of the swarm's size that are kept: their median moves little when a few of them are wrong.
 SIZE_SAMPLES = 15
+
+#: Seconds after which an estimate is taken anew before a place counts as crowded; and the lookups, at places of chance,
+#: for that. 90 queries, once a minute at most, and only on suspicion.
+SIZE_FRESH, SIZE_LOOKUPS = 60.0, 3
 
 #: Peers that a lookup must have found for its distances to count: 5, as the lookups that refresh buckets find.
 SIZE_MIN_PEERS = 5

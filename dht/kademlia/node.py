@@ -124,7 +124,7 @@ class Dht:
         On disjoint paths: this lookup decides whom we know, and whom we name to others.
         """
         closest = (await self._walker.find(self.table.key, paths=defaults.CAREFUL_PATHS)).closest
-        self._walker.size.note([node_key(peer) ^ self.table.key for peer in closest])
+        self._walker.size.note([node_key(peer) ^ self.table.key for peer in closest], self.host.now())
         everybody = len(closest) < self.table.k
         self.table.refreshed_near(None if everybody else node_key(closest[-1]), self.host.now())
 
@@ -223,8 +223,8 @@ class Dht:
             await self._find_neighbours()
         keys = self.table.refresh_due(now(), self.host.random)
         for key in keys:
-            lookup = await self._walker.find(key, paths=defaults.REFRESH_PATHS, k=defaults.REFRESH_WIDTH)
-            self._walker.size.note([node_key(peer) ^ key for peer in lookup.closest])
+            lookup = await self._walker.find(key, k=defaults.REFRESH_WIDTH)
+            self._walker.size.note([node_key(peer) ^ key for peer in lookup.closest], now())
         if keys:
             await self._look_around()
 

@@ -37,11 +37,24 @@ class SizeEstimate:
 
     def __init__(self) -> None:
         self._samples: deque[float] = deque(maxlen=defaults.SIZE_SAMPLES)
+        self._noted = -float("inf")
 
-    def note(self, distances: Sequence[int]) -> None:
+    def note(self, distances: Sequence[int], now: float) -> None:
         """The distances of the closest peers that a lookup found, rising."""
         if len(distances) >= defaults.SIZE_MIN_PEERS:
             self._samples.append(swarm_size(distances))
+            self._noted = now
+
+    def renew(self, now: float) -> bool:
+        """Forget the samples if the last is older than SIZE_FRESH; True when it is time for new ones.
+
+        A swarm may have grown tenfold since: everything would look crowded.
+        """
+        if now - self._noted < defaults.SIZE_FRESH:
+            return False
+        self._samples.clear()
+        self._noted = now
+        return True
 
     @property
     def value(self) -> float | None:

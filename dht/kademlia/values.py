@@ -115,7 +115,7 @@ class Values:
         left = [peer for peer in lookup.ranked(2 * k) if peer not in holders and peer not in refused]
         stored, errors = await self._walker.ask_all(left, method, request, n=k - len(done))
         stored, errors = stored + len(holders), {**refused, **errors}
-        if self._is_crowded(lookup)[0]:
+        if await self._is_crowded(lookup):
             region = [peer for peer in await self._region(place) if peer not in lookup.ranked(k)]
             more, refusals = await self._walker.ask_all(region, method, request)
             stored, errors = stored + more, {**errors, **refusals}
@@ -136,12 +136,15 @@ class Values:
         # Twice what is expected, as the size is an estimate: a copy too far away does no harm, and it expires.
         return min(known[-1].key ^ place, int(2 * k / size * SPACE))
 
-    def _is_crowded(self, lookup: Lookup) -> tuple[bool, str]:
+    async def _is_crowded(self, lookup: Lookup) -> bool:
         distances = [node_key(peer) ^ lookup.target for peer in lookup.ranked(self.table.k)]
-        decision = crowded(distances, self._walker.size.value, self.table.k)
-        if decision[0]:
+        if not crowded(distances, self._walker.size.value, self.table.k)[0]:
+            return False
+        await self._walker.measure()
+        decision, reason = crowded(distances, self._walker.size.value, self.table.k)
+        if decision:
             self._walker.counters.crowded += 1
-            log.info("the place %064x is crowded: %s", lookup.target, decision[1])
+            log.info("the place %064x is crowded: %s", lookup.target, reason)
         return decision
 
     async def _region(self, place: int) -> list[PeerId]:
@@ -193,7 +196,7 @@ class Values:
         if not found and thorough:
             if len(lookup.closest) >= self.table.k:
                 lookup = await self._walker.walk(place, ask, paths=defaults.CAREFUL_PATHS)
-            if not found and self._is_crowded(lookup)[0]:
+            if not found and await self._is_crowded(lookup):
                 await self._ask_in_turn(await self._region(place), ask)
         if not found:
             return None

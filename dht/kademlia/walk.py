@@ -15,7 +15,7 @@ from ...transport.errors import DecodeError, Overloaded, RemoteError, RemoteRefu
 from ...transport.identity import PeerId
 from ...transport.rpc import Method
 from . import defaults, messages
-from .keys import BITS, to_bytes
+from .keys import BITS, node_key, to_bytes
 from .lookup import Lookup
 from .lookup_run import LookupRun, Reply
 from .region import SizeEstimate
@@ -198,6 +198,15 @@ class Walker:
             run.introduce_all()
         self.table.refreshed(target, self.host.now())
         return lookup
+
+    async def measure(self) -> None:
+        """Estimate the swarm's size anew, unless that was done lately."""
+        if not self.size.renew(self.host.now()):
+            return
+        for _ in range(defaults.SIZE_LOOKUPS):
+            place = self.host.random.getrandbits(BITS)
+            lookup = await self.find(place, paths=defaults.CAREFUL_PATHS)
+            self.size.note([node_key(peer) ^ place for peer in lookup.closest], self.host.now())
 
     def _costs(self, target: int, contacts: Sequence[Contact]) -> Mapping[PeerId, float] | None:
         """Seconds that the first answer of each contact is likely to take; None where the closest are to be asked.

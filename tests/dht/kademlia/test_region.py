@@ -38,14 +38,27 @@ def test_the_size_is_estimated_from_the_closest_within_a_quarter() -> None:
 def test_a_few_wrong_samples_move_the_estimate_little() -> None:
     rng, estimate = random.Random(2), SizeEstimate()
     assert estimate.value is None
-    estimate.note([1, 2])  # too few to say anything
+    estimate.note([1, 2], 0.0)  # too few to say anything
     assert estimate.value is None
     for _ in range(11):
-        estimate.note(closest(rng, 0, 2000))
+        estimate.note(closest(rng, 0, 2000), 0.0)
     for _ in range(4):
-        estimate.note([number << 100 for number in range(1, K + 1)])
+        estimate.note([number << 100 for number in range(1, K + 1)], 0.0)
     assert estimate.value is not None
     assert 1400 < estimate.value < 3000
+
+
+def test_an_old_estimate_is_forgotten_before_it_is_held_against_anybody() -> None:
+    rng, estimate = random.Random(6), SizeEstimate()
+    for _ in range(10):
+        estimate.note(closest(rng, 0, 100), 5.0)
+    assert not estimate.renew(5.0 + defaults.SIZE_FRESH - 1)
+    assert estimate.renew(5.0 + defaults.SIZE_FRESH)
+    assert estimate.value is None
+    assert not estimate.renew(6.0 + defaults.SIZE_FRESH)  # somebody is at it
+    estimate.note(closest(rng, 0, 2000), 70.0)
+    assert estimate.value is not None
+    assert estimate.value > 1000
 
 
 def test_chance_crowds_no_place_and_hides_nobody() -> None:
