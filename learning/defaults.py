@@ -211,7 +211,10 @@ PROOFS_CHECKED = 16384
 #: Seconds between two looks at a document that changes all the time: an author of many pieces takes 50 ms to read.
 LOOK_EVERY = 1.0
 #: Members and former ones remembered, whose words are taken: as many as a document takes authors.
-MAX_FORMER = 4096
+MAX_REMEMBERED = 4096
+#: Of these, so many may one member name that we have not seen ourselves: its notes of 32 rounds name those who took
+#: part before we came. Names can be invented, and each may write 256 KiB into a document of 64 MiB.
+MAX_VOUCHED = 32
 #: Seconds, at most, before a proof is written down: others may have done it by then.
 BAN_JITTER = 3.0
 #: Seconds for the last word of a member that leaves.

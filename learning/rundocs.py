@@ -69,7 +69,9 @@ class RunDocuments:
         self.specs = run_documents(run.run_id, run.spec.founder)
         self._open: dict[str, Document] = {}
         self._bans = BanReader([spec.id for spec in self.specs.values()])
-        self._former: dict[PeerId, None] = {run.spec.founder: None}
+        #: Whose words count: ``True`` where we have seen it take part ourselves.
+        self._former: dict[PeerId, bool] = {run.spec.founder: True}
+        self._vouched: dict[PeerId, int] = {}  # member → how many it has named whom we have not seen
         self._points: dict[int, Point] = {}
         self._notes: dict[str, CommitNote] = {}
         self._failing: dict[str, None] = {}  # documents whose last write was refused
@@ -198,12 +200,18 @@ class RunDocuments:
         membership = getattr(self.run_here, "membership", None)
         members: tuple[PeerId, ...] = () if membership is None else membership.members()
         for peer in members:
-            self._remember(peer)
+            self._remember(peer, seen=True)
         return members
 
-    def _remember(self, peer: PeerId) -> None:
-        if peer not in self._former and len(self._former) < defaults.MAX_FORMER:
-            self._former[peer] = None
+    def _remember(self, peer: PeerId, *, seen: bool) -> bool:
+        """False when it was known before, or there is no room."""
+        if peer in self._former:
+            self._former[peer] |= seen
+            return False
+        if len(self._former) >= defaults.MAX_REMEMBERED:
+            return False
+        self._former[peer] = seen
+        return True
 
     def _is_member(self, peer: PeerId) -> bool:
         """Whose words count: members, those who were, and those whom a member names in a commit."""
@@ -213,10 +221,17 @@ class RunDocuments:
         return self.me in self._members() and self.documents is not None
 
     def _vouch(self) -> None:
-        """Who came late learns from commits who took part before."""
-        for note in read_commits(self._open["commits"].read()):
+        """Who came late learns from commits who took part before.
+
+        Only of members that it has seen take part, and of a few from each: whoever is named may write, and name others.
+        """
+        content = self._open["commits"].read()
+        # Filtered first: what two wrote of one commit counts once.
+        for note in read_commits({writer: part for writer, part in content.items() if self._former.get(writer, False)}):
             for peer in note.members:
-                self._remember(peer)
+                named = self._vouched.get(note.writer, 0)
+                if named < defaults.MAX_VOUCHED and self._remember(peer, seen=False):
+                    self._vouched[note.writer] = named + 1
 
     async def _follow_commits(self) -> None:
         changes = self._open["commits"].subscribe()

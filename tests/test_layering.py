@@ -334,3 +334,15 @@ def test_every_name_of_the_public_face_can_be_had() -> None:
     unknown = "no_such_name"
     with pytest.raises(AttributeError, match=unknown):
         getattr(shoal, unknown)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.endswith("defaults.py")])
+def test_no_constant_stands_twice_in_its_module(name: str) -> None:
+    # The second would silently replace the first for everybody.
+    seen: dict[str, int] = {}
+    for node in ast.parse((ROOT / name).read_text()).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for part in (part for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)):
+                assert part.id not in seen, f"{name}:{node.lineno}: {part.id} stands in line {seen[part.id]} already"
+                seen[part.id] = node.lineno
