@@ -314,6 +314,42 @@ def test_a_member_that_writes_without_pause_makes_nobody_read_all_bans_each_time
     simulate(scenario(3, 100_000), script)
 
 
+def test_a_member_vouches_for_few_that_nobody_has_seen_and_they_for_nobody() -> None:
+    invented = [Identity(number.to_bytes(32, "big")).peer_id for number in range(1, 400)]
+
+    def note(number: int, peers: list[PeerId]) -> dict[str, Any]:
+        named = [peer.text for peer in peers]
+        entry = {"round": number, "branch": 0, "count": len(named), "samples": 1, "total": 1, "at": 1.0}
+        return {**entry, "members": named, "digest": f"{number:016x}", "certificate": "0" * 16}
+
+    async def script(world: World) -> None:
+        await rounds(world, 3)
+        await trio.sleep(defaults.BEAT_MIN)
+        liar, victim = world.members[2], world.members[1]
+        # By now everybody is seen by everybody; what the liar says is of rounds long ago.
+        peers = iter(invented)
+        for number in range(20):
+            batch = [next(peers) for _ in range(15)]
+
+            def change(doc: pycrdt.Doc[Any], number: int = number, batch: list[PeerId] = batch) -> None:
+                entry = note(1_000 + number, batch)
+                doc.get("commits", type=pycrdt.Map)[f"{entry['round']}.{entry['digest']}"] = entry
+
+            await docs(liar).document("commits").write(change)
+            await trio.sleep(0.3)
+        await trio.sleep(10)
+        held = read_commits(read(victim, "commits"))
+        assert sum(note.round >= 1_000 for note in held) == 20  # it was heard
+        believed = [peer for peer in invented if docs(victim)._is_member(peer)]
+        assert len(believed) == defaults.MAX_VOUCHED
+        # Whom it named and nobody has seen vouches for nobody.
+        assert not any(docs(victim)._former[peer] for peer in believed)
+        for number in sorted(world.members):
+            world.stop(number)
+
+    simulate(scenario(3, 100_000), script)
+
+
 def test_gossip_runs_have_documents_too() -> None:
     async def script(world: World) -> None:
         await rounds(world, 12)
