@@ -90,7 +90,7 @@ class RpcServer:
             answer = _error(code, message) if code else bytes((Part.RESULT,)) + result
             if len(answer) > defaults.SMALL_SEND:
                 self._enter(link.peer)
-                nursery.start_soon(self._answer_when_possible, link, asked, answer)
+                nursery.start_soon(self._answer_when_possible, link, asked, answer, timeout)
             else:
                 link.answer(asked, answer)
             return
@@ -107,10 +107,14 @@ class RpcServer:
         except Exception as error:  # boundary: a bug must not reach the link  # noqa: BLE001
             return _failure(call, served.method, error)
 
-    async def _answer_when_possible(self, link: Link, asked: IncomingCall, answer: bytes) -> None:
+    async def _answer_when_possible(self, link: Link, asked: IncomingCall, answer: bytes, timeout: float) -> None:
+        """For a large answer: not while others wait to be sent. Nobody wants it later than ``timeout`` seconds."""
         try:
-            await link.wait_can_answer()
-            link.answer(asked, answer)
+            with trio.move_on_after(timeout):
+                await link.wait_can_answer()
+                link.answer(asked, answer)
+            if asked.open:
+                link.answer(asked, _error("expired", "the answers to earlier calls were not read in time"))
         finally:
             self._leave(link.peer)
 

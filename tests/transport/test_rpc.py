@@ -595,6 +595,52 @@ async def test_large_answers_wait_until_earlier_ones_are_sent(monkeypatch: pytes
     assert most < 50_000 + 41_000
 
 
+@pytest.mark.parametrize("size", [0, 4000, 100_000, 1_000_000])
+async def test_a_handler_that_never_waits_answers_as_one_in_a_task_does(size: int) -> None:
+    method = Method("many", Size, Text)
+    async with bench() as b:
+        b.server.serve_at_once(method, lambda call: Text("x" * call.request.bytes))
+        assert len((await call(b.link, method, Size(size), timeout=60)).text) == size
+        # By a stream, too.
+        async with exchange(b.link, method, Size(size), timeout=60) as reply:
+            assert len((await reply.result()).text) == size
+        assert b.link.idle
+        assert b.server.active() == 0
+
+
+async def test_what_a_handler_that_never_waits_raises_is_a_code_and_harms_nobody() -> None:
+    def answer(call: Call[Size]) -> Text:
+        match call.request.bytes:
+            case 1:
+                raise RemoteRefused("mine", "not now")
+            case 2:
+                raise ZeroDivisionError
+            case 3:
+                return Size(3)  # type: ignore[return-value]
+        return Text("well")
+
+    method = Method("odd", Size, Text)
+    async with bench() as b:
+        b.server.serve_at_once(method, answer)
+        for size, code in ((1, "mine"), (2, "internal"), (3, "internal")):
+            with pytest.raises(RemoteRefused) as caught:
+                await call(b.link, method, Size(size), timeout=5)
+            assert caught.value.code == code
+        assert (await call(b.link, method, Size(0), timeout=5)).text == "well"
+
+
+async def test_a_large_answer_that_cannot_be_sent_in_time_holds_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = Method("many", Size, Text)
+    async with bench() as b:
+        b.server.serve_at_once(method, lambda call: Text("x" * call.request.bytes))
+        monkeypatch.setattr(defaults, "ANSWER_WINDOW", 0)  # as if earlier answers were never read
+        with pytest.raises(WaitExpired):
+            await call(b.link, method, Size(100_000), timeout=3)
+        await trio.sleep(1)
+        assert b.server.active() == 0
+        assert b.far.idle
+
+
 async def test_a_small_call_whose_handler_writes_a_body_is_refused() -> None:
     async def download(call: Call[Size]) -> Size:
         await call.write(b"more than asked for")
