@@ -27,6 +27,7 @@ from .lab_nodes import Builder, ShoalProcess, started
 from .lab_report import NEIGHBOUR, Matrix, PairResult, legend, required
 from .lab_scenarios import check_names, run_scenarios
 from .netlab import KINDS, NetLab, NetLabUnavailable, unavailable
+from .outputs import check_outputs, write_text
 
 #: The kinds that the matrix has unless told otherwise.
 MATRIX = ("public", "public4", "cone", "symmetric", "cgnat", "udp_blocked", "upnp", "ipv6")
@@ -125,9 +126,7 @@ def nat(options: argparse.Namespace) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else defaults.LAB_WIDTH)
     choose_kinds(options.kinds)
     check_names(options.scenario or ())
-    for path in (options.json, options.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+    check_outputs(options.json, options.plot)
     if (reason := unavailable()) is not None:
         raise NetLabUnavailable(f"no NAT lab on this machine: {reason}")
     folder = Path(tempfile.mkdtemp(prefix="shoal-lab-logs-"))
@@ -166,7 +165,7 @@ async def _cancel_on_signal(scope: trio.CancelScope) -> None:
 async def _scenarios(options: argparse.Namespace, folder: Path, console: Console) -> bool:
     results = await run_scenarios(options.scenario, folder, console)
     if options.json is not None:
-        _write(options.json, json.dumps([attrs.asdict(result) for result in results], indent=1))
+        write_text(options.json, json.dumps([attrs.asdict(result) for result in results], indent=1))
     return all(result.ok for result in results)
 
 
@@ -194,14 +193,7 @@ async def _matrix(options: argparse.Namespace, folder: Path, console: Console) -
     verdict = "every pair is connected as required" if matrix.ok else f"{len(failures)} pairs are not as required"
     console.print(f"{len(results)} pairs in {matrix.seconds:.0f} s: {verdict}")
     if options.json is not None:
-        _write(options.json, matrix.to_json())
+        write_text(options.json, matrix.to_json())
     if options.plot is not None:
         matrix.plot(options.plot)
     return matrix.ok
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error

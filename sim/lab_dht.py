@@ -23,6 +23,7 @@ from . import defaults
 from .crowd import Crowd, CrowdScenario, Progress, run_crowd
 from .lab_dht_report import Act, DhtReport, Health
 from .liars import grind
+from .outputs import check_outputs, write_text
 
 #: Everything in a crowd's results: what a lookup did, in virtual time.
 Lookups = list[Act]
@@ -42,6 +43,7 @@ class Plan:
 def dht(options: argparse.Namespace) -> int:
     """Run the trial that the command line asks for; 0 when every requirement holds."""
     console = Console(highlight=False)
+    check_outputs(options.json, options.plot)
     if options.encrypted and options.nodes > 500:
         raise ConfigError("--encrypted runs every byte through real links: 500 nodes at most, 100 take some minutes")
     if options.adversaries and options.nodes < 200:
@@ -70,19 +72,11 @@ def dht(options: argparse.Namespace) -> int:
     for line in report.complaints():
         console.print(f"[bold red]not as required:[/] {line}")
     if options.json is not None:
-        _write(options.json, report.to_json())
+        write_text(options.json, report.to_json())
     if options.plot is not None:
         report.plot(options.plot)
         console.print(f"wrote {options.plot}")
     return 0 if not report.complaints() else 1
-
-
-def _write(path: object, text: str) -> None:
-    try:
-        with open(str(path), "w") as file:
-            file.write(text)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 
 class _Telling:

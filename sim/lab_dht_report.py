@@ -12,7 +12,7 @@ import attrs
 from rich.table import Table
 
 from ..dht.kademlia.defaults import CAREFUL_PATHS
-from ..transport.errors import ConfigError
+from .outputs import save_figure
 
 #: Parts of lookups that must succeed: nobody leaves; nodes leave; a part of the nodes are adversaries.
 QUIET, CHURNING, HOSTILE = 0.999, 0.99, 0.95
@@ -220,12 +220,7 @@ class DhtReport:
         course.set_title("part that succeeds, over time", fontsize=10)
         course.legend(fontsize="x-small", loc="lower right")
         figure.suptitle(f"DHT in virtual time: {self.title()}")
-        try:
-            figure.savefig(path, dpi=130)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot write the plot {path}: {error}") from error
-        finally:
-            pyplot.close(figure)
+        save_figure(figure, path)
 
 
 def success(acts: Sequence[Act]) -> float:

@@ -11,8 +11,8 @@ import attrs
 from rich.table import Table
 from rich.text import Text
 
-from ..transport.errors import ConfigError
 from .netlab_kinds import KINDS, Kind
+from .outputs import save_figure
 
 #: Not a kind, but an answerer: a second host behind the dialler's own NAT.
 NEIGHBOUR = "neighbour"
@@ -211,12 +211,7 @@ class Matrix:
         axis.set_xlabel("answers")
         axis.set_ylabel("dials")
         axis.set_title("NAT lab: way in the end, ms to the first byte → ms to that way", fontsize=10)
-        try:
-            figure.savefig(path, dpi=130)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot write the plot {path}: {error}") from error
-        finally:
-            pyplot.close(figure)
+        save_figure(figure, path)
 
 
 def _times(result: PairResult) -> str:

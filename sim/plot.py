@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..transport.errors import ConfigError
+from .outputs import save_figure
 from .recorder import PeerTrace
 from .report import Report, SimEvent
 
@@ -44,12 +44,7 @@ def plot(report: Report, traces: Sequence[PeerTrace], path: Path) -> None:
     bottom.set_xlabel("seconds since the simulation began")
     top.set_title(f"{report.task}, {report.strategy}, {len(report.peers)} peers, seed {report.seed}")
     bottom.legend(fontsize="x-small", ncols=2)
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write the plot {path}: {error}") from error
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _mark(top: object, bottom: object, event: SimEvent) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from ..transport.errors import ConfigError
+from .outputs import write_text
 
 #: What can become of a peer.
 STATUSES = ("finished", "killed", "left", "failed")
@@ -120,10 +120,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Raises :class:`ConfigError` naming the file."""
-        try:
-            path.write_text(self.to_json())
-        except OSError as error:
-            raise ConfigError(f"cannot write the report {path}: {error.strerror}") from error
+        write_text(path, self.to_json())
 
 
 def judge(report: Report, expected: Expectation, problems: Sequence[str] = ()) -> Report:

@@ -26,6 +26,7 @@ from ..transport.identity import PeerId
 from . import defaults
 from .baseline import Answer, Part, Question
 from .live import LiveView, closing
+from .outputs import check_outputs
 from .processes import NodeProcess, Plan, Settings, SimulationFailed, Swarm, make_plan
 from .recorder import Recorder
 from .report import Baseline, Expectation, Report, judge
@@ -42,9 +43,7 @@ def simulate(options: argparse.Namespace) -> int:
     kill = options.kill if options.kill is not None else int(not few)
     late = options.late if options.late is not None else int(not few)
     plan = make_plan(peers=options.peers, kill=kill, late=late, rounds=rounds, seed=options.seed)
-    for path in (options.json, options.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+    check_outputs(options.json, options.plot)
     folder = _folder(options.workdir)
     arguments = dict(options.strategy_args)
     settings = Settings(

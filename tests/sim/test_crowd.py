@@ -179,8 +179,10 @@ def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "at least 200 nodes" in capsys.readouterr().err
     assert cli.main(["lab", "dht", "--churn", "1s"]) == 2
     assert "a mean session of 1 s is too short" in capsys.readouterr().err
-    assert cli.main(["lab", "dht", "--nodes", "20", "--lookups", "2", "--json", str(tmp_path / "no" / "x.json")]) == 2
-    assert "cannot write" in capsys.readouterr().err
+    for wrong, complaint in ((tmp_path / "no" / "x.json", "there is no folder"), (tmp_path, "it is a folder")):
+        for option in ("--json", "--plot"):
+            assert cli.main(["lab", "dht", option, str(wrong)]) == 2  # before anything runs
+            assert complaint in capsys.readouterr().err
 
 
 @pytest.mark.slow
