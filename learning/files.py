@@ -11,6 +11,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..dht.blobs.tree import Buffer, build_tree
+from ..dht.durable import sync_folder
 from ..transport.errors import ConfigError
 from .state import bytes_view
 
@@ -81,13 +82,3 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     parts: list[tuple[str, str, Buffer]] = [("header", "U8", header.encode())]
     parts += [(str(n), "U8", bytes_view(tensors[name])) for n, name in enumerate(sorted(tensors))]
     return build_tree(parts).id.hex()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power cut. Windows cannot open a folder and does not need it. Blocking."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

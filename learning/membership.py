@@ -146,14 +146,7 @@ class Membership(ABC):
             records = await self.run.dht.providers(self.run.run_id)
         except RemoteError:
             return ()
-        peers = []
-        for record in records:
-            try:
-                peers.append(record.open(self.host.wall()).peer)
-                self.endpoint.learn(record)
-            except DecodeError:
-                continue
-        return tuple(peers)
+        return tuple(record.open(-float("inf")).peer for record in records)
 
     async def ask(self, peers: tuple[PeerId, ...]) -> dict[PeerId, HeadInfo]:
         return await ask_heads(self.endpoint, self.run.run_id, peers[:32], self.gossip, defaults.ASK_HEADS)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..dht.blobs import defaults as blob_defaults
 from ..dht.blobs.store import Store
+from ..dht.durable import sync_folder
 from ..transport.errors import ConfigError, DecodeError
 from ..transport.identity import PeerId
 from ..transport.wire import pack, unpack
-from .files import load_state, save_state, sync_folder
+from .files import load_state, save_state
 from .rounds.messages import Accepted, Certificate, CommitRecord
 from .spec import SignedSpec
 

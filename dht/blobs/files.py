@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...transport.errors import ConfigError, DecodeError
+from ..durable import sync_folder
 from .tree import KINDS, Outline
 
 #: Names of blobs' files: whole and partial ones.
@@ -158,7 +159,7 @@ class DiskFiles(Files):
                 file.truncate(size)
                 file.flush()
                 os.fsync(file.fileno())
-            self._sync_folder()
+            sync_folder(self.folder)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise _refused(path, error) from error
@@ -199,7 +200,7 @@ class DiskFiles(Files):
         name = now.with_suffix(WHOLE if whole else PARTIAL)
         try:
             os.replace(now, name)
-            self._sync_folder()
+            sync_folder(self.folder)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -222,14 +223,6 @@ class DiskFiles(Files):
 
     def where(self, blob: bytes) -> str:
         return str(self.path(blob))
-
-    def _sync_folder(self) -> None:
-        if os.name == "posix":
-            descriptor = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
 
 def _refused(path: Path, error: OSError) -> ConfigError:

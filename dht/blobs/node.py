@@ -11,7 +11,7 @@ import trio
 
 from ...transport import deadlines
 from ...transport.endpoint import Endpoint
-from ...transport.errors import DecodeError, ProtocolMisuse, RemoteError, RemoteRefused, WaitExpired
+from ...transport.errors import ProtocolMisuse, RemoteError, RemoteRefused, WaitExpired
 from ...transport.identity import PeerId
 from ...transport.rpc import Call
 from ..kademlia.node import Dht
@@ -165,14 +165,7 @@ class Blobs:
 
     async def holders(self, blob: bytes) -> tuple[PeerId, ...]:
         """Peers that announced ``blob`` in the DHT."""
-        peers = []
-        for record in await self.dht.providers(blob):
-            try:
-                peers.append(record.open(self.host.wall()).peer)
-                self.endpoint.learn(record)
-            except DecodeError:
-                continue
-        return tuple(peers)
+        return tuple(record.open(-float("inf")).peer for record in await self.dht.providers(blob))
 
     async def fetch(
         self,

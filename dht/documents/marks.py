@@ -16,6 +16,7 @@ import struct
 from pathlib import Path
 
 from ...transport.identity import PeerId
+from ..durable import sync_folder
 from . import defaults
 
 _RECORD = struct.Struct(">32s32sQQ16s")
@@ -60,7 +61,7 @@ class Marks:
             file.flush()
             os.fsync(file.fileno())
         if self._size == 0:
-            _sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
         self._size += _RECORD.size
         self._rewrite = False
 
@@ -90,20 +91,10 @@ class Marks:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         self._size = len(self._marks) * _RECORD.size
         self._rewrite = False
 
 
 def _checksum(body: bytes) -> bytes:
     return hashlib.blake2b(body, digest_size=16, person=b"shoal doc mark").digest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make new names in ``folder`` survive a power cut. Windows cannot open a folder and does not need it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
