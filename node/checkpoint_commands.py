@@ -22,60 +22,6 @@ from .commands import size, table
 from .control import ControlClient
 from .datadir import DataDir
 
-DESCRIPTION = """\
-A node keeps the state after every 10th round (every 20th, 40th … where that takes less than 30 s; and after 5 minutes
-in any case) in its data directory: the last 3, and those that are pinned, for ever. `shoal start --checkpoint-every N`
-sets another number. REF is a round, or the beginning of a digest (6 digits or more).
-"""
-
-EPILOG = """\
-examples:
-  shoal checkpoint list                            what is kept here
-  shoal checkpoint pin 280                         keep the state after round 280 for ever
-  shoal checkpoint restore 280                     write it as a model file, ./checkpoint-280.safetensors
-  shoal checkpoint restore 5f0c…  old.safetensors  by its whole digest: while the node runs, others that have it help
-
-To go on from an earlier round, found another run with that state; its members join with the new ticket:
-  shoal start TASK --from checkpoint-280.safetensors --data-dir NEW
-A run itself never goes back: what its members have signed as round 281 stays round 281.
-"""
-
-
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "checkpoint",
-        help="states of past rounds: list them, write one to a file, keep one for ever",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-
-    def action(name: str, summary: str, run: object) -> argparse.ArgumentParser:
-        made = actions.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        made.add_argument(
-            "--data-dir", type=Path, metavar="DIR",
-            help="the node's key and state (default: $SHOAL_HOME or ~/.local/share/shoal)",
-        )  # fmt: skip
-        made.set_defaults(run=run)
-        return made
-
-    listing = action("list", "the checkpoints on this machine", list_command)
-    listing.add_argument("--json", action="store_true", help="for programs: one JSON object")
-    restoring = action(
-        "restore", "write a checkpoint as a safetensors file, to be used or to begin a run with", restore
-    )
-    restoring.add_argument("ref", metavar="REF", help="a round, or the beginning of a digest")
-    restoring.add_argument(
-        "file", metavar="FILE", nargs="?", type=Path, help="replaced if it exists (default: checkpoint-REF.safetensors)"
-    )
-    for name, summary in (("pin", "keep a checkpoint for ever"), ("unpin", "let a checkpoint go when it is its turn")):
-        action(name, summary, pin if name == "pin" else unpin).add_argument(
-            "ref", metavar="REF", help="a round, or the beginning of a digest"
-        )
-
 
 @contextmanager
 def _stopped(data: DataDir) -> Iterator[CheckpointIndex]:

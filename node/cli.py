@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..transport.errors import ConfigError, ShoalError
-from . import checkpoint_commands
 
 #: Exit codes, also in `shoal --help`.
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -165,7 +164,8 @@ def build_parser(extra: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
         prog="shoal", description=DESCRIPTION, epilog=EPILOG, formatter_class=_Formatter, allow_abbrev=False
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
-    from .dht_cli import add_dht  # these use what stands here
+    from .checkpoint_cli import add_checkpoint  # these use what stands here
+    from .dht_cli import add_dht
     from .doc_cli import add_doc
 
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -180,7 +180,7 @@ def build_parser(extra: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
         _add_stop,
         _add_export,
         add_dht,
-        checkpoint_commands.add,
+        add_checkpoint,
         add_doc,
     ):
         add(commands)

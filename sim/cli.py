@@ -122,7 +122,7 @@ def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     nat.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the matrix")
 
     dht = command(
-        trials, "dht", "thousands of nodes of the DHT in virtual time: do lookups find what they should?",
+        trials, "dht", "thousands of nodes of the DHT in virtual time, and whether lookups find what they should",
         ".lab_dht:dht", package=__package__, epilog=DHT_EPILOG,
     )  # fmt: skip
     dht.add_argument("--nodes", type=positive, default=1000, metavar="N", help="nodes at once (1000)")
