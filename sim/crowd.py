@@ -124,6 +124,7 @@ class Crowd:
         self.born += 1
         name = f"n{number}"
         self.places.add(name)
+        self.network.set_uplink(name, self.places.uplink())
         host = VirtualHost(name, self.network, seed=seed)
         host.ciphers = NOMINAL_CIPHERS
         if identity is None:

@@ -133,6 +133,9 @@ MAP_SIDE, MAP_SPREAD = 0.11, 0.012
 #: Seconds: median of the delay of an access line, one way, its spread (of the logarithm) and its greatest.
 ACCESS_DELAY, ACCESS_SIGMA, ACCESS_MAX = 0.008, 0.7, 0.1
 
+#: Bytes per second that machines send at, the least and the greatest: 1 to 100 Mbit/s.
+UPLINKS = 1e6 / 8, 100e6 / 8
+
 #: Shape of the Weibull distribution of sessions: the largest of the three that were measured, see churn.py.
 SESSION_SHAPE = 0.59
 

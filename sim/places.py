@@ -1,4 +1,4 @@
-"""Where the nodes of a virtual world stand, and so how long messages between them take."""
+"""Where the nodes of a virtual world stand, on which lines, and so how long messages between them take."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ class Places:
         spread = defaults.MAP_SPREAD
         height = rng.lognormvariate(math.log(defaults.ACCESS_DELAY), defaults.ACCESS_SIGMA)
         self._points[name] = (rng.gauss(x, spread), rng.gauss(y, spread), min(height, defaults.ACCESS_MAX))
+
+    def uplink(self) -> float:
+        """Draw the bytes per second that a machine can send: from a poor DSL line to fibre, evenly in the logarithm."""
+        low, high = defaults.UPLINKS
+        return math.exp(self._rng.uniform(math.log(low), math.log(high)))
 
     def latency(self, source: str, target: str) -> float:
         """Seconds one way."""

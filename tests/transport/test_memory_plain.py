@@ -90,6 +90,18 @@ async def test_a_call_takes_one_round_trip_and_a_link_three() -> None:
         assert link.rtt == pytest.approx(2 * LATENCY)
 
 
+async def test_a_call_takes_as_long_as_the_line_needs_for_its_bytes_and_those_before() -> None:
+    async with nodes() as world:
+        a, b = await world.add("a"), await world.add("b")
+        await meet(a, b)
+        world.world.set_uplink("b", 10_000.0)
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):  # three answers of twice 1,000 bytes share the line
+                nursery.start_soon(a.call, b.peer_id, ECHO, Word("x" * 1000))
+        assert trio.current_time() - began == pytest.approx(2 * LATENCY + 3 * 0.2, rel=0.1)
+
+
 async def test_refusals_and_bugs_come_back_as_typed_errors() -> None:
     async with nodes() as world:
         a, b = await world.add("a"), await world.add("b")
