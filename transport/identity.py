@@ -48,7 +48,8 @@ class PeerId(bytes):
 
     @property
     def short(self) -> str:
-        return self.text[:8]
+        # Of all names the one that is made most: the first 5 bytes are exactly 8 characters.
+        return base64.b32encode(self[:5]).decode().lower()
 
     def __str__(self) -> str:
         return self.text

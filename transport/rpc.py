@@ -299,7 +299,6 @@ def _name(method: str) -> bytes:
 
 async def _ask(link: Link, method: str, name: bytes, message: bytes, timeout: float) -> memoryview:
     """A small call: the packed response."""
-    peer = link.peer.short
     answer: bytes | None = None
     with trio.move_on_after(timeout) as scope:
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -307,10 +306,11 @@ async def _ask(link: Link, method: str, name: bytes, message: bytes, timeout: fl
             await link.wait_can_call()
         left = max(0.001, scope.deadline - trio.current_time())
         answer = await link.ask(SMALL_HEAD.pack(left, len(name)) + name + message)
+    if answer is not None and answer[0] == Part.RESULT:
+        return memoryview(answer)[1:]
+    peer = link.peer.short
     if answer is None:
         raise WaitExpired(f"answer to {method}", timeout, peer=peer)
-    if answer[0] == Part.RESULT:
-        return memoryview(answer)[1:]
     if answer[0] != Part.ERROR:
         if answer == NOT_SERVED:
             raise RemoteRefused("unknown_protocol", "it serves no calls", peer=peer)

@@ -178,3 +178,9 @@ def test_what_a_crash_left_behind_does_not_stop_the_next_start(tmp_path: Path) -
     (tmp_path / f"key.{os.getpid()}.new").write_text("shoal-key-v1 half a ke")
     identity = Identity.load_or_create(tmp_path / "key", os.urandom)
     assert Identity.load_or_create(tmp_path / "key", os.urandom).peer_id == identity.peer_id
+
+
+@given(st.binary(min_size=32, max_size=32))
+def test_the_short_form_is_how_the_text_begins(key: bytes) -> None:
+    assert PeerId(key).short == PeerId(key).text[:8]
+    assert len(PeerId(key).short) == 8
