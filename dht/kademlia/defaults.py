@@ -25,6 +25,9 @@ CAREFUL_PATHS = 8
 #: adversaries, with 8 or 20 97.8 % (`shoal lab dht`, 400 nodes); 20 made a write in 32 peers 41 requests instead of 30.
 WRITE_SETTLED = 8
 
+#: The same in a swarm of up to 2k peers, where a writer knows most of those that are to store: it hears of new ones.
+WRITE_SETTLED_FEW = 3
+
 #: Holders whose answers settle a read of a record that can change: a holder that was away may be one version behind.
 READ_QUORUM = 3
 

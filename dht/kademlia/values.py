@@ -110,7 +110,13 @@ class Values:
                     refused[peer] = error
             return Reply((await self._walker.ask(peer, messages.FIND, find)).closer)
 
-        lookup = await self._walker.walk(place, ask, paths=defaults.CAREFUL_PATHS, settled=defaults.WRITE_SETTLED)
+        few = self._few_peers()
+        lookup = await self._walker.walk(
+            place,
+            ask,
+            paths=1 if few else defaults.CAREFUL_PATHS,
+            settled=defaults.WRITE_SETTLED_FEW if few else defaults.WRITE_SETTLED,
+        )
         done = [peer for peer in lookup.ranked(k) if peer in holders or peer in refused]
         left = [peer for peer in lookup.ranked(2 * k) if peer not in holders and peer not in refused]
         stored, errors = await self._walker.ask_all(left, method, request, n=k - len(done))
@@ -126,6 +132,11 @@ class Values:
             attempts = tuple((peer.short, error.message) for peer, error in errors.items())
             raise PeerUnreachable("none of the known peers stored it", attempts=attempts)
         return stored
+
+    def _few_peers(self) -> bool:
+        """Where there are hardly more peers than k, all paths meet the same, and most of those who store are known."""
+        size, k = self._walker.size.value, self.table.k
+        return size is not None and size <= 2 * k and len(self.table) <= 2 * k
 
     def _reach(self, place: int) -> int:
         """Within that distance a peer is probably one of the k closest to ``place``; -1 while that is not known."""

@@ -55,6 +55,24 @@ async def test_lookups_find_the_true_closest_peers(open_swarm: OpenSwarm) -> Non
             assert list((await asker.dht.find(target)).closest) == truth
 
 
+async def test_a_write_among_few_asks_hardly_more_peers_than_store_it(open_swarm: OpenSwarm) -> None:
+    async with open_swarm(seed=3) as swarm:
+        nodes = await swarm.grow(32)
+        await trio.sleep(20)
+        asked = []
+        for number, node in enumerate(nodes):
+            spec = spec_of(node, b"spec %d" % number)
+            before = node.dht.counters.queries
+            assert await node.dht.put(spec) >= defaults.K
+            asked.append(node.dht.counters.queries - before)
+            others = [other for other in nodes if other is not node]
+            truth = sorted(others, key=lambda other: node_key(other.identity.peer_id) ^ spec.place)[: defaults.K]
+            wall = node.host.wall()
+            stored = sum(other.dht.store.get("run", spec.key, wall) is not None for other in truth)
+            assert stored >= defaults.K - 2  # where it was not known who is near: one beside the closest
+        assert sum(asked) / len(asked) < defaults.K + 4
+
+
 async def test_run_providers_are_found_through_any_member_after_the_founder_left(open_swarm: OpenSwarm) -> None:
     async with open_swarm(seed=5) as swarm:
         nodes = await swarm.grow(40)
