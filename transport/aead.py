@@ -92,6 +92,33 @@ class Aead:
         null = ffi.NULL
         self.suite.encrypt(place, null, place, stop - start, ad, len(ad), null, self._nonce_pointer, self._key)
 
+    def seal_from(
+        self, source: bytes | bytearray | memoryview, buffer: memoryview, start: int, counter: int, ad: bytes
+    ) -> None:
+        """Encrypt ``source`` to ``buffer[start:]``, and put the tag behind it. They must not overlap."""
+        size = len(source)
+        if not 0 <= start <= len(buffer) - size - self.suite.tag:
+            raise ValueError("no room for the tag")
+        _pack_counter(self._nonce, self.suite.counter_at, counter)
+        origin, whole = ffi.from_buffer(source), ffi.from_buffer(buffer)  # held by name, as above
+        null = ffi.NULL
+        self.suite.encrypt(whole + start, null, origin, size, ad, len(ad), null, self._nonce_pointer, self._key)
+
+    def open_into(
+        self, buffer: bytearray | memoryview, start: int, target: memoryview, counter: int, ad: bytes
+    ) -> bool:
+        """As :meth:`open` of ``buffer[start:]``, with the plaintext in ``target``, which has its size."""
+        size = len(buffer) - start
+        if start < 0 or size - self.suite.tag != len(target):
+            raise ValueError("the target has another size than the plaintext")
+        _pack_counter(self._nonce, self.suite.counter_at, counter)
+        origin, whole = ffi.from_buffer(buffer), ffi.from_buffer(target)  # held by name, as above
+        null = ffi.NULL
+        return (
+            self.suite.decrypt(whole, null, null, origin + start, size, ad, len(ad), self._nonce_pointer, self._key)
+            == 0
+        )
+
     def open(self, buffer: bytearray | memoryview, start: int, stop: int, counter: int, ad: bytes) -> bool:
         """Decrypt ``buffer[start:stop]``, tag included, where it stands: plaintext in ``buffer[start:stop - tag]``.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: Version of everything on the wire. Another version is refused in the handshake, by name.
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 #: Bytes of one RPC message or other control message. Bulk data never travels in messages.
 MAX_MESSAGE = 1 << 20
@@ -217,6 +217,10 @@ READ_SIZE = 16 << 10
 #: Bytes from which on a record is received where it will be decrypted, instead of in pieces that are put together. Half
 #: a pooled buffer: whoever leaves records unread holds at most twice what is counted.
 DIRECT_RECORD = 256 << 10
+
+#: Bytes of data from which on a record is split: sealed from where they lie, opened where they belong, without a copy.
+#: Below, a copy in the cache costs less than a second tag.
+DIRECT_BODY = 16 << 10
 
 #: Bytes per second above which as much as one record may wait unsent in the kernel (5 ms of that line), and below which
 #: only trio's 16 KiB may again. With 16 KiB the sender is woken for every few segments: twice the CPU per byte.

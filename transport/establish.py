@@ -20,7 +20,8 @@ from .pipehello import (
     PipeRefused,
     refusal,
 )
-from .secure import Established, PipeKnock, Record, SecureChannel
+from .records import Record
+from .secure import Established, PipeKnock, SecureChannel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +50,7 @@ async def establish(
     began = host.now()
     seconds = deadlines.handshake(lag.value(began))
     sent = received = 0
-    records: list[memoryview] = []
+    records: list[Record] = []
     try:
         with trio.move_on_after(seconds) as scope:
             due = channel.start()
@@ -65,7 +66,7 @@ async def establish(
                 received += len(data)
                 for event in channel.receive(data):
                     if isinstance(event, Record):
-                        records.append(event.data)
+                        records.append(event)
                     else:
                         assert isinstance(event, Established)
                 due = channel.outgoing()

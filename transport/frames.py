@@ -103,6 +103,7 @@ class MuxStream:
         "receiving",
         "reset_code",
         "sending",
+        "sink",
         "stop_code",
         "unread",
     )
@@ -121,6 +122,8 @@ class MuxStream:
         self.queued = 0
         #: Bytes received and not yet read.
         self.unread = 0
+        #: Where the reader, who waits, wants the next bytes; what is written to it is cut off its front.
+        self.sink: memoryview | None = None
         #: The peer's code when it reset the stream, or stopped reading.
         self.reset_code: int | None = None
         self.stop_code: int | None = None

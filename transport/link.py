@@ -37,7 +37,8 @@ from .mux import Mux
 from .pipe import Pipe
 from .pipehello import TOO_MANY, PipeRefused, SessionSecrets
 from .pipeset import PipeSet, SeenThroughPipes
-from .secure import Record, SecureChannel
+from .records import Record
+from .secure import SecureChannel
 from .session import HEAD_BYTES, PIPE, Session
 from .stream import LinkStream, StreamLost, link_lost
 from .width import Width
@@ -329,21 +330,23 @@ class Link(SeenThroughPipes, CarriesCalls):
             pipe.note_heard(size, self._host.now(), whole=bool(events))
             for event in events:
                 if isinstance(event, Record):
-                    self._record(pipe, event.data)
+                    self._record(pipe, event)
 
-    def _record(self, pipe: Pipe, record: memoryview) -> None:
+    def _record(self, pipe: Pipe, record: Record) -> None:
         """What an authenticated record says; nonsense in it is the peer's fault and ends the link."""
         retired_before = pipe.peer_retired
         try:
             kind, payloads = self._session.receive(record)
             for payload in payloads:
                 if kind == PIPE:
-                    pipe.receive_frames(payload, self._host.now())
+                    pipe.receive_frames(payload.whole(), self._host.now())
                     continue
                 for event in self._mux.receive(payload, Priority(kind)):
                     self._handle(event)
         except LinkClosed as goodbye:
             self._end(goodbye)
+        except RecordError as error:
+            raise RecordError(error.message, peer=self.peer.short) from None
         except RemoteProtocolError as error:
             self._end(type(error)(error.message, peer=self.peer.short))
         if not pipe.confirmed or pipe.suspect or pipe.peer_retired is not retired_before:

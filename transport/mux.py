@@ -57,6 +57,7 @@ from .frames import (
     StreamStopped,
     StreamWasReset,
 )
+from .records import Record, SealedBody
 
 __all__ = ["Mux", "Priority"]
 
@@ -282,23 +283,30 @@ class Mux:
 
     # Input
 
-    def receive(self, record: memoryview, channel: Priority) -> list[Event | CallEvent]:
+    def receive(self, payload: Record, channel: Priority) -> list[Event | CallEvent]:
         """Take the plaintext of the next record of ``channel``. Raises :class:`RemoteProtocolError`: the link must end.
 
-        Received data stay views of ``record`` unless they are a small part of it.
+        Received data stay views of the record unless they are a small part of it. The body of a split record must be
+        the end of its last frame, a DATA frame.
         """
         events: list[Any] = []
+        record, body = payload.data, payload.body
         at, size = 0, len(record)
         while at < size:
             if size - at < HEADER_BYTES:
                 raise self._broken("a record ends within a frame's header")
             kind, id, value = HEADER.unpack_from(record, at)
             at += HEADER_BYTES
-            payload = record[at:at]
+            content = record[at:at]
+            if body is not None and kind == Frame.DATA and value == size - at + len(body) and id >> 1 & 1 == channel:
+                if at < size:
+                    self._on_data(id, record[at:], len(payload), events)
+                self._on_data(id, body, len(payload), events)
+                return events
             if kind in _WITH_PAYLOAD:
                 if value > size - at:
                     raise self._broken(f"a frame announces {value} bytes, its record holds {size - at}")
-                payload = record[at : at + value]
+                content = record[at : at + value]
                 at += value
             if kind > Frame.RESET:
                 if channel is not Priority.CONTROL:
@@ -307,9 +315,9 @@ class Mux:
                 raise self._broken(f"a frame of stream {id} in the wrong channel")
             match kind:
                 case Frame.DATA:
-                    self._on_data(id, payload, size, events)
+                    self._on_data(id, content, size, events)
                 case Frame.OPEN:
-                    self._on_open(id, payload, events)
+                    self._on_open(id, content, events)
                 case Frame.EOF:
                     self._on_eof(id, events)
                 case Frame.STOP:
@@ -317,7 +325,7 @@ class Mux:
                 case Frame.RESET:
                     self._on_reset(id, value, events)
                 case Frame.CALL | Frame.ANSWER | Frame.PART | Frame.CANCEL:
-                    if (event := self.calls.receive(kind, id, payload)) is not None:
+                    if (event := self.calls.receive(kind, id, content)) is not None:
                         events.append(event)
                 case Frame.CREDIT:
                     self._on_credit(id, value)
@@ -326,9 +334,11 @@ class Mux:
                 case Frame.GOODBYE:
                     if value > defaults.MAX_GOODBYE:
                         raise self._broken(f"a goodbye of {value} bytes")
-                    events.append(GoodbyeReceived(id, bytes(payload).decode(errors="replace")))
+                    events.append(GoodbyeReceived(id, bytes(content).decode(errors="replace")))
                 case _:
                     raise self._broken(f"an unknown kind of frame, {kind}")
+        if body is not None:
+            raise self._broken(f"a split record whose body of {len(body)} bytes no frame announces")
         return events
 
     def _on_open(self, id: int, payload: memoryview, events: list[Event]) -> None:
@@ -355,7 +365,7 @@ class Mux:
         self._open_count[other] += 1
         events.append(StreamOpened(stream))
 
-    def _on_data(self, id: int, payload: memoryview, record_size: int, events: list[Event]) -> None:
+    def _on_data(self, id: int, payload: memoryview | SealedBody, record_size: int, events: list[Event]) -> None:
         n = len(payload)
         if not n:
             raise self._broken("an empty DATA frame")
@@ -366,6 +376,8 @@ class Mux:
         stream = self._find(id)
         if stream is None or stream.receiving is Receiving.CLOSED:
             self._give_back(priority, n)
+            if isinstance(payload, SealedBody):
+                payload.open()  # altered, it ends the link as any other
             return
         if stream.receiving is Receiving.ENDED:
             raise self._broken(f"data after the end of stream {id}")
@@ -374,6 +386,18 @@ class Mux:
         stream._allowance -= n
         stream.unread += n
         chunks = stream._chunks
+        if (sink := stream.sink) is not None and n <= len(sink) and not chunks:
+            if isinstance(payload, SealedBody):
+                payload.open_into(sink[:n])
+            else:
+                sink[:n] = payload
+            stream.sink = sink[n:]
+            self._consumed(stream, n)
+            if n == len(sink):
+                events.append(DataReceived(stream))
+            return
+        if isinstance(payload, SealedBody):
+            payload = payload.open()
         if n * 2 >= record_size and n >= defaults.SMALL_CHUNK:
             chunks.append(payload)
         elif chunks and type(chunks[-1]) is bytearray and len(chunks[-1]) < defaults.SMALL_CHUNK:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from .network import ByteStream
     from .pipehello import PipeChannel
-    from .records import RecordSealer
-    from .secure import Established, Record
+    from .records import Record, RecordSealer
+    from .secure import Established
 
 _FRAME = struct.Struct(">BI")
 _PING, _PONG, _RETIRE = 1, 2, 3
@@ -42,7 +42,7 @@ class Channel(Protocol):
 class Pipe:
     """A pipe of a link, run by it. ``index`` names it in its session; 0 is the one of the handshake.
 
-    ``records``: plaintexts that came in behind the handshake. ``rtt``: seconds, of the handshake.
+    ``records``: those that came in behind the handshake. ``rtt``: seconds, of the handshake.
     """
 
     __slots__ = (  # a dictionary of so many takes 1.6 kB of an idle link
@@ -95,7 +95,7 @@ class Pipe:
         bulk_only: bool = False,
         rtt: float = 0.0,
         now: float,
-        records: list[memoryview] | None = None,
+        records: list[Record] | None = None,
     ) -> None:
         self.stream, self.channel = stream, channel
         self.index, self.way, self.bulk_only = index, way, bulk_only

@@ -21,8 +21,8 @@ from collections.abc import Callable
 
 from . import defaults
 from .errors import HandshakeError, LinkClosed
-from .records import Buffer, RecordOpener, RecordSealer
-from .secure import MAGIC, PIPE_NAME, VERSION, Record
+from .records import Buffer, Record, RecordOpener, RecordSealer
+from .secure import MAGIC, PIPE_NAME, VERSION
 
 _PREAMBLE = MAGIC + VERSION.pack(defaults.WIRE_VERSION) + bytes([len(PIPE_NAME)]) + PIPE_NAME
 _BODY = struct.Struct(">16sIBB32s")
@@ -106,13 +106,13 @@ class PipeChannel:
 
     def receive(self, data: Buffer) -> list[Record]:
         """Raises :class:`RecordError`."""
-        return [Record(record) for record in self._opener.feed(data)]
+        return self._opener.feed(data)
 
     def room(self) -> memoryview | None:
         return self._opener.room()
 
     def fill(self, size: int) -> list[Record]:
-        return [Record(record) for record in self._opener.fill(size)]
+        return self._opener.fill(size)
 
     def eof(self) -> None:
         self._opener.eof()

@@ -12,8 +12,8 @@ from collections import deque
 
 from . import defaults
 
-#: Bytes of a buffer: a record of the largest size with its header, tag, and the header of the next one.
-SIZE = defaults.MAX_RECORD + 64
+#: Bytes of a buffer: a record of the largest size with its header, two tags, and the header of the next one.
+SIZE = defaults.MAX_RECORD + 128
 
 
 class BufferPool:

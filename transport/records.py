@@ -6,6 +6,11 @@ ends with :class:`RecordError`. The counter runs through the whole session; afte
 both sides derive the next key from a chain that only runs forward, so no key and nonce ever meet twice and a stolen key
 does not open what was sent under earlier ones.
 
+A large piece of data is sealed straight from its sender's memory and opened straight into its receiver's, in a *split*
+record: its ciphertext is the head (up to :data:`MAX_HEAD` bytes: everything that says where the body belongs), the
+head's tag, the body, the body's tag; each part takes a counter of its own. The length then holds, from the highest bit
+on: 1, the head's bytes (9 bits), the bytes of all that follows (22 bits).
+
 A pipe cut between two records looks like a peer that is silent; that the peer really meant to end is said inside the
 records (the mux's goodbye).
 """
@@ -17,6 +22,8 @@ import struct
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import attrs
+
 from . import defaults, pool
 from .aead import SUITES, Aead
 from .errors import ProtocolMisuse, RecordError
@@ -25,6 +32,13 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 _HEADER = struct.Struct(">I")
 HEADER = _HEADER.size
+
+#: Bytes of the head of a split record at most.
+MAX_HEAD = 511
+_SPLIT = 1 << 31
+_LENGTH_BITS = 22
+_LENGTH = (1 << _LENGTH_BITS) - 1
+assert defaults.MAX_RECORD + 64 <= _LENGTH
 
 
 class _KeyChain:
@@ -53,20 +67,74 @@ class _KeyChain:
             self._step()
 
 
+class SealedBody:
+    """The body of a split record that has come: to be opened once, where it is wanted."""
+
+    __slots__ = ("_aead", "_counter", "_header", "_start", "_whole")
+
+    def __init__(self, whole: bytearray | memoryview, start: int, aead: Aead, counter: int, header: bytes) -> None:
+        self._whole, self._start, self._aead, self._counter, self._header = whole, start, aead, counter, header
+
+    def __len__(self) -> int:
+        return len(self._whole) - self._start - self._aead.suite.tag
+
+    def open_into(self, target: memoryview) -> None:
+        """Write the plaintext to ``target``, of exactly its length. Raises :class:`RecordError`."""
+        if not self._aead.open_into(self._whole, self._start, target, self._counter, self._header):
+            raise RecordError(f"record {self._counter} was altered, replayed or reordered")
+
+    def open(self) -> memoryview:
+        """The plaintext, in the buffer of the record. Raises :class:`RecordError`."""
+        stop = len(self._whole)
+        if not self._aead.open(self._whole, self._start, stop, self._counter, self._header):
+            raise RecordError(f"record {self._counter} was altered, replayed or reordered")
+        return memoryview(self._whole)[self._start : stop - self._aead.suite.tag]
+
+
+@attrs.frozen
+class Record:
+    """The plaintext of one record, in a buffer of its own; of a split one its head's, and the body still sealed."""
+
+    data: memoryview
+    body: SealedBody | None = None
+
+    def __len__(self) -> int:
+        return len(self.data) + (0 if self.body is None else len(self.body))
+
+    def __bytes__(self) -> bytes:
+        return bytes(self.whole())
+
+    def whole(self) -> memoryview:
+        """All of the plaintext. Raises :class:`RecordError`."""
+        return self.data if self.body is None else memoryview(b"".join((self.data, self.body.open())))
+
+
 class Sealed:
     """A record as it went out, which the one who sealed it can open again."""
 
-    __slots__ = ("_aead", "_counter", "wire")
+    __slots__ = ("_body", "_head", "wire")
 
-    def __init__(self, wire: bytearray | memoryview, aead: Aead, counter: int) -> None:
-        self.wire, self._aead, self._counter = wire, aead, counter
+    def __init__(
+        self, wire: bytearray | memoryview, head: tuple[Aead, int], body: tuple[Aead, int] | None = None
+    ) -> None:
+        self.wire, self._head, self._body = wire, head, body
 
     def plain(self) -> memoryview:
         """The plaintext, in a new buffer."""
-        body = bytearray(self.wire[HEADER:])
-        if not self._aead.open(body, 0, len(body), self._counter, bytes(self.wire[:HEADER])):
+        header, copy = bytes(self.wire[:HEADER]), bytearray(self.wire[HEADER:])
+        aead, counter = self._head
+        tag = aead.suite.tag
+        stop = len(copy)
+        if self._body is not None:
+            start = (_HEADER.unpack(header)[0] >> _LENGTH_BITS & MAX_HEAD) + tag
+            if not self._body[0].open(copy, start, stop, self._body[1], header):
+                raise ProtocolMisuse("a record that waited to be sent again was changed in memory")
+            del copy[stop - tag :]
+            stop = start
+        if not aead.open(copy, 0, stop, counter, header):
             raise ProtocolMisuse("a record that waited to be sent again was changed in memory")
-        return memoryview(body)[: len(body) - self._aead.suite.tag]
+        del copy[stop - tag : stop]
+        return memoryview(copy)
 
 
 class RecordSealer:
@@ -78,10 +146,32 @@ class RecordSealer:
         #: Bytes that a record is longer than its plaintext.
         self.overhead = HEADER + len(self._tail)
 
-    def seal_to_keep(self, parts: Sequence[Buffer]) -> Sealed:
-        """As :meth:`seal`, for a record that may have to be opened again here."""
-        aead, counter = self._keys.aead, self._keys.counter
-        return Sealed(self.seal(parts), aead, counter)
+    def seal_to_keep(self, parts: Sequence[Buffer], *, split: bool = False) -> Sealed:
+        """As :meth:`seal`, for a record that may have to be opened again here.
+
+        ``split``: the last part may become the body of a split record.
+        """
+        if split and len(parts[-1]) >= defaults.DIRECT_BODY and sum(map(len, parts[:-1])) <= MAX_HEAD:
+            return self._seal_split(b"".join(parts[:-1]), parts[-1])
+        head = self._keys.aead, self._keys.counter
+        return Sealed(self.seal(parts), head)
+
+    def _seal_split(self, head: bytes, body: Buffer) -> Sealed:
+        keys, tag = self._keys, len(self._tail)
+        self._check(len(head) + len(body))
+        length = len(head) + len(body) + 2 * tag
+        header = _HEADER.pack(_SPLIT | len(head) << _LENGTH_BITS | length)
+        large = length >= defaults.DIRECT_RECORD
+        wire = pool.take()[: HEADER + length] if large else memoryview(bytearray(HEADER + length))
+        at = HEADER + len(head)
+        wire[:at] = header + head
+        first = keys.aead, keys.counter
+        keys.aead.seal(wire, HEADER, at, keys.counter, header)
+        keys.advance()
+        second = keys.aead, keys.counter
+        keys.aead.seal_from(body, wire, at + tag, keys.counter, header)
+        keys.advance()
+        return Sealed(wire, first, second)
 
     def seal(self, parts: Sequence[Buffer]) -> bytearray | memoryview:
         """One record holding the concatenation of ``parts``: the bytes for the wire, in a buffer of its own.
@@ -91,8 +181,7 @@ class RecordSealer:
         """
         keys = self._keys
         plain = sum(map(len, parts))
-        if plain > defaults.MAX_RECORD:
-            raise ProtocolMisuse(f"a record of {plain} bytes, at most {defaults.MAX_RECORD} allowed")
+        self._check(plain)
         header = _HEADER.pack(plain + len(self._tail))
         wire: bytearray | memoryview
         if plain >= defaults.DIRECT_RECORD:
@@ -108,6 +197,11 @@ class RecordSealer:
         keys.advance()
         return wire
 
+    @staticmethod
+    def _check(plain: int) -> None:
+        if plain > defaults.MAX_RECORD:
+            raise ProtocolMisuse(f"a record of {plain} bytes, at most {defaults.MAX_RECORD} allowed")
+
 
 class RecordOpener:
     """The receiving half. Memory: at most one record beyond what :meth:`feed` returns, and never more than twice what
@@ -120,6 +214,7 @@ class RecordOpener:
         self._keys = _KeyChain(cipher, secret, rekey_after)
         self._tag = self._keys.suite.tag
         self._header = b""
+        self._length = 0
         self._body: bytearray | memoryview = bytearray()
         #: Bytes of the body that have come, when it has its full size (with room for the next header); else -1.
         self._filled = -1
@@ -131,8 +226,8 @@ class RecordOpener:
         """Records opened so far."""
         return self._keys.counter
 
-    def feed(self, data: Buffer) -> list[memoryview]:
-        """Take bytes as they come and return the plaintexts of the records they complete, each in its own buffer.
+    def feed(self, data: Buffer) -> list[Record]:
+        """Take bytes as they come and return the records they complete, each in its own buffer.
 
         ``data`` is not kept. Raises :class:`RecordError`, from then on always; records completed by the same ``data``
         before the bad one are dropped, as the link ends anyway.
@@ -152,7 +247,7 @@ class RecordOpener:
         assert isinstance(self._body, memoryview)
         return self._body[self._filled :]
 
-    def fill(self, size: int) -> list[memoryview]:
+    def fill(self, size: int) -> list[Record]:
         """``size`` bytes have come to the start of :meth:`room`: as :meth:`feed`."""
         self._filled += size
         length = len(self._body) - HEADER
@@ -173,8 +268,8 @@ class RecordOpener:
             self._failure = RecordError(f"the connection ended inside record {self._keys.counter}")
             raise self._failure
 
-    def _feed(self, data: memoryview) -> list[memoryview]:
-        records: list[memoryview] = []
+    def _feed(self, data: memoryview) -> list[Record]:
+        records: list[Record] = []
         at = 0
         while at < len(data):
             if len(self._header) < HEADER:
@@ -183,11 +278,10 @@ class RecordOpener:
                 at += len(taken)
                 if len(self._header) < HEADER:
                     break
-                length = self._check_length()
+                self._length = length = self._check_length()
                 if defaults.DIRECT_RECORD <= length <= self._largest:  # else memory grows with what has come
                     self._body, self._filled = pool.take()[: length + HEADER], 0
-            length = _HEADER.unpack(self._header)[0]
-            missing = length - (len(self._body) if self._filled < 0 else self._filled)
+            missing = self._length - (len(self._body) if self._filled < 0 else self._filled)
             taken = data[at : at + missing]
             at += len(taken)
             if isinstance(self._body, bytearray):
@@ -200,20 +294,29 @@ class RecordOpener:
         return records
 
     def _check_length(self) -> int:
-        length = _HEADER.unpack(self._header)[0]
-        if not self._tag <= length <= defaults.MAX_RECORD + self._tag:
-            raise RecordError(
-                f"record {self._keys.counter} announces {length} bytes, "
-                f"expected {self._tag} to {defaults.MAX_RECORD + self._tag}"
-            )
-        return int(length)
+        word = int(_HEADER.unpack(self._header)[0])
+        split, length = word & _SPLIT, word & _LENGTH if word & _SPLIT else word
+        if not split:
+            least, most = self._tag, defaults.MAX_RECORD + self._tag
+        else:
+            least = (word >> _LENGTH_BITS & MAX_HEAD) + 2 * self._tag + 1
+            most = defaults.MAX_RECORD + 2 * self._tag
+        if not least <= length <= most:
+            raise RecordError(f"record {self._keys.counter} announces {length} bytes, expected {least} to {most}")
+        return length
 
-    def _open(self) -> memoryview:
-        keys, body = self._keys, self._body
-        length = _HEADER.unpack(self._header)[0]
-        if not keys.aead.open(body, 0, length, keys.counter, self._header):
+    def _open(self) -> Record:
+        keys, buffer, header, length = self._keys, self._body, self._header, self._length
+        word = _HEADER.unpack(header)[0]
+        stop = (word >> _LENGTH_BITS & MAX_HEAD) + self._tag if word & _SPLIT else length
+        if not keys.aead.open(buffer, 0, stop, keys.counter, header):
             raise RecordError(f"record {keys.counter} was altered, replayed or reordered")
         keys.advance()
         self._largest = max(self._largest, length)
         self._header, self._body, self._filled = b"", bytearray(), -1
-        return memoryview(body)[: length - self._tag]
+        view = memoryview(buffer)[:length]
+        if not word & _SPLIT:
+            return Record(view[: length - self._tag])
+        body = SealedBody(view, stop, keys.aead, keys.counter, header)
+        keys.advance()
+        return Record(view[: stop - self._tag], body)

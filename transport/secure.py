@@ -4,7 +4,7 @@ On the wire::
 
     preamble   magic (8 bytes), wire version (2, big-endian), length (1), Noise protocol name; each side's first bytes
     frames     kind (1), length (3, big-endian), body:   1 = Noise message   2 = refusal (body: one code)
-    records    see records.py; their first byte is always 0
+    records    see records.py; their first byte is 0, or above 127
 
     initiator                                   responder
     preamble, e                         ->
@@ -36,7 +36,7 @@ from .credentials import Credentials, read_hello
 from .errors import DecodeError, HandshakeError, ProtocolMisuse, RecordError, RemoteProtocolError
 from .identity import Identity, PeerId
 from .noise import HandshakeState, protocol_name
-from .records import Buffer, RecordOpener, RecordSealer
+from .records import Buffer, Record, RecordOpener, RecordSealer
 
 #: No text protocol and no TLS begins like this; the line break shows pipes that alter line breaks.
 MAGIC = b"\xf5shoal\r\n"
@@ -66,13 +66,6 @@ class Established:
 
     peer: PeerId
     cipher: str
-
-
-@attrs.frozen
-class Record:
-    """The plaintext of one record, in a buffer of its own."""
-
-    data: memoryview
 
 
 class PipeKnock(Exception):
@@ -271,11 +264,11 @@ class SecureChannel:
         """Where the next bytes may be put without a copy, to be counted with :meth:`fill`; None: :meth:`receive`."""
         return None if self._opener is None or self._unconfirmed else self._opener.room()
 
-    def fill(self, size: int) -> list[Established | Record]:
+    def fill(self, size: int) -> Sequence[Established | Record]:
         """``size`` bytes have come to the start of :meth:`room`: as :meth:`receive`."""
         assert self._opener is not None
         try:
-            return [Record(record) for record in self._opener.fill(size)]
+            return self._opener.fill(size)
         except RecordError as failure:
             self._failure = RecordError(failure.message, peer=self.peer.short)
             raise self._failure from None
@@ -310,7 +303,7 @@ class SecureChannel:
             data, self._buffer = self._buffer, bytearray()
         assert self._opener is not None
         try:
-            events.extend(Record(record) for record in self._opener.feed(data))
+            events.extend(self._opener.feed(data))
         except RecordError as failure:
             raise RecordError(failure.message, peer=self.peer.short) from None
         return events

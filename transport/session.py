@@ -19,13 +19,14 @@ import attrs
 
 from . import defaults
 from .errors import RemoteProtocolError
-from .records import Buffer, RecordSealer, Sealed
+from .records import Buffer, Record, RecordSealer, Sealed
 
 _HEAD = struct.Struct(">BIII")
 #: Bytes before the payload of every record.
 HEAD_BYTES = _HEAD.size
 #: The kind of a record that concerns only the pipe it travels on: not numbered, never sent again.
 PIPE = 2
+BULK = 1
 
 _MASK = 0xFFFFFFFF
 _HALF = 1 << 31
@@ -114,7 +115,7 @@ class Inbox:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._expected = 0
-        self._early: dict[int, memoryview] = {}
+        self._early: dict[int, Record] = {}
         self._early_bytes = 0
         self._told = 0
         #: Bytes and records taken since the last acknowledgement.
@@ -139,7 +140,7 @@ class Inbox:
         """:attr:`expected` is on its way to the peer."""
         self._told, self._untold = self._expected, 0
 
-    def take(self, number: int, payload: memoryview) -> Sequence[memoryview]:
+    def take(self, number: int, payload: Record) -> Sequence[Record]:
         """A record came: the payloads that are now in order. Raises :class:`RemoteProtocolError` for one far ahead."""
         ahead = (number - self._expected) & _MASK
         if ahead == 0:
@@ -197,18 +198,18 @@ class Session:
         for outbox in self.out:
             outbox.lost(pipe)
 
-    def receive(self, record: memoryview) -> tuple[int, Sequence[memoryview]]:
+    def receive(self, record: Record) -> tuple[int, Sequence[Record]]:
         """The kind of a record, and the payloads that are now in order (of :data:`PIPE`: its own).
 
         Raises :class:`RemoteProtocolError`.
         """
-        if len(record) < HEAD_BYTES:
-            raise RemoteProtocolError(f"a record of {len(record)} bytes, shorter than its head")
-        kind, number, control, bulk = _HEAD.unpack_from(record)
+        if len(record.data) < HEAD_BYTES:
+            raise RemoteProtocolError(f"a record of {len(record.data)} bytes, shorter than its head")
+        kind, number, control, bulk = _HEAD.unpack_from(record.data)
         self.note(len(record))
         self.out[0].acknowledge(control)
         self.out[1].acknowledge(bulk)
-        payload = record[HEAD_BYTES:]
+        payload = Record(record.data[HEAD_BYTES:], record.body)
         if kind == PIPE:
             return kind, (payload,)
         if kind > PIPE:
@@ -232,7 +233,8 @@ class Session:
         parts = None if outbox.full else fresh()
         if parts is None:
             return None
-        sealed = sealer.seal_to_keep((self._head(channel, outbox.next), *parts))
+        # Of bulk the last part is a piece of data, or a frame too small to be a body.
+        sealed = sealer.seal_to_keep((self._head(channel, outbox.next), *parts), split=channel == BULK)
         outbox.keep(pipe, sealed)
         self.note(len(sealed.wire))
         return sealed.wire

@@ -212,7 +212,7 @@ class LinkStream(trio.abc.HalfCloseableStream):
                     done += n
                     self.link._changed()
                 elif self._stream.receiving is Receiving.OPEN:
-                    await self._wait_readable()
+                    done += await self._wait_for(view[done:])
                     waited = True
                 else:
                     raise RemoteProtocolError(
@@ -242,6 +242,15 @@ class LinkStream(trio.abc.HalfCloseableStream):
         self._mux.read_into(self._stream, memoryview(data))
         self.link._changed()
         return data
+
+    async def _wait_for(self, sink: memoryview) -> int:
+        """Wait until there is something to read, or ``sink`` is full; returns the bytes that were written to it."""
+        self._stream.sink = sink
+        try:
+            await self._wait_readable()
+        finally:
+            rest, self._stream.sink = self._stream.sink, None
+        return len(sink) - len(rest or b"")
 
     async def _wait_readable(self) -> None:
         if self._lost is not None:

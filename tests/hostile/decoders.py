@@ -46,8 +46,8 @@ from shoal.transport.network import ByteStream
 from shoal.transport.pipe import Pipe
 from shoal.transport.pipehello import PipeGreeting, PipeOpening, SessionSecrets
 from shoal.transport.punch import Answers, Offer
-from shoal.transport.records import RecordOpener, RecordSealer
-from shoal.transport.secure import Established, PipeKnock, Record, SecureChannel
+from shoal.transport.records import Record, RecordOpener, RecordSealer
+from shoal.transport.secure import Established, PipeKnock, SecureChannel
 from shoal.transport.session import PIPE, Session
 from shoal.transport.webrtc_flow import ChannelFlow
 from shoal.transport.wire import pack, unpack
@@ -266,7 +266,7 @@ def _link_seed(rng: random.Random) -> bytes:
         for wire in wires:
             if wire is not None:
                 (record,) = opener.feed(wire)
-                out += struct.pack(">H", len(record)) + record
+                out += struct.pack(">H", len(record)) + bytes(record)
     return out
 
 
@@ -276,12 +276,12 @@ def _link(data: bytes) -> Any:
     sealer, pipe = RecordSealer("aegis-128l", _SECRET), _pipe()
     while at + 2 <= len(data):
         (size,) = struct.unpack_from(">H", data, at)
-        record = memoryview(data)[at + 2 : at + 2 + size]
+        record = Record(memoryview(data)[at + 2 : at + 2 + size])
         at += 2 + size
         kind, payloads = session.receive(record)
         for payload in payloads:
             if kind == PIPE:
-                pipe.receive_frames(payload, 1.0)
+                pipe.receive_frames(payload.whole(), 1.0)
                 continue
             for event in mux.receive(payload, Priority(kind)):
                 if isinstance(event, CallReceived) and not event.call.number % 3:

@@ -30,6 +30,7 @@ from shoal.transport.frames import (
     StreamWasReset,
 )
 from shoal.transport.mux import Mux
+from shoal.transport.records import Record, RecordOpener, RecordSealer, SealedBody
 
 TINY = MuxLimits(stream_window=(64, 256), link_window=(128, 512), max_outgoing=8, max_incoming=8)
 
@@ -56,7 +57,7 @@ class Pair:
                 plain = b"".join(buffers)
                 assert 0 < len(plain) <= self.record
                 source.take_drained()
-                return (self.b if source is self.a else self.a).receive(memoryview(plain), channel)
+                return (self.b if source is self.a else self.a).receive(Record(memoryview(plain)), channel)
         return None
 
     def settle(self) -> list[Event]:
@@ -91,7 +92,7 @@ def feed(mux: Mux, *frames: bytes) -> list[Event]:
     """``frames`` as one record of the channel in which the first of them belongs."""
     first = b"".join(frames)[:5]
     bulk = len(first) == 5 and first[0] <= Frame.RESET and first[4] >> 1 & 1
-    return mux.receive(memoryview(b"".join(frames)), Priority.BULK if bulk else Priority.CONTROL)
+    return mux.receive(Record(memoryview(b"".join(frames))), Priority.BULK if bulk else Priority.CONTROL)
 
 
 # Against a model
@@ -198,7 +199,7 @@ def test_every_stream_delivers_what_was_sent_in_order_and_once_however_it_is_cut
 def test_bytes_of_any_kind_end_in_events_or_in_one_typed_error(garbage: bytes, channel: Priority) -> None:
     mux = Mux(initiator=True)
     try:
-        mux.receive(memoryview(garbage), channel)
+        mux.receive(Record(memoryview(garbage)), channel)
     except RemoteProtocolError:
         pass
 
@@ -528,3 +529,43 @@ def test_a_breach_of_the_protocol_is_named(name: str) -> None:
     with pytest.raises(RemoteProtocolError, match="mallory: ") as caught:
         feed(mux, record)
     assert words in str(caught.value)
+
+
+# Split records
+
+
+def sealed_body(data: bytes) -> SealedBody:
+    sealed = RecordSealer("aegis-128l", bytes(32)).seal_to_keep([b"", data], split=True)
+    (record,) = RecordOpener("aegis-128l", bytes(32)).feed(sealed.wire)
+    assert record.body is not None
+    return record.body
+
+
+def test_the_body_of_a_split_record_goes_where_the_reader_wants_it() -> None:
+    pair = Pair()
+    ours, theirs = pair.open(Priority.BULK)
+    data = bytes(range(256)) * 200
+    target = bytearray(60_000)
+    theirs.sink = memoryview(target)
+    first = Record(memoryview(frame(Frame.DATA, ours.id, len(data))), sealed_body(data))
+    assert pair.b.receive(first, Priority.BULK) == []  # there is room left: nobody need wake up
+    assert theirs.unread == 0
+    assert len(theirs.sink) == len(target) - len(data)
+    assert target[: len(data)] == data
+    assert pair.b.receive(Record(memoryview(frame(Frame.DATA, ours.id, 8_800, bytes(8_800)))), Priority.BULK)
+    assert len(theirs.sink) == 0
+    # What does not fit waits to be read, as anything does.
+    theirs.sink = memoryview(target)[:100]
+    more = Record(memoryview(frame(Frame.DATA, ours.id, len(data))), sealed_body(data))
+    assert pair.b.receive(more, Priority.BULK)
+    assert theirs.unread == len(data)
+    assert drain(pair.b, theirs) == data
+
+
+def test_a_body_that_no_frame_announces_breaks_the_protocol() -> None:
+    pair = Pair()
+    ours, _ = pair.open(Priority.BULK)
+    body = sealed_body(bytes(20_000))
+    for frames in (b"", frame(Frame.DATA, ours.id, 19_999), frame(Frame.EOF, ours.id, 20_000)):
+        with pytest.raises(RemoteProtocolError):
+            pair.b.receive(Record(memoryview(frames), body), Priority.BULK)

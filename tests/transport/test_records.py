@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shoal.transport import defaults
 from shoal.transport.aead import SUITES
 from shoal.transport.errors import ProtocolMisuse, RecordError
-from shoal.transport.records import HEADER, RecordOpener, RecordSealer
+from shoal.transport.records import HEADER, MAX_HEAD, RecordOpener, RecordSealer
 
 SECRET = bytes(range(32))
 NAMES = list(SUITES)
@@ -107,7 +107,7 @@ def test_an_end_of_the_pipe_inside_a_record_is_told_from_one_between_records() -
 @pytest.mark.parametrize("name", NAMES)
 def test_a_record_that_announces_4_gb_is_refused_before_anything_is_allocated(name: str) -> None:
     _, opener = _pair(name)
-    with pytest.raises(RecordError, match="record 0 announces 4294967295 bytes, expected"):
+    with pytest.raises(RecordError, match="record 0 announces 4194303 bytes, expected"):
         opener.feed(b"\xff\xff\xff\xff")
     for length in (0, SUITES[name].tag - 1, defaults.MAX_RECORD + SUITES[name].tag + 1):
         _, opener = _pair(name)
@@ -243,3 +243,88 @@ def test_an_altered_record_received_in_place_ends_the_link() -> None:
     assert opener.room() is None
     with pytest.raises(RecordError, match="altered"):
         opener.feed(b"x")
+
+
+# Split records
+
+
+def _split(sealer: RecordSealer, head: bytes, body: bytes) -> bytes:
+    wire = sealer.seal_to_keep([head, body], split=True).wire
+    assert len(wire) == len(head) + len(body) + sealer.overhead + len(sealer._tail)
+    return bytes(wire)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, MAX_HEAD), st.integers(defaults.DIRECT_BODY, 300_000)), max_size=4),
+    cuts=st.lists(st.integers(0, 1_000_000), max_size=10),
+    rekey_after=st.integers(1, 4),
+    into=st.booleans(),
+)
+def test_split_records_come_out_whole_however_they_arrive_and_whenever_they_are_opened(
+    name: str, sizes: list[tuple[int, int]], cuts: list[int], rekey_after: int, into: bool
+) -> None:
+    sealer, opener = _pair(name, rekey_after)
+    texts = [(bytes([n]) * head, random.Random(n).randbytes(body)) for n, (head, body) in enumerate(sizes)]
+    wire = b"".join(_split(sealer, *text) + sealer.seal([b"between"]) for text in texts)
+    records = [record for chunk in _chunks(wire, cuts) for record in opener.feed(chunk)]
+    assert [bytes(record) for record in records[1::2]] == [b"between"] * len(texts)
+    for (head, body), record in reversed(list(zip(texts, records[::2], strict=True))):
+        assert record.body is not None
+        assert len(record) == len(head) + len(body)
+        if into:
+            target = bytearray(len(body))
+            record.body.open_into(memoryview(target))
+            assert (bytes(record.data), bytes(target)) == (head, body)
+        else:
+            assert bytes(record) == head + body
+    opener.eof()
+
+
+def test_an_altered_head_ends_the_link_at_once_and_an_altered_body_when_it_is_opened() -> None:
+    for name in NAMES:
+        sealer, opener = _pair(name)
+        wire = bytearray(_split(sealer, b"head", bytes(20_000)))
+        wire[HEADER] ^= 1
+        with pytest.raises(RecordError, match="record 0 was altered"):
+            opener.feed(wire)
+        for place in (HEADER + 4 + len(sealer._tail), len(wire) - 1, 0):
+            sealer, opener = _pair(name)
+            wire = bytearray(_split(sealer, b"head", bytes(20_000)))
+            if place:
+                wire[place] ^= 1
+            else:
+                wire[3] ^= 1  # the length is authenticated
+                wire += b"x"
+            with pytest.raises(RecordError, match=r"record \d was altered"):
+                list(map(bytes, opener.feed(wire)))
+
+
+def test_a_body_does_not_pass_for_that_of_another_record() -> None:
+    sealer, opener = _pair(rekey_after=100)
+    one, other = _split(sealer, b"head", bytes(20_000)), _split(sealer, b"head", bytes(20_000))
+    cut = HEADER + 4 + len(sealer._tail)
+    (record,) = opener.feed(one[:cut] + other[cut:])
+    assert record.body is not None
+    with pytest.raises(RecordError, match="record 1 was altered"):
+        record.body.open_into(memoryview(bytearray(20_000)))
+
+
+def test_a_split_record_can_be_opened_again_by_who_sealed_it() -> None:
+    for name in NAMES:
+        sealer, _ = _pair(name, rekey_after=1)
+        sealed = sealer.seal_to_keep([b"the ", b"head", bytes(40_000)], split=True)
+        sealer.seal([b"another"])
+        assert bytes(sealed.plain()) == b"the head" + bytes(40_000)
+        sealed.wire[-1] ^= 1
+        with pytest.raises(ProtocolMisuse, match="changed in memory"):
+            sealed.plain()
+
+
+def test_what_is_small_or_has_a_long_head_is_not_split() -> None:
+    sealer, opener = _pair()
+    for parts in ([b"head", bytes(100)], [bytes(MAX_HEAD + 1), bytes(40_000)]):
+        (record,) = opener.feed(sealer.seal_to_keep(parts, split=True).wire)
+        assert record.body is None
+        assert bytes(record) == b"".join(parts)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shoal.transport import defaults
 from shoal.transport.aead import NOMINAL_CIPHERS
 from shoal.transport.errors import RemoteProtocolError
-from shoal.transport.records import RecordOpener, RecordSealer
+from shoal.transport.records import Record, RecordOpener, RecordSealer
 from shoal.transport.session import HEAD_BYTES, PIPE, Inbox, Outbox, Session
 
 CIPHER = NOMINAL_CIPHERS[-1].name
@@ -134,7 +134,8 @@ def test_numbers_go_on_beyond_four_thousand_million() -> None:
     outbox._next = outbox._acknowledged = inbox._expected = (1 << 32) - 2
     for i in range(5):
         keep(outbox)
-        assert [bytes(p) for p in inbox.take((outbox.next - 1) & 0xFFFFFFFF, memoryview(bytes([i])))] == [bytes([i])]
+        came = inbox.take((outbox.next - 1) & 0xFFFFFFFF, Record(memoryview(bytes([i]))))
+        assert [bytes(record) for record in came] == [bytes([i])]
         outbox.acknowledge(inbox.expected)
     assert inbox.expected == 3
     assert outbox.kept == 0
@@ -153,31 +154,31 @@ def test_a_peer_that_never_acknowledges_cannot_make_us_keep_everything() -> None
 def test_early_records_are_bounded_in_number_and_bytes() -> None:
     inbox = Inbox(10_000)
     for number in range(1, 11):
-        inbox.take(number, memoryview(bytes(1000)))
+        inbox.take(number, Record(memoryview(bytes(1000))))
     with pytest.raises(RemoteProtocolError, match="too far ahead"):
-        inbox.take(11, memoryview(b"x"))
+        inbox.take(11, Record(memoryview(b"x")))
     with pytest.raises(RemoteProtocolError, match="too far ahead"):
         Inbox(1 << 20).take(defaults.MAX_EARLY_RECORDS + 1, memoryview(b""))
 
 
 def test_a_duplicate_is_dropped_also_while_it_waits() -> None:
     inbox = Inbox(1 << 20)
-    assert not inbox.take(1, memoryview(b"b"))
-    assert not inbox.take(1, memoryview(b"x"))
-    assert [bytes(p) for p in inbox.take(0, memoryview(b"a"))] == [b"a", b"b"]
-    assert not inbox.take(0, memoryview(b"a"))
+    assert not inbox.take(1, Record(memoryview(b"b")))
+    assert not inbox.take(1, Record(memoryview(b"x")))
+    assert [bytes(p) for p in inbox.take(0, Record(memoryview(b"a")))] == [b"a", b"b"]
+    assert not inbox.take(0, Record(memoryview(b"a")))
 
 
 def test_nothing_is_acknowledged_for_its_own_sake_before_it_is_worth_it() -> None:
     inbox = Inbox(1 << 30)
     for number in range(defaults.ACKNOWLEDGE_RECORDS - 1):
-        inbox.take(number, memoryview(b"x"))
+        inbox.take(number, Record(memoryview(b"x")))
     assert not inbox.owes
-    inbox.take(defaults.ACKNOWLEDGE_RECORDS - 1, memoryview(b"x"))
+    inbox.take(defaults.ACKNOWLEDGE_RECORDS - 1, Record(memoryview(b"x")))
     assert inbox.owes
     inbox.told()
     assert not inbox.owes
-    inbox.take(defaults.ACKNOWLEDGE_RECORDS, memoryview(bytes(defaults.ACKNOWLEDGE_BYTES)))
+    inbox.take(defaults.ACKNOWLEDGE_RECORDS, Record(memoryview(bytes(defaults.ACKNOWLEDGE_BYTES))))
     assert inbox.owes
 
 
@@ -187,4 +188,4 @@ def test_nothing_is_acknowledged_for_its_own_sake_before_it_is_worth_it() -> Non
 )
 def test_a_head_that_makes_no_sense_breaks_the_protocol(record: bytes, words: str) -> None:
     with pytest.raises(RemoteProtocolError, match=words):
-        Session((10, 10)).receive(memoryview(record))
+        Session((10, 10)).receive(Record(memoryview(record)))
