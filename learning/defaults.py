@@ -27,9 +27,9 @@ SHOWN_DIFFERENCES = 4
 #: (mean of 8 vectors of 64 MiB: 57 ms; 96 ms unchunked).
 EXACT_CHUNK = 1 << 16
 
-#: Elements up to which a pass over them runs on the event loop: it takes 10 to 30 µs, the way to a thread and back 100,
-#: or 10 ms when the machine is busy, and a round has a dozen such passes one after the other.
-INLINE = 1 << 16
+#: Elements up to which a pass over them runs on the event loop: it takes 0.2 to 0.5 ms, the way to a thread and back
+#: 0.1, or 10 when the machine is busy, and a round has a dozen such passes one after the other.
+INLINE = 1 << 20
 
 #: Bytes under one AEGIS tag in a fingerprint. Fixed: it is part of what the fingerprint is.
 FINGERPRINT_PIECE = 4 << 20
@@ -54,8 +54,10 @@ IDLE_QUEUE = 60.0
 #: differ by a round trip and the outer step; anything later is answered as refused and sent again.
 EARLY_MESSAGE = 5.0
 
-#: Messages for rounds not reached yet that may wait at the same time, all peers together.
+#: Messages for rounds not reached yet that may wait at the same time, all peers together, and of one peer: it says that
+#: it is ready, and may lead.
 MAX_EARLY_MESSAGES = 256
+MAX_EARLY_OF_PEER = 8
 
 #: Seconds stragglers are waited for after a quorum is ready: at least this, or as long as training took. Twice as slow
 #: as the median is still in; slower peers use a time budget.
@@ -73,6 +75,15 @@ ACCEPT_WAIT = 0.25
 #: Committed rounds that are remembered, with the result of the last two: peers that missed a commit ask for it.
 REMEMBERED_COMMITS = 8
 REMEMBERED_RESULTS = 2
+
+#: Bytes of a round's result above which those of earlier rounds are given up when it is gathered: whoever has not come
+#: for them by then is behind and loads a state. Without this a reduce takes twice the memory it needs.
+LARGE_RESULT = 4 << 20
+
+#: Elements from which on memory of a round is kept for the next one, and seconds between two rounds beyond which it is
+#: not: to touch 64 MiB anew takes 6 to 30 ms, which only rounds in quick succession notice.
+SMALL_BUFFER = 1 << 16
+KEEP_MEMORY = 10.0
 
 #: Peers in one roster. Larger swarms use gossip groups.
 MAX_ROSTER = 256

@@ -257,7 +257,7 @@ class Run:
             note=self.note,
             hold=lambda phase: (place.round, phase) in self.faults.hold,
         )
-        instance = Instance(self.endpoint, self.post, setting, self.presence.lost)
+        instance = Instance(self.endpoint, self.post, setting, self.presence.lost, self.hub.memory)
         self.hub.add(instance)
         self.nursery.start_soon(instance.run)
         return instance

@@ -314,9 +314,11 @@ class Link(SeenThroughPipes, CarriesCalls):
             data: bytes | bytearray = b""
             room = channel.room()
             if room is None:
+                stream.expect(1)
                 data = await stream.receive_some(defaults.READ_SIZE)
                 size = len(data)
             else:
+                pipe.expect(channel.missing)
                 size = await stream.receive_into(room)
             if not size:
                 if pipe.peer_retired:

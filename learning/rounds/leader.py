@@ -17,6 +17,7 @@ from __future__ import annotations
 import attrs
 
 from ...transport.identity import Identity, PeerId
+from ..digest import choose_fingerprint
 from ..reduce.slices import reassign, split
 from .actions import Action, Fingerprint, Note, Pace, Promise, Send
 from .decisions import contributors, may_abandon, may_begin, next_roster, proposal_of, roster_room, short
@@ -36,6 +37,7 @@ from .messages import (
     Propose,
     Ready,
     Reject,
+    Seal,
     Signed,
     Waiting,
     accept_bytes,
@@ -398,8 +400,10 @@ class Leader:
         kept = tuple(samples[m] for m in members), tuple(weights[m] for m in members)
         self.record = self._terms.draft(members, *kept, roster, nonces, f"{plan.reason}; roster {why}")
         self.phase, self._until = "seal", None
-        offers = tuple(self._progress[r].algorithms for r in sorted(full))
-        return [Fingerprint(plan.attempt, plan.epoch, nonces, offers)]
+        algorithm, _ = choose_fingerprint([self._progress[r].algorithms for r in sorted(full)])
+        message = Seal(self.key, plan.attempt, plan.epoch, nonces, algorithm)
+        others: list[Action] = [Send(r, message) for r in full if r != self.me]
+        return [*others, Fingerprint(plan.attempt, plan.epoch, nonces, algorithm)]
 
     # -- commit -------------------------------------------------------------------------------------
 

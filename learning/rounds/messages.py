@@ -211,6 +211,20 @@ class Fetch(Bounded):
 
 
 @attrs.frozen
+class Seal(Bounded):
+    """Whoever may hold the result holds it: all compute its fingerprint, under a key from ``nonces``, at the same time.
+
+    A member that misses this begins when it is asked to accept.
+    """
+
+    key: bytes
+    attempt: int
+    epoch: int
+    nonces: tuple[bytes, ...]
+    algorithm: str
+
+
+@attrs.frozen
 class Propose(Bounded):
     """Paxos phase 2a. ``holders`` have the result whose fingerprint the record names."""
 
@@ -249,7 +263,22 @@ class Commit(Bounded):
     certificate: Certificate
 
 
-Message = Ready | Waiting | Convene | Plan | Held | Freeze | Ask | Progress | Fetch | Propose | Accept | Reject | Commit
+Message = (
+    Ready
+    | Waiting
+    | Convene
+    | Plan
+    | Held
+    | Freeze
+    | Ask
+    | Progress
+    | Fetch
+    | Seal
+    | Propose
+    | Accept
+    | Reject
+    | Commit
+)
 MESSAGES: tuple[type, ...] = (
     Ready,
     Waiting,
@@ -260,6 +289,7 @@ MESSAGES: tuple[type, ...] = (
     Ask,
     Progress,
     Fetch,
+    Seal,
     Propose,
     Accept,
     Reject,

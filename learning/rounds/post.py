@@ -41,8 +41,11 @@ class Post:
         with queue:
             while True:
                 message = None
-                with trio.move_on_after(defaults.IDLE_QUEUE):
-                    message = await queue.receive()
+                if queue.statistics().current_buffer_used:
+                    message = queue.receive_nowait()
+                else:
+                    with trio.move_on_after(defaults.IDLE_QUEUE):
+                        message = await queue.receive()
                 if message is None:
                     if queue.statistics().current_buffer_used:
                         continue

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from ...transport.identity import Identity, PeerId
 from ..reduce.slices import covers
-from .actions import Action, Combine, Done, Note, Pace, Persist, Pull, Push, Send, Share, Verify
+from .actions import Action, Combine, Done, Note, Pace, Persist, Prepare, Pull, Push, Send, Share, Verify
 from .decisions import candidates
 from .messages import (
     Accepted,
@@ -33,6 +33,7 @@ from .messages import (
     Propose,
     Ready,
     Reject,
+    Seal,
     Waiting,
     members_hash,
     sign_accept,
@@ -213,6 +214,12 @@ class Voter:
                 if not 0 <= message.index < len(plan.slices) or message.index in self._combined:
                     return []
                 return [Pull(message.holder, message.attempt, message.epoch, message.index)]
+            case Seal():
+                plan = self.plan
+                current = plan is not None and (message.attempt, message.epoch) == (plan.attempt, plan.epoch)
+                if not current or not self.full or sender != self.leader(message.attempt):
+                    return []
+                return [Prepare(message.nonces, message.algorithm)] if message.algorithm in self._algorithms else []
             case Propose():
                 return self._on_propose(now, sender, message)
             case Reject() if message.promised > self.attempt and not self._far(message.promised):
@@ -277,7 +284,9 @@ class Voter:
             self._holds_accepted,
             offer.why,
         )
-        persist: list[Action] = [] if again else [Persist(self.promised, self.accepted)]
+        # Whoever promised nothing comes back as it was. A leader must know that it led, or it could propose twice.
+        nothing = not self.promised and self.accepted is None and self.leader() != self.me
+        persist: list[Action] = [] if again or nothing else [Persist(self.promised, self.accepted)]
         return [*persist, Send(self.leader(), message)]
 
     def _advance(self, now: float, why: str) -> list[Action]:

@@ -124,7 +124,7 @@ class ShoalPeer(Worker):
             note=lambda note: self._notes.append((time.monotonic(), note)),
             hold=lambda phase: False,
         )
-        self._instance = Instance(self._endpoint, self._post, setting, self._presence.lost)
+        self._instance = Instance(self._endpoint, self._post, setting, self._presence.lost, self._hub.memory)
         self._hub.add(self._instance)
         self.nursery.start_soon(self._instance.run)
         torch.add(self._base, run, out=self._vector)

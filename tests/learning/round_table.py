@@ -17,6 +17,7 @@ from shoal.learning.rounds.actions import (
     Note,
     Pace,
     Persist,
+    Prepare,
     Promise,
     Pull,
     Push,
@@ -122,6 +123,8 @@ class Seat:
                     action.holder,
                     lambda seat: seat._offer(me, action.attempt, action.epoch, action.index, pulled=True),
                 )
+            case Prepare():
+                pass  # computed ahead of time where that takes time
             case Fingerprint():
                 value = self._print(self._whole(action.attempt, action.epoch), action.nonces)
                 assert self.leader is not None
