@@ -13,7 +13,7 @@ stable = sys.implementation.name == "cpython" and not sysconfig.get_config_var("
 
 
 class Build(build_ext):
-    """Flags of the compiler at hand: no fused multiply-add, no reordering, or the bits would differ between machines."""
+    """Flags of the compiler at hand: no fused multiply-add, nothing reordered, or bits would differ among machines."""
 
     def build_extension(self, extension: Extension) -> None:
         msvc = self.compiler.compiler_type == "msvc"

@@ -154,7 +154,7 @@ def _encode(kind: int, values: NDArray[np.float32], wire: NDArray[np.uint8]) -> 
     bits = scaled.view(np.int32)
     size = bits & _MAGNITUDE
     code = ((size + np.int32(0x00400000)) >> 23) - np.int32(123)
-    code = np.maximum(code, size >= np.int32(0x3D800000))  # type: ignore[assignment]
+    code = np.maximum(code, size >= np.int32(0x3D800000))
     code |= (bits >> 28) & 8
     code[small] = 0
     half = (values.shape[1] + 1) // 2
@@ -171,7 +171,8 @@ def _decode(kind: int, wire: NDArray[np.uint8], length: int) -> NDArray[np.float
     codes = np.empty((len(wire), length), dtype=np.uint8)
     codes[:, :half] = wire[:, 4:] & 15
     codes[:, half:] = wire[:, 4 : 4 + length - half] >> 4
-    return scale * _E3M0[codes]
+    levels: NDArray[np.float32] = _E3M0[codes]
+    return scale * levels
 
 
 def _put(values: NDArray[np.float32], factor: float, out: NDArray[np.float32], how: int) -> None:

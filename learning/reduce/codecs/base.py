@@ -26,8 +26,8 @@ class Codec(Protocol):
     done with them). Nothing here suspends; vectors of more than ``defaults.INLINE`` elements belong on a thread, and
     the kernels let other threads run meanwhile.
 
-    Bytes from others: ask ``fault`` first. ``decode`` and ``accumulate`` of other bytes of the right length are safe for
-    memory, but what they give is anything; a wrong length is a ``ProtocolMisuse``.
+    Bytes from others: ask ``fault`` first. ``decode`` and ``accumulate`` of other bytes of the right length are safe
+    for memory, but what they give is anything; a wrong length is a ``ProtocolMisuse``.
     """
 
     @property
@@ -62,15 +62,15 @@ class Codec(Protocol):
         """``out += float32(weight) * values``, or ``out = …`` for the ``first``; products rounded before the sum."""
 
     def fault(self, data: Buffer, n: int) -> str | None:
-        """Why ``data`` is no code of ``n`` finite values, or None. Looks at every byte that could make NaN or infinity."""
+        """Why ``data`` is no code of ``n`` finite values, or None. Looks at all that could make NaN or infinity."""
 
 
 def combine(parts: Sequence[tuple[Codec, Buffer]], weights: Sequence[float], out: Tensor) -> None:
     """The weighted mean of coded contributions, in this order, into ``out``.
 
     It has the bits of ``exact.weighted_mean`` over the decoded vectors (with a codec that is not ``elementwise``, but
-    for the sign of zeros). ``parts``: at least one, each of ``len(out)`` elements and without ``fault``. Works in chunks that stay
-    in cache: each contribution is read once and ``out`` written once.
+    for the sign of zeros). ``parts``: at least one, each of ``len(out)`` elements and without ``fault``. Works in
+    chunks that stay in cache: each contribution is read once and ``out`` written once.
     """
     if not parts or len(parts) != len(weights):
         raise ProtocolMisuse(f"{len(parts)} contributions with {len(weights)} weights have no mean")
@@ -117,7 +117,8 @@ def array_of(tensor: Tensor) -> NDArray[np.float32]:
     """The tensor's memory as an array; refuses what is no contiguous 1-D float32 CPU tensor."""
     if tensor.dtype != torch.float32 or tensor.dim() != 1 or tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ProtocolMisuse(
-            f"codecs take contiguous 1-D float32 CPU tensors, got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            f"codecs take contiguous 1-D float32 CPU tensors, got {tuple(tensor.shape)} {tensor.dtype} on "
+            f"{tensor.device}"
         )
     array: NDArray[np.float32] = tensor.detach().numpy()
     return array

@@ -93,7 +93,7 @@ class EControl:
         self._coded: dict[tuple[int, int], tuple[Tensor, bytes]] = {}
 
     def encode(self, part: Tensor, start: int, out: Buffer) -> None:
-        """Code elements ``start …`` of the gradient ``g_i``, of shape ``(n,)``, to ``out``; as ``ErrorFeedback.encode``.
+        """Code elements ``start …`` of the gradient ``g_i``, shape ``(n,)``, to ``out``; as ``ErrorFeedback.encode``.
 
         A part replaces all those coded in this round that it overlaps.
         """
@@ -175,6 +175,7 @@ def _check(state: Mapping[str, Tensor], names: tuple[str, ...], length: int) -> 
         raise ProtocolMisuse(f"a state of {', '.join(sorted(state)) or 'nothing'}, expected {', '.join(names)}")
     for name in names:
         if state[name].shape != (length,) or state[name].dtype != torch.float32:
-            raise ProtocolMisuse(f"{name} of {tuple(state[name].shape)} {state[name].dtype}, expected ({length},) float32")
+            shape = tuple(state[name].shape)
+            raise ProtocolMisuse(f"{name} of {shape} {state[name].dtype}, expected ({length},) float32")
         if wrong := exact.check_finite(state[name].contiguous()):
             raise ProtocolMisuse(f"{name} is not finite: {wrong}")
