@@ -308,6 +308,71 @@ INLINE int int8_wrong_body(const uint8_t *data, size_t n)
     return 0;
 }
 
+/* --- top-k ------------------------------------------------------------------------------------------------------------ */
+
+enum { GROUP = 16 }; /* elements looked at together: few groups hold one of the largest */
+
+/* Whether a magnitude is within least … least + span. */
+INLINE int any_within(const float *x, size_t n, uint32_t least, uint32_t span)
+{
+    uint32_t any = 0;
+    if (n == GROUP) {
+        for (size_t i = 0; i < GROUP; i++)
+            any |= (uint32_t)(((uint32_t)bits_of(x[i]) & (uint32_t)MAGNITUDE) - least <= span);
+        return any != 0;
+    }
+    return 1;
+}
+
+/* Of the largest k magnitudes (ties: the first ones) the positions, ascending. 0 < k <= n. The k-th magnitude is found
+ * digit by digit: 12, 12 and 7 bits. */
+INLINE void topk_body(const float *x, size_t n, size_t k, uint32_t *positions)
+{
+    static const int shifts[3] = {19, 7, 0}, widths[3] = {12, 12, 7};
+    uint32_t prefix = 0;
+    size_t left = k; /* how many of those that share the prefix are taken */
+    int above = 31;  /* bits to the right of the prefix */
+    for (int step = 0; step < 3; step++) {
+        int shift = shifts[step];
+        uint32_t mask = (1u << widths[step]) - 1;
+        uint32_t counts[2][4096] = {{0}}; /* two, so that neighbours of one size do not wait for each other */
+        for (size_t start = 0; start < n; start += GROUP) {
+            size_t end = n - start < GROUP ? n : start + GROUP;
+            if (step > 0 && !any_within(x + start, end - start, prefix << above, (1u << above) - 1))
+                continue;
+            for (size_t i = start; i < end; i++) {
+                uint32_t size = (uint32_t)bits_of(x[i]) & (uint32_t)MAGNITUDE;
+                if (step == 0 || size >> above == prefix)
+                    counts[i & 1][(size >> shift) & mask]++;
+            }
+        }
+        uint32_t digit = mask;
+        for (;; digit--) {
+            size_t count = (size_t)counts[0][digit] + counts[1][digit];
+            if (count >= left || digit == 0)
+                break;
+            left -= count;
+        }
+        prefix = (prefix << widths[step]) | digit;
+        above = shift;
+    }
+    size_t found = 0;
+    for (size_t start = 0; start < n && found < k; start += GROUP) {
+        size_t end = n - start < GROUP ? n : start + GROUP;
+        if (!any_within(x + start, end - start, prefix, UINT32_MAX - prefix))
+            continue;
+        for (size_t i = start; i < end && found < k; i++) {
+            uint32_t size = (uint32_t)bits_of(x[i]) & (uint32_t)MAGNITUDE;
+            if (size > prefix) {
+                positions[found++] = (uint32_t)i;
+            } else if (size == prefix && left > 0) {
+                left--;
+                positions[found++] = (uint32_t)i;
+            }
+        }
+    }
+}
+
 /* --- the same for each set of instructions ----------------------------------------------------------------------------- */
 
 struct level {
@@ -320,6 +385,7 @@ struct level {
     Py_ssize_t (*encode)(enum kind, const float *, const float *, float *, uint8_t *, size_t);
     void (*block)(enum kind, const uint8_t *, float, float *, size_t, enum how);
     int (*int8_wrong)(const uint8_t *, size_t);
+    void (*topk)(const float *, size_t, size_t, uint32_t *);
 };
 
 /* The bodies are inlined with constants for `kind` and `how`, so that each case is a loop of its own. */
@@ -363,8 +429,14 @@ struct level {
         }                                                                                                               \
     }                                                                                                                   \
     attribute static int int8_wrong_##tag(const uint8_t *data, size_t n) { return int8_wrong_body(data, n); }           \
-    static const struct level level_##tag = {#tag,          finite_##tag, mean_##tag,  fp32_##tag,      bf16_##tag,     \
-                                             bf16_encode_##tag, encode_##tag, block_##tag, int8_wrong_##tag};
+    attribute static void topk_##tag(const float *x, size_t n, size_t k, uint32_t *positions)                           \
+    {                                                                                                                   \
+        topk_body(x, n, k, positions);                                                                                  \
+    }                                                                                                                   \
+    static const struct level level_##tag = {                                                                           \
+        #tag, finite_##tag, mean_##tag, fp32_##tag, bf16_##tag, bf16_encode_##tag,                                      \
+        encode_##tag, block_##tag, int8_wrong_##tag, topk_##tag,                                                        \
+    };
 
 LEVEL(portable, )
 #if HAVE_AVX2
@@ -380,47 +452,6 @@ static int has_avx2(void)
 #else
     return 0;
 #endif
-}
-
-/* --- top-k ------------------------------------------------------------------------------------------------------------ */
-
-/* Of the largest k magnitudes (ties: the first ones) the positions, ascending. 0 < k <= n. The k-th magnitude is found
- * digit by digit: 12, 12 and 7 bits. */
-static void topk(const float *x, size_t n, size_t k, uint32_t *positions)
-{
-    static const int shifts[3] = {19, 7, 0}, widths[3] = {12, 12, 7};
-    uint32_t prefix = 0;
-    size_t left = k; /* how many of those that share the prefix are taken */
-    int above = 31;  /* bits to the right of the prefix */
-    for (int step = 0; step < 3; step++) {
-        int shift = shifts[step];
-        uint32_t mask = (1u << widths[step]) - 1;
-        uint32_t counts[2][4096] = {{0}}; /* two, so that neighbours of one size do not wait for each other */
-        for (size_t i = 0; i < n; i++) {
-            uint32_t size = (uint32_t)bits_of(x[i]) & (uint32_t)MAGNITUDE;
-            if (step == 0 || size >> above == prefix)
-                counts[i & 1][(size >> shift) & mask]++;
-        }
-        uint32_t digit = mask;
-        for (;; digit--) {
-            size_t count = (size_t)counts[0][digit] + counts[1][digit];
-            if (count >= left || digit == 0)
-                break;
-            left -= count;
-        }
-        prefix = (prefix << widths[step]) | digit;
-        above = shift;
-    }
-    size_t found = 0;
-    for (size_t i = 0; i < n && found < k; i++) {
-        uint32_t size = (uint32_t)bits_of(x[i]) & (uint32_t)MAGNITUDE;
-        if (size > prefix) {
-            positions[found++] = (uint32_t)i;
-        } else if (size == prefix && left > 0) {
-            left--;
-            positions[found++] = (uint32_t)i;
-        }
-    }
 }
 
 /* --- Python ------------------------------------------------------------------------------------------------------------ */
@@ -645,7 +676,7 @@ static PyObject *py_topk(PyObject *self, PyObject *args)
         } else {
             if (positions.len) {
                 Py_BEGIN_ALLOW_THREADS
-                topk(x.buf, (size_t)x.len / 4, (size_t)positions.len / 4, positions.buf);
+                active->topk(x.buf, (size_t)x.len / 4, (size_t)positions.len / 4, positions.buf);
                 Py_END_ALLOW_THREADS
             }
             result = Py_NewRef(Py_None);

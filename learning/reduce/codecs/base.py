@@ -100,10 +100,13 @@ def encode_compensated(codec: Codec, vector: Tensor, residual: Tensor, new_resid
         codec.encode_compensated(vector, residual, new_residual, out)
         return
     same_sizes([array_of(tensor) for tensor in (vector, residual, new_residual)])
-    sum_ = exact.add(vector, residual)
-    codec.encode(sum_, out)
-    codec.decode(out, new_residual)
-    array_of(new_residual)[:] = array_of(exact.sub_(sum_, new_residual))
+    code = view_of(codec, out, len(vector))
+    for start, end in chunks(len(vector)) if codec.elementwise else [(0, len(vector))]:
+        whole, rest = exact.add(vector[start:end], residual[start:end]), new_residual[start:end]
+        part = code[codec.wire_size(start) : codec.wire_size(end)] if codec.elementwise else code
+        codec.encode(whole, part)
+        codec.decode(part, rest)
+        rest.copy_(exact.sub_(whole, rest))
 
 
 def chunks(n: int) -> Iterator[tuple[int, int]]:
