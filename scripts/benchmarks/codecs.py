@@ -25,9 +25,7 @@ _SAMPLE = 1 << 20
 async def run(options: argparse.Namespace) -> None:
     exact.prepare_torch()
     native, which = kernels.load(pure=False)
-    print(
-        f"kernels: {which}; {options.elements} elements, CPU time of one core, best of {options.runs} runs: others only ever add"
-    )
+    print(f"kernels: {which}; {options.elements} elements")
     paths: dict[str, kernels.Kernels] = {"native": native} if which.native else {}
     paths["pure"] = pure_kernels
     rows: list[Row] = []
@@ -137,7 +135,7 @@ def _times(rows: list[Row]) -> None:
     for row in rows:
         lines.setdefault((row.case["codec"], row.case["what"]), {})[row.system] = row.extra["ns_per_element"]
     show(
-        "ns per element",
+        "ns per element: CPU time of one core, the best run (other work on the machine only ever adds)",
         ("codec", "what", *SYSTEMS),
         [
             (codec, what, *(f"{found[system]:.3f}" if system in found else "" for system in SYSTEMS))

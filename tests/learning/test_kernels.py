@@ -6,8 +6,10 @@ import importlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 native, which = kernels.load(pure=False)
-if not which.native and shutil.which("cc") is not None:
+if not which.native and shutil.which("cc") is not None and Path(sysconfig.get_path("include"), "Python.h").exists():
     pytest.fail(f"there is a compiler, but {which.reason}", pytrace=False)
 #: What `use` takes, where there are native kernels.
 LEVELS: tuple[str, ...] = native.levels() if which.native else ()  # type: ignore[attr-defined]
