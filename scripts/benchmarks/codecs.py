@@ -92,7 +92,7 @@ def _cases(n: int) -> Iterator[tuple[tuple[str, str], dict[str, Callable[[], obj
     for one in vectors[:3]:
         codes.append(bytearray(int8.wire_size(n)))
         int8.encode(one, codes[-1])
-    own: tuple[Codec, memoryview] = (FP32, memoryview(vectors[3].numpy()).cast("B"))
+    own: tuple[Codec, memoryview] = (FP32, memoryview(vectors[3].numpy().tobytes()))
     yield (
         ("fp32", "mean of 4"),
         {"shoal": lambda: exact.weighted_mean(vectors, [1.0] * 4, out=out), "torch": mean},

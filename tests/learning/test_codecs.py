@@ -229,7 +229,7 @@ def test_a_mean_of_codes_has_the_bits_of_the_mean_of_what_they_mean(codec: Codec
     n, weights = 200_003, [3.0, 1.0, 4.0]
     vectors = [normal(n, seed) for seed in range(3)]
     parts: list[tuple[Codec, codecs.Buffer]] = [(codec, encode(codec, vector)) for vector in vectors[:2]]
-    parts.append((FP32, memoryview(vectors[2].numpy()).cast("B")))  # the owner's own
+    parts.append((FP32, memoryview(bytearray(vectors[2].numpy().tobytes()))))  # the owner's own
     out = torch.empty(n)
     codecs.combine(parts, weights, out)
     plain = [decode(codec, bytes(data), n) for codec, data in parts]

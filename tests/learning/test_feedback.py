@@ -199,7 +199,7 @@ class Quadratics:
         return [(h @ (x.double() - c)).float() for h, c in zip(self.hessians, self.centres, strict=True)]
 
     def error(self, x: Tensor) -> float:
-        return ((x.double() - self.optimum).norm() / self.optimum.norm()).item()
+        return float((x.double() - self.optimum).norm() / self.optimum.norm())
 
 
 def mean_of(codes: list[bytearray], codec: Codec) -> Tensor:
