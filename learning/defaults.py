@@ -27,6 +27,18 @@ SHOWN_DIFFERENCES = 4
 #: (mean of 8 vectors of 64 MiB: 57 ms; 96 ms unchunked).
 EXACT_CHUNK = 1 << 16
 
+#: Elements under one scale of int8 and e3m0. The scale costs 0.4 % of int8's bytes and 0.8 % of e3m0's; a block of
+#: 4 KiB stays in the first cache between the search for its largest value and the rounding; with four times as many
+#: elements the step is 11 % larger for N(0,1), and one outlier spoils four times as many neighbours.
+CODEC_BLOCK = 1024
+
+#: float32 bits of the smallest largest magnitude of a block that is not coded as zeros, 2^-100: below 2^-121 the
+#: inverse of a scale would overflow, and no gradient of use is that small.
+CODEC_LEAST_BITS = 0x0D800000
+
+#: Step of EControl: it converges for 0.02 to 0.1 where 0.5 diverges (ten heterogeneous quadratics, top 10 %).
+ECONTROL_ETA = 0.05
+
 #: Elements up to which a pass over them runs on the event loop: it takes 0.2 to 0.5 ms, the way to a thread and back
 #: 0.1, or 10 when the machine is busy, and a round has a dozen such passes one after the other.
 INLINE = 1 << 20

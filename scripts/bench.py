@@ -22,6 +22,7 @@ examples:
   bench.py link --json link.json
   bench.py rpc --systems shoal,tcp --in-flight 1,8,32
   bench.py link --peer-python peers/bin/python      where trustme, grpcio, libp2p, hivemind are installed
+  bench.py codecs --elements 1048576
   bench.py dht --peer-python peers/bin/python       where hivemind, libp2p, kademlia are
 
 A peer that cannot run is left out, with the reason.
@@ -89,6 +90,14 @@ Beside it: aiortc without what webrtc_sctp.py changes, libdatachannel through it
 BLOBS = """\
 A blob from holder processes on this machine into one buffer of another process, and into its store on disk, each chunk
 checked against the hash tree. Beside it: the same bytes as the answer of one call, unchecked.
+"""
+
+
+CODECS = """\
+Every codec of the group reduce on one core: encoding, with error feedback, decoding, adding a weighted contribution to
+a sum, looking for faults, in ns per element; native kernels, pure numpy, and plain torch (several whole-tensor
+operations that give the same values) in turns. Then the mean of fp32 vectors and the check for NaN. Then size, error
+and bias.
 """
 
 
@@ -160,6 +169,8 @@ def arguments() -> argparse.ArgumentParser:
     )
     eight.add_argument("--mb", type=int, default=256, metavar="N", help="MiB of the blob (default: 256)")
     eight.add_argument("--holders", type=numbers, default=(1, 3), metavar="N,…", help="holders (default: 1,3)")
+    nine = commands.add_parser("codecs", help="codecs and kernels", description=CODECS, formatter_class=shape)
+    nine.add_argument("--elements", type=int, default=8 << 20, metavar="N", help="of the vector (default: 8388608)")
     for command in (two, three, four, five):
         command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
         command.add_argument(
@@ -172,7 +183,7 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument(
             "--time", type=float, default=0.5, metavar="S", help="seconds of one run, about (default: 0.5)"
         )
-    for command in (one, two, three, four, five, six, seven, eight):
+    for command in (one, two, three, four, five, six, seven, eight, nine):
         runs = 3 if command in (five, six) else 9
         command.add_argument(
             "--runs", type=int, default=runs, metavar="N", help=f"counted runs per case (default: {runs})"
@@ -198,7 +209,7 @@ def main() -> int:
         arguments().error("--runs must be at least 1")
     # Imported late, so that --help answers at once.
     import trio
-    from benchmarks import allreduce, blobs, dht, handshake, idle, link, rpc, webrtc
+    from benchmarks import allreduce, blobs, codecs, dht, handshake, idle, link, rpc, webrtc
     from benchmarks.processes import ChildFailed
 
     run = {
@@ -210,6 +221,7 @@ def main() -> int:
         "webrtc": webrtc.run,
         "dht": dht.run,
         "blobs": blobs.run,
+        "codecs": codecs.run,
     }[options.command]
     code = 0
     try:
