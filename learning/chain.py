@@ -216,7 +216,7 @@ class Chain(Membership):
         )
         return self.placed
 
-    def terms(self, speed: Callable[[PeerId], float]) -> Terms:
+    def terms(self) -> Terms:
         head = self.head.record
         base = attrs.evolve(head, round=head.round + 1, prev=head.digest, reason="")
         return Terms(
@@ -226,7 +226,6 @@ class Chain(Membership):
             self.leaving,
             False,
             defaults.MAX_ROSTER,
-            speed,
             self._mode(len(head.roster)) == "strict",
         )
 

@@ -89,7 +89,7 @@ class Membership(ABC):
         """Our place in the next round. Raises :class:`shoal.learning.peer.OutOfStep` when we have none."""
 
     @abstractmethod
-    def terms(self, speed: Callable[[PeerId], float]) -> Terms:
+    def terms(self) -> Terms:
         """What a leader of the placed round needs to know."""
 
     @abstractmethod

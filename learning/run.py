@@ -241,7 +241,7 @@ class Run:
             round=place.round,
             prev=place.prev,
             voters=place.voters,
-            terms=self.membership.terms(self.speed),
+            terms=self.membership.terms(),
             pace=pace(
                 self.endpoint,
                 place.voters,
@@ -475,10 +475,6 @@ class Run:
         if not self.snapshots:
             raise ConfigError("there is no state yet")
         return self.snapshots[-1].vectors["weights"].clone()
-
-    def speed(self, peer: PeerId) -> float:
-        """Relative speed of a peer as an owner of slices."""
-        return 1.0
 
     def emit(self, phase: str, what: str, peer: PeerId | None = None, detail: str = "") -> None:
         """Tell whoever watches."""

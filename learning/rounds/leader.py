@@ -17,7 +17,8 @@ from __future__ import annotations
 import attrs
 
 from ...transport.identity import Identity, PeerId
-from ..reduce.slices import reassign, split
+from ..reduce import topology
+from ..reduce.slices import reassign
 from .actions import Action, Fingerprint, Note, Pace, Promise, Send
 from .decisions import contributors, may_abandon, may_begin, next_roster, proposal_of, roster_room, short
 from .messages import (
@@ -238,7 +239,7 @@ class Leader:
         members, length, without = contributors(self._ready)
         reason += without
         receivers = tuple(sorted({*self._ready, self.me}))
-        owners = members or receivers
+        chosen = topology.plan(members, receivers, length, {peer: ready.rates for peer, ready in self._ready.items()})
         plan = Plan(
             key=self.key,
             attempt=self.attempt,
@@ -247,11 +248,11 @@ class Leader:
             samples=tuple(self._ready[m].samples for m in members),
             weights=tuple(self._ready[m].weight for m in members),
             receivers=receivers,
-            slices=split(0, length, owners, [self._terms.speed(o) for o in owners]),
+            slices=chosen.slices,
             length=length,
-            reason=reason,
+            reason=f"{reason}; {chosen.reason}",
         )
-        return [Note("convene", "members", reason), *self._publish(now, plan)]
+        return [Note("convene", "members", plan.reason), *self._publish(now, plan)]
 
     def _publish(self, now: float, plan: Plan) -> list[Action]:
         self.plan, self.phase = plan, "scatter"

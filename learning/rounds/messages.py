@@ -13,6 +13,7 @@ import attrs
 
 from ...transport.identity import Identity, PeerId
 from ...transport.wire import pack
+from ..reduce.rates import NOTHING, Rates
 from ..reduce.slices import Slice
 
 #: Samples, and weight in the mean, of one contribution at most: sums over a roster and over all rounds of a run stay
@@ -99,7 +100,7 @@ class Ready(Bounded):
     """A voter is done training and promises to follow no ballot below ``attempt`` (Paxos phase 1b).
 
     ``contributes`` is False when it has nothing to give this round; ``why`` then says why not. ``holds``: whether the
-    sender still holds the result of ``accepted`` (a restarted peer does not).
+    sender still holds the result of ``accepted`` (a restarted peer does not). ``rates``: what it has measured on its lines.
     """
 
     key: bytes
@@ -112,6 +113,7 @@ class Ready(Bounded):
     accepted: Accepted | None
     holds: bool
     why: str
+    rates: Rates = NOTHING
 
     def __attrs_post_init__(self) -> None:
         Bounded.__attrs_post_init__(self)

@@ -276,6 +276,7 @@ class Voter:
             self.accepted,
             self._holds_accepted,
             offer.why,
+            offer.rates,
         )
         persist: list[Action] = [] if again else [Persist(self.promised, self.accepted)]
         return [*persist, Send(self.leader(), message)]

@@ -1,0 +1,226 @@
+"""The planner: from what the peers have measured to who owns how much, in which schedule, how long, and why.
+
+A pure function of its arguments: whoever has the same reports gets the same plan. The rules, with their reasons, stand in
+``docs/topology.md``; the optimum itself is computed in :mod:`sizing`, orders of a ring in :mod:`ring`.
+
+Reports are claims of peers. A line is believed to be at most :data:`TRUST` times as fast as the median one, a path at
+least ``1 / PATH_FLOOR`` of what its reporter finds usual, and nobody owns more than :data:`MOST` equal shares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from statistics import median
+
+import attrs
+
+from ...transport.identity import PeerId
+from . import ring
+from .rates import NOTHING, Rates
+from .sizing import Lines, Sizes, optimal, predict
+from .slices import Slice, split
+
+#: A line counts as at most so many times the median line: what a liar gains, and what a datacentre is not used for.
+TRUST = 32.0
+
+#: Equal shares that one owner may have at most: it combines alone what it owns, and its loss costs that much.
+MOST = 8.0
+
+#: A path is slow when it moves less than this part of what its sender finds usual. Below it counts as this part's eighth:
+#: one claim shrinks the share of another peer no further.
+SLOW = 0.5
+PATH_FLOOR = 16.0
+
+#: Sized slices, or a ring, must save this part of the time: equal slices need no trust in anybody.
+WORTH = 0.05
+#: A ring must save this part: any loss in it costs the whole round, in a butterfly only what the lost one held.
+RING_WORTH = 0.25
+
+#: Bytes of the vector below which nothing is sized: latency and messages take longer than its bytes.
+SIZED_FROM = 1 << 20
+
+#: Round trips of the control messages of a butterfly beside its two phases: ready and plan; held and freeze; progress
+#: and propose; accept and commit.
+CONTROL_ROUND_TRIPS = 4.0
+
+
+@attrs.frozen
+class Topology:
+    """A decision. ``order`` is the ring's, empty for a butterfly; ``shares`` and ``slices`` are the butterfly's.
+
+    ``seconds``: expected from plan to commit, None when nothing was measured; ``compared``: the same for each schedule
+    that was looked at.
+    """
+
+    schedule: str
+    order: tuple[PeerId, ...]
+    shares: tuple[tuple[PeerId, float], ...]
+    slices: tuple[Slice, ...]
+    seconds: float | None
+    reason: str
+    compared: tuple[tuple[str, float], ...] = ()
+
+
+@attrs.frozen
+class Mesh:
+    """What the reports come down to, in bytes per second. ``paths``: only those that limit more than the lines do.
+
+    ``inf``: no limit known. ``known``: peers whose uplink was reported; the others are taken to have the median one.
+    ``rtt``: seconds, the longest that anybody reports, the upper quarter of reports left out.
+    """
+
+    peers: tuple[PeerId, ...]
+    up: tuple[float, ...]
+    down: tuple[float, ...]
+    paths: Mapping[tuple[int, int], float]
+    known: int
+    rtt: float
+
+    @classmethod
+    def of(cls, peers: Sequence[PeerId], reports: Mapping[PeerId, Rates]) -> Mesh | None:
+        """None when nobody of ``peers`` has measured its uplink."""
+        found = [reports.get(peer, NOTHING) for peer in peers]
+        measured = sorted(report.up for report in found if report.up)
+        if not measured:
+            return None
+        usual = float(median(measured))
+        up = tuple(min(max(float(report.up or usual), usual / TRUST), usual * TRUST) for report in found)
+        index = {peer: i for i, peer in enumerate(peers)}
+        # By sender: how fast each path is, in parts of its usual one. What is not listed is as usual.
+        ratios: dict[tuple[int, int], float] = {}
+        for i, report in enumerate(found):
+            for path in report.paths:
+                j = index.get(path.peer)
+                if j is not None and j != i and path.rate and report.usual:
+                    ratios[i, j] = path.rate / report.usual
+        down, slow_ends = [], {}
+        for j, report in enumerate(found):
+            senders = [i for i, other in enumerate(found) if i != j and other.usual]
+            behind = median(ratios.get((i, j), 1.0) for i in senders) if senders else 1.0
+            if len(senders) > 1 and behind < SLOW:
+                # Slow for most of those who send to it: it is its own line.
+                slow_ends[j] = None
+                seen = sum(min(1.0, ratios.get((i, j), 1.0)) * found[i].usual for i in senders)
+                down.append(max(float(report.down), seen, usual / TRUST))
+            else:
+                down.append(math.inf)
+        paths = {
+            (i, j): max(ratio, 1.0 / PATH_FLOOR) * found[i].usual
+            for (i, j), ratio in ratios.items()
+            if ratio < SLOW and j not in slow_ends
+        }
+        trips = sorted(report.rtt for report in found if report.rtt)
+        rtt = trips[(3 * len(trips) - 1) // 4] / 1e6 if trips else 0.0
+        return cls(tuple(peers), up, tuple(down), paths, len(measured), rtt)
+
+    def lines(
+        self, size: int, givers: Collection[PeerId], takers: Collection[PeerId], owners: Collection[PeerId]
+    ) -> Lines:
+        """For :mod:`sizing`: rates in vectors of ``size`` bytes."""
+        into, out = [math.inf] * len(self.peers), [math.inf] * len(self.peers)
+        for (i, j), rate in self.paths.items():
+            if self.peers[i] in givers:
+                into[j] = min(into[j], rate)
+            if self.peers[j] in takers:
+                out[i] = min(out[i], rate)
+        most = min(1.0, MOST / len(owners))
+        return Lines(
+            up=tuple(rate / size for rate in self.up),
+            down=tuple(rate / size for rate in self.down),
+            into=tuple(rate / size for rate in into),
+            out=tuple(rate / size for rate in out),
+            gives=tuple(peer in givers for peer in self.peers),
+            takes=tuple(peer in takers for peer in self.peers),
+            most=tuple(most if peer in owners else 0.0 for peer in self.peers),
+        )
+
+    def matrix(self, size: int) -> tuple[tuple[float, ...], ...]:
+        """Vectors of ``size`` bytes per second from each to each when nothing else is sent."""
+        count = range(len(self.peers))
+        return tuple(
+            tuple(min(self.up[i], self.down[j], self.paths.get((i, j), math.inf)) / size for j in count) for i in count
+        )
+
+
+def plan(
+    members: Sequence[PeerId],
+    receivers: Sequence[PeerId],
+    length: int,
+    reports: Mapping[PeerId, Rates],
+    schedules: Collection[str] = ("butterfly",),
+) -> Topology:
+    """Decide for a vector of ``length`` fp32 elements that ``members`` contribute to and ``receivers`` get.
+
+    ``reports``: by peer; those of strangers do not count. ``schedules``: those that can be executed.
+    """
+    owners = tuple(members) or tuple(receivers)
+    peers = tuple(sorted({*members, *receivers}))
+    size = 4 * length
+    equal = [1.0 / len(owners) if peer in set(owners) else 0.0 for peer in peers]
+    mesh = Mesh.of(peers, reports)
+    if mesh is None:
+        return _butterfly(owners, peers, equal, length, None, "equal slices: no uplink is measured yet")
+    if size < SIZED_FROM or len(peers) < 3:
+        why = "two peers send the same whoever owns what" if size >= SIZED_FROM else f"{size} bytes are too few to size"
+        return _butterfly(owners, peers, equal, length, None, f"equal slices: {why}")
+    lines = mesh.lines(size, set(members), set(receivers), set(owners))
+    control = CONTROL_ROUND_TRIPS * mesh.rtt
+    even, best = predict(lines, equal), optimal(lines)
+    compared = [("equal", even.seconds + control), ("sized", best.seconds + control)]
+    sized = best.seconds < (1.0 - WORTH) * even.seconds
+    chosen = best if sized else even
+    expected = chosen.seconds + control
+    measured = f"{mesh.known} of {len(peers)} uplinks measured, {_span(mesh.up)}"
+    reason = f"slices sized for {expected:.2f} s instead of {even.seconds + control:.2f}" if sized else "equal slices"
+    # Only paths make a ring better than a butterfly: every line sends the same in both.
+    if "ring" in schedules and mesh.paths and set(members) == set(peers):
+        order, seconds, why = best_ring(mesh.matrix(size), mesh.rtt / 2.0)
+        seconds += control
+        compared.append((f"ring {why}", seconds))
+        if seconds < (1.0 - RING_WORTH) * expected:
+            named = tuple(peers[i] for i in order)
+            told = f"ring ({why}) for {seconds:.2f} s instead of {expected:.2f}; {measured}"
+            shares = tuple(zip(peers, equal, strict=True))
+            return Topology("ring", named, shares, split(0, length, owners), seconds, told, tuple(compared))
+    slow = f", {len(mesh.paths)} slow paths" if mesh.paths else ""
+    told = f"{reason} ({measured}{slow})"
+    return _butterfly(owners, peers, chosen.shares, length, expected, told, compared)
+
+
+def best_ring(rate: ring.Matrix, latency: float) -> tuple[ring.Order, float, str]:
+    """The better one of the two orders by its predicted seconds, and its name. ``latency``: seconds, of every path."""
+    count = len(rate)
+    late = [[latency] * count for _ in range(count)]
+    cost = [[0.0 if i == j else latency + 1.0 / (count * rate[i][j]) for j in range(count)] for i in range(count)]
+    orders = (("max-min", ring.widest(rate)), ("shortest tour", ring.shortest(cost)))
+    return min(
+        ((order, ring.seconds(order, rate, late), name) for name, order in orders), key=lambda item: (item[1], item[2])
+    )
+
+
+def _butterfly(
+    owners: Sequence[PeerId],
+    peers: Sequence[PeerId],
+    shares: Sequence[float],
+    length: int,
+    seconds: float | None,
+    reason: str,
+    compared: Sequence[tuple[str, float]] = (),
+) -> Topology:
+    by_peer = dict(zip(peers, shares, strict=True))
+    slices = split(0, length, owners, [by_peer[owner] for owner in owners])
+    return Topology("butterfly", (), tuple(zip(peers, shares, strict=True)), slices, seconds, reason, tuple(compared))
+
+
+def _span(rates: Sequence[float]) -> str:
+    low, high = min(rates) / 1e6, max(rates) / 1e6
+    return f"{low:.3g} MB/s" if high < 1.1 * low else f"{low:.3g} to {high:.3g} MB/s"
+
+
+def bound(size: int, up: Sequence[float]) -> Sizes:
+    """The optimum for a vector of ``size`` bytes over uplinks in bytes per second alone, nothing capped."""
+    count = len(up)
+    free, everybody = (math.inf,) * count, (True,) * count
+    rates = tuple(rate / size for rate in up)
+    return optimal(Lines(rates, free, free, free, everybody, everybody, (1.0,) * count))
