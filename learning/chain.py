@@ -9,7 +9,6 @@ branch with fewer committed samples gives way when they meet.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 

@@ -8,7 +8,6 @@ nothing but the exchange.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 

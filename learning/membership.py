@@ -7,7 +7,6 @@ state is replicated). :class:`shoal.learning.gossip.Gossip`: an eventually consi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import attrs

@@ -9,39 +9,37 @@ from ...transport.identity import PeerId
 #: Bytes per second, and microseconds, that anybody may claim: 1 TB/s, ten minutes.
 MAX_RATE, MAX_RTT = 10**12, 600 * 10**6
 
-#: Paths in one report, the slowest: 45 bytes each. Those left out are taken to be as fast as the usual one.
+#: Paths in one report, the slowest: 42 bytes each.
 MAX_PATHS = 64
 
 
 @attrs.frozen
 class Path:
-    """From the one who reports to ``peer``: bytes per second at which bulk went lately (0: unknown), round trip in µs."""
+    """Bytes per second from the one who reports to ``peer``, where that is slower than the line of the former."""
 
     peer: PeerId
     rate: int
-    rtt: int
 
     def __attrs_post_init__(self) -> None:
-        if not (0 <= self.rate <= MAX_RATE and 0 <= self.rtt <= MAX_RTT):
-            raise ValueError(f"a path of {self.rate} bytes per second and {self.rtt} µs")
+        if not 0 < self.rate <= MAX_RATE:
+            raise ValueError(f"a path of {self.rate} bytes per second")
 
 
 @attrs.frozen
 class Rates:
-    """Bytes per second: ``up`` and ``down`` of the whole line while it was busy with bulk, and of the ``usual`` path.
+    """``up``, ``down``: bytes per second of the whole line while it was busy with bulk; 0: not measured.
 
-    0: not measured. ``usual``: the median over all measured paths. ``paths``: the slowest of them, at most
-    :data:`MAX_PATHS`. ``rtt``: µs, the longest round trip to a voter.
+    ``rtt``: µs, the longest round trip to a voter when nothing else was on the way. ``paths``: those that are slower
+    than the line, the slowest first, at most :data:`MAX_PATHS`.
     """
 
     up: int = 0
     down: int = 0
-    usual: int = 0
     rtt: int = 0
     paths: tuple[Path, ...] = ()
 
     def __attrs_post_init__(self) -> None:
-        if not all(0 <= rate <= MAX_RATE for rate in (self.up, self.down, self.usual)) or not 0 <= self.rtt <= MAX_RTT:
+        if not (0 <= self.up <= MAX_RATE and 0 <= self.down <= MAX_RATE and 0 <= self.rtt <= MAX_RTT):
             raise ValueError("rates out of range")
         if len(self.paths) > MAX_PATHS:
             raise ValueError(f"{len(self.paths)} paths in one report")

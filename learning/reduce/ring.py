@@ -1,7 +1,8 @@
 """Orders of a ring, best for its slowest path or for all of them together: exact for few peers, else by search.
 
-A ring reduce goes ``2 (n-1)`` times from neighbour to neighbour with a part of ``1/n`` of the vector: its pace is that of
-the slowest path in it (*max-min*), its latency the sum over all (*shortest tour*, an asymmetric travelling salesman's).
+A ring reduce goes ``2 (n-1)`` times from neighbour to neighbour with a part of ``1/n`` of the vector: its pace is that
+of the slowest path in it (*max-min*), its latency the sum over all (*shortest tour*, an asymmetric travelling
+salesman's).
 Matrices are lists of rows, ``matrix[i][j]`` from ``i`` to ``j``; the diagonal is not looked at. An order is a tuple of
 all indices that begins with 0; the last one is followed by the first. Everything is deterministic.
 """

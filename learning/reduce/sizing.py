@@ -6,8 +6,8 @@ freeze) between them::
     scatter, Ts:   a contributor sends 1 - s_i;  owner i receives s_i from each other contributor
     gather,  Tg:   owner i sends s_i to each other receiver;  a receiver takes 1 - s_i
 
-A line of ``up`` vectors per second gives ``1 - s_i <= up_i Ts`` and ``m_i s_i <= up_i Tg`` (``m_i`` other receivers), and
-so on: for given phases each share lies between two bounds that are linear in ``Ts`` or ``Tg``, and the phases are
+A line of ``up`` vectors per second gives ``1 - s_i <= up_i Ts`` and ``m_i s_i <= up_i Tg`` (``m_i`` other receivers),
+and so on: for given phases each share lies between two bounds that are linear in ``Ts`` or ``Tg``, and the phases are
 possible when no lower bound is above its upper one and the sums of both enclose 1. That makes ``Ts + Tg`` a linear
 programme, whose least ``Tg`` for a given ``Ts`` is a convex function of ``Ts``. The inner one is found exactly, by
 Newton's steps on piecewise linear sums, which from the left never overshoot and end after a few kinks; the outer one by
@@ -32,8 +32,8 @@ _EXACT = 1e-12
 class Lines:
     """One group. All tuples have one entry per peer; rates are in vectors per second, ``inf``: no limit known.
 
-    ``up``, ``down``: what a peer sends and receives at most, to and from all others together. ``into``: the slowest path
-    from a contributor to it; ``out``: the slowest from it to a receiver. ``gives``: it contributes; ``takes``: it
+    ``up``, ``down``: what a peer sends and receives at most, to and from all others together. ``into``: the slowest
+    path from a contributor to it; ``out``: the slowest from it to a receiver. ``gives``: it contributes; ``takes``: it
     receives the result. ``most``: the largest share that it may own.
     """
 

@@ -1,10 +1,10 @@
 """The planner: from what the peers have measured to who owns how much, in which schedule, how long, and why.
 
-A pure function of its arguments: whoever has the same reports gets the same plan. The rules, with their reasons, stand in
-``docs/topology.md``; the optimum itself is computed in :mod:`sizing`, orders of a ring in :mod:`ring`.
+A pure function of its arguments: whoever has the same reports gets the same plan. The rules, with their reasons, stand
+in ``docs/topology.md``; the optimum itself is computed in :mod:`sizing`, orders of a ring in :mod:`ring`.
 
-Reports are claims of peers. A line is believed to be at most :data:`TRUST` times as fast as the median one, a path at
-least ``1 / PATH_FLOOR`` of what its reporter finds usual, and nobody owns more than :data:`MOST` equal shares.
+Reports are claims of peers. A line is believed to be at most :data:`TRUST` times as fast as the median one and as slow,
+a path has its :data:`PATH_FLOOR`, and nobody owns more than :data:`MOST` equal shares.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ TRUST = 32.0
 #: Equal shares that one owner may have at most: it combines alone what it owns, and its loss costs that much.
 MOST = 8.0
 
-#: A path is slow when it moves less than this part of what its sender finds usual. Below it counts as this part's eighth:
-#: one claim shrinks the share of another peer no further.
-SLOW = 0.5
-PATH_FLOOR = 16.0
+#: A path counts as an n-th of this part of its sender's line at least, n being the peers: what the sender says of it may
+#: shrink the share of the peer at its other end no further.
+PATH_FLOOR = 1.0 / 16.0
 
 #: Sized slices, or a ring, must save this part of the time: equal slices need no trust in anybody.
 WORTH = 0.05
@@ -87,29 +86,21 @@ class Mesh:
         usual = float(median(measured))
         up = tuple(min(max(float(report.up or usual), usual / TRUST), usual * TRUST) for report in found)
         index = {peer: i for i, peer in enumerate(peers)}
-        # By sender: how fast each path is, in parts of its usual one. What is not listed is as usual.
-        ratios: dict[tuple[int, int], float] = {}
+        said: dict[tuple[int, int], float] = {}
         for i, report in enumerate(found):
             for path in report.paths:
                 j = index.get(path.peer)
-                if j is not None and j != i and path.rate and report.usual:
-                    ratios[i, j] = path.rate / report.usual
-        down, slow_ends = [], {}
+                if j is not None and j != i:
+                    said[i, j] = max(float(path.rate), up[i] * PATH_FLOOR / len(peers))
+        down = []
         for j, report in enumerate(found):
-            senders = [i for i, other in enumerate(found) if i != j and other.usual]
-            behind = median(ratios.get((i, j), 1.0) for i in senders) if senders else 1.0
-            if len(senders) > 1 and behind < SLOW:
-                # Slow for most of those who send to it: it is its own line.
-                slow_ends[j] = None
-                seen = sum(min(1.0, ratios.get((i, j), 1.0)) * found[i].usual for i in senders)
-                down.append(max(float(report.down), seen, usual / TRUST))
+            slow = [rate for (_, at), rate in said.items() if at == j]
+            if 2 * len(slow) >= len(peers) > 2:
+                # Slow for most of those who send to it: that is its own line, which they shared.
+                down.append(max(float(report.down), sum(slow), usual / TRUST))
             else:
                 down.append(math.inf)
-        paths = {
-            (i, j): max(ratio, 1.0 / PATH_FLOOR) * found[i].usual
-            for (i, j), ratio in ratios.items()
-            if ratio < SLOW and j not in slow_ends
-        }
+        paths = {(i, j): rate for (i, j), rate in said.items() if down[j] == math.inf and rate < up[i]}
         trips = sorted(report.rtt for report in found if report.rtt)
         rtt = trips[(3 * len(trips) - 1) // 4] / 1e6 if trips else 0.0
         return cls(tuple(peers), up, tuple(down), paths, len(measured), rtt)

@@ -19,6 +19,7 @@ from ...transport.wire import printable
 from .. import defaults, exact
 from ..digest import choose_fingerprint, fingerprint, local_fingerprints
 from ..reduce.buffers import Buffers
+from ..reduce.measured import measured
 from ..reduce.slices import Slice
 from ..state import bytes_view
 from .actions import (
@@ -129,7 +130,9 @@ class Instance:
         """Training is over: contribute ``vector`` (fp32, 1-D, finite), or nothing and say ``why``."""
         self.began = self._host.now()
         self.buffers.own = vector
-        offer = Ready(self.key, self.round, 0, vector is not None, samples, weight, length, None, False, printable(why))
+        rates = measured(self._endpoint, self.voters)
+        gives, why = vector is not None, printable(why)
+        offer = Ready(self.key, self.round, 0, gives, samples, weight, length, None, False, why, rates)
         self._feed(lambda: self.voter.begin(self._host.now(), offer))
 
     async def outcome(self) -> Tensor | None:
@@ -277,6 +280,8 @@ class Instance:
         if own is None:
             return
         body = [bytes_view(own[action.start : action.stop])]
+        if self.leader is not None:
+            await self._post.leave_first()
         try:
             await self._endpoint.call(action.owner, SCATTER, Scatter(self.key, action.start, action.stop), body=body)
         except RemoteRefused as error:

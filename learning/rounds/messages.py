@@ -100,7 +100,7 @@ class Ready(Bounded):
     """A voter is done training and promises to follow no ballot below ``attempt`` (Paxos phase 1b).
 
     ``contributes`` is False when it has nothing to give this round; ``why`` then says why not. ``holds``: whether the
-    sender still holds the result of ``accepted`` (a restarted peer does not). ``rates``: what it has measured on its lines.
+    sender still holds the result of ``accepted`` (a restarted peer does not). ``rates``: what it measured on its lines.
     """
 
     key: bytes
