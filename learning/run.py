@@ -429,7 +429,7 @@ class Run:
             mode=self.spec.mode,
             round=self.round,
             phase=voter.phase if voter is not None and exchanging else self.phase,
-            reason=self._why(voter.reason if voter is not None and exchanging else self.reason),
+            reason=self._why(voter.told(self.host.now(), self.reason) if voter is not None else self.reason),
             leader=voter.leader().text if voter is not None else "",
             members=tuple(peer.text for peer in self.membership.members()) if head is not None else (),
             samples=self._peer.tally.samples,

@@ -670,8 +670,12 @@ LINE_BULK = 4 << 10
 #: as the network takes to accept it; on the way in, where it counts when it is there, as long as one may take.
 LINE_GAP_UP, LINE_GAP_DOWN = 0.02, 0.25
 
+#: Seconds within which what ends ends at once: a machine that lagged finds all its records gone in one moment, and a
+#: window must hold them all.
+LINE_INSTANT = 0.005
+
 #: Part of the line's rate below which a window left it room. Windows of one path that are kept, and paths.
 LINE_ROOM = 0.5
-#: Such windows in a row after which the line itself has become slower: 16 s in which nothing came near what it had.
-LINE_ROOMY = 64
+#: Such windows at the beginning of a busy time, to several peers, after which the line itself has become slower.
+LINE_ROOMY = 8
 PATH_WINDOWS, LINE_PATHS = 8, 1024

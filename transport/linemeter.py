@@ -13,6 +13,7 @@ carry clearly less than the line has carried, each link that is at work moves wh
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ class Direction:
     ``gap``: seconds without bulk after which a busy time is over.
     """
 
-    __slots__ = ("_begin", "_bytes", "_by_peer", "_end", "_first", "_gap", "_paths", "_roomy", "windows")
+    __slots__ = ("_begin", "_by_peer", "_bytes", "_end", "_first", "_gap", "_paths", "_roomy", "windows")
 
     def __init__(self, gap: float) -> None:
         #: (when it ended, bytes per second) of the last windows.
@@ -38,40 +39,41 @@ class Direction:
         self._bytes = 0
         self._by_peer: dict[PeerId, int] = {}
         self._first = True
-        self._roomy = 0  # windows in a row that left room
+        self._roomy: float = 0  # windows of this busy time that left room, as long as all did
         # Rates of paths in windows that left the line room, least recently measured first.
         self._paths: dict[PeerId, deque[tuple[float, float]]] = {}
 
     def note(self, began: float, now: float, size: int, peer: PeerId | None = None) -> None:
         """``size`` bytes took from ``began`` to ``now``, to ``peer`` (None: from wherever)."""
         if began > self._end + self._gap:
-            self._begin, self._bytes, self._first = began, 0, True
+            self._begin, self._bytes, self._first, self._roomy = began, 0, True, 0
+            self._by_peer.clear()
+        span = self._end - self._begin
+        settled = now > self._end + defaults.LINE_INSTANT or span >= 2 * defaults.LINE_WINDOW
+        if span >= defaults.LINE_WINDOW and self._bytes >= defaults.LINE_MIN_BYTES and settled:
+            # The first window of a busy time is not counted: buffers on the way swallowed its first bytes at once.
+            if not self._first:
+                self._close(self._end, span)
+            self._begin, self._bytes, self._first = self._end, 0, False
             self._by_peer.clear()
         self._end = max(self._end, now)
         self._bytes += size
         if peer is not None:
             self._by_peer[peer] = self._by_peer.get(peer, 0) + size
-        span = now - self._begin
-        if span < defaults.LINE_WINDOW or self._bytes < defaults.LINE_MIN_BYTES:
-            return
-        # The first window of a busy time is not counted: buffers on the way swallowed its first bytes at once.
-        if not self._first:
-            self._close(now, span)
-        self._begin, self._bytes, self._first = now, 0, False
-        self._by_peer.clear()
 
     def _close(self, now: float, span: float) -> None:
         rate, known = self._bytes / span, self.rate(now)
         if known is None or rate >= defaults.LINE_ROOM * known:
             self.windows.append((now, rate))
-            self._roomy = 0
+            self._roomy = -math.inf
             return
-        # The line has room, so its capacity is not what this window shows. Unless it became slower: then all do so.
-        self._roomy += 1
-        if self._roomy > defaults.LINE_ROOMY:
+        # The line has room, so its capacity is not what this window shows. Unless it became slower, and all windows of a
+        # busy time in which we sent to several show it.
+        self._roomy += len(self._by_peer) > 1
+        if self._roomy >= defaults.LINE_ROOMY:
             self.windows.clear()
             self._paths.clear()
-            self._roomy = 0
+            self.windows.append((now, rate))
             return
         for peer, size in self._by_peer.items():
             samples = self._paths.pop(peer, None) or deque(maxlen=defaults.PATH_WINDOWS)

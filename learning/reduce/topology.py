@@ -27,9 +27,13 @@ TRUST = 32.0
 #: Equal shares that one owner may have at most: it combines alone what it owns, and its loss costs that much.
 MOST = 8.0
 
-#: A path counts as an n-th of this part of its sender's line at least, n being the peers: what the sender says of it may
-#: shrink the share of the peer at its other end no further.
+#: A path counts as an n-th of this part of its sender's line at least, n being the peers: what the sender says of it
+#: may shrink the share of the peer at its other end no further.
 PATH_FLOOR = 1.0 / 16.0
+
+#: A member whose line is so many times slower than the median one is not waited for: it would hold up all others that
+#: much. Twice as far as lines of one kind differ (a mobile one and a good home line), half of TRUST.
+LAGGARD = 16.0
 
 #: Sized slices, or a ring, must save this part of the time: equal slices need no trust in anybody.
 WORTH = 0.05
@@ -49,7 +53,7 @@ class Topology:
     """A decision. ``order`` is the ring's, empty for a butterfly; ``shares`` and ``slices`` are the butterfly's.
 
     ``seconds``: expected from plan to commit, None when nothing was measured; ``compared``: the same for each schedule
-    that was looked at.
+    that was looked at. ``phase``: expected seconds of the longer bulk phase; ``rtt``: seconds, the longest that counts.
     """
 
     schedule: str
@@ -59,6 +63,8 @@ class Topology:
     seconds: float | None
     reason: str
     compared: tuple[tuple[str, float], ...] = ()
+    phase: float | None = None
+    rtt: float = 0.0
 
 
 @attrs.frozen
@@ -151,13 +157,16 @@ def plan(
     equal = [1.0 / len(owners) if peer in set(owners) else 0.0 for peer in peers]
     mesh = Mesh.of(peers, reports)
     if mesh is None:
-        return _butterfly(owners, peers, equal, length, None, "equal slices: no uplink is measured yet")
-    if size < SIZED_FROM or len(peers) < 3:
-        why = "two peers send the same whoever owns what" if size >= SIZED_FROM else f"{size} bytes are too few to size"
-        return _butterfly(owners, peers, equal, length, None, f"equal slices: {why}")
+        return _butterfly(
+            owners, peers, Sizes(tuple(equal), 0.0, 0.0), length, None, "equal slices: no uplink is measured"
+        )
     lines = mesh.lines(size, set(members), set(receivers), set(owners))
     control = CONTROL_ROUND_TRIPS * mesh.rtt
-    even, best = predict(lines, equal), optimal(lines)
+    even = predict(lines, equal)
+    if size < SIZED_FROM or len(peers) < 3:
+        why = "two peers send the same whoever owns what" if size >= SIZED_FROM else f"{size} bytes are too few to size"
+        return _butterfly(owners, peers, even, length, mesh, f"equal slices: {why}")
+    best = optimal(lines)
     compared = [("equal", even.seconds + control), ("sized", best.seconds + control)]
     sized = best.seconds < (1.0 - WORTH) * even.seconds
     chosen = best if sized else even
@@ -168,15 +177,31 @@ def plan(
     if "ring" in schedules and mesh.paths and set(members) == set(peers):
         order, seconds, why = best_ring(mesh.matrix(size), mesh.rtt / 2.0)
         seconds += control
-        compared.append((f"ring {why}", seconds))
+        compared.append((f"ring, {why}", seconds))
         if seconds < (1.0 - RING_WORTH) * expected:
             named = tuple(peers[i] for i in order)
-            told = f"ring ({why}) for {seconds:.2f} s instead of {expected:.2f}; {measured}"
+            told = f"ring ({why}) for {seconds:.2f} s instead of {expected:.2f} ({measured})"
             shares = tuple(zip(peers, equal, strict=True))
-            return Topology("ring", named, shares, split(0, length, owners), seconds, told, tuple(compared))
-    slow = f", {len(mesh.paths)} slow paths" if mesh.paths else ""
-    told = f"{reason} ({measured}{slow})"
-    return _butterfly(owners, peers, chosen.shares, length, expected, told, compared)
+            slices = split(0, length, owners)
+            return Topology("ring", named, shares, slices, seconds, told, tuple(compared), seconds, mesh.rtt)
+    slow = f", slow paths: {len(mesh.paths)}" if mesh.paths else ""
+    return _butterfly(owners, peers, chosen, length, mesh, f"{reason} ({measured}{slow})", compared)
+
+
+def laggards(members: Sequence[PeerId], reports: Mapping[PeerId, Rates], needed: int) -> tuple[tuple[PeerId, ...], str]:
+    """Members whose own uplink, as they say themselves, is :data:`LAGGARD` times slower than the median of all, slowest
+    first, as many as can be spared if ``needed`` shall contribute; and the reason for people, empty if there are none.
+    """
+    up = {member: reports[member].up for member in members if member in reports and reports[member].up}
+    if len(up) < 3:
+        return (), ""
+    usual = median(up.values())
+    slow = sorted((member for member in up if up[member] * LAGGARD < usual), key=lambda member: (up[member], member))
+    slow = slow[: max(0, len(members) - needed)]
+    if not slow:
+        return (), ""
+    named = ", ".join(f"{member.short} ({up[member] / 1e6:.2g} MB/s)" for member in slow[:4])
+    return tuple(slow), f"; left out, as their lines are too slow: {named}; the median is {usual / 1e6:.3g} MB/s"
 
 
 def best_ring(rate: ring.Matrix, latency: float) -> tuple[ring.Order, float, str]:
@@ -193,15 +218,24 @@ def best_ring(rate: ring.Matrix, latency: float) -> tuple[ring.Order, float, str
 def _butterfly(
     owners: Sequence[PeerId],
     peers: Sequence[PeerId],
-    shares: Sequence[float],
+    sizes: Sizes,
     length: int,
-    seconds: float | None,
+    mesh: Mesh | None,
     reason: str,
     compared: Sequence[tuple[str, float]] = (),
 ) -> Topology:
-    by_peer = dict(zip(peers, shares, strict=True))
-    slices = split(0, length, owners, [by_peer[owner] for owner in owners])
-    return Topology("butterfly", (), tuple(zip(peers, shares, strict=True)), slices, seconds, reason, tuple(compared))
+    by_peer = dict(zip(peers, sizes.shares, strict=True))
+    return Topology(
+        schedule="butterfly",
+        order=(),
+        shares=tuple(by_peer.items()),
+        slices=split(0, length, owners, [by_peer[owner] for owner in owners]),
+        seconds=sizes.seconds + CONTROL_ROUND_TRIPS * mesh.rtt if mesh is not None else None,
+        reason=reason,
+        compared=tuple(compared),
+        phase=max(sizes.scatter, sizes.gather) if mesh is not None else None,
+        rtt=mesh.rtt if mesh is not None else 0.0,
+    )
 
 
 def _span(rates: Sequence[float]) -> str:

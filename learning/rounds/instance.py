@@ -280,8 +280,7 @@ class Instance:
         if own is None:
             return
         body = [bytes_view(own[action.start : action.stop])]
-        if self.leader is not None:
-            await self._post.leave_first()
+        await self._post.leave_first()
         try:
             await self._endpoint.call(action.owner, SCATTER, Scatter(self.key, action.start, action.stop), body=body)
         except RemoteRefused as error:

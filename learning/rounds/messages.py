@@ -123,12 +123,16 @@ class Ready(Bounded):
 
 @attrs.frozen
 class Waiting(Bounded):
-    """The leader is alive and waits for ``missing``; ``reason`` is for people."""
+    """The leader is alive and waits for ``missing``; ``reason`` is for people.
+
+    ``left``: milliseconds until it goes on without them; 0: that is not settled yet.
+    """
 
     key: bytes
     attempt: int
     missing: tuple[PeerId, ...]
     reason: str
+    left: int = 0
 
 
 @attrs.frozen
@@ -142,7 +146,10 @@ class Convene(Bounded):
 
 @attrs.frozen
 class Plan(Bounded):
-    """Who contributes (``members``, PeerId order, with weights), who receives, and who owns what."""
+    """Who contributes (``members``, PeerId order, with weights), who receives, and who owns what.
+
+    ``within``: milliseconds after which a phase of bulk is over for those that are late; 0: each keeps its own pace.
+    """
 
     key: bytes
     attempt: int
@@ -154,6 +161,7 @@ class Plan(Bounded):
     slices: tuple[Slice, ...]
     length: int
     reason: str
+    within: int = 0
 
 
 @attrs.frozen
