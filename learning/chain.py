@@ -9,7 +9,6 @@ branch with fewer committed samples gives way when they meet.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -216,7 +215,7 @@ class Chain(Membership):
         )
         return self.placed
 
-    def terms(self, speed: Callable[[PeerId], float]) -> Terms:
+    def terms(self) -> Terms:
         head = self.head.record
         base = attrs.evolve(head, round=head.round + 1, prev=head.digest, reason="")
         return Terms(
@@ -226,7 +225,6 @@ class Chain(Membership):
             self.leaving,
             False,
             defaults.MAX_ROSTER,
-            speed,
             self._mode(len(head.roster)) == "strict",
         )
 

@@ -8,7 +8,6 @@ nothing but the exchange.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -173,7 +172,7 @@ class Gossip(Membership):
         )
         return self.placed
 
-    def terms(self, speed: Callable[[PeerId], float]) -> Terms:
+    def terms(self) -> Terms:
         base = attrs.evolve(
             self.head.record,
             run=self.run.run_id,
@@ -184,7 +183,7 @@ class Gossip(Membership):
             state=b"",
             reason=f"{self._group}: ",
         )
-        return Terms(partial(fill, lambda: base), lambda: (), self.leaving, True, defaults.MAX_ROSTER, speed)
+        return Terms(partial(fill, lambda: base), lambda: (), self.leaving, True, defaults.MAX_ROSTER)
 
     def check(self, record: CommitRecord) -> str | None:
         voters = set(self.placed.voters)

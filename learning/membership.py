@@ -7,7 +7,6 @@ state is replicated). :class:`shoal.learning.gossip.Gossip`: an eventually consi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import attrs
@@ -89,7 +88,7 @@ class Membership(ABC):
         """Our place in the next round. Raises :class:`shoal.learning.peer.OutOfStep` when we have none."""
 
     @abstractmethod
-    def terms(self, speed: Callable[[PeerId], float]) -> Terms:
+    def terms(self) -> Terms:
         """What a leader of the placed round needs to know."""
 
     @abstractmethod

@@ -241,7 +241,7 @@ class Run:
             round=place.round,
             prev=place.prev,
             voters=place.voters,
-            terms=self.membership.terms(self.speed),
+            terms=self.membership.terms(),
             pace=pace(
                 self.endpoint,
                 place.voters,
@@ -429,7 +429,7 @@ class Run:
             mode=self.spec.mode,
             round=self.round,
             phase=voter.phase if voter is not None and exchanging else self.phase,
-            reason=self._why(voter.reason if voter is not None and exchanging else self.reason),
+            reason=self._why(voter.told(self.host.now(), self.reason) if voter is not None else self.reason),
             leader=voter.leader().text if voter is not None else "",
             members=tuple(peer.text for peer in self.membership.members()) if head is not None else (),
             samples=self._peer.tally.samples,
@@ -475,10 +475,6 @@ class Run:
         if not self.snapshots:
             raise ConfigError("there is no state yet")
         return self.snapshots[-1].vectors["weights"].clone()
-
-    def speed(self, peer: PeerId) -> float:
-        """Relative speed of a peer as an owner of slices."""
-        return 1.0
 
     def emit(self, phase: str, what: str, peer: PeerId | None = None, detail: str = "") -> None:
         """Tell whoever watches."""

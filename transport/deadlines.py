@@ -135,6 +135,11 @@ def bulk_phase(floor: float, size: int, rtt: float, bandwidth: float | None, lag
     return floor + 8.0 * rtt + lag + transfer(size, bandwidth)
 
 
+def planned_phase(floor: float, expected: float, rtt: float) -> float:
+    """For a phase of bulk that should take ``expected`` seconds by what was measured on all lines."""
+    return floor + 8.0 * rtt + 1.5 * expected
+
+
 def silence(floor: float, rtt: float, lag: float = 0.0) -> float:
     """Without a word from a peer that owes one every quarter of ``floor``."""
     return floor + 8.0 * rtt + lag

@@ -329,7 +329,7 @@ class Link(SeenThroughPipes, CarriesCalls):
             if self._mux.goodbye_sent:
                 continue
             events = channel.receive(data) if room is None else channel.fill(size)
-            pipe.note_heard(size, self._host.now(), whole=bool(events))
+            self._note_heard(pipe, size, self._host.now(), whole=bool(events))
             for event in events:
                 if isinstance(event, Record):
                     self._record(pipe, event)
@@ -387,7 +387,7 @@ class Link(SeenThroughPipes, CarriesCalls):
             due = now + deadlines.probe(pipe.rtt, self._lag.value(now))
             if due < self._watching.deadline:
                 self._watching.deadline = due
-        pipe.note_sent(size, seconds, now)
+        self._note_sent(pipe, size, seconds, now)
 
     def _compose(self, pipe: Pipe) -> bytearray | memoryview | None:
         """The next record of ``pipe`` for the wire."""

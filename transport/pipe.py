@@ -48,11 +48,11 @@ class Pipe:
     """
 
     __slots__ = (  # a dictionary of so many takes 1.6 kB of an idle link
+        "_answered",
         "_fast",
         "_fast_in",
         "_measured",
         "_pace",
-        "_pinged",
         "_pings_due",
         "_pong",
         "_token",
@@ -67,6 +67,7 @@ class Pipe:
         "heard",
         "index",
         "local",
+        "nearest",
         "opened_at",
         "peer_retired",
         "reason",
@@ -107,6 +108,8 @@ class Pipe:
         self.opened_at = now
         #: Smoothed round trip in seconds: of pings, before the first of them the handshake's duration.
         self.rtt = rtt
+        #: The shortest of its pings; before the first of them as `rtt`.
+        self.nearest = rtt
         #: Bytes per second, smoothed, at which the network took larger records; None: not measured yet.
         self.bandwidth: float | None = None
         self.bytes_sent = self.bytes_received = 0
@@ -134,9 +137,8 @@ class Pipe:
         self.unheard_since: float | None = None
         #: When the ping was sent that waits for its answer.
         self.asked: float | None = None
-        self._pinged = False
         self._measured = False
-        self._token = 0
+        self._token = self._answered = 0  # the last ping, and the last that was answered
         self._pings_due: list[bytes] = []
         self._pong: int | None = None
         self._pace: float | None = None  # smoothed seconds per byte of larger records
@@ -174,7 +176,6 @@ class Pipe:
         if self.asked is None:
             self._token = self._token + 1 & 0xFFFFFFFF
             self.asked = now
-            self._pinged = True
             self._pings_due.append(_FRAME.pack(_PING, self._token))
             self.work.wake()
 
@@ -216,12 +217,16 @@ class Pipe:
                 raise RemoteProtocolError(f"an unknown kind of frame of a pipe, {kind}")
 
     def _on_pong(self, token: int, now: float) -> None:
-        if not self._pinged or token != self._token:
+        # Something else may have been heard before the answer, and a further ping been sent: both answers may come.
+        if not 0 < token - self._answered & 0xFFFFFFFF <= self._token - self._answered & 0xFFFFFFFF:
             raise RemoteProtocolError("an answer to no ping of ours")
-        self._pinged = False
+        self._answered = token
+        if token != self._token:
+            return
         if self.asked is not None:
             sample = max(0.0, now - self.asked)
             self.rtt = 0.875 * self.rtt + 0.125 * sample if self._measured else sample  # RFC 6298
+            self.nearest = min(self.nearest, sample) if self._measured else sample
             self._measured = True
         self.asked = None
 

@@ -17,6 +17,7 @@ from ...transport.waiter import Waiter
 from ...transport.wire import printable
 from ..digest import local_fingerprints
 from ..reduce.buffers import Buffers
+from ..reduce.measured import measured
 from ..reduce.memory import RoundMemory
 from .actions import (
     Action,
@@ -104,7 +105,7 @@ class Instance:
         passes = Passes(self._host)
         self.results = Results(endpoint, setting, self.voter, self.buffers, passes)
         self.traffic = Traffic(
-            endpoint, setting, self.voter, self.buffers, self.results, passes, self._feed, self._open_generation
+            endpoint, setting, self.voter, self.buffers, self.results, passes, post, self._feed, self._open_generation
         )
         #: Called when this round begins to collect its result: bytes that it takes.
         self.on_open: Callable[[int], None] = lambda size: None
@@ -149,7 +150,9 @@ class Instance:
         """Training is over: contribute ``vector`` (fp32, 1-D, finite), or nothing and say ``why``."""
         self.began = self._host.now()
         self.buffers.own = vector
-        offer = Ready(self.key, self.round, 0, vector is not None, samples, weight, length, None, False, printable(why))
+        rates = measured(self._endpoint, self.voters)
+        gives, why = vector is not None, printable(why)
+        offer = Ready(self.key, self.round, 0, gives, samples, weight, length, None, False, why, rates)
         self._feed(lambda: self.voter.begin(self._host.now(), offer))
 
     async def outcome(self) -> Tensor | None:

@@ -18,9 +18,8 @@ import attrs
 
 from ...transport.identity import Identity, PeerId
 from ..digest import choose_fingerprint
-from ..reduce.slices import reassign, split
 from .actions import Action, Fingerprint, Note, Pace, Promise, Send
-from .decisions import contributors, may_abandon, may_begin, next_roster, proposal_of, roster_room, short
+from .decisions import may_abandon, may_begin, next_roster, proposal_of, roster_room, short
 from .messages import (
     Accept,
     Accepted,
@@ -44,6 +43,7 @@ from .messages import (
     held_bytes,
     quorum,
 )
+from .planning import first_plan, freeze, left_out, next_plan, overdue
 from .terms import Terms, accepts_needed
 
 
@@ -85,6 +85,8 @@ class Leader:
         self._until: float | None = None
         self._word: float = now + pace.suspect / 4
         self._reason = ""
+        self._late: dict[PeerId, str] = {}  # not waited for, and in which phase
+        self._overdue = False
 
     # -- what peers say -----------------------------------------------------------------------------
 
@@ -159,10 +161,18 @@ class Leader:
                 owners = dict.fromkeys(piece.owner for piece in self.plan.slices)
                 silent = tuple(o for o in owners if o not in self._held)
                 if silent:
+                    self._late.update(dict.fromkeys(silent, "scatter"))
                     return actions + self._replan(now, silent, f"owners silent: {short(silent)}")
                 self._until = None
             case "gather":
-                self._until = now + self.pace.gather
+                self._until = now + self._gather_time()
+                assert self.plan is not None
+                slow = overdue(self.plan, self._progress, [r for r in self.plan.receivers if r not in self.lost])
+                if slow and self._overdue and len(slow) < len({piece.owner for piece in self.plan.slices}):
+                    # Asked about before, and still held by its owner alone.
+                    self._late.update(dict.fromkeys(slow, "gather"))
+                    return actions + self._replan(now, slow, f"late: {short(slow)}")
+                self._overdue = True
                 return actions + self._maybe_propose(now, late=True)
             case "propose":
                 return actions + self._maybe_commit(now, late=True)
@@ -205,6 +215,7 @@ class Leader:
         earlier = proposal_of(promises)
         if self._grace_until is None and len(self._ready) >= self.needed:
             self._grace_until = now + self.pace.grace
+            self._word = min(self._word, now)
         again = ""
         holders: tuple[PeerId, ...] = ()
         if isinstance(earlier, Accepted):
@@ -237,28 +248,14 @@ class Leader:
         self._reason = reason = again + reason
         if not go:
             return []
-        members, length, without = contributors(self._ready)
-        reason += without
-        receivers = tuple(sorted({*self._ready, self.me}))
-        owners = members or receivers
-        plan = Plan(
-            key=self.key,
-            attempt=self.attempt,
-            epoch=0,
-            members=members,
-            samples=tuple(self._ready[m].samples for m in members),
-            weights=tuple(self._ready[m].weight for m in members),
-            receivers=receivers,
-            slices=split(0, length, owners, [self._terms.speed(o) for o in owners]),
-            length=length,
-            reason=reason,
-        )
-        return [Note("convene", "members", reason), *self._publish(now, plan)]
+        plan = first_plan(self.key, self.attempt, self._ready, self.me, self.needed, reason)
+        return [Note("convene", "members", plan.reason), *self._publish(now, plan)]
 
     def _publish(self, now: float, plan: Plan) -> list[Action]:
         self.plan, self.phase = plan, "scatter"
         self._held, self._progress, self._frozen, self._asked, self._fetching = {}, {}, (), {}, {}
-        self._until = now + self.pace.scatter * 1.5  # owners give up on contributors first
+        self._overdue = False
+        self._until = now + (plan.within / 1e3 or self.pace.scatter) * 1.5  # owners give up on contributors first
         return [Send(receiver, plan) for receiver in plan.receivers if receiver not in self.lost]
 
     # -- scatter ------------------------------------------------------------------------------------
@@ -281,42 +278,30 @@ class Leader:
         owners = dict.fromkeys(piece.owner for piece in plan.slices)
         if any(owner not in self._held for owner in owners):
             return []
-        frozen = tuple(m for m in plan.members if all(m in self._held[o] for o in owners))
+        frozen, slow, why = freeze(plan, self._held)
+        if slow:
+            self._late.update(dict.fromkeys(slow, "scatter"))
+            return self._replan(now, slow, why)
         if plan.members and not frozen:
             return self._abort(now, "no contribution reached all owners")
         self._frozen, self.phase = frozen, "gather"
-        self._until = now + self.pace.gather * 1.5
+        self._until = now + self._gather_time() * 1.5
         message = Freeze(self.key, plan.attempt, plan.epoch, frozen)
         left = [m for m in plan.members if m not in frozen]
+        self._late.update(dict.fromkeys(left, "scatter"))
         actions: list[Action] = [Note("scatter", "dropped", "not held by all owners", peer) for peer in left]
         return actions + [Send(r, message) for r in plan.receivers if r not in self.lost]
 
+    def _gather_time(self) -> float:
+        return (self.plan.within / 1e3 if self.plan is not None else 0.0) or self.pace.gather
+
     def _replan(self, now: float, gone: tuple[PeerId, ...], why: str) -> list[Action]:
         """Next epoch, without ``gone`` as owners and contributors."""
-        plan = self.plan
-        assert plan is not None
-        # After the first epoch members only ever shrink: what was frozen without somebody stays without.
-        base = self._frozen or plan.members
-        members = tuple(m for m in base if m not in gone)
-        owners = dict.fromkeys(piece.owner for piece in plan.slices)
-        heirs = tuple(o for o in owners if o not in gone and o not in self.lost and (o in members or not members))
-        dead = tuple(o for o in owners if o not in heirs)
-        if not heirs or (plan.members and not members):
+        assert self.plan is not None
+        after = next_plan(self.plan, gone, self.lost, self._frozen, why)
+        if after is None:
             return self._abort(now, f"{why}; no owner is left")
-        weights = dict(zip(plan.members, plan.weights, strict=True))
-        samples = dict(zip(plan.members, plan.samples, strict=True))
-        reason = f"{why}: its slices go to {short(heirs)}"
-        after = attrs.evolve(
-            plan,
-            epoch=plan.epoch + 1,
-            members=members,
-            samples=tuple(samples[m] for m in members),
-            weights=tuple(weights[m] for m in members),
-            receivers=tuple(r for r in plan.receivers if r not in self.lost),
-            slices=reassign(plan.slices, dead, heirs),
-            reason=reason,
-        )
-        return [Note("scatter", "epoch", reason), *self._publish(now, after)]
+        return [Note("scatter", "epoch", after.reason), *self._publish(now, after)]
 
     # -- gather -------------------------------------------------------------------------------------
 
@@ -324,7 +309,7 @@ class Leader:
         plan = self.plan
         assert plan is not None
         self._asked = {r: None for r in plan.receivers if r not in self.lost}
-        self._until = now + self.pace.gather
+        self._until = now + self._gather_time()
         message = Ask(self.key, plan.attempt, plan.epoch)
         actions: list[Action] = [Note("gather", "ask", why)]
         for receiver in self._asked:
@@ -398,7 +383,9 @@ class Leader:
         weights = dict(zip(plan.members, plan.weights, strict=True))
         members, nonces = self._frozen, tuple(self._progress[r].nonce for r in sorted(full))
         kept = tuple(samples[m] for m in members), tuple(weights[m] for m in members)
-        self.record = self._terms.draft(members, *kept, roster, nonces, f"{plan.reason}; roster {why}")
+        self.record = self._terms.draft(
+            members, *kept, roster, nonces, f"{plan.reason}{left_out(members, self._late)}; roster {why}"
+        )
         self.phase, self._until = "seal", None
         algorithm, _ = choose_fingerprint([self._progress[r].algorithms for r in sorted(full)])
         message = Seal(self.key, plan.attempt, plan.epoch, nonces, algorithm)
@@ -481,8 +468,10 @@ class Leader:
 
     def _waiting(self, now: float, to: PeerId) -> Action:
         missing = tuple(v for v in self.voters if v not in self._ready)
-        reason = self._reason or "convening"
-        return Send(to, Waiting(self.key, self.attempt, missing, f"{reason} (leader {self.me.short}, {self.phase})"))
+        reason = f"{self._reason or 'convening'} (leader {self.me.short}, {self.phase})"
+        until = self._grace_until if self.phase == "convene" else self._until
+        left = 0 if until is None else max(0, int(1e3 * (until - now)))
+        return Send(to, Waiting(self.key, self.attempt, missing, reason, left))
 
     def _say_waiting(self, now: float) -> list[Action]:
         self._word = now + self.pace.suspect / 4
@@ -491,7 +480,8 @@ class Leader:
             if len(live) < self.needed:
                 # This plan leads nowhere, whoever comes back. Silent, we are left for an attempt that can begin anew.
                 return []
-        actions: list[Action] = [self._waiting(now, peer) for peer in self._ready if peer not in self.lost]
+        to = {**self._ready, **(dict.fromkeys(self.voters) if self._grace_until is not None else {})}
+        actions: list[Action] = [self._waiting(now, peer) for peer in to if peer not in self.lost]
         if self.phase == "convene" and self.attempt > 0 and self._ready:
             # Who has committed already answers this with the commit.
             actions += self._call_in()

@@ -13,6 +13,7 @@ import attrs
 
 from ...transport.identity import Identity, PeerId
 from ...transport.wire import pack
+from ..reduce.rates import NOTHING, Rates
 from ..reduce.slices import Slice
 
 #: Samples, and weight in the mean, of one contribution at most: sums over a roster and over all rounds of a run stay
@@ -99,7 +100,7 @@ class Ready(Bounded):
     """A voter is done training and promises to follow no ballot below ``attempt`` (Paxos phase 1b).
 
     ``contributes`` is False when it has nothing to give this round; ``why`` then says why not. ``holds``: whether the
-    sender still holds the result of ``accepted`` (a restarted peer does not).
+    sender still holds the result of ``accepted`` (a restarted peer does not). ``rates``: what it measured on its lines.
     """
 
     key: bytes
@@ -112,6 +113,7 @@ class Ready(Bounded):
     accepted: Accepted | None
     holds: bool
     why: str
+    rates: Rates = NOTHING
 
     def __attrs_post_init__(self) -> None:
         Bounded.__attrs_post_init__(self)
@@ -121,12 +123,16 @@ class Ready(Bounded):
 
 @attrs.frozen
 class Waiting(Bounded):
-    """The leader is alive and waits for ``missing``; ``reason`` is for people."""
+    """The leader is alive and waits for ``missing``; ``reason`` is for people.
+
+    ``left``: milliseconds until it goes on without them; 0: that is not settled yet.
+    """
 
     key: bytes
     attempt: int
     missing: tuple[PeerId, ...]
     reason: str
+    left: int = 0
 
 
 @attrs.frozen
@@ -140,7 +146,10 @@ class Convene(Bounded):
 
 @attrs.frozen
 class Plan(Bounded):
-    """Who contributes (``members``, PeerId order, with weights), who receives, and who owns what."""
+    """Who contributes (``members``, PeerId order, with weights), who receives, and who owns what.
+
+    ``within``: milliseconds after which a phase of bulk is over for those that are late; 0: each keeps its own pace.
+    """
 
     key: bytes
     attempt: int
@@ -152,6 +161,7 @@ class Plan(Bounded):
     slices: tuple[Slice, ...]
     length: int
     reason: str
+    within: int = 0
 
 
 @attrs.frozen

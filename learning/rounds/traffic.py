@@ -25,6 +25,7 @@ from .voter import Voter
 
 if TYPE_CHECKING:
     from .passes import Passes
+    from .post import Post
     from .results import Results
 
 log = logging.getLogger(__name__)
@@ -41,13 +42,14 @@ class Traffic:
         buffers: Buffers,
         results: Results,
         passes: Passes,
+        post: Post,
         feed: Callable[[Callable[[], Sequence[Action]]], None],
         generation_due: Callable[[], None],
     ) -> None:
         self._endpoint, self._host, self.setting, self.voter = endpoint, endpoint.host, setting, voter
         self.me, self.key, self.round, self.voters = endpoint.peer_id, setting.key, setting.round, setting.voters
         self.buffers, self.results = buffers, results
-        self._passes, self._feed, self._generation_due = passes, feed, generation_due
+        self._passes, self._post, self._feed, self._generation_due = passes, post, feed, generation_due
         #: Whose contributions were refused here, and why.
         self.refused: dict[PeerId, str] = {}
 
@@ -72,6 +74,7 @@ class Traffic:
         if own is None:
             return
         body = [bytes_view(own[action.start : action.stop])]
+        await self._post.leave_first()
         try:
             await self._endpoint.call(action.owner, SCATTER, Scatter(self.key, action.start, action.stop), body=body)
         except RemoteRefused as error:

@@ -76,6 +76,7 @@ class Voter:
         self.frozen: Freeze | None = None
         self.phase = "train"
         self.reason = "training"
+        self.due: float | None = None  # when the leader goes on without those who are late, as it says itself
         self.decided = False
         self.full = False
         self.lost: dict[PeerId, str] = {}
@@ -195,6 +196,7 @@ class Voter:
                 return self._on_commit(message)
             case Waiting() if message.attempt == self.attempt and sender == self.leader():
                 self.reason = message.reason
+                self.due = now + message.left / 1e3 if message.left else None
                 return []
             case Convene():
                 return self._on_convene(now, sender, message)
@@ -238,7 +240,7 @@ class Voter:
                 self._phase_until = None
                 actions += self._report_held(now, force=True)
             elif self.plan is not None and not self.full:
-                self._phase_until = now + self.pace.gather
+                self._phase_until = now + self._gather_time()
                 actions.append(Send(self.leader(), self._progress(self.plan)))
             else:
                 self._phase_until = None
@@ -259,6 +261,13 @@ class Voter:
         if self._phase_until is not None:
             times.append(self._phase_until)
         return min(times)
+
+    def told(self, now: float, training: str) -> str:
+        """For people: what the round waits for, and how long, as its leader says; ``training`` before we are ready."""
+        left = self.due - now if self.due is not None else 0.0
+        if self.offer is None:
+            return f"{training}; the round begins without us in {left:.1f} s: {self.reason}" if left > 0 else training
+        return f"{self.reason}; {left:.1f} s left for those who are late" if left > 0 else self.reason
 
     # -- inside -------------------------------------------------------------------------------------
 
@@ -283,6 +292,7 @@ class Voter:
             self.accepted,
             self._holds_accepted,
             offer.why,
+            offer.rates,
         )
         # Whoever promised nothing comes back as it was. A leader must know that it led, or it could propose twice.
         nothing = not self.promised and self.accepted is None and self.leader() != self.me
@@ -345,7 +355,8 @@ class Voter:
         self.plan, self.frozen, self.full = plan, None, False
         self._combined, self._reported, self._verifying = {}, None, None
         self._heard = now
-        self._phase_until = now + self.pace.scatter
+        self._phase_until = now + (plan.within / 1e3 or self.pace.scatter)
+        self.due = self._phase_until
         self.phase, self.reason = "scatter", plan.reason
         actions.append(Note("scatter", "begin", f"attempt {plan.attempt}, epoch {plan.epoch}: {plan.reason}"))
         if self.me in plan.members:
@@ -415,8 +426,10 @@ class Voter:
                 return [Send(sender, Reject(self.key, plan.attempt, self.promised, why))]
         self.frozen = message
         self.phase, self.reason = "combine", f"combining {len(message.members)} contributions"
-        self._phase_until = now + self.pace.gather
+        self._phase_until = self.due = now + self._gather_time()
         actions: list[Action] = [Note("combine", "begin", self.reason)]
+        if self.me in plan.members and self.me not in given:
+            actions.append(Note("gather", "left-out", "our slices did not reach all owners in time", self.me))
         if mine:
             actions.append(
                 Combine(plan.attempt, plan.epoch, message.members, tuple(weights[m] for m in message.members), mine)
@@ -427,6 +440,9 @@ class Voter:
         for (owner, attempt, epoch, index), members in early.items():
             actions += self.combined_received(now, owner, attempt, epoch, index, members)
         return actions
+
+    def _gather_time(self) -> float:
+        return (self.plan.within / 1e3 if self.plan is not None else 0.0) or self.pace.gather
 
     def _misses(self, owner: PeerId) -> bool:
         assert self.plan is not None
@@ -479,5 +495,8 @@ class Voter:
     def _on_commit(self, message: Commit) -> list[Action]:
         # The driver has verified the certificate before it hands a commit to us.
         self.decided = True
-        self.phase, self.reason = "commit", "committed"
+        self.phase, self.reason, self.due = "commit", "committed", None
+        record, offer = message.record, self.offer
+        if offer is not None and offer.contributes and record.samples and self.me not in record.members:
+            return [Note("commit", "left-out", record.reason, self.me), Done(message)]
         return [Done(message)]

@@ -113,9 +113,7 @@ class ShoalPeer(Worker):
             round=head.round + 1,
             prev=head.digest,
             voters=self._voters,
-            terms=Terms(
-                partial(fill, lambda: base), lambda: (), lambda: (), False, defaults.MAX_ROSTER, lambda peer: 1.0
-            ),
+            terms=Terms(partial(fill, lambda: base), lambda: (), lambda: (), False, defaults.MAX_ROSTER),
             pace=PACE,
             check=check,
             max_length=len(self._base),

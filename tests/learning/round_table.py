@@ -333,7 +333,7 @@ class Table:
                 reason=reason,
             )
 
-        return Terms(draft, lambda: (), lambda: (), self.gossip, 64, lambda peer: 1.0, strict=not self.gossip)
+        return Terms(draft, lambda: (), lambda: (), self.gossip, 64, strict=not self.gossip)
 
     def weight(self, peer: PeerId) -> int:
         """Of a peer's contribution in the mean."""
