@@ -19,7 +19,7 @@ from trio.lowlevel import ParkingLot
 
 from . import deadlines, defaults
 from .callmux import CallEvent
-from .errors import LinkClosed, Overloaded, RecordError, RemoteError, RemoteProtocolError
+from .errors import LinkClosed, RecordError, RemoteError, RemoteProtocolError
 from .frames import (
     DataReceived,
     Event,
@@ -33,6 +33,7 @@ from .frames import (
     StreamWasReset,
 )
 from .linkcalls import CarriesCalls
+from .linkstreams import OpensStreams
 from .mux import Mux
 from .pipe import Pipe
 from .pipehello import TOO_MANY, PipeRefused, SessionSecrets
@@ -55,7 +56,7 @@ __all__ = ["Link", "LinkStream", "Priority", "StreamLost"]
 log = logging.getLogger(__name__)
 
 
-class Link(SeenThroughPipes, CarriesCalls):
+class Link(SeenThroughPipes, CarriesCalls, OpensStreams):
     """An authenticated, encrypted connection to ``peer`` that carries many streams.
 
     Run by :meth:`run`, in a nursery of the endpoint. ``closed`` is set when everything about it has ended;
@@ -131,32 +132,6 @@ class Link(SeenThroughPipes, CarriesCalls):
         """Our loop's lag in seconds, for deadlines."""
         return self._lag.value(self._host.now())
 
-    # Streams
-
-    async def open_stream(self, protocol: str, priority: Priority = Priority.CONTROL) -> LinkStream:
-        """Open a stream. Waits while our side holds the most streams allowed; the caller's deadline bounds that.
-
-        Raises :class:`LinkClosed`.
-        """
-        await trio.lowlevel.checkpoint()
-        while (stream := self.try_open_stream(protocol, priority)) is None:
-            await self._slots.park()
-        return stream
-
-    def try_open_stream(self, protocol: str, priority: Priority = Priority.CONTROL) -> LinkStream | None:
-        """Open a stream without waiting; None when :meth:`open_stream` would wait. Raises :class:`LinkClosed`."""
-        if not self.alive:
-            raise self._closed_error()
-        if not self._mux.can_open:
-            return None
-        try:
-            stream = self._mux.open(protocol, priority)
-        except Overloaded as error:
-            raise LinkClosed(str(error), peer=self.peer.short) from None
-        self.last_used = self._host.now()
-        self._changed()
-        return LinkStream(self, self._mux, stream)
-
     async def aclose(self, reason: str = "goodbye", code: int = GoodbyeCode.LEAVING) -> None:
         """Say goodbye (best effort, at most :func:`deadlines.goodbye` seconds), then close.
 
@@ -181,6 +156,9 @@ class Link(SeenThroughPipes, CarriesCalls):
             if self.interrupted:
                 self._end(LinkClosed(f"closed by us: {reason}", peer=self.peer.short))
             self._pipes.best.work.wake()
+
+    def _as_link(self) -> Link:
+        return self
 
     # Pipes
 
@@ -487,10 +465,6 @@ class Link(SeenThroughPipes, CarriesCalls):
                 pipe.work.wake()
         if self._slots:
             self._slots_changed()
-
-    def _slots_changed(self) -> None:
-        if self._slots and self._mux.can_open:
-            self._slots.unpark()
 
     def _break_streams(self, reason: RemoteError) -> None:
         for stream in self._mux.live_streams():
