@@ -227,6 +227,10 @@ DIRECT_BODY = 16 << 10
 FAST_LINE, SLOW_LINE = 50e6, 12e6
 UNSENT_FAST, UNSENT_SLOW = 512 << 10, 16 << 10
 
+#: Bytes of bulk that may always be under way on a link: records of the largest size while their acknowledgement, due
+#: after 1 MiB, comes back, and some for a receiver that is late.
+LEAST_UNDER_WAY = 3 << 20
+
 #: Bytes of a large record that are waited for at once on a fast line: each time that a reader is woken costs as much as
 #: some 100 KiB. At 50 MB/s it is 2.6 ms.
 LOW_WATER = 128 << 10

@@ -366,6 +366,8 @@ class Link(SeenThroughPipes, CarriesCalls, OpensStreams):
             if due < self._watching.deadline:
                 self._watching.deadline = due
         self._note_sent(pipe, size, seconds, now)
+        if pipe.sent_bulk:
+            self._session.bound_bulk(deadlines.under_way(self._pipes.bandwidth, pipe.nearest))
 
     def _compose(self, pipe: Pipe) -> bytearray | memoryview | None:
         """The next record of ``pipe`` for the wire."""
@@ -374,7 +376,8 @@ class Link(SeenThroughPipes, CarriesCalls, OpensStreams):
             return None
         if pipe.has_frames:
             return self._session.seal(pipe.channel.sealer, pipe.take_frames())
-        if pipe is self._pipes.best and pipe.usable:
+        control = self._mux.has(Priority.CONTROL) or self._session.must_repeat(Priority.CONTROL)
+        if control and pipe is self._pipes.best and pipe.usable:
             wire = self._compose_channel(pipe, Priority.CONTROL)
             if wire is not None:
                 return wire
