@@ -158,7 +158,7 @@ class Chain(Membership):
         """Whether a's history wins over b's. A roster change without training counts by its round and kind."""
         if a.total == b.total and (a.branch, a.round) != (b.branch, b.round):
             return (a.branch, a.round) > (b.branch, b.round)
-        if a.total == b.total and a.kind != b.kind:
+        if a.total == b.total and a.kind != b.kind and "genesis" in (a.kind, b.kind):
             return b.kind == "genesis"
         return better(a.total, a.digest, b.total, b.digest) and a.digest != b.digest
 
@@ -237,7 +237,9 @@ class Chain(Membership):
         voters = set(self.placed.voters)
         if (record.run, record.round, record.prev) != (head.run, head.round + 1, head.digest):
             return "it does not follow our last commit"
-        if record.kind != "reduce" or record.branch != head.branch:
+        # In available mode every accepted value that was given up makes another branch (docs/agreement.md).
+        redone = 0 if self._mode(len(voters)) == "strict" else defaults.MAX_REDONE
+        if record.kind != "reduce" or not head.branch <= record.branch <= head.branch + redone:
             return f"a record of kind {record.kind!r} and branch {record.branch}"
         if not len(record.members) == len(record.samples) == len(record.weights):
             return "members, samples and weights differ in number"

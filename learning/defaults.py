@@ -130,6 +130,9 @@ VECTORS_PER_ROUND = 4
 #: Seconds for a question to several peers at once (heads, wishes, branches): a few round trips of a bad link.
 ASK_HEADS = 4.0
 
+#: Times that a round may give up a value it had accepted, because nobody that can be reached holds its result any more.
+MAX_REDONE = 100
+
 #: Seconds between two looks whether a majority is still there.
 GUARD_EVERY = 0.5
 

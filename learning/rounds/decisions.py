@@ -82,7 +82,8 @@ def may_abandon(
     """Whether a value that was accepted, but whose result no ready voter holds any more, may be given up.
 
     When all voters say so, nobody can have applied it: peers that restarted lost the result with their memory and are
-    back at the state before. In ``strict`` mode nothing less will do; otherwise the voters that can be reached suffice.
+    back at the state before. In ``strict`` mode nothing less will do; otherwise the voters that can be reached suffice,
+    and what they agree on next is a branch beside the value that was given up (docs/agreement.md).
     """
     missing = [voter for voter in voters if voter not in ready]
     waiting = [voter for voter in missing if voter not in lost]
@@ -167,6 +168,14 @@ def proposal_of(promises: Mapping[PeerId, object]) -> object | None:
     """The accepted value with the highest ballot among ``promises`` (each an ``Accepted`` or None)."""
     accepted = [promise for promise in promises.values() if promise is not None]
     return max(accepted, key=lambda item: item.attempt, default=None)  # type: ignore[attr-defined]
+
+
+def holders_of(value: Accepted, ready: Mapping[PeerId, Ready]) -> tuple[PeerId, ...]:
+    """Who of those that are ready accepted ``value``, at whatever ballot, and still holds its result."""
+    digest = value.record.digest
+    return tuple(
+        peer for peer, r in ready.items() if r.holds and r.accepted is not None and r.accepted.record.digest == digest
+    )
 
 
 def short(peers: Sequence[PeerId]) -> str:

@@ -17,7 +17,7 @@ from .. import defaults
 from ..reduce.memory import RoundMemory
 from .early import Early
 from .instance import Instance
-from .messages import MESSAGES, Commit, Convene, Ready
+from .messages import ANSWERED, MESSAGES, Commit
 from .methods import SAY, SCATTER, SHARE, WANT, Ack, Given, Scatter, Shared, Want
 from .post import Post
 
@@ -86,7 +86,7 @@ class Hub:
         message, sender = call.request, call.peer
         instance = self._live.get(message.key)
         if instance is None and message.key in self._commits:
-            if isinstance(message, Ready | Convene):
+            if isinstance(message, ANSWERED):
                 self._post.send(sender, self._commits[message.key])
             return Ack()
         if instance is None and isinstance(message, Commit):

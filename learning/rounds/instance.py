@@ -37,11 +37,9 @@ from .actions import (
 from .decisions import candidates, resume_at
 from .leader import Leader
 from .messages import (
-    Accept,
+    ANSWERED,
+    TO_LEADER,
     Commit,
-    Convene,
-    Held,
-    Progress,
     Ready,
     Reject,
     verify_certificate,
@@ -53,8 +51,6 @@ from .setting import Setting
 from .terms import accepts_needed
 from .traffic import Traffic
 from .voter import Voter
-
-_TO_LEADER = (Ready, Held, Progress, Accept, Reject)
 
 
 class Instance:
@@ -255,7 +251,7 @@ class Instance:
     def _receive(self, sender: PeerId, message: object) -> list[Action]:
         now = self._host.now()
         if self.commit is not None:
-            if isinstance(message, Ready | Convene) and sender != self.me:
+            if isinstance(message, ANSWERED) and sender != self.me:
                 return [Send(sender, self.commit)]
             return []
         actions: list[Action] = []
@@ -263,9 +259,9 @@ class Instance:
             known = self._first - 1 if self.leader is None else self.leader.attempt
             if known < message.attempt:
                 self._lead(message.attempt)
-        if isinstance(message, _TO_LEADER) and self.leader is not None:
+        if isinstance(message, TO_LEADER) and self.leader is not None:
             actions += self.leader.receive(now, sender, message)
-        if not isinstance(message, _TO_LEADER) or isinstance(message, Reject):
+        if not isinstance(message, TO_LEADER) or isinstance(message, Reject):
             actions += self.voter.receive(now, sender, message)
         return actions
 

@@ -19,7 +19,7 @@ import attrs
 from ...transport.identity import Identity, PeerId
 from ..digest import choose_fingerprint
 from .actions import Action, Fingerprint, Note, Pace, Promise, Send
-from .decisions import may_abandon, may_begin, next_roster, proposal_of, roster_room, short
+from .decisions import holders_of, may_abandon, may_begin, next_roster, proposal_of, roster_room, short
 from .messages import (
     Accept,
     Accepted,
@@ -41,7 +41,6 @@ from .messages import (
     Waiting,
     accept_bytes,
     held_bytes,
-    quorum,
 )
 from .planning import first_plan, freeze, left_out, next_plan, overdue
 from .terms import Terms, accepts_needed
@@ -65,7 +64,7 @@ class Leader:
     ) -> None:
         self.key, self.round, self.voters, self.attempt = key, round, voters, attempt
         self.me, self._identity, self.pace, self._terms = identity.peer_id, identity, pace, terms
-        self.needed = 1 if terms.gossip else quorum(len(voters))
+        self.needed = accepts_needed(len(voters), terms.gossip)
         self.lost: dict[PeerId, str] = dict(lost)
         self.phase = "convene"
         self.plan: Plan | None = None
@@ -87,14 +86,15 @@ class Leader:
         self._reason = ""
         self._late: dict[PeerId, str] = {}  # not waited for, and in which phase
         self._overdue = False
+        self._branch: int | None = None
 
     # -- what peers say -----------------------------------------------------------------------------
 
     def receive(self, now: float, sender: PeerId, message: object) -> list[Action]:
         """Handle a message addressed to the leader of this attempt."""
+        # Who is lost is not for a message to say: it may have been under way since before its sender was.
         if sender not in self.voters or self.phase in ("done", "aborted"):
             return []
-        self.lost.pop(sender, None)
         match message:
             case Ready():
                 return self._on_ready(now, sender, message)
@@ -115,7 +115,7 @@ class Leader:
 
     def peer_lost(self, now: float, peer: PeerId, why: str) -> list[Action]:
         """No way to ``peer`` at the moment."""
-        if peer in self.lost or self.phase in ("done", "aborted"):
+        if peer in (self.me, *self.lost) or self.phase in ("done", "aborted"):
             return []
         self.lost[peer] = why
         match self.phase:
@@ -165,7 +165,7 @@ class Leader:
                     return actions + self._replan(now, silent, f"owners silent: {short(silent)}")
                 self._until = None
             case "gather":
-                self._until = now + self._gather_time()
+                self._until, self._asked = now + self._gather_time(), {}  # whoever says nothing is not waited for
                 assert self.plan is not None
                 slow = overdue(self.plan, self._progress, [r for r in self.plan.receivers if r not in self.lost])
                 if slow and self._overdue and len(slow) < len({piece.owner for piece in self.plan.slices}):
@@ -173,7 +173,8 @@ class Leader:
                     self._late.update(dict.fromkeys(slow, "gather"))
                     return actions + self._replan(now, slow, f"late: {short(slow)}")
                 self._overdue = True
-                return actions + self._maybe_propose(now, late=True)
+                actions += self._heal(now)
+                return actions + self._maybe_propose(now, late=True) if self.phase == "gather" else actions
             case "propose":
                 return actions + self._maybe_commit(now, late=True)
         return actions
@@ -199,8 +200,12 @@ class Leader:
         self._ready[sender] = message
         if self.phase == "propose" and new:
             assert self.record is not None
-            holders = tuple(self._accepts) or (self.me,)
-            return [Send(sender, Propose(self.key, self.attempt, self.record, holders))]
+            return [Send(sender, Propose(self.key, self.attempt, self.record, tuple(self._accepts) or (self.me,)))]
+        if self.phase in ("scatter", "gather") and not new:
+            # It has no plan of ours: that was lost, or the peer restarted and holds nothing of what it said before.
+            self._held.pop(sender, None)
+            self._progress.pop(sender, None)
+            return self._brief(sender)
         if self.phase != "convene":
             return []
         actions = self._maybe_begin(now)
@@ -211,8 +216,7 @@ class Leader:
         return actions
 
     def _maybe_begin(self, now: float) -> list[Action]:
-        promises = {peer: ready.accepted for peer, ready in self._ready.items()}
-        earlier = proposal_of(promises)
+        earlier = proposal_of({peer: ready.accepted for peer, ready in self._ready.items()})
         if self._grace_until is None and len(self._ready) >= self.needed:
             self._grace_until = now + self.pace.grace
             self._word = min(self._word, now)
@@ -221,28 +225,22 @@ class Leader:
         if isinstance(earlier, Accepted):
             if len(self._ready) < self.needed:
                 return []
-            digest = earlier.record.digest
-            holders = tuple(
-                p
-                for p, a in promises.items()
-                if isinstance(a, Accepted) and a.record.digest == digest and self._ready[p].holds
-            )
+            holders = holders_of(earlier, self._ready)
             if not holders:
-                go, self._reason = may_abandon(
-                    self.voters, self._ready, self.lost, self._terms.strict, now, self._grace_until
-                )
+                until = self._grace_until
+                go, self._reason = may_abandon(self.voters, self._ready, self.lost, self._terms.strict, now, until)
                 if not go:
                     return []
                 if self.attempt <= earlier.attempt:
                     # One ballot never carries two values.
                     return self._abort(now, self._reason)
                 again = self._reason + "; "
+                # Somebody out of reach may have ended the round with it.
+                self._branch = earlier.record.branch + (not self._terms.strict)
         if isinstance(earlier, Accepted) and not again:
             # The value may already be decided: propose it again, whoever accepted it holds the result.
             self.record = earlier.record
-            note = Note(
-                "commit", "repropose", f"attempt {self.attempt} proposes the value of attempt {earlier.attempt}"
-            )
+            note = Note("commit", "repropose", f"attempt {self.attempt}: the value of attempt {earlier.attempt} again")
             return [note, *self._propose(now, holders)]
         go, reason = may_begin(self.voters, self._ready, self.lost, self.needed, now, self._grace_until)
         self._reason = reason = again + reason
@@ -314,13 +312,16 @@ class Leader:
         actions: list[Action] = [Note("gather", "ask", why)]
         for receiver in self._asked:
             if receiver not in self._progress or not self._progress[receiver].nonce:
-                # Plan or freeze may not have reached it. What it knows it ignores.
-                actions += [
-                    Send(receiver, plan),
-                    Send(receiver, Freeze(self.key, plan.attempt, plan.epoch, self._frozen)),
-                ]
+                actions += self._brief(receiver)
             actions.append(Send(receiver, message))
         return actions
+
+    def _brief(self, receiver: PeerId) -> list[Action]:
+        """Plan or freeze may not have reached ``receiver``. What it knows it ignores."""
+        if (plan := self.plan) is None or receiver not in plan.receivers or receiver in self.lost:
+            return []
+        told = (plan, Freeze(self.key, plan.attempt, plan.epoch, self._frozen))
+        return [Send(receiver, message) for message in (told if self.phase == "gather" else told[:1])]
 
     def _on_progress(self, now: float, sender: PeerId, message: Progress) -> list[Action]:
         plan = self.plan
@@ -383,9 +384,9 @@ class Leader:
         weights = dict(zip(plan.members, plan.weights, strict=True))
         members, nonces = self._frozen, tuple(self._progress[r].nonce for r in sorted(full))
         kept = tuple(samples[m] for m in members), tuple(weights[m] for m in members)
-        self.record = self._terms.draft(
-            members, *kept, roster, nonces, f"{plan.reason}{left_out(members, self._late)}; roster {why}"
-        )
+        why = f"{plan.reason}{left_out(members, self._late)}; roster {why}"
+        record = self._terms.draft(members, *kept, roster, nonces, why)
+        self.record = record if self._branch is None else attrs.evolve(record, branch=self._branch)
         self.phase, self._until = "seal", None
         algorithm, _ = choose_fingerprint([self._progress[r].algorithms for r in sorted(full)])
         message = Seal(self.key, plan.attempt, plan.epoch, nonces, algorithm)
@@ -405,20 +406,19 @@ class Leader:
         if self.phase != "propose" or self.record is None or message.attempt != self.attempt:
             return []
         digest = self.record.digest
-        if message.digest != digest:
-            return []
-        if not sender.verify(accept_bytes(self.key, self.attempt, digest), message.signature):
+        if message.digest != digest or not sender.verify(
+            accept_bytes(self.key, self.attempt, digest), message.signature
+        ):
             return []
         self._accepts[sender] = message
         return self._maybe_commit(now)
 
     def _maybe_commit(self, now: float, *, late: bool = False) -> list[Action]:
         assert self.record is not None
-        needed = accepts_needed(len(self.voters), self._terms.gossip)
-        if len(self._accepts) < needed:
+        if len(self._accepts) < self.needed:
             if late:
-                if all(holder in self.lost for holder in (*self._holders, *self._accepts)):
-                    # Nobody can check the value any more; the next attempt may give it up.
+                if all(peer in self.lost or peer in self._refusals for peer in (*self._holders, *self._accepts)):
+                    # Nobody can check the value any more (holders may be back without it): it may be given up now.
                     return self._abort(now, "nobody that can be reached holds the proposed result")
                 self._until = now + self.pace.gather
                 message = Propose(self.key, self.attempt, self.record, tuple(self._accepts) or (self.me,))
@@ -482,7 +482,7 @@ class Leader:
                 return []
         to = {**self._ready, **(dict.fromkeys(self.voters) if self._grace_until is not None else {})}
         actions: list[Action] = [self._waiting(now, peer) for peer in to if peer not in self.lost]
-        if self.phase == "convene" and self.attempt > 0 and self._ready:
+        if self.phase == "convene" and self._ready and (self.attempt > 0 or self.me in self._ready):
             # Who has committed already answers this with the commit.
             actions += self._call_in()
         return actions

@@ -306,6 +306,13 @@ MESSAGES: tuple[type, ...] = (
     Commit,
 )
 
+#: What a voter says to a leader. A Reject is for the leader's own voter too: it may name a later attempt.
+TO_LEADER = (Ready, Held, Progress, Accept, Reject)
+
+#: What a peer that knows the commit answers with it: the sender does not know it yet. Also what a leader says that was
+#: left and has not noticed: nobody would answer it anything else any more.
+ANSWERED = (Ready, Convene, Waiting, Plan, Ask, Propose)
+
 _ACCEPT = b"shoal accept v1\0"
 _HELD = b"shoal held v1\0"
 

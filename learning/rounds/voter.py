@@ -69,6 +69,7 @@ class Voter:
         self._nonce, self._check, self._max_length = nonce, check, max_length
         self._algorithms = algorithms
         self.promised, self.accepted = promised, accepted
+        self._kept = -1  # a promise that is surely stored: who leads while it trains has stored none yet
         self._holds_accepted = False  # what was accepted in an earlier life is a promise without its bytes
         self.attempt = promised
         self.offer: Ready | None = None  # our Ready, less attempt and accepted; None while training
@@ -225,7 +226,6 @@ class Voter:
             case Propose():
                 return self._on_propose(now, sender, message)
             case Reject() if message.promised > self.attempt and not self._far(message.promised):
-                # We lead and others have moved on: follow them.
                 return self._move(now, message.promised, f"{sender.short} is at attempt {message.promised}")
             case _:
                 return []
@@ -296,8 +296,10 @@ class Voter:
         )
         # Whoever promised nothing comes back as it was. A leader must know that it led, or it could propose twice.
         nothing = not self.promised and self.accepted is None and self.leader() != self.me
-        persist: list[Action] = [] if again or nothing else [Persist(self.promised, self.accepted)]
-        return [*persist, Send(self.leader(), message)]
+        if again or nothing:
+            return [Send(self.leader(), message)]
+        self._kept = self.promised
+        return [Persist(self.promised, self.accepted), Send(self.leader(), message)]
 
     def _advance(self, now: float, why: str) -> list[Action]:
         """Leave the present leader for the next candidate that is not lost (in the end: ourselves)."""
@@ -308,9 +310,9 @@ class Voter:
 
     def promise(self, attempt: int) -> list[Action]:
         """We are about to propose at ``attempt`` ourselves."""
-        if attempt <= self.promised:
+        if attempt < self.promised or attempt <= self._kept:
             return []
-        self.promised = self.attempt = attempt
+        self.promised = self.attempt = self._kept = attempt
         return [Persist(self.promised, self.accepted)]
 
     def _far(self, attempt: int) -> bool:
