@@ -18,10 +18,11 @@ from ..transport.address import Address
 from ..transport.endpoint import Endpoint
 from ..transport.errors import ConfigError, RemoteError
 from ..transport.identity import PeerId
-from . import defaults, exact
+from . import defaults
 from .chain import Chain
 from .checkpoints import Keeper, Keeping, write_model
 from .events import Event, RoundReport, RunStatus
+from .exchange import Contribution, Exchange
 from .gossip import Gossip
 from .membership import Membership
 from .peer import OutOfStep, Peer, Round, Tally, Trainer
@@ -105,6 +106,9 @@ class Run:
         self.phase, self.reason = "join", "starting"
         self._peer = Peer(self, self.trainer)
         self._instance: Instance | None = None
+        self.exchange: Exchange | None = None
+        #: What was trained for the contribution of the round that is exchanged.
+        self._given: Tally | None = None
         self._strategy_scope = trio.CancelScope()
         self._metric: float | None = None
         self._metric_name = metric_name(task, {})
@@ -210,17 +214,25 @@ class Run:
             self._saved_at = self.host.now()
             self.nursery.start_soon(self.save)
 
+    async def end_round(self) -> None:
+        """The strategy is done with its round. Raises :class:`ConfigError` for a reduce that nobody awaited."""
+        if self.exchange is not None:
+            await self.exchange.settle()
+            self.exchange.close("the next round has begun")
+            self.exchange = None
+
     async def open_round(self) -> Round:
         """Begin the next round. Raises :class:`OutOfStep` when we are not among its voters."""
         place = await self.membership.place()
         self.round_now = place.round
-        self._peer.tally = Tally()
+        self._given = None
         self._round_began = self.host.now()
         self.trainer.set_shard(Shard(self.spec.seed, self.me.key, place.round, place.index, place.count))
         self.presence.watch(place.watch)
         self._instance = None
         if place.key is not None:
             self._instance = self._make_instance()
+        self.exchange = Exchange(self, place.round)
         self.phase, self.reason = "train", f"round {place.round}"
         self.note(Note("train", "begin"))
         if (place.round, "train") in self.faults.hold:
@@ -262,39 +274,60 @@ class Run:
         self.nursery.start_soon(instance.run)
         return instance
 
-    async def reduce(self, vector: Tensor) -> Tensor:
-        """See :meth:`shoal.learning.peer.Round.reduce`."""
+    def open_exchange(self, round: int) -> Exchange:
+        """The exchange of ``round``. Raises :class:`ConfigError` when that is not the round we are in."""
+        if self.exchange is None or round != self.round_now or self._instance is None:
+            raise ConfigError(f"round {round} is not open: reduce within the loop over peer.rounds()")
+        return self.exchange
+
+    async def agree(self, given: Contribution) -> Tensor:
+        """The committed mean of this round (fp32, 1-D), our contribution among those of the others.
+
+        Raises :class:`OutOfStep` when it cannot be had any more.
+        """
         assert self._instance is not None
-        tally = self._peer.tally
-        self._trained = self.host.now()
-        self._worked = self._trained - self._round_began
-        if self.round_now in self.faults.spoil:
-            vector = vector * math.nan
-        why = await self.host.run_blocking(exact.check_finite, vector, self.layout.name_at)
-        if why is not None:
-            self.emit("convene", "refused", self.me, f"our own contribution is not sent: {why}")
-            if not self._peer.shares_optimizer:
-                self.trainer.reset_optimizer()
+        tally = self._given = self._peer.tally
+        # What is trained from here on belongs to the next round's contribution.
+        self._peer.tally = Tally()
         weight = 1 if self.time_budget is None else tally.samples
-        instance = self._instance
         while True:
-            contribution = None if why is not None or not tally.samples else vector
-            instance.begin(
-                contribution, tally.samples, weight, vector.numel(), why or "" if tally.samples else "no samples"
-            )
+            instance = self._instance
+            why = given.why or ("" if tally.samples else "no samples")
+            vector = None if why else given.vector
+            instance.begin(vector, tally.samples, weight, given.length, why, None if why else given.filling)
             await self._until_decided(instance)
             if instance.commit is not None:
                 break
             # A branch was formed: the same contribution goes into its first round.
             self.hub.drop(instance)
-            instance = self._instance = self._make_instance()
+            self._instance = self._make_instance()
         result = await instance.outcome()
         commit = instance.commit
-        if result is None or result.numel() != vector.numel():
+        if result is None or result.numel() != given.length:
             raise OutOfStep(f"the result of round {commit.record.round} cannot be had any more")
         plan = instance.voter.plan
         self._committed(commit.record.round, instance, instance.voter.attempt + (plan.epoch if plan else 0))
         return result
+
+    def training_over(self) -> None:
+        """The round's exchange begins."""
+        self._trained = self.host.now()
+        self._worked = self._trained - self._round_began
+
+    def withdrawn(self, given: Contribution, broken: bool) -> None:
+        """Our contribution is not sent, or taken back: ``given.why``. ``broken``: its numbers are not finite."""
+        self.emit("convene", "refused", self.me, f"our own contribution is not sent: {given.why}")
+        if broken and not self._peer.shares_optimizer:
+            self.trainer.reset_optimizer()
+        if self._instance is not None and self._instance.began is not None:
+            self._instance.withdraw(given.why)
+
+    @property
+    def patience(self) -> float:
+        """Seconds in which the rest of a contribution has to follow its beginning."""
+        assert self._instance is not None
+        pace = self._instance.setting.pace
+        return pace.scatter + pace.grace
 
     async def _until_decided(self, instance: Instance) -> None:
         async with trio.open_nursery() as nursery:
@@ -315,19 +348,21 @@ class Run:
     async def skip(self) -> None:
         """End a round without exchange."""
         self._trained = self.host.now()
-        self.membership.skipped(self._peer.tally.samples)
-        self._report(retries=0, voters=(self.me,), members=(self.me,), samples=self._peer.tally.samples, reason="local")
+        samples, self._peer.tally = self._peer.tally.samples, Tally()
+        self.membership.skipped(samples)
+        self._report(retries=0, voters=(self.me,), members=(self.me,), samples=samples, reason="local")
         await trio.lowlevel.checkpoint()
 
     def when_decided(self, then: Callable[[], None]) -> None:
-        """Call ``then`` once the present round is decided."""
+        """Call ``then`` once the present round is decided without us: before we began its exchange."""
         instance = self._instance
-        if instance is None:
+        if instance is None or instance.began is not None:
             return
 
         async def wait() -> None:
             await instance.decided.wait()
-            then()
+            if instance.began is None:
+                then()
 
         self.nursery.start_soon(wait)
 
@@ -394,6 +429,9 @@ class Run:
         self._pending_report = report
 
     def _close_instance(self) -> None:
+        if self.exchange is not None:
+            self.exchange.close("this peer left it")
+            self.exchange = None
         if self._instance is not None and self._instance.commit is None:
             self.hub.drop(self._instance)
         self._instance = None
@@ -432,7 +470,7 @@ class Run:
             reason=self._why(voter.told(self.host.now(), self.reason) if voter is not None else self.reason),
             leader=voter.leader().text if voter is not None else "",
             members=tuple(peer.text for peer in self.membership.members()) if head is not None else (),
-            samples=self._peer.tally.samples,
+            samples=(self._given or self._peer.tally).samples,
             total_samples=record.total if record is not None else 0,
             loss=self._loss,
             metric_name=self._metric_name,
