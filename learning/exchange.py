@@ -275,6 +275,7 @@ class Exchange:
             handle._end(error=error)
             self._withdraw(f"the tensors could not be read: {error}")
         finally:
+            steps.close()
             handle._copy = None
 
     def _namer(self, handle: Reducing[Any]) -> Callable[[int], str]:

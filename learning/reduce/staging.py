@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeAlias
 
@@ -69,7 +69,7 @@ class CudaStreams(Streams):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def follow(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -79,7 +79,7 @@ class CudaStreams(Streams):
 
     def mark(self) -> Callable[[], None]:
         # Spinning would take the core from the event loop, which moves the bytes of the bucket before.
-        event = torch.cuda.Event(blocking=True)
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return event.synchronize
 
@@ -264,6 +264,7 @@ class Copy:
     def __init__(self, direction: Direction, pairs: Sequence[Pair], lane_for: LaneFor = lane) -> None:
         self._direction: Direction = direction
         self._pairs = [(tensor.detach(), host.detach().view(-1)) for tensor, host in pairs]
+        self._indirect: list[Pair] = []
         self._lanes: dict[torch.device, Lane] = {}
         for tensor, _ in self._pairs:
             if tensor.device not in self._lanes:
@@ -271,7 +272,7 @@ class Copy:
         for used in self._lanes.values():
             used.follow()
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Generator[int, None, None]:
         waiting: deque[tuple[int, Callable[[], None]]] = deque()
         depth, arrived = 1, 0
         try:
@@ -299,7 +300,6 @@ class Copy:
         deque(self, maxlen=0)
 
     def _buckets(self) -> Iterator[tuple[torch.device, list[Part]]]:
-        self._indirect: list[Pair] = []
         parts: list[Part] = []
         room, device = defaults.BUCKET, torch.device("cpu")
         for tensor, host in self._pairs:

@@ -445,7 +445,8 @@ class Leader:
         note = Note(self.phase if self.phase != "propose" else "commit", "refused", message.reason, sender)
         if self.phase == "propose":
             return [note, *self._maybe_commit(now)]
-        if self._owns(sender) and self.phase in ("scatter", "gather"):
+        gives = self.phase == "scatter" and self.plan is not None and sender in self.plan.members
+        if gives or (self._owns(sender) and self.phase in ("scatter", "gather")):
             return [note, *self._replan(now, (sender,), f"{sender.short} refuses: {message.reason}")]
         return [note]
 
