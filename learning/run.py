@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import attrs
 import trio
 from torch import Tensor
 
@@ -23,35 +22,26 @@ from .chain import Chain
 from .checkpoints import Keeper, Keeping, write_model
 from .events import Event, RoundReport, RunStatus
 from .exchange import Contribution, Exchange
+from .faults import Faults, turn_bit
 from .gossip import Gossip
 from .membership import Membership
 from .peer import OutOfStep, Peer, Round, Tally, Trainer
+from .placing import setting_of
 from .rounds.actions import Note
 from .rounds.hub import Hub
 from .rounds.instance import Instance
-from .rounds.messages import Accepted
-from .rounds.pace import pace
 from .rounds.post import Post
 from .rounds.presence import Presence
-from .rounds.setting import Setting
 from .shard import Shard
 from .snapshots import Snapshot, Snapshots
 from .spec import SignedSpec
 from .state import Layout
-from .store import Head, RunStore, Vote
+from .store import Head, RunStore
 from .strategies import resolve as resolve_strategy
 from .task import Task, compare_signatures, metric_name, score, signature
 from .worker import Worker
 
 log = logging.getLogger(__name__)
-
-
-@attrs.frozen
-class Faults:
-    """Fault injection for simulations and tests: stop for ever at ``(round, phase)``, after saying so with an event."""
-
-    hold: tuple[tuple[int, str], ...] = ()
-    spoil: tuple[int, ...] = ()  # rounds in which our contribution is NaN
 
 
 class Run:
@@ -109,6 +99,7 @@ class Run:
         self.exchange: Exchange | None = None
         #: What was trained for the contribution of the round that is exchanged.
         self._given: Tally | None = None
+        self._flipped: dict[int, None] = {}
         self._strategy_scope = trio.CancelScope()
         self._metric: float | None = None
         self._metric_name = metric_name(task, {})
@@ -237,38 +228,15 @@ class Run:
         self.note(Note("train", "begin"))
         if (place.round, "train") in self.faults.hold:
             await trio.sleep_forever()
+        if place.round in self.faults.flip and place.round not in self._flipped:
+            self._flipped[place.round] = None
+            weights = await self.trainer.weights()
+            turn_bit(weights, int.from_bytes(self.me.key[:4], "big"))
+            await self.trainer.load(weights)
         return Round(self, place.round)
 
     def _make_instance(self) -> Instance:
-        place = self.membership.placed
-        assert place.key is not None
-        vote = self.store.load_vote(place.key)
-        key = place.key
-
-        def save(promised: int, accepted: Accepted | None) -> None:
-            self.store.save_vote(Vote(key, promised, accepted))
-
-        setting = Setting(
-            key=key,
-            round=place.round,
-            prev=place.prev,
-            voters=place.voters,
-            terms=self.membership.terms(),
-            pace=pace(
-                self.endpoint,
-                place.voters,
-                4 * self.layout.size,
-                self._worked,
-                self.membership.loading(),
-                self._snapshots.size,
-            ),
-            check=self.membership.check,
-            max_length=defaults.VECTORS_PER_ROUND * self.layout.size,
-            save=save,
-            stored=(vote.promised, vote.accepted) if vote is not None else None,
-            note=self.note,
-            hold=lambda phase: (place.round, phase) in self.faults.hold,
-        )
+        setting = setting_of(self, self._worked, self._snapshots.size)
         instance = Instance(self.endpoint, self.post, setting, self.presence.lost, self.hub.memory)
         self.hub.add(instance)
         self.nursery.start_soon(instance.run)
@@ -301,8 +269,9 @@ class Run:
             # A branch was formed: the same contribution goes into its first round.
             self.hub.drop(instance)
             self._instance = self._make_instance()
-        result = await instance.outcome()
         commit = instance.commit
+        await self.membership.confirm(commit.record)
+        result = await instance.outcome()
         if result is None or result.numel() != given.length:
             raise OutOfStep(f"the result of round {commit.record.round} cannot be had any more")
         plan = instance.voter.plan

@@ -71,6 +71,12 @@ def contributors(ready: Mapping[PeerId, Ready]) -> tuple[tuple[PeerId, ...], int
     return members, length, f"; without a contribution: {named}" if others else ""
 
 
+def never_decided(voters: Sequence[PeerId], promises: Mapping[PeerId, object], needed: int) -> bool:
+    """Whether so many voters have promised without ever having accepted a value that no value can have been decided."""
+    blank = sum(promise is None for promise in promises.values())
+    return len(voters) - blank < needed
+
+
 def may_abandon(
     voters: Sequence[PeerId],
     ready: Collection[PeerId],

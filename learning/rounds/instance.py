@@ -299,6 +299,7 @@ class Instance:
             terms=self.setting.terms,
             now=self._host.now(),
             lost=self.voter.lost,
+            unfit=self.setting.check,
         )
 
     def _carry_out(self, action: Action) -> None:

@@ -14,12 +14,14 @@ slice, the others fetch it there. The leader is replaced like anybody: see :mod:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import attrs
 
 from ...transport.identity import Identity, PeerId
 from ..digest import choose_fingerprint
 from .actions import Action, Fingerprint, Note, Pace, Promise, Send
-from .decisions import may_abandon, may_begin, next_roster, proposal_of, roster_room, short
+from .decisions import may_abandon, may_begin, never_decided, next_roster, proposal_of, roster_room, short
 from .messages import (
     Accept,
     Accepted,
@@ -62,9 +64,12 @@ class Leader:
         terms: Terms,
         now: float,
         lost: dict[PeerId, str],
+        unfit: Callable[[CommitRecord], str | None] = lambda record: None,
     ) -> None:
+        """``unfit``: why we ourselves would refuse a record that somebody accepted; None when we would not."""
         self.key, self.round, self.voters, self.attempt = key, round, voters, attempt
         self.me, self._identity, self.pace, self._terms = identity.peer_id, identity, pace, terms
+        self._unfit = unfit
         self.needed = 1 if terms.gossip else quorum(len(voters))
         self.lost: dict[PeerId, str] = dict(lost)
         self.phase = "convene"
@@ -227,16 +232,19 @@ class Leader:
                 for p, a in promises.items()
                 if isinstance(a, Accepted) and a.record.digest == digest and self._ready[p].holds
             )
-            if not holders:
+            wrong = self._unfit(earlier.record)
+            if wrong is not None and never_decided(self.voters, promises, self.needed):
+                again = f"an earlier proposal is given up: {wrong}; "
+            elif not holders:
                 go, self._reason = may_abandon(
                     self.voters, self._ready, self.lost, self._terms.strict, now, self._grace_until
                 )
                 if not go:
                     return []
-                if self.attempt <= earlier.attempt:
-                    # One ballot never carries two values.
-                    return self._abort(now, self._reason)
                 again = self._reason + "; "
+            if again and self.attempt <= earlier.attempt:
+                # One ballot never carries two values.
+                return self._abort(now, again)
         if isinstance(earlier, Accepted) and not again:
             # The value may already be decided: propose it again, whoever accepted it holds the result.
             self.record = earlier.record
@@ -444,6 +452,9 @@ class Leader:
         self._refusals[sender] = message.reason
         note = Note(self.phase if self.phase != "propose" else "commit", "refused", message.reason, sender)
         if self.phase == "propose":
+            against = [peer for peer in self._refusals if peer not in self._accepts]
+            if len(self.voters) - len(against) < self.needed:
+                return [note, *self._abort(now, f"too many refuse: {message.reason}")]
             return [note, *self._maybe_commit(now)]
         gives = self.phase == "scatter" and self.plan is not None and sender in self.plan.members
         if gives or (self._owns(sender) and self.phase in ("scatter", "gather")):

@@ -1,0 +1,25 @@
+"""Faults that a run is asked to have, for simulations and tests."""
+
+from __future__ import annotations
+
+import attrs
+from torch import Tensor
+
+from .state import bytes_view
+
+
+@attrs.frozen
+class Faults:
+    """What goes wrong on this peer, by round."""
+
+    #: Stop for ever at ``(round, phase)``, after saying so with an event.
+    hold: tuple[tuple[int, str], ...] = ()
+    #: Rounds in which our contribution is NaN.
+    spoil: tuple[int, ...] = ()
+    #: Rounds at whose beginning a bit of the weights turns over in memory.
+    flip: tuple[int, ...] = ()
+
+
+def turn_bit(weights: Tensor, chance: int) -> None:
+    """Turn over one bit of an element that ``chance`` chooses, as memory without error correction may."""
+    bytes_view(weights)[4 * (chance % weights.numel()) + 2] ^= 0x40
