@@ -97,7 +97,7 @@ class Membership(ABC):
 
     @abstractmethod
     async def confirm(self, record: CommitRecord) -> None:
-        """A commit is there. Raises :class:`shoal.learning.peer.OutOfStep` if it goes on from another state than ours."""
+        """A commit is there. Raises :class:`shoal.learning.peer.OutOfStep` if it does not go on from our state."""
 
     @abstractmethod
     def committed(self, commit: Commit, voters: tuple[PeerId, ...]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import attrs
 import pytest
@@ -22,7 +24,7 @@ from shoal.transport.errors import ConfigError
 from shoal.transport.identity import PeerId
 from shoal.transport.memory import Route
 
-from ..sim.tiny import Pull
+from ..sim.tiny import Pull, target
 
 LATENCY = 0.02
 
@@ -439,3 +441,30 @@ def test_a_reduce_outside_of_a_round_is_refused(play: Play) -> None:
             await last.reduce(torch.zeros(3))
 
     play(script, rounds=1)
+
+
+# -- the examples of the documentation ---------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[2] / "docs" / "tensors.md"
+
+
+def example(name: str, strategy: str) -> Strategy:
+    found = re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert found is not None, f"{PAGE.name} has no example marked {name}"
+    names: dict[str, Any] = {"attrs": attrs, "Strategy": Strategy, "Peer": Peer}
+    exec(found.group(1), names)
+    made: Strategy = names[strategy](inner_steps=4)
+    return made
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("list", "Measured"), ("overlap", "InHalves")])
+def test_the_examples_of_the_page_train_a_swarm(
+    play: Play, name: str, strategy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = play(example(name, strategy).run, rounds=6)
+    targets = torch.stack([target(member.node.identity.peer_id.key) for member in world.live()])
+    weights = world.members[0].run.weights()
+    # Every peer pulls towards a target of its own; together they end at the middle of these.
+    assert (weights - targets.mean(0)).norm() < 0.1 * (targets[0] - targets.mean(0)).norm()
+    assert all(len(report.members) == 4 for report in world.members[0].run.reports)
+    assert ("round 6: peers moved by" in capsys.readouterr().out) == (name == "list")
