@@ -235,6 +235,12 @@ class Leader:
             wrong = self._unfit(earlier.record)
             if wrong is not None and never_decided(self.voters, promises, self.needed):
                 again = f"an earlier proposal is given up: {wrong}; "
+            elif (
+                wrong is not None
+                and not may_begin(self.voters, self._ready, self.lost, self.needed, now, self._grace_until)[0]
+            ):
+                # Most would refuse it again; those who have not promised yet may show that it binds nobody.
+                return []
             elif not holders:
                 go, self._reason = may_abandon(
                     self.voters, self._ready, self.lost, self._terms.strict, now, self._grace_until
