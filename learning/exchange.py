@@ -36,9 +36,10 @@ T = TypeVar("T", bound=Tensors)
 class Contribution:
     """What this peer brings into a round: ``vector`` (float32, CPU, ``(length,)``), as far as ``filling`` says.
 
-    ``why``: why it brings nothing; empty if it does.
+    ``at``: when it began, on the host's clock. ``why``: why it brings nothing; empty if it does.
     """
 
+    at: float
     length: int
     vector: Tensor | None
     filling: Filling
@@ -178,8 +179,7 @@ class Exchange:
             vector, filling = whole, Filling(self._length)
         else:
             vector, filling = empty_vector(self._length), Filling(self._length, 0)
-        self._contribution = Contribution(self._length, vector, filling)
-        self._run.training_over()
+        self._contribution = Contribution(self._host.now(), self._length, vector, filling)
         if not filling.full:
             self._prepare(first)
         self._run.nursery.start_soon(self._drive, first)

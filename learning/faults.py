@@ -20,6 +20,7 @@ class Faults:
     flip: tuple[int, ...] = ()
 
 
-def turn_bit(weights: Tensor, chance: int) -> None:
-    """Turn over one bit of an element that ``chance`` chooses, as memory without error correction may."""
-    bytes_view(weights)[4 * (chance % weights.numel()) + 2] ^= 0x40
+def with_a_bit_turned(weights: Tensor, key: bytes) -> Tensor:
+    """``weights``, in place, with one bit turned over as in memory without error correction; ``key`` chooses where."""
+    bytes_view(weights)[4 * (int.from_bytes(key[:4], "big") % weights.numel()) + 2] ^= 0x40
+    return weights

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import attrs
 import trio
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from .chain import Chain
 from .checkpoints import Keeper, Keeping, write_model
 from .events import Event, RoundReport, RunStatus
 from .exchange import Contribution, Exchange
-from .faults import Faults, turn_bit
+from .faults import Faults, with_a_bit_turned
 from .gossip import Gossip
 from .membership import Membership
 from .peer import OutOfStep, Peer, Round, Tally, Trainer
@@ -107,7 +108,7 @@ class Run:
         self._round_began = self._trained = self._worked = 0.0
         self._saved_at = -math.inf
         self._saving = trio.Lock()
-        self._pending_report: Callable[[float | None, str], RoundReport] | None = None
+        self._pending_report: RoundReport | None = None
 
     # -- life ---------------------------------------------------------------------------------------
 
@@ -197,7 +198,8 @@ class Run:
             self._metric, self._metric_name = score(self.task, values), metric_name(self.task, values)
         if self._pending_report is not None:
             await snapshot.ready.wait()
-            report = self._pending_report(self._metric if due else None, snapshot.digest.hex())
+            metric = self._metric if due else None
+            report = attrs.evolve(self._pending_report, metric=metric, digest=snapshot.digest.hex())
             self._pending_report = None
             self.reports = [*self.reports[-999:], report]
             self.emit("commit", "done", detail=report.reason)
@@ -230,9 +232,7 @@ class Run:
             await trio.sleep_forever()
         if place.round in self.faults.flip and place.round not in self._flipped:
             self._flipped[place.round] = None
-            weights = await self.trainer.weights()
-            turn_bit(weights, int.from_bytes(self.me.key[:4], "big"))
-            await self.trainer.load(weights)
+            await self.trainer.load(with_a_bit_turned(await self.trainer.weights(), self.me.key))
         return Round(self, place.round)
 
     def _make_instance(self) -> Instance:
@@ -254,6 +254,7 @@ class Run:
         Raises :class:`OutOfStep` when it cannot be had any more.
         """
         assert self._instance is not None
+        self._trained, self._worked = given.at, given.at - self._round_began
         tally = self._given = self._peer.tally
         # What is trained from here on belongs to the next round's contribution.
         self._peer.tally = Tally()
@@ -277,11 +278,6 @@ class Run:
         plan = instance.voter.plan
         self._committed(commit.record.round, instance, instance.voter.attempt + (plan.epoch if plan else 0))
         return result
-
-    def training_over(self) -> None:
-        """The round's exchange begins."""
-        self._trained = self.host.now()
-        self._worked = self._trained - self._round_began
 
     def withdrawn(self, given: Contribution, broken: bool) -> None:
         """Our contribution is not sent, or taken back: ``given.why``. ``broken``: its numbers are not finite."""
@@ -379,23 +375,20 @@ class Run:
         for peer in joined:
             self.emit("commit", "joined", PeerId.parse(peer))
 
-        def report(metric: float | None, digest: str) -> RoundReport:
-            return RoundReport(
-                round=round,
-                t=now - self._start,
-                wall_s=wall,
-                members=tuple(peer.text for peer in members),
-                retries=retries,
-                dropped=dropped,
-                joined=joined,
-                reason=reason,
-                samples=samples,
-                loss=loss,
-                metric=metric,
-                digest=digest,
-            )
-
-        self._pending_report = report
+        self._pending_report = RoundReport(
+            round=round,
+            t=now - self._start,
+            wall_s=wall,
+            members=tuple(peer.text for peer in members),
+            retries=retries,
+            dropped=dropped,
+            joined=joined,
+            reason=reason,
+            samples=samples,
+            loss=loss,
+            metric=None,
+            digest="",
+        )
 
     def _close_instance(self) -> None:
         if self.exchange is not None:

@@ -21,7 +21,9 @@ import attrs
 from ...transport.identity import Identity, PeerId
 from ..digest import choose_fingerprint
 from .actions import Action, Fingerprint, Note, Pace, Promise, Send
-from .decisions import may_abandon, may_begin, never_decided, next_roster, proposal_of, roster_room, short
+from .decisions import (
+    holding, may_abandon, may_begin, never_decided, next_roster, proposal_of, roster_room, shares, short,
+)  # fmt: skip
 from .messages import (
     Accept,
     Accepted,
@@ -221,44 +223,33 @@ class Leader:
         if self._grace_until is None and len(self._ready) >= self.needed:
             self._grace_until = now + self.pace.grace
             self._word = min(self._word, now)
+        go, reason = may_begin(self.voters, self._ready, self.lost, self.needed, now, self._grace_until)
         again = ""
-        holders: tuple[PeerId, ...] = ()
         if isinstance(earlier, Accepted):
             if len(self._ready) < self.needed:
                 return []
-            digest = earlier.record.digest
-            holders = tuple(
-                p
-                for p, a in promises.items()
-                if isinstance(a, Accepted) and a.record.digest == digest and self._ready[p].holds
-            )
+            holders = holding(self._ready, earlier)
             wrong = self._unfit(earlier.record)
             if wrong is not None and never_decided(self.voters, promises, self.needed):
                 again = f"an earlier proposal is given up: {wrong}; "
-            elif (
-                wrong is not None
-                and not may_begin(self.voters, self._ready, self.lost, self.needed, now, self._grace_until)[0]
-            ):
+            elif wrong is not None and not go:
                 # Most would refuse it again; those who have not promised yet may show that it binds nobody.
                 return []
             elif not holders:
-                go, self._reason = may_abandon(
+                give_up, self._reason = may_abandon(
                     self.voters, self._ready, self.lost, self._terms.strict, now, self._grace_until
                 )
-                if not go:
+                if not give_up:
                     return []
                 again = self._reason + "; "
-            if again and self.attempt <= earlier.attempt:
+            if not again:
+                # The value may already be decided: propose it again, whoever accepted it holds the result.
+                self.record = earlier.record
+                what = f"attempt {self.attempt} proposes the value of attempt {earlier.attempt}"
+                return [Note("commit", "repropose", what), *self._propose(now, holders)]
+            if self.attempt <= earlier.attempt:
                 # One ballot never carries two values.
                 return self._abort(now, again)
-        if isinstance(earlier, Accepted) and not again:
-            # The value may already be decided: propose it again, whoever accepted it holds the result.
-            self.record = earlier.record
-            note = Note(
-                "commit", "repropose", f"attempt {self.attempt} proposes the value of attempt {earlier.attempt}"
-            )
-            return [note, *self._propose(now, holders)]
-        go, reason = may_begin(self.voters, self._ready, self.lost, self.needed, now, self._grace_until)
         self._reason = reason = again + reason
         if not go:
             return []
@@ -393,13 +384,9 @@ class Leader:
         present = {v: None for v in self.voters if v not in self.lost}
         room = roster_room(len(full), self._terms.roster_limit)
         roster, why = next_roster(self.voters, present, self._terms.leaving(), self._terms.wishes(), room)
-        samples = dict(zip(plan.members, plan.samples, strict=True))
-        weights = dict(zip(plan.members, plan.weights, strict=True))
         members, nonces = self._frozen, tuple(self._progress[r].nonce for r in sorted(full))
-        kept = tuple(samples[m] for m in members), tuple(weights[m] for m in members)
-        self.record = self._terms.draft(
-            members, *kept, roster, nonces, f"{plan.reason}{left_out(members, self._late)}; roster {why}"
-        )
+        reason = f"{plan.reason}{left_out(members, self._late)}; roster {why}"
+        self.record = self._terms.draft(members, *shares(plan, members), roster, nonces, reason)
         self.phase, self._until = "seal", None
         algorithm, _ = choose_fingerprint([self._progress[r].algorithms for r in sorted(full)])
         message = Seal(self.key, plan.attempt, plan.epoch, nonces, algorithm)
@@ -458,8 +445,8 @@ class Leader:
         self._refusals[sender] = message.reason
         note = Note(self.phase if self.phase != "propose" else "commit", "refused", message.reason, sender)
         if self.phase == "propose":
-            against = [peer for peer in self._refusals if peer not in self._accepts]
-            if len(self.voters) - len(against) < self.needed:
+            against = sum(peer not in self._accepts for peer in self._refusals)
+            if len(self.voters) - against < self.needed:
                 return [note, *self._abort(now, f"too many refuse: {message.reason}")]
             return [note, *self._maybe_commit(now)]
         gives = self.phase == "scatter" and self.plan is not None and sender in self.plan.members
