@@ -117,17 +117,19 @@ def scale(source: Tensor, factor: float) -> Tensor:
     return scale_(source.clone(), factor)
 
 
-def check_finite(vector: Tensor, name_at: Callable[[int], str] | None = None) -> str | None:
+def check_finite(vector: Tensor, name_at: Callable[[int], str] | None = None, first_index: int = 0) -> str | None:
     """None when every value is finite, else a phrase naming the first that is not and how many there are.
 
     ``vector``: 1-D float32 on the CPU. ``name_at`` turns an index into the name of a parameter (``Layout.name_at``).
+    ``first_index``: that of the first value, for a vector that is part of a longer one.
     """
     array = _array(vector)
     if kernels.active.finite(array):
         return None
     wrong = np.flatnonzero(~np.isfinite(array))
     first = int(wrong[0])
-    where = f"at {first}" if name_at is None else f"at {first} ({name_at(first)})"
+    index = first_index + first
+    where = f"at {index}" if name_at is None else f"at {index} ({name_at(index)})"
     what = "NaN" if np.isnan(array[first]) else "infinity"
     return f"{what} {where}; {len(wrong)} of {len(array)} values are not finite"
 

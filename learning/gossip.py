@@ -195,6 +195,9 @@ class Gossip(Membership):
             return "members, samples and weights differ in number"
         return None
 
+    async def confirm(self, record: CommitRecord) -> None:
+        """Nothing: groups have no state in common."""
+
     def committed(self, commit: Commit, voters: tuple[PeerId, ...]) -> None:
         record = commit.record
         self.head = Head(record, commit.certificate, voters)

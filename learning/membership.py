@@ -96,6 +96,10 @@ class Membership(ABC):
         """What is wrong with a proposed record, None when we may accept it."""
 
     @abstractmethod
+    async def confirm(self, record: CommitRecord) -> None:
+        """A commit is there. Raises :class:`shoal.learning.peer.OutOfStep` if it does not go on from our state."""
+
+    @abstractmethod
     def committed(self, commit: Commit, voters: tuple[PeerId, ...]) -> None:
         """The placed round is decided."""
 

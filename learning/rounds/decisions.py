@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 
 from ...transport.identity import PeerId
-from .messages import Accepted, Ready, quorum
+from .messages import Accepted, Plan, Ready, quorum
 
 
 def candidates(prev: bytes, round: int, voters: Sequence[PeerId]) -> tuple[PeerId, ...]:
@@ -69,6 +69,19 @@ def contributors(ready: Mapping[PeerId, Ready]) -> tuple[tuple[PeerId, ...], int
     others = sorted(p for p in ready if p not in members)
     named = ", ".join(f"{p.short} ({ready[p].why[:100] or 'another length'})" for p in others[:4])
     return members, length, f"; without a contribution: {named}" if others else ""
+
+
+def shares(plan: Plan, members: Sequence[PeerId]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Samples and weights of some of the members of a plan, in the order of ``members``."""
+    samples = dict(zip(plan.members, plan.samples, strict=True))
+    weights = dict(zip(plan.members, plan.weights, strict=True))
+    return tuple(samples[m] for m in members), tuple(weights[m] for m in members)
+
+
+def never_decided(voters: Sequence[PeerId], promises: Mapping[PeerId, object], needed: int) -> bool:
+    """Whether so many voters have promised without ever having accepted a value that no value can have been decided."""
+    blank = sum(promise is None for promise in promises.values())
+    return len(voters) - blank < needed
 
 
 def may_abandon(

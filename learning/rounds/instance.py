@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import attrs
 import trio
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from ...transport.waiter import Waiter
 from ...transport.wire import printable
 from ..digest import local_fingerprints
 from ..reduce.buffers import Buffers
+from ..reduce.filling import Filling
 from ..reduce.measured import measured
 from ..reduce.memory import RoundMemory
 from .actions import (
@@ -142,14 +144,31 @@ class Instance:
         self.buffers.drop()
         self.results.drop()
 
-    def begin(self, vector: Tensor | None, samples: int, weight: int, length: int, why: str) -> None:
-        """Training is over: contribute ``vector`` (fp32, 1-D, finite), or nothing and say ``why``."""
+    def begin(
+        self, vector: Tensor | None, samples: int, weight: int, length: int, why: str, filling: Filling | None = None
+    ) -> None:
+        """Training is over: contribute ``vector`` (fp32, 1-D, finite), or nothing and say ``why``.
+
+        ``filling``: how much of the vector is there already; None for all of it.
+        """
         self.began = self._host.now()
         self.buffers.own = vector
+        filling = self.traffic.filling = Filling(length) if filling is None else filling
+        if not filling.full:
+            # All voters do as we do: what is still being computed is waited for like a straggler's training.
+            pace = self.setting.pace
+            self.voter.pace = attrs.evolve(pace, scatter=pace.scatter + pace.grace)
+            if self.leader is not None:
+                self.leader.pace = self.voter.pace
         rates = measured(self._endpoint, self.voters)
         gives, why = vector is not None, printable(why)
         offer = Ready(self.key, self.round, 0, gives, samples, weight, length, None, False, why, rates)
         self._feed(lambda: self.voter.begin(self._host.now(), offer))
+
+    def withdraw(self, why: str) -> None:
+        """What is missing of our vector will never come: the others go on without it, and need not wait."""
+        self.traffic.filling.fail(why)
+        self._feed(lambda: self.voter.withdraw(self._host.now(), printable(why)))
 
     async def outcome(self) -> Tensor | None:
         """The committed result (fp32, 1-D), waiting for the commit; None when no holder could give it any more."""
@@ -272,10 +291,11 @@ class Instance:
             voters=self.voters,
             attempt=attempt,
             identity=self._endpoint.identity,
-            pace=self.setting.pace,
+            pace=self.voter.pace,
             terms=self.setting.terms,
             now=self._host.now(),
             lost=self.voter.lost,
+            unfit=self.setting.check,
         )
 
     def _carry_out(self, action: Action) -> None:

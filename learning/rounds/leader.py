@@ -14,12 +14,24 @@ slice, the others fetch it there. The leader is replaced like anybody: see :mod:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import attrs
 
 from ...transport.identity import Identity, PeerId
 from ..digest import choose_fingerprint
 from .actions import Action, Fingerprint, Note, Pace, Promise, Send
-from .decisions import holders_of, may_abandon, may_begin, next_roster, proposal_of, roster_room, short
+from .decisions import (
+    holders_of,
+    may_abandon,
+    may_begin,
+    never_decided,
+    next_roster,
+    proposal_of,
+    roster_room,
+    shares,
+    short,
+)  # fmt: skip
 from .messages import (
     Accept,
     Accepted,
@@ -61,9 +73,12 @@ class Leader:
         terms: Terms,
         now: float,
         lost: dict[PeerId, str],
+        unfit: Callable[[CommitRecord], str | None] = lambda record: None,
     ) -> None:
+        """``unfit``: why we ourselves would refuse a record that somebody accepted; None when we would not."""
         self.key, self.round, self.voters, self.attempt = key, round, voters, attempt
         self.me, self._identity, self.pace, self._terms = identity.peer_id, identity, pace, terms
+        self._unfit = unfit
         self.needed = accepts_needed(len(voters), terms.gossip)
         self.lost: dict[PeerId, str] = dict(lost)
         self.phase = "convene"
@@ -216,33 +231,37 @@ class Leader:
         return actions
 
     def _maybe_begin(self, now: float) -> list[Action]:
-        earlier = proposal_of({peer: ready.accepted for peer, ready in self._ready.items()})
+        promises = {peer: ready.accepted for peer, ready in self._ready.items()}
+        earlier = proposal_of(promises)
         if self._grace_until is None and len(self._ready) >= self.needed:
             self._grace_until = now + self.pace.grace
             self._word = min(self._word, now)
-        again = ""
-        holders: tuple[PeerId, ...] = ()
+        until, again = self._grace_until, ""
+        go, reason = may_begin(self.voters, self._ready, self.lost, self.needed, now, until)
         if isinstance(earlier, Accepted):
             if len(self._ready) < self.needed:
                 return []
-            holders = holders_of(earlier, self._ready)
-            if not holders:
-                until = self._grace_until
-                go, self._reason = may_abandon(self.voters, self._ready, self.lost, self._terms.strict, now, until)
-                if not go:
+            holders, wrong = holders_of(earlier, self._ready), self._unfit(earlier.record)
+            if wrong is not None and never_decided(self.voters, promises, self.needed):
+                again = f"an earlier proposal is given up: {wrong}; "
+            elif wrong is not None and not go:
+                # Most would refuse it again; those who have not promised yet may show that it binds nobody.
+                return []
+            elif not holders:
+                give_up, self._reason = may_abandon(self.voters, self._ready, self.lost, self._terms.strict, now, until)
+                if not give_up:
                     return []
-                if self.attempt <= earlier.attempt:
-                    # One ballot never carries two values.
-                    return self._abort(now, self._reason)
                 again = self._reason + "; "
                 # Somebody out of reach may have ended the round with it.
                 self._branch = earlier.record.branch + (not self._terms.strict)
-        if isinstance(earlier, Accepted) and not again:
-            # The value may already be decided: propose it again, whoever accepted it holds the result.
-            self.record = earlier.record
-            note = Note("commit", "repropose", f"attempt {self.attempt}: the value of attempt {earlier.attempt} again")
-            return [note, *self._propose(now, holders)]
-        go, reason = may_begin(self.voters, self._ready, self.lost, self.needed, now, self._grace_until)
+            if not again:
+                # The value may already be decided: propose it again, whoever accepted it holds the result.
+                self.record = earlier.record
+                what = f"attempt {self.attempt}: the value of attempt {earlier.attempt} again"
+                return [Note("commit", "repropose", what), *self._propose(now, holders)]
+            if self.attempt <= earlier.attempt:
+                # One ballot never carries two values.
+                return self._abort(now, again)
         self._reason = reason = again + reason
         if not go:
             return []
@@ -380,12 +399,9 @@ class Leader:
         present = {v: None for v in self.voters if v not in self.lost}
         room = roster_room(len(full), self._terms.roster_limit)
         roster, why = next_roster(self.voters, present, self._terms.leaving(), self._terms.wishes(), room)
-        samples = dict(zip(plan.members, plan.samples, strict=True))
-        weights = dict(zip(plan.members, plan.weights, strict=True))
         members, nonces = self._frozen, tuple(self._progress[r].nonce for r in sorted(full))
-        kept = tuple(samples[m] for m in members), tuple(weights[m] for m in members)
         why = f"{plan.reason}{left_out(members, self._late)}; roster {why}"
-        record = self._terms.draft(members, *kept, roster, nonces, why)
+        record = self._terms.draft(members, *shares(plan, members), roster, nonces, why)
         self.record = record if self._branch is None else attrs.evolve(record, branch=self._branch)
         self.phase, self._until = "seal", None
         algorithm, _ = choose_fingerprint([self._progress[r].algorithms for r in sorted(full)])
@@ -444,8 +460,12 @@ class Leader:
         self._refusals[sender] = message.reason
         note = Note(self.phase if self.phase != "propose" else "commit", "refused", message.reason, sender)
         if self.phase == "propose":
+            against = sum(peer not in self._accepts for peer in self._refusals)
+            if len(self.voters) - against < self.needed:
+                return [note, *self._abort(now, f"too many refuse: {message.reason}")]
             return [note, *self._maybe_commit(now)]
-        if self._owns(sender) and self.phase in ("scatter", "gather"):
+        gives = self.phase == "scatter" and self.plan is not None and sender in self.plan.members
+        if gives or (self._owns(sender) and self.phase in ("scatter", "gather")):
             return [note, *self._replan(now, (sender,), f"{sender.short} refuses: {message.reason}")]
         return [note]
 

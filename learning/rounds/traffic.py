@@ -15,6 +15,7 @@ from ...transport.identity import PeerId
 from ...transport.rpc import Call
 from .. import exact
 from ..reduce.buffers import Buffers
+from ..reduce.filling import Filling
 from ..reduce.slices import Slice
 from ..state import bytes_view
 from .actions import Action, Combine, Note, Pull, Push, Share
@@ -50,16 +51,18 @@ class Traffic:
         self.me, self.key, self.round, self.voters = endpoint.peer_id, setting.key, setting.round, setting.voters
         self.buffers, self.results = buffers, results
         self._passes, self._post, self._feed, self._generation_due = passes, post, feed, generation_due
+        #: How far our own contribution is there.
+        self.filling = Filling(0)
         #: Whose contributions were refused here, and why.
         self.refused: dict[PeerId, str] = {}
 
     def start(self, nursery: trio.Nursery, action: Push | Combine | Share | Pull) -> None:
         """Carry ``action`` out in a task of ``nursery``; what is ours already needs none."""
         match action:
+            case Push() if action.owner == self.me and self.filling.ready >= action.stop:
+                self._keep_own(action)
             case Push() if action.owner == self.me:
-                if self.buffers.own is not None:
-                    self.buffers.keep_own(self.me, action.start, action.stop)
-                    self._feed(lambda: self.voter.slice_received(self._host.now(), self.me, action.start, action.stop))
+                nursery.start_soon(self._keep_own_later, action)
             case Push():
                 nursery.start_soon(self._push, action)
             case Combine():
@@ -69,7 +72,26 @@ class Traffic:
             case Pull():
                 nursery.start_soon(self._pull, action)
 
+    def _keep_own(self, action: Push) -> None:
+        if self.buffers.own is not None:
+            self.buffers.keep_own(self.me, action.start, action.stop)
+            self._feed(lambda: self.voter.slice_received(self._host.now(), self.me, action.start, action.stop))
+
+    async def _keep_own_later(self, action: Push) -> None:
+        if await self._filled(action):
+            self._keep_own(action)
+
+    async def _filled(self, action: Push) -> bool:
+        """Wait until the range is there. When it is not in time, a later plan may ask for it again."""
+        with trio.move_on_after(self.voter.pace.scatter):
+            if await self.filling.wait(action.stop):
+                return True
+        self._feed(lambda: self.voter.push_failed(self._host.now(), action.owner, action.start, action.stop))
+        return False
+
     async def _push(self, action: Push) -> None:
+        if not await self._filled(action):
+            return
         own = self.buffers.own
         if own is None:
             return

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import attrs
+
 from ...transport.identity import Identity, PeerId
 from ..reduce.slices import covers
 from .actions import Action, Combine, Done, Note, Pace, Persist, Prepare, Pull, Push, Send, Share, Verify
@@ -105,6 +107,18 @@ class Voter:
         if self.leader() in self.lost:
             return [Note("convene", "begin"), *self._advance(now, "the leader is lost")]
         return [Note("convene", "begin"), *self._ready(now)]
+
+    def withdraw(self, now: float, why: str) -> list[Action]:
+        """We offered a contribution that we do not have after all; what owners hold of it is of no use to them."""
+        plan, offer = self.plan, self.offer
+        if self.decided or offer is None or not offer.contributes:
+            return []
+        self.offer = attrs.evolve(offer, contributes=False, why=why)
+        if plan is None or plan.attempt != self.attempt:
+            return self._ready(now, again=True)
+        if self.frozen is not None or self.me not in plan.members:
+            return []
+        return [Send(self.leader(), Reject(self.key, plan.attempt, self.promised, why[:200]))]
 
     def slice_received(self, now: float, contributor: PeerId, start: int, stop: int) -> list[Action]:
         """We hold ``contributor``'s elements ``start..stop`` in full."""
