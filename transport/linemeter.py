@@ -90,7 +90,7 @@ class Direction:
     def path(self, peer: PeerId, now: float) -> float | None:
         """Bytes per second of the path to ``peer`` where it is known to be slower than the line; None otherwise.
 
-        The median of its recent windows, of two at least: in one its bulk may have ended half-way, or others' just have.
+        The median of its recent windows, of two at least: in one its bulk may have ended half-way, or that of others.
         """
         rates = sorted(rate for at, rate in self._paths.get(peer, ()) if now - at < defaults.LINE_MEMORY)
         return rates[len(rates) // 2] if len(rates) > 1 else None

@@ -84,7 +84,7 @@ class Mesh:
 
     @classmethod
     def of(cls, peers: Sequence[PeerId], reports: Mapping[PeerId, Rates]) -> Mesh | None:
-        """None when less than half of ``peers`` have measured their uplinks: one slow one says little about the others."""
+        """None when less than half of ``peers`` have measured their uplinks: a few say little about the others."""
         found = [reports.get(peer, NOTHING) for peer in peers]
         measured = sorted(report.up for report in found if report.up)
         if 2 * len(measured) < len(peers):

@@ -215,7 +215,7 @@ class Leader:
         earlier = proposal_of(promises)
         if self._grace_until is None and len(self._ready) >= self.needed:
             self._grace_until = now + self.pace.grace
-            self._word = min(self._word, now)
+            self._word = min(self._word, now + self.pace.grace / 8)
         again = ""
         holders: tuple[PeerId, ...] = ()
         if isinstance(earlier, Accepted):
