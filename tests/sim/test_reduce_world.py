@@ -6,6 +6,7 @@ from functools import partial
 
 import trio
 
+from shoal.learning.rounds.decisions import told
 from shoal.sim.determinism import run_virtual
 from shoal.sim.reduce_world import ReduceScenario, ReduceWorld, RoundResult, optimum, reduce_rounds
 
@@ -49,7 +50,6 @@ def rounds(scenario: ReduceScenario, before_second: object = None) -> tuple[Redu
 
 def test_a_member_that_becomes_a_trickle_is_left_out_within_its_deadline_and_told() -> None:
     scenario = ReduceScenario((6.25e6,) * 5, 8 << 20, rounds=2)
-    seen: list[str] = []
 
     def throttle(world: ReduceWorld) -> None:
         world.network.set_uplink("peer3", 6.25e4)
@@ -64,7 +64,6 @@ def test_a_member_that_becomes_a_trickle_is_left_out_within_its_deadline_and_tol
     assert late.median < 3 * clean.median + 8.0 + 16 * 0.08
     notes = [note for _, note in world.peers[3].notes if note.what == "left-out"]
     assert (notes and name in notes[-1].detail) or "in time" in notes[0].detail
-    del seen
 
 
 def test_a_member_known_to_be_a_trickle_is_not_waited_for_at_all() -> None:
@@ -84,12 +83,13 @@ def test_a_member_whose_loop_lags_by_half_a_second_is_waited_for() -> None:
 
 def test_a_member_that_is_not_ready_is_told_when_the_round_begins_without_it() -> None:
     scenario = ReduceScenario((6.25e6,) * 5, 1 << 20, rounds=1, late={3: 30.0})
-    told: list[tuple[float, str]] = []
+    said: list[str] = []
 
     async def watch(world: ReduceWorld) -> None:
         voter = world.peers[3].instance.voter if world.peers[3].instance is not None else None
         while voter is not None and not voter.decided:
-            told.append((trio.current_time(), voter.told(trio.current_time(), "training")))
+            now = trio.current_time()
+            said.append(told(now, voter.due, voter.reason, "training" if voter.offer is None else None))
             await trio.sleep(0.25)
 
     async def main() -> RoundResult:
@@ -104,7 +104,7 @@ def test_a_member_that_is_not_ready_is_told_when_the_round_begins_without_it() -
     result = run_virtual(main, seed=0)
     assert result.members == (0, 1, 2, 4)
     assert "the time for stragglers is over" in result.reason
-    assert any("the round begins without us in 2." in text for _, text in told)
+    assert any("the round begins without us in 2." in text for text in said)
 
 
 async def _soon(then: object) -> None:
