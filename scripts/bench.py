@@ -56,6 +56,12 @@ Calls of 1 KiB that are answered with what they brought, one at a time and more 
 Beside Shoal: an echo over plain TCP of trio, grpc.aio without encryption, hivemind's p2pd, py-libp2p (Noise, yamux).
 """
 
+TOPOLOGY = """\
+Seconds that the planner predicts for 64 MiB over random meshes of peers with 12.5 MB/s (unless equal: a quarter to four
+times that) and paths of 40 ms: equal and sized butterflies, rings in the order of the shortest tour and of the fastest
+slowest path. How often each is best, and what the planner would pick if rings could be executed. Nothing is sent.
+"""
+
 HANDSHAKE = """\
 A new connection, the handshake, one small exchange, the end; one after the other and several at once. Then with a new
 identity each time, which only Shoal is asked for.
@@ -171,6 +177,10 @@ def arguments() -> argparse.ArgumentParser:
     eight.add_argument("--holders", type=numbers, default=(1, 3), metavar="N,…", help="holders (default: 1,3)")
     nine = commands.add_parser("codecs", help="codecs and kernels", description=CODECS, formatter_class=shape)
     nine.add_argument("--elements", type=int, default=8 << 20, metavar="N", help="of the vector (default: 8388608)")
+    ten = commands.add_parser(
+        "topology", help="schedules over random meshes, predicted", description=TOPOLOGY, formatter_class=shape
+    )
+    ten.add_argument("--seed", type=int, default=0, metavar="S", help="of the meshes (default: 0)")
     for command in (two, three, four, five):
         command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
         command.add_argument(
@@ -183,7 +193,7 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument(
             "--time", type=float, default=0.5, metavar="S", help="seconds of one run, about (default: 0.5)"
         )
-    for command in (one, two, three, four, five, six, seven, eight, nine):
+    for command in (one, two, three, four, five, six, seven, eight, nine, ten):
         runs = 3 if command in (five, six) else 9
         command.add_argument(
             "--runs", type=int, default=runs, metavar="N", help=f"counted runs per case (default: {runs})"
@@ -209,7 +219,7 @@ def main() -> int:
         arguments().error("--runs must be at least 1")
     # Imported late, so that --help answers at once.
     import trio
-    from benchmarks import allreduce, blobs, codecs, dht, handshake, idle, link, rpc, webrtc
+    from benchmarks import allreduce, blobs, codecs, dht, handshake, idle, link, rpc, topology, webrtc
     from benchmarks.processes import ChildFailed
 
     run = {
@@ -222,6 +232,7 @@ def main() -> int:
         "dht": dht.run,
         "blobs": blobs.run,
         "codecs": codecs.run,
+        "topology": topology.run,
     }[options.command]
     code = 0
     try:

@@ -235,7 +235,7 @@ class Leader:
         earlier = proposal_of(promises)
         if self._grace_until is None and len(self._ready) >= self.needed:
             self._grace_until = now + self.pace.grace
-            self._word = min(self._word, now)
+            self._word = min(self._word, now + self.pace.grace / 8)
         until, again = self._grace_until, ""
         go, reason = may_begin(self.voters, self._ready, self.lost, self.needed, now, until)
         if isinstance(earlier, Accepted):

@@ -77,18 +77,20 @@ def next_plan(
 def freeze(plan: Plan, held: Mapping[PeerId, Sequence[PeerId]]) -> tuple[tuple[PeerId, ...], tuple[PeerId, ...], str]:
     """Once all owners have said whose slices they hold: (members to freeze, owners to go on without, why).
 
-    An owner that lacks most members is what is slow, not they. A member that is late for others sends as slowly what
-    it owns, for which everybody would wait in the next phase. Either is gone without before the others are frozen.
+    An owner that lacks most members is what is slow, not they. A member that is late for most owners sends as slowly
+    what it owns, for which everybody would wait in the next phase. Either is gone without before the others are frozen.
+    A member that only some owners lack is just left out.
     """
     owners = tuple(dict.fromkeys(piece.owner for piece in plan.slices))
     deaf = tuple(o for o in owners if 2 * sum(m in held[o] for m in plan.members) < len(plan.members))
     if deaf and len(deaf) < len(owners):
         return (), deaf, f"too little reaches owner {short(deaf)} in time"
     frozen = tuple(m for m in plan.members if all(m in held[o] for o in owners))
-    late = tuple(m for m in plan.members if m not in frozen)
-    slow = tuple(o for o in owners if o in late)
+    slow = tuple(
+        m for m in owners if m not in frozen and 2 * sum(m in held[o] for o in owners if o != m) < len(owners) - 1
+    )
     if slow and len(slow) < len(owners) and frozen:
-        return frozen, late, f"late: {short(late)}"
+        return frozen, slow, f"late: {short(slow)}"
     return frozen, (), ""
 
 

@@ -276,13 +276,6 @@ class Voter:
             times.append(self._phase_until)
         return min(times)
 
-    def told(self, now: float, training: str) -> str:
-        """For people: what the round waits for, and how long, as its leader says; ``training`` before we are ready."""
-        left = self.due - now if self.due is not None else 0.0
-        if self.offer is None:
-            return f"{training}; the round begins without us in {left:.1f} s: {self.reason}" if left > 0 else training
-        return f"{self.reason}; {left:.1f} s left for those who are late" if left > 0 else self.reason
-
     # -- inside -------------------------------------------------------------------------------------
 
     def _patience(self) -> float:
