@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..transport.errors import ConfigError, ShoalError
 from . import defaults, exact
+from .reduce.coding import PLAIN, Coding, Feedback
 from .reduce.filling import Filling
 from .reduce.staging import Copy
 from .reduce.tensors import Bundle, Tensors, empty_vector
@@ -37,6 +38,7 @@ class Contribution:
     """What this peer brings into a round: ``vector`` (float32, CPU, ``(length,)``), as far as ``filling`` says.
 
     ``at``: when it began, on the host's clock. ``why``: why it brings nothing; empty if it does.
+    ``coding``: how it travels.
     """
 
     at: float
@@ -44,6 +46,7 @@ class Contribution:
     vector: Tensor | None
     filling: Filling
     why: str = ""
+    coding: Coding = PLAIN
 
 
 class Reducing(Generic[T]):
@@ -102,6 +105,7 @@ class Exchange:
         self._limit = defaults.VECTORS_PER_ROUND * run.layout.size
         self._handles: list[Reducing[Any]] = []
         self._given = self._length = 0
+        self._coding = PLAIN
         self._contribution: Contribution | None = None
         self._queue_in, self._queue = trio.open_memory_channel[Reducing[Any]](math.inf)
         self._decided = trio.Event()
@@ -112,7 +116,9 @@ class Exchange:
 
     # -- what a round calls -------------------------------------------------------------------------
 
-    def submit(self, tensors: T, of: int | None, out: T | None) -> Reducing[T]:
+    def submit(
+        self, tensors: T, of: int | None, out: T | None, codec: str | None = None, feedback: Feedback | None = None
+    ) -> Reducing[T]:
         """See :meth:`shoal.learning.peer.Round.reduce_async`."""
         if self._closed:
             raise ConfigError(f"round {self._round} is over ({self._closed}): reduce in the round that is open now")
@@ -128,6 +134,10 @@ class Exchange:
                 )
         elif of is not None and of != self._length:
             raise ConfigError(f"of={of}: the first reduce of round {self._round} said {self._length}")
+        if first:
+            self._coding = Coding.of(codec or self._run.spec.codec, feedback)
+        elif feedback is not None or codec not in (None, self._coding.codec.name):
+            raise ConfigError(f"one codec for all reduces of a round: the first of round {self._round} chose it")
         after = self._given + bundle.size
         if after > self._length:
             hint = "; say of= in the first one to have several" if first or self._given == self._length else ""
@@ -179,7 +189,7 @@ class Exchange:
             vector, filling = whole, Filling(self._length)
         else:
             vector, filling = empty_vector(self._length), Filling(self._length, 0)
-        self._contribution = Contribution(self._host.now(), self._length, vector, filling)
+        self._contribution = Contribution(self._host.now(), self._length, vector, filling, coding=self._coding)
         if not filling.full:
             self._prepare(first)
         self._run.nursery.start_soon(self._drive, first)

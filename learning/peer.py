@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..transport.errors import ConfigError, RemoteError
 from .exchange import Reducing
+from .reduce.coding import Feedback
 from .reduce.tensors import Tensors
 from .shard import Shard
 from .worker import TrainResult
@@ -177,27 +178,38 @@ class Round:
     def __init__(self, run: Run, index: int) -> None:
         self._run, self.index = run, index
 
-    async def reduce(self, tensors: T, *, out: T | None = None) -> T:
+    async def reduce(
+        self, tensors: T, *, out: T | None = None, codec: str | None = None, feedback: Feedback | None = None
+    ) -> T:
         """The mean over the members of this round of what each of them gives: the same bits on every member.
 
         ``tensors``: one tensor, or a list, tuple or dict of them, float32, float16 or bfloat16, of any shapes and
         strides, on any devices. The result has the same structure, shapes, dtypes and devices; the mean is taken in
         float32 and rounded once. ``out``: tensors to write the result to (``out=tensors`` for in place) and to return.
         Without it, float32 results on the CPU are views of memory from which late members are served: do not write to
-        them.
+        them. ``codec``: how it travels there and back, instead of as the run says (``fp32``, ``fp16``, ``bf16``,
+        ``int8``, ``e3m0``, ``topk:SHARE``: docs/codecs.md); ``feedback``: what keeps this peer's error of coding.
 
-        All members must give tensors of the same sizes in the same order. Waits for the commit. Tensors that are not
+        All members must give tensors of the same sizes in the same order, with the same codec. Waits for the commit. Tensors that are not
         finite are not sent; the mean is then over the others. Cancelled, the round goes on without the result. Raises
         :class:`ConfigError` for what cannot be reduced, :class:`OutOfStep` when the result cannot be had any more.
         """
-        handle = self.reduce_async(tensors, out=out)
+        handle = self.reduce_async(tensors, out=out, codec=codec, feedback=feedback)
         try:
             return await handle
         except trio.Cancelled:
             handle.cancel()
             raise
 
-    def reduce_async(self, tensors: T, *, of: int | None = None, out: T | None = None) -> Reducing[T]:
+    def reduce_async(
+        self,
+        tensors: T,
+        *,
+        of: int | None = None,
+        out: T | None = None,
+        codec: str | None = None,
+        feedback: Feedback | None = None,
+    ) -> Reducing[T]:
         """:meth:`reduce` that begins at once and does not wait: await what it returns, before the next round.
 
         Neither ``tensors`` nor ``out`` may be written to, nor ``out`` read, until then.
@@ -205,9 +217,9 @@ class Round:
         Several reduces of a round share one membership and are done together, at its commit. The first one begins the
         round: it has to say how many elements all of them have together (``of``), and what it brings travels while the
         others are still being computed. They have to follow within about the time that training took. Samples trained
-        after the first one count for the next round.
+        after the first one count for the next round. ``codec`` and ``feedback`` are those of the first.
         """
-        return self._run.open_exchange(self.index).submit(tensors, of, out)
+        return self._run.open_exchange(self.index).submit(tensors, of, out, codec, feedback)
 
     async def skip(self) -> None:
         """End the round without any exchange."""

@@ -28,6 +28,7 @@ from .gossip import Gossip
 from .membership import Membership
 from .peer import OutOfStep, Peer, Round, Tally, Trainer
 from .placing import setting_of
+from .reduce.codecs import resolve as resolve_codec
 from .rounds.actions import Note
 from .rounds.decisions import told
 from .rounds.hub import Hub
@@ -79,6 +80,7 @@ class Run:
         self.task, self.store, self.time_budget, self.bootstrap = task, store, time_budget, bootstrap
         self.faults, self.origin = faults or Faults(), origin
         self.strategy = resolve_strategy(self.spec.strategy, dict(self.spec.strategy_args))
+        resolve_codec(self.spec.codec)
         self._on_event, self._evaluate_every = on_event, evaluate_every
         self._start = self.host.now()
         alone = Shard(self.spec.seed, self.me.key, 0, 0, 1)
@@ -264,7 +266,8 @@ class Run:
             instance = self._instance
             why = given.why or ("" if tally.samples else "no samples")
             vector = None if why else given.vector
-            instance.begin(vector, tally.samples, weight, given.length, why, None if why else given.filling)
+            filling = None if why else given.filling
+            instance.begin(vector, tally.samples, weight, given.length, why, filling, given.coding)
             await self._until_decided(instance)
             if instance.commit is not None:
                 break
@@ -272,6 +275,7 @@ class Run:
             self.hub.drop(instance)
             self._instance = self._make_instance()
         commit = instance.commit
+        given.coding.settle(self.me in commit.record.members)
         await self.membership.confirm(commit.record)
         result = await instance.outcome()
         if result is None or result.numel() != given.length:

@@ -40,7 +40,7 @@ class RunSpec:
     difference is a warning). ``strategy_args``: ``(name, value)`` pairs. ``group``: peers in one group
     reduce, 0 for all of them. ``min_peers``: rounds begin once the roster has this many. ``rounds``: 0
     for endless. ``created``: Unix seconds. ``origin``: digest of the state that it begins with, empty for the founder's
-    fresh model.
+    fresh model. ``codec``: how contributions and results of rounds travel, where a strategy says nothing else.
     """
 
     task: str
@@ -56,6 +56,7 @@ class RunSpec:
     founder: PeerId
     created: float
     origin: bytes = b""
+    codec: str = "fp32"
 
 
 @attrs.frozen

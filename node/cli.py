@@ -251,6 +251,11 @@ def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     run.add_argument("--min-peers", type=positive, metavar="N", help="begin once N peers are there (default 1)")
     run.add_argument("--group", type=count, metavar="N", help="peers in one group reduce (default 0: all of them)")
+    run.add_argument(
+        "--codec", metavar="NAME",
+        help="how what is exchanged travels: fp32 (default), fp16, bf16, int8 (a quarter of the bytes), e3m0 (an "
+        "eighth), topk:SHARE",
+    )  # fmt: skip
     run.add_argument("--seed", type=count, metavar="N", help="seed of the split of the data (default 0)")
     run.add_argument(
         "--private", metavar="KEYFILE", nargs="?", const="",

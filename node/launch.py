@@ -172,6 +172,7 @@ def conflicts(options: argparse.Namespace, spec: RunSpec, record: NodeRecord) ->
         ("--rounds", options.rounds, spec.rounds),
         ("--min-peers", options.min_peers, spec.min_peers),
         ("--group", options.group, spec.group),
+        ("--codec", options.codec, spec.codec),
         ("--seed", options.seed, spec.seed),
     ]
     args = dict(spec.strategy_args)
@@ -212,6 +213,7 @@ def _run(
             strategy_args=tuple(sorted(dict(options.strategy_args).items())),
             mode=options.mode or "available",
             group=options.group or 0,
+            codec=options.codec or "fp32",
             min_peers=options.min_peers or 1,
             rounds=options.rounds or 0,
             seed=options.seed or 0,

@@ -15,6 +15,7 @@ from ..learning.checkpoints import Keeping, read_model
 from ..learning.events import Event, RoundReport, RunStatus
 from ..learning.faults import Faults
 from ..learning.peer import Trainer
+from ..learning.reduce.codecs import resolve as resolve_codec
 from ..learning.run import Run
 from ..learning.rundocs import RunDocuments
 from ..learning.spec import BadSpec, RunSpec, SignedSpec, is_task_name
@@ -51,6 +52,7 @@ class Founding:
     min_peers: int = 1
     rounds: int = 0
     seed: int = 0
+    codec: str = "fp32"
 
 
 @attrs.frozen
@@ -244,6 +246,7 @@ class Node:
         arguments = {**task.recommended.get(founding.strategy, {}), **dict(founding.strategy_args)}
         # Wrong arguments fail here, before anything is signed.
         resolve_strategy(founding.strategy, arguments)
+        resolve_codec(founding.codec)
         model = self._trainer.model if self._trainer is not None else await self.host.run_blocking(task.model)
         name = title(task)
         if not is_task_name(name):
@@ -267,6 +270,7 @@ class Node:
             founder=self.identity.peer_id,
             created=self.host.wall(),
             origin=origin,
+            codec=founding.codec,
         )
         return SignedSpec.sign(self.identity, spec)
 

@@ -6,6 +6,7 @@ cover ``0..length``. An owner may hold several of them after others were lost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import attrs
@@ -29,13 +30,17 @@ class Slice:
         return self.start, self.stop
 
 
-def split(start: int, stop: int, owners: Sequence[PeerId], speeds: Sequence[float] | None = None) -> tuple[Slice, ...]:
+def split(
+    start: int, stop: int, owners: Sequence[PeerId], speeds: Sequence[float] | None = None, block: int = 1
+) -> tuple[Slice, ...]:
     """Split ``start..stop`` among ``owners`` in proportion to ``speeds`` (any unit; equal when None).
 
-    Owners whose share rounds to nothing get no slice. The same arguments give the same slices everywhere.
+    Bounds are ``start`` and multiples of :data:`ALIGN` and ``block`` beyond it. Owners whose share rounds to nothing get
+    no slice. The same arguments give the same slices everywhere.
     """
     if not owners:
         raise ValueError("no owner for a slice")
+    step = math.lcm(ALIGN, block)
     weights = [1.0] * len(owners) if speeds is None else [max(0.0, speed) for speed in speeds]
     total = sum(weights)
     if total <= 0.0:
@@ -43,7 +48,7 @@ def split(start: int, stop: int, owners: Sequence[PeerId], speeds: Sequence[floa
     slices, done, at = [], 0.0, start
     for owner, weight in zip(owners, weights, strict=True):
         done += weight
-        end = stop if owner == owners[-1] else start + round((stop - start) * done / total / ALIGN) * ALIGN
+        end = stop if owner == owners[-1] else start + round((stop - start) * done / total / step) * step
         end = min(max(end, at), stop)
         if end > at:
             slices.append(Slice(at, end, owner))
@@ -54,7 +59,9 @@ def split(start: int, stop: int, owners: Sequence[PeerId], speeds: Sequence[floa
     return tuple(slices)
 
 
-def reassign(slices: Sequence[Slice], lost: Collection[PeerId], heirs: Sequence[PeerId]) -> tuple[Slice, ...]:
+def reassign(
+    slices: Sequence[Slice], lost: Collection[PeerId], heirs: Sequence[PeerId], block: int = 1
+) -> tuple[Slice, ...]:
     """Keep every surviving owner's slices and split those of the ``lost`` among ``heirs``.
 
     What was already scattered to a survivor stays valid: only the lost ranges travel again.
@@ -62,7 +69,7 @@ def reassign(slices: Sequence[Slice], lost: Collection[PeerId], heirs: Sequence[
     kept: list[Slice] = []
     for piece in slices:
         if piece.owner in lost:
-            kept.extend(split(piece.start, piece.stop, heirs))
+            kept.extend(split(piece.start, piece.stop, heirs, block=block))
         else:
             kept.append(piece)
     return tuple(kept)

@@ -17,6 +17,7 @@ import attrs
 
 from ...transport.identity import PeerId
 from . import ring
+from .codecs import FP32, Codec
 from .rates import NOTHING, Rates
 from .sizing import Lines, Sizes, optimal, predict
 from .slices import Slice, split
@@ -145,27 +146,36 @@ def plan(
     receivers: Sequence[PeerId],
     length: int,
     reports: Mapping[PeerId, Rates],
+    codec: Codec = FP32,
     schedules: Collection[str] = ("butterfly",),
 ) -> Topology:
-    """Decide for a vector of ``length`` fp32 elements that ``members`` contribute to and ``receivers`` get.
+    """Decide for a vector of ``length`` elements that ``members`` contribute to and ``receivers`` get.
+
+    ``codec``: how it travels.
 
     ``reports``: by peer; those of strangers do not count. ``schedules``: those that can be executed.
     """
     owners = tuple(members) or tuple(receivers)
     peers = tuple(sorted({*members, *receivers}))
-    size = 4 * length
+    size, block = codec.wire_size(length), codec.block
     equal = [1.0 / len(owners) if peer in set(owners) else 0.0 for peer in peers]
     mesh = Mesh.of(peers, reports)
     if mesh is None:
         return _butterfly(
-            owners, peers, Sizes(tuple(equal), 0.0, 0.0), length, None, "equal slices: too few uplinks are measured"
+            owners,
+            peers,
+            Sizes(tuple(equal), 0.0, 0.0),
+            length,
+            None,
+            "equal slices: too few uplinks are measured",
+            block=block,
         )
     lines = mesh.lines(size, set(members), set(receivers), set(owners))
     control = CONTROL_ROUND_TRIPS * mesh.rtt
     even = predict(lines, equal)
     if size < SIZED_FROM or len(peers) < 3:
         why = "two peers send the same whoever owns what" if size >= SIZED_FROM else f"{size} bytes are too few to size"
-        return _butterfly(owners, peers, even, length, mesh, f"equal slices: {why}")
+        return _butterfly(owners, peers, even, length, mesh, f"equal slices: {why}", block=block)
     best = optimal(lines)
     compared = [("equal", even.seconds + control), ("sized", best.seconds + control)]
     sized = best.seconds < (1.0 - WORTH) * even.seconds
@@ -182,10 +192,10 @@ def plan(
             named = tuple(peers[i] for i in order)
             told = f"ring ({why}) for {seconds:.2f} s instead of {expected:.2f} ({measured})"
             shares = tuple(zip(peers, equal, strict=True))
-            slices = split(0, length, owners)
+            slices = split(0, length, owners, block=block)
             return Topology("ring", named, shares, slices, seconds, told, tuple(compared), seconds, mesh.rtt)
     slow = f", slow paths: {len(mesh.paths)}" if mesh.paths else ""
-    return _butterfly(owners, peers, chosen, length, mesh, f"{reason} ({measured}{slow})", compared)
+    return _butterfly(owners, peers, chosen, length, mesh, f"{reason} ({measured}{slow})", compared, block)
 
 
 def laggards(members: Sequence[PeerId], reports: Mapping[PeerId, Rates], needed: int) -> tuple[tuple[PeerId, ...], str]:
@@ -223,13 +233,14 @@ def _butterfly(
     mesh: Mesh | None,
     reason: str,
     compared: Sequence[tuple[str, float]] = (),
+    block: int = 1,
 ) -> Topology:
     by_peer = dict(zip(peers, sizes.shares, strict=True))
     return Topology(
         schedule="butterfly",
         order=(),
         shares=tuple(by_peer.items()),
-        slices=split(0, length, owners, [by_peer[owner] for owner in owners]),
+        slices=split(0, length, owners, [by_peer[owner] for owner in owners], block),
         seconds=sizes.seconds + CONTROL_ROUND_TRIPS * mesh.rtt if mesh is not None else None,
         reason=reason,
         compared=tuple(compared),

@@ -58,17 +58,20 @@ def may_begin(
     return False, "waiting for " + short(waiting)
 
 
-def contributors(ready: Mapping[PeerId, Ready]) -> tuple[tuple[PeerId, ...], int, str]:
-    """Who contributes among those that are ready, in order; the vector's length; and who does not, with the reasons.
+def contributors(ready: Mapping[PeerId, Ready]) -> tuple[tuple[PeerId, ...], int, str, str]:
+    """Who contributes among those that are ready, in order; length and codec; and who does not, with the reasons.
 
-    The length is the most common one: honest peers all have the model's.
+    Length and codec are the most common ones of those that contribute, if there are any: honest peers have the same.
     """
-    lengths = [r.length for r in ready.values()]
-    length = max(sorted(set(lengths)), key=lambda n: (lengths.count(n), n))
-    members = tuple(sorted(p for p, r in ready.items() if r.contributes and r.weight > 0 and r.length == length))
+    giving = [r for r in ready.values() if r.contributes] or list(ready.values())
+    kinds = [(r.length, r.codec) for r in giving]
+    kind = max(sorted(set(kinds)), key=lambda each: (kinds.count(each), each))
+    members = tuple(
+        sorted(p for p, r in ready.items() if r.contributes and r.weight > 0 and (r.length, r.codec) == kind)
+    )
     others = sorted(p for p in ready if p not in members)
-    named = ", ".join(f"{p.short} ({ready[p].why[:100] or 'another length'})" for p in others[:4])
-    return members, length, f"; without a contribution: {named}" if others else ""
+    named = ", ".join(f"{p.short} ({ready[p].why[:100] or 'another length or codec'})" for p in others[:4])
+    return members, *kind, f"; without a contribution: {named}" if others else ""
 
 
 def shares(plan: Plan, members: Sequence[PeerId]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -17,6 +17,7 @@ from ...transport.waiter import Waiter
 from ...transport.wire import printable
 from ..digest import local_fingerprints
 from ..reduce.buffers import Buffers
+from ..reduce.coding import PLAIN, Coding
 from ..reduce.filling import Filling
 from ..reduce.measured import measured
 from ..reduce.memory import RoundMemory
@@ -144,14 +145,21 @@ class Instance:
         self.results.drop()
 
     def begin(
-        self, vector: Tensor | None, samples: int, weight: int, length: int, why: str, filling: Filling | None = None
+        self,
+        vector: Tensor | None,
+        samples: int,
+        weight: int,
+        length: int,
+        why: str,
+        filling: Filling | None = None,
+        coding: Coding = PLAIN,
     ) -> None:
         """Training is over: contribute ``vector`` (fp32, 1-D, finite), or nothing and say ``why``.
 
-        ``filling``: how much of the vector is there already; None for all of it.
+        ``filling``: how much of the vector is there already; None for all of it. ``coding``: how it travels.
         """
         self.began = self._host.now()
-        self.buffers.own = vector
+        self.buffers.own, self.buffers.coding = vector, coding
         filling = self.traffic.filling = Filling(length) if filling is None else filling
         if not filling.full:
             # All voters do as we do: what is still being computed is waited for like a straggler's training.
@@ -159,8 +167,8 @@ class Instance:
             if self.leader is not None:
                 self.leader.spare = self.voter.spare
         rates = measured(self._endpoint, self.voters)
-        gives, why = vector is not None, printable(why)
-        offer = Ready(self.key, self.round, 0, gives, samples, weight, length, None, False, why, rates)
+        gives, why, codec = vector is not None, printable(why), coding.codec.name
+        offer = Ready(self.key, self.round, 0, gives, samples, weight, length, None, False, why, rates, codec)
         self._feed(lambda: self.voter.begin(self._host.now(), offer))
 
     def withdraw(self, why: str) -> None:
@@ -332,7 +340,7 @@ class Instance:
             self.on_open(4 * plan.length)
             self.buffers.open((plan.attempt, plan.epoch), plan.length)
         if plan is not None and self.buffers.generation == (plan.attempt, plan.epoch):
-            self.buffers.take_early(lambda index, piece: index < len(plan.slices) and plan.slices[index] == piece)
+            self.buffers.take_early(plan.slices, plan.codec)
 
     # -- the result ---------------------------------------------------------------------------------
 

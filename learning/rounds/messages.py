@@ -11,8 +11,10 @@ import hashlib
 
 import attrs
 
+from ...transport.errors import ConfigError
 from ...transport.identity import Identity, PeerId
 from ...transport.wire import pack
+from ..reduce.codecs import resolve
 from ..reduce.rates import NOTHING, Rates
 from ..reduce.slices import Slice
 
@@ -36,6 +38,14 @@ class Bounded:
                     raise ValueError(f"{item} is out of range")
                 if isinstance(item, str) and not (len(item) <= MAX_REASON and item.isprintable()):
                     raise ValueError("a text that is too long or holds control characters")
+
+
+def check_codec(name: str) -> None:
+    """Raises ValueError for a codec that we do not know: what is coded so is of no use here."""
+    try:
+        resolve(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
 
 
 @attrs.frozen
@@ -101,6 +111,7 @@ class Ready(Bounded):
 
     ``contributes`` is False when it has nothing to give this round; ``why`` then says why not. ``holds``: whether the
     sender still holds the result of ``accepted`` (a restarted peer does not). ``rates``: what it measured on its lines.
+    ``codec``: how its contribution is coded, and the result, if most say so.
     """
 
     key: bytes
@@ -114,11 +125,13 @@ class Ready(Bounded):
     holds: bool
     why: str
     rates: Rates = NOTHING
+    codec: str = "fp32"
 
     def __attrs_post_init__(self) -> None:
         Bounded.__attrs_post_init__(self)
         if max(self.samples, self.weight) > MAX_SAMPLES:
             raise ValueError(f"{max(self.samples, self.weight)} samples in one round")
+        check_codec(self.codec)
 
 
 @attrs.frozen
@@ -149,6 +162,7 @@ class Plan(Bounded):
     """Who contributes (``members``, PeerId order, with weights), who receives, and who owns what.
 
     ``within``: milliseconds after which a phase of bulk is over for those that are late; 0: each keeps its own pace.
+    ``codec``: how contributions and combined slices travel; slices begin at multiples of its block.
     """
 
     key: bytes
@@ -162,6 +176,11 @@ class Plan(Bounded):
     length: int
     reason: str
     within: int = 0
+    codec: str = "fp32"
+
+    def __attrs_post_init__(self) -> None:
+        Bounded.__attrs_post_init__(self)
+        check_codec(self.codec)
 
     def phase(self, otherwise: float) -> float:
         """Seconds that a phase of bulk may take; ``otherwise`` where the plan does not say."""

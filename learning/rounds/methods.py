@@ -6,7 +6,7 @@ import attrs
 
 from ...transport.mux import Priority
 from ...transport.rpc import Method
-from .messages import MESSAGES
+from .messages import MESSAGES, check_codec
 
 
 @attrs.frozen
@@ -16,16 +16,23 @@ class Ack:
 
 @attrs.frozen
 class Scatter:
-    """A contributor's elements ``start..stop``; the body is their fp32 bytes, little endian."""
+    """A contributor's elements ``start..stop``; the body is their code by ``codec``, for fp32 their bytes."""
 
     key: bytes
     start: int
     stop: int
+    codec: str = "fp32"
+
+    def __attrs_post_init__(self) -> None:
+        check_codec(self.codec)
 
 
 @attrs.frozen
 class Shared:
-    """Combined slice ``index`` (elements ``start..stop``) of (attempt, epoch, hash of members); body: fp32 bytes."""
+    """Combined slice ``index`` (elements ``start..stop``) of (attempt, epoch, hash of members).
+
+    The body is its code by ``codec``: its owner encodes it once, and all, the owner too, decode the same bytes.
+    """
 
     key: bytes
     attempt: int
@@ -34,11 +41,15 @@ class Shared:
     start: int
     stop: int
     members: bytes
+    codec: str = "fp32"
+
+    def __attrs_post_init__(self) -> None:
+        check_codec(self.codec)
 
 
 @attrs.frozen
 class Want:
-    """Elements ``start..stop`` of a result: of (attempt, epoch), or, unless empty, of the record with ``digest``."""
+    """Elements ``start..stop`` of a result in fp32: of (attempt, epoch), or of the record with ``digest``, if any."""
 
     key: bytes
     attempt: int

@@ -10,6 +10,7 @@ from ...transport import deadlines
 from ...transport.identity import PeerId
 from .. import defaults
 from ..reduce import topology
+from ..reduce.codecs import resolve
 from ..reduce.slices import covers, reassign
 from .decisions import contributors, shares, short
 from .messages import Plan, Progress, Ready
@@ -21,12 +22,13 @@ def first_plan(key: bytes, attempt: int, ready: Mapping[PeerId, Ready], me: Peer
     Members whose line is known to be far too slow are left out at once, as long as ``needed`` contribute: see
     :func:`topology.laggards`. They receive the result like all others.
     """
-    members, length, without = contributors(ready)
+    members, length, name, without = contributors(ready)
+    codec = resolve(name)
     rates = {peer: each.rates for peer, each in ready.items()}
     late, why = topology.laggards(members, rates, needed)
     members = tuple(member for member in members if member not in late)
     receivers = tuple(sorted({*ready, me}))
-    chosen = topology.plan(members, receivers, length, rates)
+    chosen = topology.plan(members, receivers, length, rates, codec)
     return Plan(
         key=key,
         attempt=attempt,
@@ -39,6 +41,7 @@ def first_plan(key: bytes, attempt: int, ready: Mapping[PeerId, Ready], me: Peer
         length=length,
         reason=f"{reason}{without}{why}; {chosen.reason}",
         within=_milliseconds(chosen),
+        codec=codec.name,
     )
 
 
@@ -64,8 +67,12 @@ def plan_fault(plan: Plan, voters: Sequence[PeerId], max_length: int, me: PeerId
         return "slices do not cover the vector"
     if any(piece.owner not in plan.receivers for piece in plan.slices):
         return "an owner that is no receiver"
-    if me in plan.members and (offer is None or not offer.contributes or offer.length != plan.length):
-        return "we contribute nothing of that length"
+    block = resolve(plan.codec).block
+    if any(piece.start % block for piece in plan.slices):
+        return f"a slice that begins within a block of {block}"
+    ours = offer is not None and offer.contributes and (offer.length, offer.codec) == (plan.length, plan.codec)
+    if me in plan.members and not ours:
+        return "we contribute nothing of that length and codec"
     return None
 
 
@@ -89,7 +96,7 @@ def next_plan(
         samples=samples,
         weights=weights,
         receivers=tuple(r for r in plan.receivers if r not in lost),
-        slices=reassign(plan.slices, tuple(o for o in owners if o not in heirs), heirs),
+        slices=reassign(plan.slices, tuple(o for o in owners if o not in heirs), heirs, resolve(plan.codec).block),
         reason=f"{why}: its slices go to {short(heirs)}",
     )
 

@@ -14,7 +14,8 @@ from ...transport.errors import RemoteError, RemoteRefused
 from ...transport.identity import PeerId
 from ...transport.rpc import Call
 from .. import exact
-from ..reduce.buffers import Buffers
+from ..reduce.buffers import Buffers, Part
+from ..reduce.codecs import FP32, resolve
 from ..reduce.filling import Filling
 from ..reduce.slices import Slice
 from ..state import bytes_view
@@ -59,7 +60,7 @@ class Traffic:
     def start(self, nursery: trio.Nursery, action: Push | Combine | Share | Pull) -> None:
         """Carry ``action`` out in a task of ``nursery``; what is ours already needs none."""
         match action:
-            case Push() if action.owner == self.me and self.filling.ready >= action.stop:
+            case Push() if action.owner == self.me and self.filling.ready >= action.stop and self.buffers.coding.plain:
                 self._keep_own(action)
             case Push() if action.owner == self.me:
                 nursery.start_soon(self._keep_own_later, action)
@@ -74,12 +75,17 @@ class Traffic:
 
     def _keep_own(self, action: Push) -> None:
         if self.buffers.own is not None:
-            self.buffers.keep_own(self.me, action.start, action.stop)
-            self._feed(lambda: self.voter.slice_received(self._host.now(), self.me, action.start, action.stop))
+            self._received(self.me, action.start, action.stop, self.buffers.own_part(action.start, action.stop))
+
+    def _received(self, contributor: PeerId, start: int, stop: int, part: Part) -> None:
+        self.buffers.keep(contributor, start, stop, part)
+        codec = part.codec.name
+        self._feed(lambda: self.voter.slice_received(self._host.now(), contributor, start, stop, codec))
 
     async def _keep_own_later(self, action: Push) -> None:
-        if await self._filled(action):
-            self._keep_own(action)
+        if await self._filled(action) and self.buffers.own is not None:
+            part = await self._passes.run(action.stop - action.start, self.buffers.own_part, action.start, action.stop)
+            self._received(self.me, action.start, action.stop, part)
 
     async def _filled(self, action: Push) -> bool:
         """Wait until the range is there. When it is not in time, a later plan may ask for it again."""
@@ -92,13 +98,14 @@ class Traffic:
     async def _push(self, action: Push) -> None:
         if not await self._filled(action):
             return
-        own = self.buffers.own
-        if own is None:
+        if self.buffers.own is None:
             return
-        body = [bytes_view(own[action.start : action.stop])]
+        size = 0 if self.buffers.coding.plain else action.stop - action.start
+        part = await self._passes.run(size, self.buffers.own_part, action.start, action.stop)
+        request = Scatter(self.key, action.start, action.stop, part.codec.name)
         await self._post.leave_first()
         try:
-            await self._endpoint.call(action.owner, SCATTER, Scatter(self.key, action.start, action.stop), body=body)
+            await self._endpoint.call(action.owner, SCATTER, request, body=[part.data])
         except RemoteRefused as error:
             self.setting.note(Note("scatter", "refused", error.reason, action.owner))
         except RemoteError as error:
@@ -110,18 +117,18 @@ class Traffic:
         request, sender = call.request, call.peer
         if sender not in self.voters:
             raise RemoteRefused("not-a-voter", f"{sender.short} is no voter of round {self.round}")
-        part = self.buffers.room_for(sender, request.start, request.stop)
+        codec, elements = resolve(request.codec), request.stop - request.start
+        part = self.buffers.room_for(sender, request.start, request.stop, codec)
         if part is None:
             raise RemoteRefused("bad-range", f"elements {request.start}..{request.stop} are too many")
-        await call.read_into(bytes_view(part))
-        wrong = await self._passes.run(part.numel(), exact.check_finite, part)
+        await call.read_into(part.data)
+        wrong = await self._passes.run(elements, fault, part, elements)
         if wrong is not None:
             why = f"your contribution of round {self.round} is refused: {wrong} (from element {request.start})"
             self.refused[sender] = wrong
             self.setting.note(Note("scatter", "not-finite", wrong, sender))
             raise RemoteRefused("not-finite", why)
-        self.buffers.keep(sender, request.start, request.stop, part)
-        self._feed(lambda: self.voter.slice_received(self._host.now(), sender, request.start, request.stop))
+        self._received(sender, request.start, request.stop, part)
         return Ack()
 
     async def _combine(self, action: Combine) -> None:
@@ -129,27 +136,24 @@ class Traffic:
         if plan is None or self.buffers.generation != (action.attempt, action.epoch):
             return
         ranges = [plan.slices[index].range for index in action.indices]
-        combine = self.buffers.combination(action.members, action.weights, ranges)
-        await self._passes.run(sum(stop - start for start, stop in ranges) * len(action.members), combine)
-        for index in action.indices:
-            self.buffers.filled[index] = None
+        combine = self.buffers.combination(action.members, action.weights, ranges, resolve(plan.codec))
+        coded = await self._passes.run(sum(stop - start for start, stop in ranges) * len(action.members), combine)
+        if self.buffers.generation != (action.attempt, action.epoch):
+            return
+        for index, part in zip(action.indices, coded, strict=True):
+            self.buffers.filled[index], self.buffers.coded[index] = None, part
         self._feed(lambda: self.voter.combined(self._host.now(), action.attempt, action.epoch, action.indices))
 
     async def _share(self, action: Share) -> None:
-        plan, frozen, result = self.voter.plan, self.voter.frozen, self.buffers.result
-        if (
-            plan is None
-            or frozen is None
-            or result is None
-            or (plan.attempt, plan.epoch) != (action.attempt, action.epoch)
-        ):
+        plan, frozen, part = self.voter.plan, self.voter.frozen, self.buffers.coded.get(action.index)
+        current = plan is not None and (plan.attempt, plan.epoch) == (action.attempt, action.epoch)
+        if plan is None or frozen is None or part is None or not current:
             return
         start, stop = plan.slices[action.index].range
-        request = Shared(
-            self.key, action.attempt, action.epoch, action.index, start, stop, members_hash(frozen.members)
-        )
+        members = members_hash(frozen.members)
+        request = Shared(self.key, action.attempt, action.epoch, action.index, start, stop, members, part.codec.name)
         try:
-            await self._endpoint.call(action.receiver, SHARE, request, body=[bytes_view(result[start:stop])])
+            await self._endpoint.call(action.receiver, SHARE, request, body=[part.data])
         except RemoteError as error:
             log.debug("combined slice for %s: %s", action.receiver.short, error)
 
@@ -158,15 +162,26 @@ class Traffic:
         request, sender = call.request, call.peer
         if sender not in self.voters:
             raise RemoteRefused("not-a-voter", f"{sender.short} is no voter of round {self.round}")
+        codec, elements = resolve(request.codec), request.stop - request.start
         target = self._target(request, sender)
-        if target is None:
-            part = self.buffers.room_early(sender, request.start, request.stop)
+        if target is None or codec is not FP32:
+            part = self.buffers.room_early(sender, request.start, request.stop, codec)
             if part is None:
                 raise RemoteRefused("bad-range", "more combined slices than a round has")
-            await call.read_into(bytes_view(part))
-            piece = Slice(request.start, request.stop, sender)
-            self.buffers.keep_early(request.attempt, request.epoch, request.index, piece, part)
-            self._generation_due()
+            await call.read_into(part.data)
+            wrong = await self._passes.run(elements, fault, part, elements)
+            if wrong is not None:
+                self.setting.note(Note("gather", "not-finite", wrong, sender))
+                raise RemoteRefused("not-finite", f"your combined slice of round {self.round} is refused: {wrong}")
+            target = self._target(request, sender)
+            if target is not None:
+                await self._passes.run(elements, codec.decode, part.data, target)
+                if self._target(request, sender) is not None:
+                    self.buffers.filled[request.index] = None
+            else:
+                piece = Slice(request.start, request.stop, sender)
+                self.buffers.keep_early(request.attempt, request.epoch, request.index, piece, part)
+                self._generation_due()
         else:
             await call.read_into(bytes_view(target))
             if self._target(request, sender) is not None:
@@ -188,7 +203,7 @@ class Traffic:
         if not 0 <= request.index < len(plan.slices) or request.index in self.buffers.filled:
             return None
         piece = plan.slices[request.index]
-        if piece.range != (request.start, request.stop) or piece.owner != sender:
+        if piece.range != (request.start, request.stop) or piece.owner != sender or plan.codec != request.codec:
             return None
         return result[request.start : request.stop]
 
@@ -235,3 +250,8 @@ class Traffic:
             raise RemoteRefused("bad-range", f"elements {request.start}..{request.stop} of {source.numel()}")
         await call.write(bytes_view(source[request.start : request.stop]))
         return Given(members_hash(frozen.members) if frozen is not None else b"")
+
+
+def fault(part: Part, elements: int) -> str | None:
+    """What is wrong with what was received; None when it holds finite numbers. Blocking."""
+    return exact.check_finite(part.vector) if part.vector is not None else part.codec.fault(part.data, elements)

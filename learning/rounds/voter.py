@@ -85,7 +85,7 @@ class Voter:
         self.decided = False
         self.full = False
         self.lost: dict[PeerId, str] = {}
-        self._holds: dict[tuple[int, int], dict[PeerId, None]] = {}
+        self._holds: dict[tuple[int, int, str], dict[PeerId, None]] = {}
         self._pushed: dict[tuple[PeerId, int, int], None] = {}
         self._combined: dict[int, None] = {}
         self._early: dict[tuple[PeerId, int, int, int], bytes] = {}
@@ -122,9 +122,11 @@ class Voter:
             return []
         return [Send(self.leader(), Reject(self.key, plan.attempt, self.promised, why[:200]))]
 
-    def slice_received(self, now: float, contributor: PeerId, start: int, stop: int) -> list[Action]:
-        """We hold ``contributor``'s elements ``start..stop`` in full."""
-        self._holds.setdefault((start, stop), {})[contributor] = None
+    def slice_received(
+        self, now: float, contributor: PeerId, start: int, stop: int, codec: str = "fp32"
+    ) -> list[Action]:
+        """We hold ``contributor``'s elements ``start..stop`` in full, in the code of ``codec``."""
+        self._holds.setdefault((start, stop, codec), {})[contributor] = None
         return self._report_held(now, force=False)
 
     def push_failed(self, now: float, owner: PeerId, start: int, stop: int) -> list[Action]:
@@ -302,6 +304,7 @@ class Voter:
             self._holds_accepted,
             offer.why,
             offer.rates,
+            offer.codec,
         )
         # Whoever promised nothing comes back as it was. A leader must know that it led, or it could propose twice.
         nothing = not self.promised and self.accepted is None and self.leader() != self.me
@@ -389,7 +392,7 @@ class Voter:
         if not mine:
             return []
         pieces = [plan.slices[i].range for i in mine]
-        held = tuple(m for m in plan.members if all(m in self._holds.get(piece, {}) for piece in pieces))
+        held = tuple(m for m in plan.members if all(m in self._holds.get((*piece, plan.codec), {}) for piece in pieces))
         pending = [m for m in plan.members if m not in held and m not in self.lost]
         if pending and not force and self._reported is None:
             return []
@@ -410,7 +413,8 @@ class Voter:
             return [Send(sender, Reject(self.key, plan.attempt, self.promised, "frozen members are not the plan's"))]
         mine = self._my_slices(plan)
         for index in mine:
-            missing = [m for m in message.members if m not in self._holds.get(plan.slices[index].range, {})]
+            held = self._holds.get((*plan.slices[index].range, plan.codec), {})
+            missing = [m for m in message.members if m not in held]
             if missing:
                 why = f"{missing[0].short}'s slice is not held here"
                 return [Send(sender, Reject(self.key, plan.attempt, self.promised, why))]
