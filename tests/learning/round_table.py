@@ -28,13 +28,12 @@ from shoal.learning.rounds.actions import (
 from shoal.learning.rounds.decisions import candidates, resume_at
 from shoal.learning.rounds.leader import Leader
 from shoal.learning.rounds.messages import (
+    ANSWERED,
+    TO_LEADER,
     Accept,
     Accepted,
     Commit,
     CommitRecord,
-    Convene,
-    Held,
-    Progress,
     Ready,
     Reject,
     instance_key,
@@ -47,7 +46,6 @@ from shoal.learning.rounds.voter import Voter
 from shoal.transport.identity import Identity, PeerId
 
 PACE = Pace(grace=3.0, suspect=5.0, scatter=4.0, gather=4.0, accept=0.25)
-LEADER_MESSAGES = (Ready, Held, Progress, Accept, Reject)
 
 
 class Seat:
@@ -222,7 +220,7 @@ class Seat:
     def hear(self, sender: PeerId, message: object) -> None:
         now = self.table.now
         if self.commit is not None:
-            if isinstance(message, Ready | Convene):
+            if isinstance(message, ANSWERED):
                 commit = self.commit
                 self.table.post(self.me, sender, lambda seat: seat.hear(self.me, commit))
             return
@@ -233,9 +231,9 @@ class Seat:
             known = self.first - 1 if self.leader is None else self.leader.attempt
             if known < message.attempt:
                 self.lead(message.attempt)
-        if isinstance(message, LEADER_MESSAGES) and self.leader is not None:
+        if isinstance(message, TO_LEADER) and self.leader is not None:
             self.do(self.leader.receive(now, sender, message))
-        if not isinstance(message, LEADER_MESSAGES) or isinstance(message, Reject):
+        if not isinstance(message, TO_LEADER) or isinstance(message, Reject):
             self.do(self.voter.receive(now, sender, message))
 
     def start(self) -> None:

@@ -124,7 +124,7 @@ class View:
             placed=place,
             wishes=lambda: (),
             leaving=lambda: (),
-            _own_digest=lambda: b"",
+            own_digest=lambda: b"",
             _mode=lambda voters: "strict" if shape.strict else "available",
         )
         self.check: Callable[[CommitRecord], str | None] = functools.partial(Chain.check, chain)  # type: ignore[arg-type]
