@@ -389,9 +389,10 @@ class Leader:
         assert plan is not None
         full = [r for r in plan.receivers if r in self._progress and self._progress[r].nonce]
         pending = [r for r in plan.receivers if r not in full and r not in self.lost]
-        if pending and not late:
-            return []
         enough = len(full) >= self.needed and self.me in full
+        # Who was late in scatter is late here as well; it gets the result from the others.
+        if not late and any(not enough or r not in self._late for r in pending):
+            return []
         if not enough:
             lost_owner = any(piece.owner in self.lost for piece in plan.slices)
             return self._ask(now, "the result is incomplete") if pending and (late or lost_owner) else []
