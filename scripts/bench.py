@@ -92,6 +92,18 @@ checked against the hash tree. Beside it: the same bytes as the answer of one ca
 """
 
 
+KILL = """\
+One of four processes ends itself with SIGKILL at a given point of a round of the group reduce, in the middle of a
+transfer where the point is one: the time from there to the moment at which the last survivor holds the committed
+result. In turns with it: a round of all four, and one of three, in which nobody dies.
+
+contributor     owns no slice: nobody waits for anything of it
+owner           contributes, and combines a quarter of the tensor
+leader          does that too, and plans, freezes, proposes and commits
+gloo            torch.distributed.all_reduce with a rank killed in its middle: the time to the last survivor's error
+"""
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """Positive whole numbers, separated by commas."""
     values = tuple(int(part) for part in text.split(","))
@@ -160,6 +172,14 @@ def arguments() -> argparse.ArgumentParser:
     )
     eight.add_argument("--mb", type=int, default=256, metavar="N", help="MiB of the blob (default: 256)")
     eight.add_argument("--holders", type=numbers, default=(1, 3), metavar="N,…", help="holders (default: 1,3)")
+    nine = commands.add_parser(
+        "kill", help="one of four peers dies in the middle of a reduce", description=KILL, formatter_class=shape
+    )
+    nine.add_argument("--mb", type=int, default=64, metavar="N", help="MiB of the tensor (default: 64)")
+    nine.add_argument("--warmup", type=int, default=2, metavar="N", help="clean runs that do not count (default: 2)")
+    nine.add_argument("--only", default="", metavar="TEXT", help="only victims whose name contains TEXT")
+    nine.add_argument("--no-gloo", dest="gloo", action="store_false", help="without torch gloo beside it")
+    nine.add_argument("--verbose", action="store_true", help="what happened when, of every run")
     for command in (two, three, four, five):
         command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
         command.add_argument(
@@ -172,8 +192,8 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument(
             "--time", type=float, default=0.5, metavar="S", help="seconds of one run, about (default: 0.5)"
         )
-    for command in (one, two, three, four, five, six, seven, eight):
-        runs = 3 if command in (five, six) else 9
+    for command in (one, two, three, four, five, six, seven, eight, nine):
+        runs = 3 if command in (five, six) else 5 if command is nine else 9
         command.add_argument(
             "--runs", type=int, default=runs, metavar="N", help=f"counted runs per case (default: {runs})"
         )
@@ -198,7 +218,7 @@ def main() -> int:
         arguments().error("--runs must be at least 1")
     # Imported late, so that --help answers at once.
     import trio
-    from benchmarks import allreduce, blobs, dht, handshake, idle, link, rpc, webrtc
+    from benchmarks import allreduce, blobs, dht, handshake, idle, kill, link, rpc, webrtc
     from benchmarks.processes import ChildFailed
 
     run = {
@@ -210,6 +230,7 @@ def main() -> int:
         "webrtc": webrtc.run,
         "dht": dht.run,
         "blobs": blobs.run,
+        "kill": kill.run,
     }[options.command]
     code = 0
     try:

@@ -53,6 +53,7 @@ def child_main(kind: str) -> int:
 KINDS = {
     "shoal": "reducer:ShoalPeer",
     "gloo": "gloo:GlooPeer",
+    "victim": "victim:KillPeer",
     "blobs": "blobs:BlobPeer",
     **{
         f"{system}-{end.lower()}": f"systems.{module}:{name}{end}"

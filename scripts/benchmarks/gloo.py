@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +43,8 @@ class GlooPeer(Worker):
                 return {}
             case "go":
                 await until(arguments["at"])
+                if "dies" in arguments:
+                    self.nursery.start_soon(self._die, arguments["dies"], arguments["file"])
                 return await trio.to_thread.run_sync(self._reduce)
         raise ValueError(order)
 
@@ -49,9 +54,17 @@ class GlooPeer(Worker):
         )
         dist.barrier()
 
+    async def _die(self, after: float, file: str) -> None:
+        await trio.sleep(after)
+        Path(file).write_text(str(time.monotonic()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def _reduce(self) -> dict[str, Any]:
         began = time.monotonic()
-        dist.all_reduce(self._tensor)
+        try:
+            dist.all_reduce(self._tensor)
+        except RuntimeError as error:
+            return {"began": began, "ended": time.monotonic(), "wrong": str(error), "digest": ""}
         ended = time.monotonic()
         # A sum is what gloo is asked for: dividing is not on its bill.
         self._tensor /= dist.get_world_size()
