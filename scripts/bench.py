@@ -104,6 +104,15 @@ gloo            torch.distributed.all_reduce with a rank killed in its middle: t
 """
 
 
+SOAK = """\
+Real nodes, everything but the command line, that reduce vectors of 4 KiB to 1 MiB, round after round, in strict mode.
+About once a second one of them is killed with SIGKILL, stopped for 2 s, or started again with its key and its folder.
+It fails when no round, or none of some peer, is committed for 60 s, when two peers differ in the state after a round,
+when a mean is not the mean of its members, bit for bit, or when file descriptors, tasks or memory grow in two peers
+that are stopped but never killed.
+"""
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """Positive whole numbers, separated by commas."""
     values = tuple(int(part) for part in text.split(","))
@@ -180,6 +189,14 @@ def arguments() -> argparse.ArgumentParser:
     nine.add_argument("--only", default="", metavar="TEXT", help="only victims whose name contains TEXT")
     nine.add_argument("--no-gloo", dest="gloo", action="store_false", help="without torch gloo beside it")
     nine.add_argument("--verbose", action="store_true", help="what happened when, of every run")
+    ten = commands.add_parser(
+        "soak", help="thousands of small reduces under random kills and stops", description=SOAK, formatter_class=shape
+    )
+    ten.add_argument("--peers", type=int, default=8, metavar="N", help="processes (default: 8)")
+    ten.add_argument("--reduces", type=int, default=10_000, metavar="N", help="rounds (default: 10000)")
+    ten.add_argument("--seconds", type=float, default=None, metavar="S", help="or as many as S seconds allow")
+    ten.add_argument("--seed", type=int, default=0, metavar="N", help="of the faults and keys (default: 0)")
+    ten.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the row to FILE")
     for command in (two, three, four, five):
         command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
         command.add_argument(
@@ -214,11 +231,11 @@ def main() -> int:
 
         return child_main(sys.argv[2])
     options = arguments().parse_args()
-    if options.runs < 1:
+    if getattr(options, "runs", 1) < 1:
         arguments().error("--runs must be at least 1")
     # Imported late, so that --help answers at once.
     import trio
-    from benchmarks import allreduce, blobs, dht, handshake, idle, kill, link, rpc, webrtc
+    from benchmarks import allreduce, blobs, dht, handshake, idle, kill, link, rpc, soak, webrtc
     from benchmarks.processes import ChildFailed
 
     run = {
@@ -231,6 +248,7 @@ def main() -> int:
         "dht": dht.run,
         "blobs": blobs.run,
         "kill": kill.run,
+        "soak": soak.run,
     }[options.command]
     code = 0
     try:

@@ -1,4 +1,4 @@
-"""``bench.py kill``: one of four processes ends by SIGKILL in the middle of a reduce; how long until the others have theirs."""
+"""``bench.py kill``: one of four processes ends by SIGKILL in the middle of a reduce; how long it takes the others."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ PEERS = 4
 MIDDLE, NEAR_THE_END = 0.5, 0.95
 #: Seconds for one round with a loss in it.
 PATIENCE = 150.0
+#: Seconds that gloo gets to notice.
+GLOO_PATIENCE = 30.0
 #: What was seen of others in this experiment on a machine of this kind; not measured here.
 QUOTED = (("PCCL", "270–330"), ("torchft, its timeout at 5 s", "5300"), ("hivemind", "1500–23000"))
 
@@ -106,7 +108,6 @@ class Team:
 
     async def kill(self, case: Case, file: Path) -> tuple[float, list[dict[str, Any]], bool]:
         """A round with a victim: seconds from its end to the last survivor's result, answers, was it a member."""
-        file.unlink(missing_ok=True)
         lazy = self.peers[0] if not case.owns else None
         leader = await self.begin(self.peers, lazy.name if lazy is not None else "")
         if lazy is not None and lazy.name == leader:
@@ -135,9 +136,14 @@ class Team:
             answers += await ask_all([peer.child for peer in survivors], "go", at=at, patience=PATIENCE)
         check(survivors, answers, case.name)
         self.peers = survivors
-        await victim.child.close()
-        seconds = max(answer["ended"] for answer in answers) - float(file.read_text())
+        await self._group.end(victim.child)
+        seconds = max(answer["ended"] for answer in answers) - moment_in(file)
         return seconds, answers, victim.number in answers[0]["members"]
+
+
+def moment_in(file: Path) -> float:
+    """When the victim ended."""
+    return float(file.read_text())
 
 
 def check(members: list[Peer], answers: list[dict[str, Any]], what: str) -> None:
@@ -194,13 +200,31 @@ async def _turn(team: Team, case: Case, row: Row, file: Path, cleans: dict[str, 
     )
     extra.setdefault("victim_is_member", []).append(member)
     if verbose:
-        killed = float(file.read_text())
+        killed = moment_in(file)
         print(f"{case.name}: {seconds * 1e3:.0f} ms, clean {few * 1e3:.0f} ms", flush=True)
         for answer in answers:
             for phase, what, at, detail in answer["notes"]:
                 print(f"  {(at - killed) * 1e3:8.1f} {phase} {what} {detail[:100]}")
             print(f"  {(answer['ended'] - killed) * 1e3:8.1f} ended; cpu {answer['cpu'] * 1e3:.0f} ms")
     await team.fill()
+
+
+async def _die(child: Child, at: float, after: float, file: Path) -> None:
+    try:
+        await child.ask("go", at=at, dies=after, file=str(file))
+    except ChildFailed:
+        return
+    raise ChildFailed(f"{child.name} outlived its reduce")
+
+
+async def _until_error(child: Child, at: float, ends: list[tuple[float, str]]) -> None:
+    """Append when a survivor had an error, or was ended by it, or when our patience was over; and what it said."""
+    try:
+        answer = await child.ask("go", at=at, patience=GLOO_PATIENCE)
+    except ChildFailed as failure:
+        ends.append((time.monotonic(), str(failure).splitlines()[0].partition(child.name)[2].strip()))
+    else:
+        ends.append((answer["ended"], str(answer["wrong"]).splitlines()[0]))
 
 
 async def _gloo(size: int, runs: int, folder: Path) -> Row:
@@ -231,13 +255,13 @@ async def _gloo(size: int, runs: int, folder: Path) -> Row:
                 except ChildFailed:
                     return
 
+            ends: list[tuple[float, str]] = []
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(victim)
-                answers = await ask_all(survivors, "go", at=at)
-            failed = [answer for answer in answers if answer["wrong"] is not None]
-            if failed:
-                said = str(failed[0]["wrong"]).splitlines()[0]
-                row.runs.append(max(a["ended"] for a in failed) - float(moment.read_text()))
+                nursery.start_soon(_die, team[-1], at, clean / 2, moment)
+                for child in survivors:
+                    nursery.start_soon(_until_error, child, at, ends)
+            row.runs.append(max(ended for ended, _ in ends) - moment_in(moment))
+            said = "; ".join(dict.fromkeys(text for _, text in ends))
     row.extra = {"error": said, **machine()}
     return row
 
@@ -274,7 +298,7 @@ def _table(rows: list[Row]) -> None:
         "survive, and of all, in turns with it; × clean: the median of the ratios, turn by turn.",
         "Every result was checked: the mean over the committed members, the same bits on all survivors. plans: of the "
         "round, the first one included.",
-        "gloo: until the last survivor's error; it has no result then. quoted: seen on a machine of this kind, not in "
-        f"this run. {facts['cores']} cores, load {facts['load'][0]} at the end.",
+        f"gloo: until the last survivor's error or end ({GLOO_PATIENCE:.0f} s: it waits still); it has no result. quoted: "
+        f"seen on a machine of this kind, not in this run. {facts['cores']} cores, load {facts['load'][0]} at the end.",
     ]
     show("kill: one fp32 tensor, one of four peers dies", columns, lines, notes)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from shoal.transport.endpoint import Endpoint
 from shoal.transport.identity import PeerId
 
 from . import vectors
+from .children import end_now
 from .reducer import ShoalPeer, genesis
 
 
@@ -127,10 +125,7 @@ class KillPeer(ShoalPeer):
     # -- the end ------------------------------------------------------------------------------------
 
     def _die(self) -> None:
-        moment = time.monotonic()
-        file = os.open(self._file, os.O_WRONLY | os.O_CREAT)
-        os.write(file, str(moment).encode())
-        os.kill(os.getpid(), signal.SIGKILL)
+        end_now(self._file)
 
     def _on_note(self, note: Note) -> None:
         super()._on_note(note)
