@@ -78,6 +78,8 @@ class Leader:
         self._progress: dict[PeerId, Progress] = {}
         self._asked: dict[PeerId, None] = {}
         self._fetching: dict[tuple[PeerId, int], list[PeerId]] = {}
+        self._late: dict[PeerId, None] = {}  # left out of the mean by a deadline, not for being lost
+        self._overdue = 0  # deadlines of the present gather that have passed
         self._accepts: dict[PeerId, Accept] = {}
         self._refusals: dict[PeerId, str] = {}
         self._until: float | None = None
@@ -161,6 +163,7 @@ class Leader:
                 self._until = None
             case "gather":
                 self._until = now + self.pace.gather
+                self._overdue += 1
                 return actions + self._maybe_propose(now, late=True)
             case "propose":
                 return actions + self._maybe_commit(now, late=True)
@@ -256,6 +259,7 @@ class Leader:
     def _publish(self, now: float, plan: Plan) -> list[Action]:
         self.plan, self.phase = plan, "scatter"
         self._held, self._progress, self._frozen, self._asked, self._fetching = {}, {}, (), {}, {}
+        self._overdue = 0
         self._until = now + self.pace.scatter * 1.5  # owners give up on contributors first
         return [Send(receiver, plan) for receiver in plan.receivers if receiver not in self.lost]
 
@@ -286,6 +290,7 @@ class Leader:
         self._until = now + self.pace.gather * 1.5
         message = Freeze(self.key, plan.attempt, plan.epoch, frozen)
         left = [m for m in plan.members if m not in frozen]
+        self._late.update(dict.fromkeys(left))
         actions: list[Action] = [Note("scatter", "dropped", "not held by all owners", peer) for peer in left]
         return actions + [Send(r, message) for r in plan.receivers if r not in self.lost]
 
@@ -294,6 +299,7 @@ class Leader:
         plan = self.plan
         assert plan is not None
         # After the first epoch members only ever shrink: what was frozen without somebody stays without.
+        self._late.update(dict.fromkeys(gone))
         base = self._frozen or plan.members
         members = tuple(m for m in base if m not in gone)
         owners = dict.fromkeys(piece.owner for piece in plan.slices)
@@ -349,19 +355,28 @@ class Leader:
         actions = self._heal(now)
         return actions if self.phase != "gather" else actions + self._maybe_propose(now)
 
-    def _heal(self, now: float) -> list[Action]:
-        """Get missing combined slices of lost owners to those who lack them, or give up on this epoch."""
+    def _heal(self, now: float, *, patient: bool = True) -> list[Action]:
+        """Get missing combined slices of lost owners to those who lack them, or give up on this epoch.
+
+        Not ``patient`` (a second deadline has passed): whoever has not answered counts as lost, and so does an owner
+        from whom nobody got its slice in all this time.
+        """
         plan = self.plan
         assert plan is not None
-        if any(peer not in self.lost for peer in self._asked):
+        silent = [peer for peer in self._asked if peer not in self.lost]
+        if silent and patient:
             return []
-        live = [r for r in plan.receivers if r not in self.lost]
+        live = [r for r in plan.receivers if r not in self.lost and r not in silent]
         actions: list[Action] = []
         orphans: dict[PeerId, None] = {}
         for index, piece in enumerate(plan.slices):
             holders = [r for r in live if r in self._progress and index in self._progress[r].have]
+            holders.sort(key=lambda holder, owner=piece.owner: holder == owner)  # type: ignore[misc]
             lacking = [r for r in live if r in self._progress and index not in self._progress[r].have]
-            owner_gone = piece.owner in self.lost
+            if not patient and lacking and holders == [piece.owner]:
+                orphans[piece.owner] = None
+                continue
+            owner_gone = piece.owner in self.lost or piece.owner in silent
             if owner_gone and not holders and any(r in self._progress for r in live):
                 if all(r in self._progress for r in live):
                     orphans[piece.owner] = None
@@ -383,10 +398,13 @@ class Leader:
         assert plan is not None
         full = [r for r in plan.receivers if r in self._progress and self._progress[r].nonce]
         pending = [r for r in plan.receivers if r not in full and r not in self.lost]
-        if pending and not late:
-            return []
         enough = len(full) >= self.needed and self.me in full
+        # Whom a deadline has left out of the mean is not waited for a second time: the commit finds it.
+        if not late and (not enough or any(r not in self._late for r in pending)) and pending:
+            return []
         if not enough:
+            if self._overdue > 1 and (healed := self._heal(now, patient=False)):
+                return healed
             lost_owner = any(piece.owner in self.lost for piece in plan.slices)
             return self._ask(now, "the result is incomplete") if pending and (late or lost_owner) else []
         present = {v: None for v in self.voters if v not in self.lost}

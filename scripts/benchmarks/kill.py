@@ -298,7 +298,8 @@ def _table(rows: list[Row]) -> None:
         "survive, and of all, in turns with it; × clean: the median of the ratios, turn by turn.",
         "Every result was checked: the mean over the committed members, the same bits on all survivors. plans: of the "
         "round, the first one included.",
-        f"gloo: until the last survivor's error or end ({GLOO_PATIENCE:.0f} s: it waits still); it has no result. quoted: "
-        f"seen on a machine of this kind, not in this run. {facts['cores']} cores, load {facts['load'][0]} at the end.",
+        f"gloo: until the last survivor's error or end ({GLOO_PATIENCE:.0f} s: it waits still); it has no result.",
+        "quoted: seen on a machine of this kind, not in this run. "
+        f"{facts['cores']} cores, load {facts['load'][0]} at the end.",
     ]
     show("kill: one fp32 tensor, one of four peers dies", columns, lines, notes)

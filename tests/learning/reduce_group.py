@@ -77,6 +77,8 @@ class Group:
         self.voters = tuple(member.me for member in members)
         self.head = CommitRecord(RUN, 0, "genesis", b"", (), (), (), self.voters, 0, 0, b"", (), "", b"", "")
         self.hooks: list[Callable[[Member, Note], None]] = []
+        #: Called with every member whose instance of a round has just been made.
+        self.open_hooks: list[Callable[[Member], None]] = []
         self.began = 0.0
 
     @property
@@ -128,6 +130,8 @@ class Group:
             ),
             member.presence.lost,
         )
+        for hook in self.open_hooks:
+            hook(member)
         member.hub.add(member.instance)
         member.nursery.start_soon(self._take_part, member)
 
@@ -149,7 +153,7 @@ class Group:
             self.open(member, speed)
         with trio.move_on_after(limit):
             while any(member.result is None for member in wait_for or self.live()):
-                await trio.sleep(0.001)
+                await trio.sleep(0.002)
             return trio.current_time() - self.began
         raise AssertionError(f"not within {limit:g} s: " + "; ".join(self.describe(member) for member in self.live()))
 
