@@ -205,6 +205,8 @@ class Mux:
         text = reason.encode()[: defaults.MAX_GOODBYE]
         self._frames[0].append(HEADER.pack(Frame.GOODBYE, code, len(text)) + text)
         for ready in self._ready:
+            for stream in ready:
+                stream._ready = False
             ready.clear()
 
     # Output
