@@ -169,6 +169,18 @@ def proposal_of(promises: Mapping[PeerId, object]) -> object | None:
     return max(accepted, key=lambda item: item.attempt, default=None)  # type: ignore[attr-defined]
 
 
+def worth_proposing(
+    promises: Mapping[PeerId, Accepted | None], refused: Collection[bytes], needed: int
+) -> dict[PeerId, Accepted | None]:
+    """The promises that a leader goes by: all, or those of a quorum whose accepted value is none that its own voter
+    ``refused`` (for a fingerprint that no result has, say). Single-decree Paxos is safe with the promises of any
+    quorum; without this one lying leader that accepts its own value would be proposed again for ever. ``needed``: 0
+    where no quorum of promises proves anything (gossip groups).
+    """
+    wanted = {p: a for p, a in promises.items() if a is None or a.record.digest not in refused}
+    return wanted if 0 < needed <= len(wanted) else dict(promises)
+
+
 def short(peers: Sequence[PeerId]) -> str:
     """Names for people, a few and a count."""
     names = [peer.short for peer in peers[:4]]

@@ -220,6 +220,7 @@ class Instance:
             terms=self.setting.terms,
             now=self._host.now(),
             lost=self.voter.lost,
+            refused=self.voter.refused,
         )
 
     async def _do(self, actions: Sequence[Action]) -> None:

@@ -14,12 +14,23 @@ slice, the others fetch it there. The leader is replaced like anybody: see :mod:
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import attrs
 
 from ...transport.identity import Identity, PeerId
 from ..reduce.slices import reassign, split
 from .actions import Action, Fingerprint, Note, Pace, Promise, Send
-from .decisions import contributors, may_abandon, may_begin, next_roster, proposal_of, roster_room, short
+from .decisions import (
+    contributors,
+    may_abandon,
+    may_begin,
+    next_roster,
+    proposal_of,
+    roster_room,
+    short,
+    worth_proposing,
+)
 from .messages import (
     Accept,
     Accepted,
@@ -60,11 +71,14 @@ class Leader:
         terms: Terms,
         now: float,
         lost: dict[PeerId, str],
+        refused: Collection[bytes] = (),
     ) -> None:
+        """``refused``: digests of records that our own voter refused, now and later."""
         self.key, self.round, self.voters, self.attempt = key, round, voters, attempt
         self.me, self._identity, self.pace, self._terms = identity.peer_id, identity, pace, terms
         self.needed = 1 if terms.gossip else quorum(len(voters))
         self.lost: dict[PeerId, str] = dict(lost)
+        self._unwanted = refused
         self.phase = "convene"
         self.plan: Plan | None = None
         self.record: CommitRecord | None = None
@@ -203,7 +217,8 @@ class Leader:
 
     def _maybe_begin(self, now: float) -> list[Action]:
         promises = {peer: ready.accepted for peer, ready in self._ready.items()}
-        earlier = proposal_of(promises)
+        needed = 0 if self._terms.gossip else self.needed
+        earlier = proposal_of(worth_proposing(promises, self._unwanted, needed))
         if self._grace_until is None and len(self._ready) >= self.needed:
             self._grace_until = now + self.pace.grace
         again = ""
@@ -471,6 +486,8 @@ class Leader:
         self._refusals[sender] = message.reason
         note = Note(self.phase if self.phase != "propose" else "commit", "refused", message.reason, sender)
         if self.phase == "propose":
+            if len(self.voters) - len(self._refusals) < accepts_needed(len(self.voters), self._terms.gossip):
+                return [note, *self._abort(now, f"too many refuse the proposal: {message.reason[:100]}")]
             return [note, *self._maybe_commit(now)]
         if self._owns(sender) and self.phase in ("scatter", "gather"):
             return [note, *self._replan(now, (sender,), f"{sender.short} refuses: {message.reason}")]

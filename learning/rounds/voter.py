@@ -42,6 +42,9 @@ from .messages import (
 #: Attempts by which one message may move a voter ahead. One that slept through a whole round is some tens behind.
 MAX_LEAP = 1000
 
+#: Refused records that are remembered: one for each attempt of a round that goes very badly.
+MAX_REFUSED = 64
+
 
 class Voter:
     """One peer's part in one instance. Every method takes ``now`` (seconds) and returns actions, in order."""
@@ -78,6 +81,8 @@ class Voter:
         self.decided = False
         self.full = False
         self.lost: dict[PeerId, str] = {}
+        #: Digests of records that we did not accept, with the reasons: a leader of ours need not propose them again.
+        self.refused: dict[bytes, str] = {}
         self._holds: dict[tuple[int, int], dict[PeerId, None]] = {}
         self._pushed: dict[tuple[PeerId, int, int], None] = {}
         self._combined: dict[int, None] = {}
@@ -87,6 +92,7 @@ class Voter:
         self._resend = 0.0
         self._phase_until: float | None = None
         self._verifying: tuple[int, bytes] | None = None
+        self._refused_at = -1  # the attempt whose proposal we refused
 
     # -- what happens at this peer ------------------------------------------------------------------
 
@@ -148,11 +154,7 @@ class Voter:
             return []
         self._verifying = None
         if wrong is not None:
-            self.reason = f"cannot accept: {wrong}"
-            return [
-                Note("commit", "refused", wrong),
-                Send(self.leader(attempt), Reject(self.key, attempt, self.promised, wrong[:200])),
-            ]
+            return self._refuse(attempt, record, wrong)
         self.accepted, self._holds_accepted = Accepted(attempt, record), True
         self._heard = now
         return [
@@ -187,7 +189,8 @@ class Voter:
         """Handle a message addressed to a voter."""
         if self.decided:
             return []
-        if sender == self.leader() and not isinstance(message, Commit):
+        if sender == self.leader() and not isinstance(message, Commit) and self._refused_at != self.attempt:
+            # Words of a leader whose proposal we refused are no reason to stay with it.
             self._heard = now
         match message:
             case Commit():
@@ -451,11 +454,7 @@ class Voter:
             same = message.record.digest == self.accepted.record.digest
             wrong = wrong if same else "another value was accepted at this attempt"
         if wrong is not None:
-            self.reason = f"cannot accept: {wrong}"
-            return [
-                Note("commit", "refused", wrong),
-                Send(sender, Reject(self.key, message.attempt, self.promised, wrong[:200])),
-            ]
+            return self._refuse(message.attempt, message.record, wrong)
         actions: list[Action] = []
         if message.attempt > self.promised:
             self.promised = self.attempt = message.attempt
@@ -466,6 +465,16 @@ class Voter:
         self._verifying = (message.attempt, message.record.digest)
         holders = tuple(h for h in message.holders if h in self.voters and h != self.me)
         return [*actions, Verify(message.attempt, message.record, holders)]
+
+    def _refuse(self, attempt: int, record: CommitRecord, wrong: str) -> list[Action]:
+        self.reason = f"cannot accept: {wrong}"
+        self._refused_at = attempt
+        if len(self.refused) < MAX_REFUSED:
+            self.refused[record.digest] = wrong[:200]
+        return [
+            Note("commit", "refused", wrong),
+            Send(self.leader(attempt), Reject(self.key, attempt, self.promised, wrong[:200])),
+        ]
 
     def _on_commit(self, message: Commit) -> list[Action]:
         # The driver has verified the certificate before it hands a commit to us.

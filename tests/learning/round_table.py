@@ -271,6 +271,7 @@ class Seat:
             terms=self.table.terms(),
             now=self.table.now,
             lost=self.voter.lost,
+            refused=self.voter.refused,
         )
 
     def follow(self) -> None:

@@ -22,7 +22,8 @@ from .reduce_group import Group, Member, reduce_group
 #: Elements of a vector: 1 MiB. At 50 MB/s a slice of a quarter takes 5 ms.
 ELEMENTS = 1 << 18
 SLICE = ELEMENTS  # bytes of one of four slices
-SLOW = Route(latency=0.005, bandwidth=1e6)
+#: A slice takes a quarter of a second on it, and little of that is already on its way when its sender dies.
+SLOW = Route(latency=0.005, bandwidth=1e6, window=32 << 10, buffer=8 << 10)
 #: Bytes per second of a line that is nearly dead, and of one that answers pings and would take minutes for a slice.
 TRICKLES = (1e3, 2e4, 2e5)
 #: Virtual seconds until a link whose peer does not answer any more is given up: idle for 5 s, pinged, 5 s more.
@@ -121,6 +122,8 @@ async def test_a_contributor_that_dies_before_the_freeze_costs_nothing() -> None
         sent = sum(member.sent for member in others)
 
         async def kill() -> None:
+            for member in others:
+                group.world.set_route(victim.name, member.name, SLOW, one_way=True)
             await trio.sleep(0.01)  # in mid scatter
             group.kill(victim)
 
