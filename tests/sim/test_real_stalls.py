@@ -1,4 +1,4 @@
-"""Real node processes on 127.0.0.1 that stand still (SIGSTOP) or lag, and come back: the counterpart of virtual time."""
+"""Real node processes on 127.0.0.1 that stand still (SIGSTOP) or lag, and come back, as in virtual time."""
 
 from __future__ import annotations
 
