@@ -9,7 +9,6 @@ branch with fewer committed samples gives way when they meet.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from ..transport.errors import RemoteError, RemoteRefused
 from ..transport.identity import PeerId
 from ..transport.rpc import Call
 from . import defaults
+from .divergence import Divergence
 from .membership import Membership, Placement, certify
 from .peer import OutOfStep
 from .proofs import Proofs
@@ -62,6 +62,7 @@ class Chain(Membership):
         self._returned: dict[PeerId, None] = {}
         self._nudge = trio.Event()
         self.proofs = Proofs(run)
+        self.states = Divergence(self)
         run.hub.on_foreign_commit = self._on_foreign_commit
         self.endpoint.serve(BRANCH, self._on_branch)
 
@@ -80,6 +81,11 @@ class Chain(Membership):
         while True:
             infos = await self.ask(await self.known())
             info = self._best(infos)
+            if self.states.doubt is not None and (info is None or not self._beats(info.record, self.head.record)):
+                if await self.states.heal(self.states.doubt):
+                    break
+                await self._pause()
+                continue
             ours = self._has_state and self.me in self.head.record.roster
             if info is None or (ours and not self._beats(info.record, self.head.record)):
                 if ours:
@@ -159,7 +165,7 @@ class Chain(Membership):
         """Whether a's history wins over b's. A roster change without training counts by its round and kind."""
         if a.total == b.total and (a.branch, a.round) != (b.branch, b.round):
             return (a.branch, a.round) > (b.branch, b.round)
-        if a.total == b.total and a.kind != b.kind:
+        if a.total == b.total and a.kind != b.kind and "genesis" in (a.kind, b.kind):
             return b.kind == "genesis"
         return better(a.total, a.digest, b.total, b.digest) and a.digest != b.digest
 
@@ -183,6 +189,11 @@ class Chain(Membership):
         return True
 
     def adopt(self, head: Head) -> None:
+        if self.states.doubt is not None:
+            self.states.doubt = None
+            self.run.emit(
+                "run", "healed", detail=f"our state is that of the others again, after round {head.record.round}"
+            )
         self._has_state = True
         self._move(head)
 
@@ -216,30 +227,32 @@ class Chain(Membership):
         )
         return self.placed
 
-    def terms(self, speed: Callable[[PeerId], float]) -> Terms:
+    def terms(self) -> Terms:
         head = self.head.record
         base = attrs.evolve(head, round=head.round + 1, prev=head.digest, reason="")
         return Terms(
             # The state's digest may still be on its way; it is wanted only when the round is proposed.
-            partial(fill, lambda: attrs.evolve(base, state=self._own_digest())),
+            partial(fill, lambda: attrs.evolve(base, state=self.own_digest())),
             self.wishes,
             self.leaving,
             False,
             defaults.MAX_ROSTER,
-            speed,
             self._mode(len(head.roster)) == "strict",
         )
 
-    def _own_digest(self) -> bytes:
+    def own_digest(self) -> bytes:
+        """Of our state before the placed round; empty while it is being computed."""
         snapshot = self.run.snapshots[-1] if self.run.snapshots else None
         return snapshot.digest if snapshot is not None and snapshot.round == self.round else b""
 
     def check(self, record: CommitRecord) -> str | None:
-        head, ours = self.head.record, self._own_digest()
+        head, ours = self.head.record, self.own_digest()
         voters = set(self.placed.voters)
         if (record.run, record.round, record.prev) != (head.run, head.round + 1, head.digest):
             return "it does not follow our last commit"
-        if record.kind != "reduce" or record.branch != head.branch:
+        # In available mode every accepted value that was given up makes another branch (docs/agreement.md).
+        redone = 0 if self._mode(len(voters)) == "strict" else defaults.MAX_REDONE
+        if record.kind != "reduce" or not head.branch <= record.branch <= head.branch + redone:
             return f"a record of kind {record.kind!r} and branch {record.branch}"
         if not len(record.members) == len(record.samples) == len(record.weights):
             return "members, samples and weights differ in number"
@@ -250,9 +263,14 @@ class Chain(Membership):
         if not 1 <= len(record.roster) <= defaults.MAX_ROSTER or list(record.roster) != sorted(set(record.roster)):
             return "its roster is empty, too long or not in order"
         if record.state and ours and record.state != ours:
-            self.run.step_aside("our state differs from the leader's")
+            self.states.suspect(record)
             return "the state before this round differs from ours"
         return None
+
+    async def confirm(self, record: CommitRecord) -> None:
+        wrong = await self.states.confirm(record)
+        if wrong is not None:
+            raise OutOfStep(f"our state before round {record.round} is not that of the others: {wrong}")
 
     def committed(self, commit: Commit, voters: tuple[PeerId, ...]) -> None:
         self._move(Head(commit.record, commit.certificate, voters))

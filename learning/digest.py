@@ -29,6 +29,8 @@ FINGERPRINT_KEY_BYTES = 32
 AEGIS = "aegis128l"
 BLAKE3 = "blake3"
 
+ALGORITHMS = (AEGIS, BLAKE3)
+
 _FINGERPRINT = "shoal 2026 fingerprint v1"
 
 

@@ -8,8 +8,8 @@ Outer steps and the combination of contributions run here. The rules that make t
 * one setting of flush-to-zero on every thread. The processor holds it per thread, so each function here sets it on the
   thread that it runs on. (x86 and ARM differ in one case: results that round up to the smallest normal number, 1e-38.)
 
-numpy carries the loops, not torch: numpy runs an element-wise operation on the calling thread alone, while torch may
-hand parts to OpenMP threads whose flush-to-zero nobody set. The tensors are viewed, never copied.
+``reduce/kernels.py`` and numpy carry the loops, not torch: they run on the calling thread alone, while torch may hand
+parts to OpenMP threads whose flush-to-zero nobody set. The tensors are viewed, never copied.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..transport.errors import ProtocolMisuse
-from . import defaults
+from .reduce import kernels
 
 _thread = threading.local()
 
@@ -46,6 +46,16 @@ def flush_denormals() -> None:
         _thread.flushed = True
 
 
+def factors(weights: Sequence[float]) -> list[float]:
+    """``c_i = float32(w_i / sum w)``; ``weights``: finite numbers, none negative, not all zero."""
+    total = math.fsum(weights)
+    if not (math.isfinite(total) and total > 0 and min(weights) >= 0):
+        raise ProtocolMisuse(
+            f"the weights {list(weights)} have no mean: they must be finite, not negative, not all zero"
+        )
+    return [float(np.float32(weight / total)) for weight in weights]
+
+
 def weighted_mean(contributions: Sequence[Tensor], weights: Sequence[float], *, out: Tensor | None = None) -> Tensor:
     """``sum_i c_i x_i`` with ``c_i = float32(w_i / sum w)``, products and sums rounded to float32, in the given order.
 
@@ -55,11 +65,7 @@ def weighted_mean(contributions: Sequence[Tensor], weights: Sequence[float], *, 
     """
     if not contributions or len(contributions) != len(weights):
         raise ProtocolMisuse(f"{len(contributions)} contributions with {len(weights)} weights have no mean")
-    total = math.fsum(weights)
-    if not (math.isfinite(total) and total > 0 and min(weights) >= 0):
-        raise ProtocolMisuse(
-            f"the weights {list(weights)} have no mean: they must be finite, not negative, not all zero"
-        )
+    shares = factors(weights)
     arrays = [_array(tensor) for tensor in contributions]
     if out is None:
         out = torch.empty(arrays[0].shape[0], dtype=torch.float32)
@@ -67,16 +73,7 @@ def weighted_mean(contributions: Sequence[Tensor], weights: Sequence[float], *, 
     if any(array.shape != result.shape for array in arrays):
         raise ProtocolMisuse(f"contributions of unlike sizes: {[len(array) for array in arrays]}, result {len(result)}")
     flush_denormals()
-    factors = [np.float32(weight / total) for weight in weights]
-    product = np.empty(min(len(result), defaults.EXACT_CHUNK), dtype=np.float32)
-    with np.errstate(all="ignore"):
-        for start in range(0, len(result), defaults.EXACT_CHUNK):
-            end = min(start + defaults.EXACT_CHUNK, len(result))
-            sums = result[start:end]
-            np.multiply(arrays[0][start:end], factors[0], out=sums)
-            for array, factor in zip(arrays[1:], factors[1:], strict=True):
-                np.multiply(array[start:end], factor, out=product[: end - start])
-                np.add(sums, product[: end - start], out=sums)
+    kernels.active.mean(tuple(arrays), np.array(shares, dtype=np.float32), result)
     return out
 
 
@@ -120,22 +117,19 @@ def scale(source: Tensor, factor: float) -> Tensor:
     return scale_(source.clone(), factor)
 
 
-def check_finite(vector: Tensor, name_at: Callable[[int], str] | None = None) -> str | None:
+def check_finite(vector: Tensor, name_at: Callable[[int], str] | None = None, first_index: int = 0) -> str | None:
     """None when every value is finite, else a phrase naming the first that is not and how many there are.
 
     ``vector``: 1-D float32 on the CPU. ``name_at`` turns an index into the name of a parameter (``Layout.name_at``).
+    ``first_index``: that of the first value, for a vector that is part of a longer one.
     """
     array = _array(vector)
-    chunks = (array[i : i + defaults.EXACT_CHUNK] for i in range(0, len(array), defaults.EXACT_CHUNK))
-    with np.errstate(all="ignore"):
-        # A NaN or an infinity always shows in the sum; a sum may also overflow by itself, hence the second look.
-        if all(math.isfinite(chunk.sum()) for chunk in chunks):
-            return None
-    wrong = np.flatnonzero(~np.isfinite(array))
-    if not len(wrong):
+    if kernels.active.finite(array):
         return None
+    wrong = np.flatnonzero(~np.isfinite(array))
     first = int(wrong[0])
-    where = f"at {first}" if name_at is None else f"at {first} ({name_at(first)})"
+    index = first_index + first
+    where = f"at {index}" if name_at is None else f"at {index} ({name_at(index)})"
     what = "NaN" if np.isnan(array[first]) else "infinity"
     return f"{what} {where}; {len(wrong)} of {len(array)} values are not finite"
 

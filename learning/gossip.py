@@ -8,7 +8,6 @@ nothing but the exchange.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -173,7 +172,7 @@ class Gossip(Membership):
         )
         return self.placed
 
-    def terms(self, speed: Callable[[PeerId], float]) -> Terms:
+    def terms(self) -> Terms:
         base = attrs.evolve(
             self.head.record,
             run=self.run.run_id,
@@ -184,7 +183,7 @@ class Gossip(Membership):
             state=b"",
             reason=f"{self._group}: ",
         )
-        return Terms(partial(fill, lambda: base), lambda: (), self.leaving, True, defaults.MAX_ROSTER, speed)
+        return Terms(partial(fill, lambda: base), lambda: (), self.leaving, True, defaults.MAX_ROSTER)
 
     def check(self, record: CommitRecord) -> str | None:
         voters = set(self.placed.voters)
@@ -195,6 +194,9 @@ class Gossip(Membership):
         if not len(record.members) == len(record.samples) == len(record.weights):
             return "members, samples and weights differ in number"
         return None
+
+    async def confirm(self, record: CommitRecord) -> None:
+        """Nothing: groups have no state in common."""
 
     def committed(self, commit: Commit, voters: tuple[PeerId, ...]) -> None:
         record = commit.record

@@ -7,7 +7,6 @@ state is replicated). :class:`shoal.learning.gossip.Gossip`: an eventually consi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import attrs
@@ -89,12 +88,16 @@ class Membership(ABC):
         """Our place in the next round. Raises :class:`shoal.learning.peer.OutOfStep` when we have none."""
 
     @abstractmethod
-    def terms(self, speed: Callable[[PeerId], float]) -> Terms:
+    def terms(self) -> Terms:
         """What a leader of the placed round needs to know."""
 
     @abstractmethod
     def check(self, record: CommitRecord) -> str | None:
         """What is wrong with a proposed record, None when we may accept it."""
+
+    @abstractmethod
+    async def confirm(self, record: CommitRecord) -> None:
+        """A commit is there. Raises :class:`shoal.learning.peer.OutOfStep` if it does not go on from our state."""
 
     @abstractmethod
     def committed(self, commit: Commit, voters: tuple[PeerId, ...]) -> None:

@@ -11,6 +11,8 @@ import trio
 from torch import Tensor, nn
 
 from ..transport.errors import ConfigError, RemoteError
+from .exchange import Reducing
+from .reduce.tensors import Tensors
 from .shard import Shard
 from .worker import TrainResult
 
@@ -48,6 +50,7 @@ class OutOfStep(RemoteError):
 
 
 K = TypeVar("K", bound=Kept)
+T = TypeVar("T", bound=Tensors)
 
 
 @attrs.define
@@ -73,8 +76,6 @@ class Peer:
         self.tally = Tally()
         #: The optimiser's state is replicated: it is never ours alone to reset.
         self.shares_optimizer = False
-        #: The last state of :meth:`rounds`; what the commit of the next round vouches for.
-        self._restore: dict[str, dict[str, Tensor]] = {}
 
     @property
     def id(self) -> bytes:
@@ -163,6 +164,7 @@ class Rounds:
         return self
 
     async def __anext__(self) -> Round:
+        await self._run.end_round()
         await self._run.settle()
         if self._run.over():
             raise StopAsyncIteration
@@ -170,23 +172,42 @@ class Rounds:
 
 
 class Round:
-    """One round: reduce vectors with the others in it."""
+    """One round: reduce tensors with the others in it."""
 
     def __init__(self, run: Run, index: int) -> None:
         self._run, self.index = run, index
 
-    async def reduce(self, vector: Tensor) -> Tensor:
-        """The mean over the members of this round of a flat fp32 CPU vector: the same bits on every member.
+    async def reduce(self, tensors: T, *, out: T | None = None) -> T:
+        """The mean over the members of this round of what each of them gives: the same bits on every member.
 
-        Waits for the commit. A vector that is not finite is not sent; the mean is then over the others. Cancelled, the
-        round goes on without this peer. Raises :class:`OutOfStep` when the result cannot be had any more.
+        ``tensors``: one tensor, or a list, tuple or dict of them, float32, float16 or bfloat16, of any shapes and
+        strides, on any devices. The result has the same structure, shapes, dtypes and devices; the mean is taken in
+        float32 and rounded once. ``out``: tensors to write the result to (``out=tensors`` for in place) and to return.
+        Without it, float32 results on the CPU are views of memory from which late members are served: do not write to
+        them.
+
+        All members must give tensors of the same sizes in the same order. Waits for the commit. Tensors that are not
+        finite are not sent; the mean is then over the others. Cancelled, the round goes on without the result. Raises
+        :class:`ConfigError` for what cannot be reduced, :class:`OutOfStep` when the result cannot be had any more.
         """
-        return await self._run.reduce(vector)
+        handle = self.reduce_async(tensors, out=out)
+        try:
+            return await handle
+        except trio.Cancelled:
+            handle.cancel()
+            raise
 
-    async def reduce_all(self, *vectors: Tensor) -> tuple[Tensor, ...]:
-        """:meth:`reduce` for several vectors at once, with one membership for all."""
-        mean = await self._run.reduce(torch.cat(vectors))
-        return torch.split(mean, [vector.numel() for vector in vectors])
+    def reduce_async(self, tensors: T, *, of: int | None = None, out: T | None = None) -> Reducing[T]:
+        """:meth:`reduce` that begins at once and does not wait: await what it returns, before the next round.
+
+        Neither ``tensors`` nor ``out`` may be written to, nor ``out`` read, until then.
+
+        Several reduces of a round share one membership and are done together, at its commit. The first one begins the
+        round: it has to say how many elements all of them have together (``of``), and what it brings travels while the
+        others are still being computed. They have to follow within about the time that training took. Samples trained
+        after the first one count for the next round.
+        """
+        return self._run.open_exchange(self.index).submit(tensors, of, out)
 
     async def skip(self) -> None:
         """End the round without any exchange."""

@@ -18,39 +18,31 @@ from ..transport.address import Address
 from ..transport.endpoint import Endpoint
 from ..transport.errors import ConfigError, RemoteError
 from ..transport.identity import PeerId
-from . import defaults, exact
+from . import defaults
 from .chain import Chain
 from .checkpoints import Keeper, Keeping, write_model
 from .events import Event, RoundReport, RunStatus
+from .exchange import Contribution, Exchange
+from .faults import Faults, with_a_bit_turned
 from .gossip import Gossip
 from .membership import Membership
 from .peer import OutOfStep, Peer, Round, Tally, Trainer
+from .placing import setting_of
 from .rounds.actions import Note
 from .rounds.hub import Hub
 from .rounds.instance import Instance
-from .rounds.messages import Accepted
-from .rounds.pace import pace
 from .rounds.post import Post
 from .rounds.presence import Presence
-from .rounds.setting import Setting
 from .shard import Shard
 from .snapshots import Snapshot, Snapshots
 from .spec import SignedSpec
 from .state import Layout
-from .store import Head, RunStore, Vote
+from .store import Head, RunStore
 from .strategies import resolve as resolve_strategy
 from .task import Task, compare_signatures, metric_name, score, signature
 from .worker import Worker
 
 log = logging.getLogger(__name__)
-
-
-@attrs.frozen
-class Faults:
-    """Fault injection for simulations and tests: stop for ever at ``(round, phase)``, after saying so with an event."""
-
-    hold: tuple[tuple[int, str], ...] = ()
-    spoil: tuple[int, ...] = ()  # rounds in which our contribution is NaN
 
 
 class Run:
@@ -105,6 +97,10 @@ class Run:
         self.phase, self.reason = "join", "starting"
         self._peer = Peer(self, self.trainer)
         self._instance: Instance | None = None
+        self.exchange: Exchange | None = None
+        #: What was trained for the contribution of the round that is exchanged.
+        self._given: Tally | None = None
+        self._flipped: dict[int, None] = {}
         self._strategy_scope = trio.CancelScope()
         self._metric: float | None = None
         self._metric_name = metric_name(task, {})
@@ -112,7 +108,7 @@ class Run:
         self._round_began = self._trained = self._worked = 0.0
         self._saved_at = -math.inf
         self._saving = trio.Lock()
-        self._pending_report: Callable[[float | None, str], RoundReport] | None = None
+        self._pending_report: RoundReport | None = None
 
     # -- life ---------------------------------------------------------------------------------------
 
@@ -202,7 +198,8 @@ class Run:
             self._metric, self._metric_name = score(self.task, values), metric_name(self.task, values)
         if self._pending_report is not None:
             await snapshot.ready.wait()
-            report = self._pending_report(self._metric if due else None, snapshot.digest.hex())
+            metric = self._metric if due else None
+            report = attrs.evolve(self._pending_report, metric=metric, digest=snapshot.digest.hex())
             self._pending_report = None
             self.reports = [*self.reports[-999:], report]
             self.emit("commit", "done", detail=report.reason)
@@ -210,91 +207,92 @@ class Run:
             self._saved_at = self.host.now()
             self.nursery.start_soon(self.save)
 
+    async def end_round(self) -> None:
+        """The strategy is done with its round. Raises :class:`ConfigError` for a reduce that nobody awaited."""
+        if self.exchange is not None:
+            await self.exchange.settle()
+            self.exchange.close("the next round has begun")
+            self.exchange = None
+
     async def open_round(self) -> Round:
         """Begin the next round. Raises :class:`OutOfStep` when we are not among its voters."""
         place = await self.membership.place()
         self.round_now = place.round
-        self._peer.tally = Tally()
+        self._given = None
         self._round_began = self.host.now()
         self.trainer.set_shard(Shard(self.spec.seed, self.me.key, place.round, place.index, place.count))
         self.presence.watch(place.watch)
         self._instance = None
         if place.key is not None:
             self._instance = self._make_instance()
+        self.exchange = Exchange(self, place.round)
         self.phase, self.reason = "train", f"round {place.round}"
         self.note(Note("train", "begin"))
         if (place.round, "train") in self.faults.hold:
             await trio.sleep_forever()
+        if place.round in self.faults.flip and place.round not in self._flipped:
+            self._flipped[place.round] = None
+            await self.trainer.load(with_a_bit_turned(await self.trainer.weights(), self.me.key))
         return Round(self, place.round)
 
     def _make_instance(self) -> Instance:
-        place = self.membership.placed
-        assert place.key is not None
-        vote = self.store.load_vote(place.key)
-        key = place.key
-
-        def save(promised: int, accepted: Accepted | None) -> None:
-            self.store.save_vote(Vote(key, promised, accepted))
-
-        setting = Setting(
-            key=key,
-            round=place.round,
-            prev=place.prev,
-            voters=place.voters,
-            terms=self.membership.terms(self.speed),
-            pace=pace(
-                self.endpoint,
-                place.voters,
-                4 * self.layout.size,
-                self._worked,
-                self.membership.loading(),
-                self._snapshots.size,
-            ),
-            check=self.membership.check,
-            max_length=defaults.VECTORS_PER_ROUND * self.layout.size,
-            save=save,
-            stored=(vote.promised, vote.accepted) if vote is not None else None,
-            note=self.note,
-            hold=lambda phase: (place.round, phase) in self.faults.hold,
-        )
-        instance = Instance(self.endpoint, self.post, setting, self.presence.lost)
+        setting = setting_of(self, self._worked, self._snapshots.size)
+        instance = Instance(self.endpoint, self.post, setting, self.presence.lost, self.hub.memory)
         self.hub.add(instance)
         self.nursery.start_soon(instance.run)
         return instance
 
-    async def reduce(self, vector: Tensor) -> Tensor:
-        """See :meth:`shoal.learning.peer.Round.reduce`."""
+    def open_exchange(self, round: int) -> Exchange:
+        """The exchange of ``round``. Raises :class:`ConfigError` when that is not the round we are in."""
+        if self.exchange is None or round != self.round_now or self._instance is None:
+            raise ConfigError(f"round {round} is not open: reduce within the loop over peer.rounds()")
+        return self.exchange
+
+    async def agree(self, given: Contribution) -> Tensor:
+        """The committed mean of this round (fp32, 1-D), our contribution among those of the others.
+
+        Raises :class:`OutOfStep` when it cannot be had any more.
+        """
         assert self._instance is not None
-        tally = self._peer.tally
-        self._trained = self.host.now()
-        self._worked = self._trained - self._round_began
-        if self.round_now in self.faults.spoil:
-            vector = vector * math.nan
-        why = await self.host.run_blocking(exact.check_finite, vector, self.layout.name_at)
-        if why is not None:
-            self.emit("convene", "refused", self.me, f"our own contribution is not sent: {why}")
-            if not self._peer.shares_optimizer:
-                self.trainer.reset_optimizer()
+        self._trained, self._worked = given.at, given.at - self._round_began
+        tally = self._given = self._peer.tally
+        # What is trained from here on belongs to the next round's contribution.
+        self._peer.tally = Tally()
         weight = 1 if self.time_budget is None else tally.samples
-        instance = self._instance
         while True:
-            contribution = None if why is not None or not tally.samples else vector
-            instance.begin(
-                contribution, tally.samples, weight, vector.numel(), why or "" if tally.samples else "no samples"
-            )
+            instance = self._instance
+            why = given.why or ("" if tally.samples else "no samples")
+            vector = None if why else given.vector
+            instance.begin(vector, tally.samples, weight, given.length, why, None if why else given.filling)
             await self._until_decided(instance)
             if instance.commit is not None:
                 break
             # A branch was formed: the same contribution goes into its first round.
             self.hub.drop(instance)
-            instance = self._instance = self._make_instance()
-        result = await instance.outcome()
+            self._instance = self._make_instance()
         commit = instance.commit
-        if result is None or result.numel() != vector.numel():
+        await self.membership.confirm(commit.record)
+        result = await instance.outcome()
+        if result is None or result.numel() != given.length:
             raise OutOfStep(f"the result of round {commit.record.round} cannot be had any more")
         plan = instance.voter.plan
         self._committed(commit.record.round, instance, instance.voter.attempt + (plan.epoch if plan else 0))
         return result
+
+    def withdrawn(self, given: Contribution, broken: bool) -> None:
+        """Our contribution is not sent, or taken back: ``given.why``. ``broken``: its numbers are not finite."""
+        self.emit("convene", "refused", self.me, f"our own contribution is not sent: {given.why}")
+        if broken and not self._peer.shares_optimizer:
+            self.trainer.reset_optimizer()
+        if self._instance is not None and self._instance.began is not None:
+            self._instance.withdraw(given.why)
+
+    @property
+    def patience(self) -> float:
+        """Seconds in which the rest of a contribution has to follow its beginning."""
+        assert self._instance is not None
+        pace = self._instance.setting.pace
+        return pace.scatter + pace.grace
 
     async def _until_decided(self, instance: Instance) -> None:
         async with trio.open_nursery() as nursery:
@@ -315,19 +313,21 @@ class Run:
     async def skip(self) -> None:
         """End a round without exchange."""
         self._trained = self.host.now()
-        self.membership.skipped(self._peer.tally.samples)
-        self._report(retries=0, voters=(self.me,), members=(self.me,), samples=self._peer.tally.samples, reason="local")
+        samples, self._peer.tally = self._peer.tally.samples, Tally()
+        self.membership.skipped(samples)
+        self._report(retries=0, voters=(self.me,), members=(self.me,), samples=samples, reason="local")
         await trio.lowlevel.checkpoint()
 
     def when_decided(self, then: Callable[[], None]) -> None:
-        """Call ``then`` once the present round is decided."""
+        """Call ``then`` once the present round is decided without us: before we began its exchange."""
         instance = self._instance
-        if instance is None:
+        if instance is None or instance.began is not None:
             return
 
         async def wait() -> None:
             await instance.decided.wait()
-            then()
+            if instance.began is None:
+                then()
 
         self.nursery.start_soon(wait)
 
@@ -375,25 +375,25 @@ class Run:
         for peer in joined:
             self.emit("commit", "joined", PeerId.parse(peer))
 
-        def report(metric: float | None, digest: str) -> RoundReport:
-            return RoundReport(
-                round=round,
-                t=now - self._start,
-                wall_s=wall,
-                members=tuple(peer.text for peer in members),
-                retries=retries,
-                dropped=dropped,
-                joined=joined,
-                reason=reason,
-                samples=samples,
-                loss=loss,
-                metric=metric,
-                digest=digest,
-            )
-
-        self._pending_report = report
+        self._pending_report = RoundReport(
+            round=round,
+            t=now - self._start,
+            wall_s=wall,
+            members=tuple(peer.text for peer in members),
+            retries=retries,
+            dropped=dropped,
+            joined=joined,
+            reason=reason,
+            samples=samples,
+            loss=loss,
+            metric=None,
+            digest="",
+        )
 
     def _close_instance(self) -> None:
+        if self.exchange is not None:
+            self.exchange.close("this peer left it")
+            self.exchange = None
         if self._instance is not None and self._instance.commit is None:
             self.hub.drop(self._instance)
         self._instance = None
@@ -429,10 +429,10 @@ class Run:
             mode=self.spec.mode,
             round=self.round,
             phase=voter.phase if voter is not None and exchanging else self.phase,
-            reason=self._why(voter.reason if voter is not None and exchanging else self.reason),
+            reason=self._why(voter.told(self.host.now(), self.reason) if voter is not None else self.reason),
             leader=voter.leader().text if voter is not None else "",
             members=tuple(peer.text for peer in self.membership.members()) if head is not None else (),
-            samples=self._peer.tally.samples,
+            samples=(self._given or self._peer.tally).samples,
             total_samples=record.total if record is not None else 0,
             loss=self._loss,
             metric_name=self._metric_name,
@@ -475,10 +475,6 @@ class Run:
         if not self.snapshots:
             raise ConfigError("there is no state yet")
         return self.snapshots[-1].vectors["weights"].clone()
-
-    def speed(self, peer: PeerId) -> float:
-        """Relative speed of a peer as an owner of slices."""
-        return 1.0
 
     def emit(self, phase: str, what: str, peer: PeerId | None = None, detail: str = "") -> None:
         """Tell whoever watches."""

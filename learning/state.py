@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..transport.errors import ConfigError, ProtocolMisuse
+from .reduce.staging import Copy
 from .spec import ParameterSpec
 from .task import Signature, state_tensors
 
@@ -97,13 +98,15 @@ def flatten(layout: Layout, tensors: Sequence[Tensor], out: Tensor | None = None
     _check_vector(layout, out)
     if tuple(tuple(t.shape) for t in tensors) != layout.shapes:
         raise ProtocolMisuse("the tensors do not have the layout's shapes")
+    pairs = []
     for name, offset, tensor in zip(layout.names, layout.offsets, tensors, strict=True):
         source = tensor.detach()
         if not source.is_floating_point() and source.dtype != torch.bool and source.numel():
             low, high = (int(v) for v in source.aminmax())
             if max(-low, high) > _EXACT_INTEGER:
                 raise ConfigError(f"buffer {name} holds integers beyond 2^24 ({low}..{high}); make it not persistent")
-        out[offset : offset + source.numel()].copy_(source.reshape(-1))
+        pairs.append((source, out[offset : offset + source.numel()]))
+    Copy("fetch", pairs).run()
     return out
 
 
@@ -128,9 +131,7 @@ def unflatten_into(layout: Layout, vector: Tensor, model: nn.Module) -> None:
     own = state_tensors(model)
     if [name for name, _ in own] != list(layout.names):
         raise ProtocolMisuse("the model does not have the layout's parameters")
-    with torch.no_grad():
-        for name, tensor in own:
-            tensor.copy_(state[name])
+    Copy("deliver", [(tensor, state[name]) for name, tensor in own]).run()
 
 
 def numpy_view(tensor: Tensor) -> NDArray[np.generic]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..transport.errors import ConfigError, ProtocolMisuse
 from ..transport.host import Host
 from . import defaults, exact
+from .reduce.staging import Copy, Pair
 from .shard import Shard
 from .state import Layout, flatten, flatten_model, unflatten, unflatten_into
 from .task import Batch, Task, title
@@ -124,9 +125,12 @@ class Worker:
 
         def work() -> None:
             values = unflatten(self.layout, gradient)
+            pairs: list[Pair] = []
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    parameter.grad = values[name].to(parameter.device, parameter.dtype, copy=True)
+                    parameter.grad = torch.empty_like(parameter)
+                    pairs.append((parameter.grad, values[name]))
+            Copy("deliver", pairs).run()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 

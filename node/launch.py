@@ -21,7 +21,7 @@ from .terminal import configure_logging, read_line
 from .ticket import Ticket
 
 if TYPE_CHECKING:
-    from ..learning.run import Faults
+    from ..learning.faults import Faults
     from ..learning.spec import RunSpec
     from ..transport.webrtc_signal import TurnServer
 
@@ -271,10 +271,10 @@ def parse_turn(text: str) -> TurnServer | None:
 
 
 def parse_faults(texts: list[str]) -> Faults:
-    """``hold:ROUND:PHASE`` and ``spoil:ROUND``, for tests and the simulator."""
-    from ..learning.run import Faults
+    """``hold:ROUND:PHASE``, ``spoil:ROUND`` and ``flip:ROUND``, for tests and the simulator."""
+    from ..learning.faults import Faults
 
-    hold, spoil = [], []
+    hold, spoil, flip = [], [], []
     for text in texts:
         kind, _, rest = text.partition(":")
         number, _, phase = rest.partition(":")
@@ -282,9 +282,11 @@ def parse_faults(texts: list[str]) -> Faults:
             hold.append((int(number), phase))
         elif kind == "spoil" and number.isdigit():
             spoil.append(int(number))
+        elif kind == "flip" and number.isdigit():
+            flip.append(int(number))
         else:
-            raise ConfigError(f"--fault {text!r}: expected hold:ROUND:PHASE or spoil:ROUND")
-    return Faults(tuple(hold), tuple(spoil))
+            raise ConfigError(f"--fault {text!r}: expected hold:ROUND:PHASE, spoil:ROUND or flip:ROUND")
+    return Faults(tuple(hold), tuple(spoil), tuple(flip))
 
 
 def _load_torch(threads: int | None) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..dht.kademlia.node import Dht
 from ..learning.checkpoints import Keeping, read_model
 from ..learning.events import Event, RoundReport, RunStatus
+from ..learning.faults import Faults
 from ..learning.peer import Trainer
-from ..learning.run import Faults, Run
+from ..learning.run import Run
 from ..learning.rundocs import RunDocuments
 from ..learning.spec import BadSpec, RunSpec, SignedSpec, is_task_name
 from ..learning.store import RunStore

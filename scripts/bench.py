@@ -22,6 +22,7 @@ examples:
   bench.py link --json link.json
   bench.py rpc --systems shoal,tcp --in-flight 1,8,32
   bench.py link --peer-python peers/bin/python      where trustme, grpcio, libp2p, hivemind are installed
+  bench.py codecs --elements 1048576
   bench.py dht --peer-python peers/bin/python       where hivemind, libp2p, kademlia are
 
 A peer that cannot run is left out, with the reason.
@@ -89,6 +90,14 @@ Beside it: aiortc without what webrtc_sctp.py changes, libdatachannel through it
 BLOBS = """\
 A blob from holder processes on this machine into one buffer of another process, and into its store on disk, each chunk
 checked against the hash tree. Beside it: the same bytes as the answer of one call, unchecked.
+"""
+
+
+CODECS = """\
+Every codec of the group reduce on one core: encoding, with error feedback, decoding, adding a weighted contribution to
+a sum, looking for faults, in ns per element; native kernels, pure numpy, and plain torch (several whole-tensor
+operations that give the same values) in turns. Then the mean of fp32 vectors and the check for NaN. Then size, error
+and bias.
 """
 
 
@@ -181,22 +190,24 @@ def arguments() -> argparse.ArgumentParser:
     )
     eight.add_argument("--mb", type=int, default=256, metavar="N", help="MiB of the blob (default: 256)")
     eight.add_argument("--holders", type=numbers, default=(1, 3), metavar="N,…", help="holders (default: 1,3)")
-    nine = commands.add_parser(
+    nine = commands.add_parser("codecs", help="codecs and kernels", description=CODECS, formatter_class=shape)
+    nine.add_argument("--elements", type=int, default=8 << 20, metavar="N", help="of the vector (default: 8388608)")
+    kill = commands.add_parser(
         "kill", help="one of four peers dies in the middle of a reduce", description=KILL, formatter_class=shape
     )
-    nine.add_argument("--mb", type=int, default=64, metavar="N", help="MiB of the tensor (default: 64)")
-    nine.add_argument("--warmup", type=int, default=2, metavar="N", help="clean runs that do not count (default: 2)")
-    nine.add_argument("--only", default="", metavar="TEXT", help="only victims whose name contains TEXT")
-    nine.add_argument("--no-gloo", dest="gloo", action="store_false", help="without torch gloo beside it")
-    nine.add_argument("--verbose", action="store_true", help="what happened when, of every run")
-    ten = commands.add_parser(
+    kill.add_argument("--mb", type=int, default=64, metavar="N", help="MiB of the tensor (default: 64)")
+    kill.add_argument("--warmup", type=int, default=2, metavar="N", help="clean runs that do not count (default: 2)")
+    kill.add_argument("--only", default="", metavar="TEXT", help="only victims whose name contains TEXT")
+    kill.add_argument("--no-gloo", dest="gloo", action="store_false", help="without torch gloo beside it")
+    kill.add_argument("--verbose", action="store_true", help="what happened when, of every run")
+    soak = commands.add_parser(
         "soak", help="thousands of small reduces under random kills and stops", description=SOAK, formatter_class=shape
     )
-    ten.add_argument("--peers", type=int, default=8, metavar="N", help="processes (default: 8)")
-    ten.add_argument("--reduces", type=int, default=10_000, metavar="N", help="rounds (default: 10000)")
-    ten.add_argument("--seconds", type=float, default=None, metavar="S", help="or as many as S seconds allow")
-    ten.add_argument("--seed", type=int, default=0, metavar="N", help="of the faults and keys (default: 0)")
-    ten.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the row to FILE")
+    soak.add_argument("--peers", type=int, default=8, metavar="N", help="processes (default: 8)")
+    soak.add_argument("--reduces", type=int, default=10_000, metavar="N", help="rounds (default: 10000)")
+    soak.add_argument("--seconds", type=float, default=None, metavar="S", help="or as many as S seconds allow")
+    soak.add_argument("--seed", type=int, default=0, metavar="N", help="of the faults and keys (default: 0)")
+    soak.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the row to FILE")
     for command in (two, three, four, five):
         command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
         command.add_argument(
@@ -209,8 +220,8 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument(
             "--time", type=float, default=0.5, metavar="S", help="seconds of one run, about (default: 0.5)"
         )
-    for command in (one, two, three, four, five, six, seven, eight, nine):
-        runs = 3 if command in (five, six) else 5 if command is nine else 9
+    for command in (one, two, three, four, five, six, seven, eight, nine, kill):
+        runs = 3 if command in (five, six) else 5 if command is kill else 9
         command.add_argument(
             "--runs", type=int, default=runs, metavar="N", help=f"counted runs per case (default: {runs})"
         )
@@ -235,7 +246,7 @@ def main() -> int:
         arguments().error("--runs must be at least 1")
     # Imported late, so that --help answers at once.
     import trio
-    from benchmarks import allreduce, blobs, dht, handshake, idle, kill, link, rpc, soak, webrtc
+    from benchmarks import allreduce, blobs, codecs, dht, handshake, idle, kill, link, rpc, soak, webrtc
     from benchmarks.processes import ChildFailed
 
     run = {
@@ -247,6 +258,7 @@ def main() -> int:
         "webrtc": webrtc.run,
         "dht": dht.run,
         "blobs": blobs.run,
+        "codecs": codecs.run,
         "kill": kill.run,
         "soak": soak.run,
     }[options.command]

@@ -25,6 +25,19 @@ Exits 0 only if hops are at most log2(nodes) / 2 + 2 in the mean, and lookups su
 95 % with adversaries.
 """
 
+REDUCE_EPILOG = """\
+examples:
+  shoal lab reduce                                       16 peers, 16 MiB, 25 Mbit/s, 40 ms: as 64 MiB at 100 Mbit/s
+  shoal lab reduce --unequal 0.25,0.5,1,2,4              lines of five kinds
+  shoal lab reduce --mb 64 --uplink 100 --plot out.png   minutes, and 3 GiB of memory
+
+Real endpoints with encryption and real rounds, in virtual time on a network in memory whose uplinks are shared by all
+that a peer sends. What computing takes is not part of the virtual time.
+
+Exits 0 only if everybody is in the last round and it takes at most the least time that the uplinks allow (the optimum
+of the slice planner, without latency) divided by 0.9, with unequal uplinks times 1.1.
+"""
+
 SIM_EPILOG = """\
 examples:
   shoal sim                                         8 peers train `digits`; one is killed, one joins late
@@ -98,7 +111,7 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "lab", help="trials of real nodes on this machine: NAT between them, a DHT of thousands", allow_abbrev=False,
+        "lab", help="trials of real nodes on this machine: NAT between them, a DHT of thousands, slow lines", allow_abbrev=False,
         description="Trials of real nodes on this machine.",
     )  # fmt: skip
     trials = parser.add_subparsers(title="trials", metavar="TRIAL", required=True)
@@ -121,6 +134,7 @@ def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     nat.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     nat.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the matrix")
 
+    _add_reduce(trials)
     dht = command(
         trials, "dht", "thousands of nodes of the DHT in virtual time, and whether lookups find what they should",
         ".lab_dht:dht", package=__package__, epilog=DHT_EPILOG,
@@ -150,6 +164,46 @@ def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     dht.add_argument("--plot", type=Path, metavar="FILE.png", help="draw success, hops, latency and success over time")
 
 
+def _add_reduce(trials: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    reduce = command(
+        trials, "reduce", "rounds of the group reduce over slow lines, beside the least time that these allow",
+        ".lab_reduce:reduce", package=__package__, epilog=REDUCE_EPILOG,
+    )  # fmt: skip
+    reduce.add_argument("--peers", type=positive, default=16, metavar="N", help="peers, all in one round (16)")
+    reduce.add_argument("--mb", type=_size, default=16.0, metavar="MIB", help="size of the vector (16)")
+    reduce.add_argument("--uplink", type=_megabits, default=25 * 125e3, metavar="MBIT", help="of each peer (25)")
+    reduce.add_argument("--unequal", type=_factors, metavar="A,B,…", help="uplinks are A, B, … times that, in turns")
+    reduce.add_argument("--latency", type=_milliseconds, default=0.04, metavar="MS", help="one way (40)")
+    reduce.add_argument("--rounds", type=positive, default=2, metavar="R", help="the first knows nothing yet (2)")
+    reduce.add_argument("--seed", type=count, default=0, metavar="S", help="of everything (0)")
+    reduce.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
+    reduce.add_argument("--plot", type=Path, metavar="FILE.png", help="draw where the time goes")
+
+
+def _size(text: str) -> float:
+    """MiB."""
+    return _number(text, 0.001, 4096.0, "size in MiB, up to 4096")
+
+
+def _megabits(text: str) -> float:
+    """Bytes per second, from ``100`` or ``100Mbit``."""
+    return _number(text.removesuffix("Mbit"), 0.01, 1e6, "number of Mbit/s") * 125e3
+
+
+def _factors(text: str) -> tuple[float, ...]:
+    return tuple(_number(part, 0.001, 1000.0, "factor, 0.001 to 1000") for part in text.split(","))
+
+
+def _number(text: str, least: float, most: float, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what}")
+    return value
+
+
 def _duration(text: str) -> float:
     """Seconds, from ``90``, ``90s``, ``30m`` or ``2h``."""
     unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:])
@@ -173,9 +227,9 @@ def _fraction(text: str) -> float:
 
 
 def _milliseconds(text: str) -> float:
-    """Seconds."""
+    """Seconds, from ``40`` or ``40ms``."""
     try:
-        value = float(text)
+        value = float(text.removesuffix("ms"))
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1000:

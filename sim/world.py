@@ -15,7 +15,8 @@ import attrs
 import trio
 
 from ..learning.events import Event
-from ..learning.run import Faults, Run
+from ..learning.faults import Faults
+from ..learning.run import Run
 from ..learning.store import RunStore
 from ..learning.task import Task, resolve
 from ..node.node import Founding, Node, NodeConfig

@@ -43,6 +43,15 @@ def record_size(bandwidth: float, last: int) -> int:
     return max(defaults.MIN_RECORD, min(defaults.MAX_RECORD, 2 * last, int(bandwidth * defaults.RECORD_TIME)))
 
 
+def under_way(bandwidth: float | None, rtt: float) -> int:
+    """Bytes of bulk that may be sent and not acknowledged: twice what the line holds, or a few records.
+
+    More fills buffers on the way, and here the cache: records are sealed into memory that an acknowledgement frees.
+    ``rtt``: the least that was seen; time in which the other side was busy fills no line.
+    """
+    return max(defaults.LEAST_UNDER_WAY, int(2.0 * (bandwidth or defaults.ASSUMED_BANDWIDTH) * rtt))
+
+
 def dial(lag: float = 0.0) -> float:
     """For one attempt to open a byte stream."""
     return defaults.DIAL_FLOOR + lag
@@ -133,6 +142,11 @@ def connect(lag: float = 0.0) -> float:
 def bulk_phase(floor: float, size: int, rtt: float, bandwidth: float | None, lag: float = 0.0) -> float:
     """For a phase in which every member of a group sends ``size`` bytes in all; ``bandwidth``: of the slowest link."""
     return floor + 8.0 * rtt + lag + transfer(size, bandwidth)
+
+
+def planned_phase(floor: float, expected: float, rtt: float) -> float:
+    """For a phase of bulk that should take ``expected`` seconds by what was measured on all lines."""
+    return floor + 8.0 * rtt + 1.5 * expected
 
 
 def silence(floor: float, rtt: float, lag: float = 0.0) -> float:

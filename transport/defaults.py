@@ -227,6 +227,14 @@ DIRECT_BODY = 16 << 10
 FAST_LINE, SLOW_LINE = 50e6, 12e6
 UNSENT_FAST, UNSENT_SLOW = 512 << 10, 16 << 10
 
+#: Bytes of bulk that may always be under way on a link: records of the largest size while their acknowledgement, due
+#: after 1 MiB, comes back, and some for a receiver that is late.
+LEAST_UNDER_WAY = 3 << 20
+
+#: Bytes of a large record that are waited for at once on a fast line: each time that a reader is woken costs as much as
+#: some 100 KiB. At 50 MB/s it is 2.6 ms.
+LOW_WATER = 128 << 10
+
 # Kernel sockets (tcp.py)
 
 #: Connections the kernel completes while we are busy; the system's own limit applies too (Linux: 4096).
@@ -659,3 +667,27 @@ MAX_HELD = 512 << 20
 
 #: Bytes moved on all links after which what they hold is looked at again.
 HELD_CHECK = 16 << 20
+
+# What the line of this machine carries (linemeter.py)
+
+#: Seconds of a window in which bulk is counted: longer than the pauses that one record of each link makes, and many of
+#: them in a transfer whose time matters. Windows kept, seconds for which one tells something, bytes it must hold.
+LINE_WINDOW, LINE_WINDOWS, LINE_MEMORY = 0.25, 16, 1800.0
+LINE_MIN_BYTES = 64 << 10
+
+#: Bytes that come in at once from which on they are taken for bulk.
+LINE_BULK = 4 << 10
+
+#: Seconds without bulk after which a busy time is over: next to none on the way out, where a record counts for as long
+#: as the network takes to accept it; on the way in, where it counts when it is there, as long as one may take.
+LINE_GAP_UP, LINE_GAP_DOWN = 0.02, 0.25
+
+#: Seconds within which what ends ends at once: a machine that lagged finds all its records gone in one moment, and a
+#: window must hold them all.
+LINE_INSTANT = 0.005
+
+#: Part of the line's rate below which a window left it room. Windows of one path that are kept, and paths.
+LINE_ROOM = 0.5
+#: Such windows at the beginning of a busy time, to several peers, after which the line itself has become slower.
+LINE_ROOMY = 8
+PATH_WINDOWS, LINE_PATHS = 8, 1024

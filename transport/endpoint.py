@@ -86,6 +86,8 @@ class Endpoint:
         self._limits = limits
         self._contacts = Contacts()
         self._table = LinkTable(host, self.peer_id, max_links, self._count)
+        #: What the line of this machine carries, over all links.
+        self.line = self._table.line
         self._table.on_stream = self._on_stream
         self._table.on_call = self._on_call
         #: Called for every new link and every lost one. Must not wait.

@@ -19,7 +19,7 @@ from trio.lowlevel import ParkingLot
 
 from . import deadlines, defaults
 from .callmux import CallEvent
-from .errors import LinkClosed, Overloaded, RecordError, RemoteError, RemoteProtocolError
+from .errors import LinkClosed, RecordError, RemoteError, RemoteProtocolError
 from .frames import (
     DataReceived,
     Event,
@@ -33,6 +33,7 @@ from .frames import (
     StreamWasReset,
 )
 from .linkcalls import CarriesCalls
+from .linkstreams import OpensStreams
 from .mux import Mux
 from .pipe import Pipe
 from .pipehello import TOO_MANY, PipeRefused, SessionSecrets
@@ -55,7 +56,7 @@ __all__ = ["Link", "LinkStream", "Priority", "StreamLost"]
 log = logging.getLogger(__name__)
 
 
-class Link(SeenThroughPipes, CarriesCalls):
+class Link(SeenThroughPipes, CarriesCalls, OpensStreams):
     """An authenticated, encrypted connection to ``peer`` that carries many streams.
 
     Run by :meth:`run`, in a nursery of the endpoint. ``closed`` is set when everything about it has ended;
@@ -131,32 +132,6 @@ class Link(SeenThroughPipes, CarriesCalls):
         """Our loop's lag in seconds, for deadlines."""
         return self._lag.value(self._host.now())
 
-    # Streams
-
-    async def open_stream(self, protocol: str, priority: Priority = Priority.CONTROL) -> LinkStream:
-        """Open a stream. Waits while our side holds the most streams allowed; the caller's deadline bounds that.
-
-        Raises :class:`LinkClosed`.
-        """
-        await trio.lowlevel.checkpoint()
-        while (stream := self.try_open_stream(protocol, priority)) is None:
-            await self._slots.park()
-        return stream
-
-    def try_open_stream(self, protocol: str, priority: Priority = Priority.CONTROL) -> LinkStream | None:
-        """Open a stream without waiting; None when :meth:`open_stream` would wait. Raises :class:`LinkClosed`."""
-        if not self.alive:
-            raise self._closed_error()
-        if not self._mux.can_open:
-            return None
-        try:
-            stream = self._mux.open(protocol, priority)
-        except Overloaded as error:
-            raise LinkClosed(str(error), peer=self.peer.short) from None
-        self.last_used = self._host.now()
-        self._changed()
-        return LinkStream(self, self._mux, stream)
-
     async def aclose(self, reason: str = "goodbye", code: int = GoodbyeCode.LEAVING) -> None:
         """Say goodbye (best effort, at most :func:`deadlines.goodbye` seconds), then close.
 
@@ -181,6 +156,9 @@ class Link(SeenThroughPipes, CarriesCalls):
             if self.interrupted:
                 self._end(LinkClosed(f"closed by us: {reason}", peer=self.peer.short))
             self._pipes.best.work.wake()
+
+    def _as_link(self) -> Link:
+        return self
 
     # Pipes
 
@@ -314,9 +292,11 @@ class Link(SeenThroughPipes, CarriesCalls):
             data: bytes | bytearray = b""
             room = channel.room()
             if room is None:
+                stream.expect(1)
                 data = await stream.receive_some(defaults.READ_SIZE)
                 size = len(data)
             else:
+                pipe.expect(channel.missing)
                 size = await stream.receive_into(room)
             if not size:
                 if pipe.peer_retired:
@@ -327,7 +307,7 @@ class Link(SeenThroughPipes, CarriesCalls):
             if self._mux.goodbye_sent:
                 continue
             events = channel.receive(data) if room is None else channel.fill(size)
-            pipe.note_heard(size, self._host.now(), whole=bool(events))
+            self._note_heard(pipe, size, self._host.now(), whole=bool(events))
             for event in events:
                 if isinstance(event, Record):
                     self._record(pipe, event)
@@ -385,7 +365,9 @@ class Link(SeenThroughPipes, CarriesCalls):
             due = now + deadlines.probe(pipe.rtt, self._lag.value(now))
             if due < self._watching.deadline:
                 self._watching.deadline = due
-        pipe.note_sent(size, seconds, now)
+        self._note_sent(pipe, size, seconds, now)
+        if pipe.sent_bulk:
+            self._session.bound_bulk(deadlines.under_way(self._pipes.bandwidth, pipe.nearest))
 
     def _compose(self, pipe: Pipe) -> bytearray | memoryview | None:
         """The next record of ``pipe`` for the wire."""
@@ -394,7 +376,8 @@ class Link(SeenThroughPipes, CarriesCalls):
             return None
         if pipe.has_frames:
             return self._session.seal(pipe.channel.sealer, pipe.take_frames())
-        if pipe is self._pipes.best and pipe.usable:
+        control = self._mux.has(Priority.CONTROL) or self._session.must_repeat(Priority.CONTROL)
+        if control and pipe is self._pipes.best and pipe.usable:
             wire = self._compose_channel(pipe, Priority.CONTROL)
             if wire is not None:
                 return wire
@@ -485,10 +468,6 @@ class Link(SeenThroughPipes, CarriesCalls):
                 pipe.work.wake()
         if self._slots:
             self._slots_changed()
-
-    def _slots_changed(self) -> None:
-        if self._slots and self._mux.can_open:
-            self._slots.unpark()
 
     def _break_streams(self, reason: RemoteError) -> None:
         for stream in self._mux.live_streams():

@@ -15,6 +15,7 @@ from .eviction import Candidate, make_room, relieve
 from .frames import GoodbyeCode
 from .host import Host
 from .identity import PeerId
+from .linemeter import LineMeter
 from .link import Link
 from .stream import LinkStream
 from .throttle import source_of
@@ -41,6 +42,8 @@ class LinkTable:
         self.on_trouble: Callable[[Link], None] | None = None
         #: Called when a link wants another number of pipes for bulk. Must not wait.
         self.on_width: Callable[[Link], None] | None = None
+        #: What the line of this machine carries, over all links.
+        self.line = LineMeter()
         self.nursery: trio.Nursery | None = None
         self._host, self._own, self._count = host, own, count
         self._links: dict[PeerId, list[Link]] = {}
@@ -80,6 +83,7 @@ class LinkTable:
             link.on_trouble = partial(self.on_trouble, link)
         if self.on_width is not None:
             link.on_width = partial(self.on_width, link)
+        link.line = self.line
         link.on_stream = self.on_stream
         link.on_call = self.on_call
         link.on_idle = partial(self._on_idle, link)

@@ -35,6 +35,8 @@ class Channel(Protocol):
     def sealer(self) -> RecordSealer: ...
     def receive(self, data: Buffer) -> Sequence[Established | Record]: ...
     def room(self) -> memoryview | None: ...
+    @property
+    def missing(self) -> int: ...
     def fill(self, size: int) -> Sequence[Established | Record]: ...
     def eof(self) -> None: ...
 
@@ -46,10 +48,11 @@ class Pipe:
     """
 
     __slots__ = (  # a dictionary of so many takes 1.6 kB of an idle link
+        "_answered",
         "_fast",
+        "_fast_in",
         "_measured",
         "_pace",
-        "_pinged",
         "_pings_due",
         "_pong",
         "_token",
@@ -64,6 +67,7 @@ class Pipe:
         "heard",
         "index",
         "local",
+        "nearest",
         "opened_at",
         "peer_retired",
         "reason",
@@ -104,6 +108,8 @@ class Pipe:
         self.opened_at = now
         #: Smoothed round trip in seconds: of pings, before the first of them the handshake's duration.
         self.rtt = rtt
+        #: The shortest of its pings; before the first of them as `rtt`.
+        self.nearest = rtt
         #: Bytes per second, smoothed, at which the network took larger records; None: not measured yet.
         self.bandwidth: float | None = None
         self.bytes_sent = self.bytes_received = 0
@@ -131,13 +137,13 @@ class Pipe:
         self.unheard_since: float | None = None
         #: When the ping was sent that waits for its answer.
         self.asked: float | None = None
-        self._pinged = False
         self._measured = False
-        self._token = 0
+        self._token = self._answered = 0  # the last ping, and the last that was answered
         self._pings_due: list[bytes] = []
         self._pong: int | None = None
         self._pace: float | None = None  # smoothed seconds per byte of larger records
         self._fast = False  # the line, so that more may wait in the kernel
+        self._fast_in = False  # what comes: many bytes at once are worth waiting for
 
     def __repr__(self) -> str:
         return f"<Pipe {self.index} {self.way} to {self.remote}>"
@@ -170,7 +176,6 @@ class Pipe:
         if self.asked is None:
             self._token = self._token + 1 & 0xFFFFFFFF
             self.asked = now
-            self._pinged = True
             self._pings_due.append(_FRAME.pack(_PING, self._token))
             self.work.wake()
 
@@ -212,12 +217,16 @@ class Pipe:
                 raise RemoteProtocolError(f"an unknown kind of frame of a pipe, {kind}")
 
     def _on_pong(self, token: int, now: float) -> None:
-        if not self._pinged or token != self._token:
+        # Something else may have been heard before the answer, and a further ping been sent: both answers may come.
+        if not 0 < token - self._answered & 0xFFFFFFFF <= self._token - self._answered & 0xFFFFFFFF:
             raise RemoteProtocolError("an answer to no ping of ours")
-        self._pinged = False
+        self._answered = token
+        if token != self._token:
+            return
         if self.asked is not None:
             sample = max(0.0, now - self.asked)
             self.rtt = 0.875 * self.rtt + 0.125 * sample if self._measured else sample  # RFC 6298
+            self.nearest = min(self.nearest, sample) if self._measured else sample
             self._measured = True
         self.asked = None
 
@@ -226,12 +235,18 @@ class Pipe:
     def note_heard(self, size: int, now: float, *, whole: bool) -> None:
         """``size`` bytes came; ``whole``: with them a record that only the peer can have made."""
         self.bytes_received += size
+        if size >= defaults.LOW_WATER // 2:
+            self._fast_in = size > defaults.FAST_LINE * (now - self.heard)
         if whole:
             self._whole = now
         elif now - self._whole > defaults.UNFINISHED_RECORD:
             return
         self.heard = now
         self.unheard, self.unheard_since = 0, None
+
+    def expect(self, missing: int) -> None:
+        """``missing`` bytes of the present record have to come: on a fast line it is cheaper to wait for many."""
+        self.stream.expect(min(missing, defaults.LOW_WATER) if self._fast_in else 1)
 
     def note_sent(self, size: int, seconds: float, now: float) -> None:
         """``size`` bytes were taken by the network within ``seconds``."""

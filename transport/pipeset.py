@@ -14,6 +14,8 @@ from .pipe import Pipe
 if TYPE_CHECKING:
     from .address import Address
     from .host import Host
+    from .identity import PeerId
+    from .linemeter import LineMeter
     from .mux import Mux
     from .session import Session
 
@@ -134,6 +136,21 @@ class SeenThroughPipes:
     _session: Session
     #: It has answered calls of this node, which therefore has a use for it.
     useful = False
+    #: What all links of this node tell of their bulk.
+    line: LineMeter | None = None
+    peer: PeerId
+
+    def _note_sent(self, pipe: Pipe, size: int, seconds: float, now: float) -> None:
+        """A record of ``size`` bytes was taken by the network within ``seconds``."""
+        pipe.note_sent(size, seconds, now)
+        if self.line is not None and pipe.sent_bulk:
+            self.line.up.note(now - seconds, now, size, self.peer)
+
+    def _note_heard(self, pipe: Pipe, size: int, now: float, *, whole: bool) -> None:
+        """``size`` bytes came; ``whole``: see :meth:`Pipe.note_heard`."""
+        pipe.note_heard(size, now, whole=whole)
+        if self.line is not None and size >= defaults.LINE_BULK:
+            self.line.down.note(now, now, size)
 
     @property
     def held(self) -> int:
@@ -204,6 +221,11 @@ class SeenThroughPipes:
     def rtt(self) -> float:
         """Smoothed round trip of the best pipe, seconds."""
         return self._pipes.best.rtt
+
+    @property
+    def nearest(self) -> float:
+        """The shortest round trip of the best pipe, seconds: what it takes when nothing is in the way."""
+        return self._pipes.best.nearest
 
     @property
     def bandwidth(self) -> float | None:

@@ -45,7 +45,7 @@ class Outbox:
     """The sending half of one channel. ``window``: bytes kept beyond which nothing new goes out."""
 
     def __init__(self, window: int = defaults.MAX_UNACKNOWLEDGED) -> None:
-        self._window = window
+        self._window = self._most = window
         #: Bytes sent and not acknowledged.
         self.kept = 0
         self._next = 0
@@ -63,6 +63,10 @@ class Outbox:
     def full(self) -> bool:
         """True while a new record could be further ahead of a missing one than the peer may hold (:class:`Inbox`)."""
         return self._next - self._acknowledged > defaults.MAX_EARLY_RECORDS or self.kept >= self._window
+
+    def bound(self, size: int) -> None:
+        """The window is ``size`` bytes from here on, or that of the beginning if that is less."""
+        self._window = min(size, self._most)
 
     def keep(self, pipe: int, sealed: Sealed) -> None:
         """The record :attr:`next` went out on ``pipe``. Raises :class:`RemoteProtocolError` when too much is kept."""
@@ -192,6 +196,14 @@ class Session:
     def owes(self) -> bool:
         """True when an acknowledgement should go out even if nothing else does."""
         return self.into[0].owes or self.into[1].owes
+
+    def must_repeat(self, channel: int) -> bool:
+        """True when a record has to go out again."""
+        return self.out[channel].repeat() is not None
+
+    def bound_bulk(self, size: int) -> None:
+        """From here on no more than ``size`` bytes of bulk are under way, or what was allowed in the beginning."""
+        self.out[BULK].bound(size)
 
     def lost(self, pipe: int) -> None:
         """``pipe`` is dead."""

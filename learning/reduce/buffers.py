@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ...transport.identity import PeerId
 from .. import exact
+from .memory import RoundMemory
 from .slices import Slice
 
 #: Parts of slices that one contributor may send in a round: a slice is re-cut only when owners are lost.
@@ -23,7 +22,8 @@ MAX_PIECES = 4096
 class Buffers:
     """Contributions by (contributor, start, stop), and one result vector per generation (attempt, epoch)."""
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self, max_length: int, memory: RoundMemory | None = None) -> None:
+        self._memory = memory or RoundMemory()
         self.own: Tensor | None = None
         self.result: Tensor | None = None
         self.generation: tuple[int, int] | None = None
@@ -46,7 +46,11 @@ class Buffers:
             return None
         self._pieces[contributor] = self._pieces.get(contributor, 0) + 1
         self._taken[contributor] = self._taken.get(contributor, 0) + (stop - start)
-        return _room(stop - start)
+        return self._memory.take(stop - start)
+
+    def room(self, elements: int) -> Tensor:
+        """Memory for so many."""
+        return self._memory.take(elements)
 
     def keep(self, contributor: PeerId, start: int, stop: int, part: Tensor) -> None:
         self.parts[contributor, start, stop] = part
@@ -59,7 +63,8 @@ class Buffers:
     def open(self, generation: tuple[int, int], length: int) -> None:
         """Begin to collect the result of a new generation; the older one is given up."""
         self.generation, self.filled = generation, {}
-        self.result = _room(length)
+        self.result = None  # where it is the memory of an older generation, it may be used again
+        self.result = self._memory.take(length)
 
     def combination(
         self, members: Sequence[PeerId], weights: Sequence[int], ranges: Sequence[tuple[int, int]]
@@ -88,7 +93,7 @@ class Buffers:
         if not 0 <= start < stop <= self._max_length or taken + size > 2 * self._max_length:
             return None
         self._early_size[sender] = taken + size
-        return _room(size)
+        return self._memory.take(size)
 
     def keep_early(self, attempt: int, epoch: int, index: int, piece: Slice, part: Tensor) -> None:
         """Keep what ``piece.owner`` sent as combined slice ``index`` of a generation that is not open here yet."""
@@ -106,17 +111,14 @@ class Buffers:
                 self.result[piece.start : piece.stop] = part
                 self.filled[index] = None
 
+    def drop(self) -> None:
+        """Nothing of the round is needed any more."""
+        self.drop_inputs()
+        self.result, self.generation = None, None
+        self.filled.clear()
+
     def drop_inputs(self) -> None:
         """The round is over: contributions are no longer needed, the result still is (for those who were late)."""
         self.parts.clear()
         self._early.clear()
         self.own = None
-
-
-def _room(elements: int) -> Tensor:
-    """Memory for so many float32, uninitialised.
-
-    numpy asks the kernel for huge pages, torch does not: to touch 32 MiB for the first time takes 17 ms in pages of
-    4 KiB and 3 ms in huge ones, and every round needs its memory anew.
-    """
-    return torch.from_numpy(np.empty(elements, dtype=np.float32))

@@ -58,12 +58,20 @@ class Pull:
 
 @attrs.frozen
 class Fingerprint:
-    """Compute the result's fingerprint under a key from ``nonces`` (leader); ``offers``: algorithms of each holder."""
+    """Compute the result's fingerprint with ``algorithm`` under a key from ``nonces`` (leader)."""
 
     attempt: int
     epoch: int
     nonces: tuple[bytes, ...]
-    offers: tuple[tuple[str, ...], ...]
+    algorithm: str
+
+
+@attrs.frozen
+class Prepare:
+    """Begin to compute what a proposal will be compared with: our result's fingerprint."""
+
+    nonces: tuple[bytes, ...]
+    algorithm: str
 
 
 @attrs.frozen
@@ -110,7 +118,7 @@ class Note:
     peer: PeerId | None = None
 
 
-Action = Send | Push | Combine | Share | Pull | Fingerprint | Verify | Persist | Promise | Done | Note
+Action = Send | Push | Combine | Share | Pull | Fingerprint | Prepare | Verify | Persist | Promise | Done | Note
 
 
 @attrs.frozen

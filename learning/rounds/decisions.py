@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 
 from ...transport.identity import PeerId
-from .messages import Accepted, Ready, quorum
+from .messages import Accepted, Plan, Ready, quorum
 
 
 def candidates(prev: bytes, round: int, voters: Sequence[PeerId]) -> tuple[PeerId, ...]:
@@ -71,6 +71,19 @@ def contributors(ready: Mapping[PeerId, Ready]) -> tuple[tuple[PeerId, ...], int
     return members, length, f"; without a contribution: {named}" if others else ""
 
 
+def shares(plan: Plan, members: Sequence[PeerId]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Samples and weights of some of the members of a plan, in the order of ``members``."""
+    samples = dict(zip(plan.members, plan.samples, strict=True))
+    weights = dict(zip(plan.members, plan.weights, strict=True))
+    return tuple(samples[m] for m in members), tuple(weights[m] for m in members)
+
+
+def never_decided(voters: Sequence[PeerId], promises: Mapping[PeerId, object], needed: int) -> bool:
+    """Whether so many voters have promised without ever having accepted a value that no value can have been decided."""
+    blank = sum(promise is None for promise in promises.values())
+    return len(voters) - blank < needed
+
+
 def may_abandon(
     voters: Sequence[PeerId],
     ready: Collection[PeerId],
@@ -82,7 +95,8 @@ def may_abandon(
     """Whether a value that was accepted, but whose result no ready voter holds any more, may be given up.
 
     When all voters say so, nobody can have applied it: peers that restarted lost the result with their memory and are
-    back at the state before. In ``strict`` mode nothing less will do; otherwise the voters that can be reached suffice.
+    back at the state before. In ``strict`` mode nothing less will do; otherwise the voters that can be reached suffice,
+    and what they agree on next is a branch beside the value that was given up (docs/agreement.md).
     """
     missing = [voter for voter in voters if voter not in ready]
     waiting = [voter for voter in missing if voter not in lost]
@@ -169,16 +183,12 @@ def proposal_of(promises: Mapping[PeerId, object]) -> object | None:
     return max(accepted, key=lambda item: item.attempt, default=None)  # type: ignore[attr-defined]
 
 
-def worth_proposing(
-    promises: Mapping[PeerId, Accepted | None], refused: Collection[bytes], needed: int
-) -> dict[PeerId, Accepted | None]:
-    """The promises that a leader goes by: all, or those of a quorum whose accepted value is none that its own voter
-    ``refused`` (for a fingerprint that no result has, say). Single-decree Paxos is safe with the promises of any
-    quorum; without this one lying leader that accepts its own value would be proposed again for ever. ``needed``: 0
-    where no quorum of promises proves anything (gossip groups).
-    """
-    wanted = {p: a for p, a in promises.items() if a is None or a.record.digest not in refused}
-    return wanted if 0 < needed <= len(wanted) else dict(promises)
+def holders_of(value: Accepted, ready: Mapping[PeerId, Ready]) -> tuple[PeerId, ...]:
+    """Who of those that are ready accepted ``value``, at whatever ballot, and still holds its result."""
+    digest = value.record.digest
+    return tuple(
+        peer for peer, r in ready.items() if r.holds and r.accepted is not None and r.accepted.record.digest == digest
+    )
 
 
 def short(peers: Sequence[PeerId]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,25 +14,30 @@ from ...transport.errors import RemoteRefused
 from ...transport.identity import PeerId
 from ...transport.rpc import Call
 from .. import defaults
+from ..reduce.memory import RoundMemory
+from .early import Early
 from .instance import Instance
-from .messages import MESSAGES, Commit, Convene, Ready
+from .messages import ANSWERED, MESSAGES, Commit
 from .methods import SAY, SCATTER, SHARE, WANT, Ack, Given, Scatter, Shared, Want
 from .post import Post
 
 
 class Hub:
     """Routes calls by instance key. A message for a round we have not reached waits a little; one for a round that is
-    over is answered with its commit."""
+    over is answered with its commit. Holds the memory that the rounds of a run share."""
 
     def __init__(self, endpoint: Endpoint, post: Post) -> None:
-        self._endpoint, self._post = endpoint, post
+        self._endpoint, self._post, self._now = endpoint, post, endpoint.host.now
         self._live: dict[bytes, Instance] = {}
         self._commits: dict[bytes, Commit] = {}
         self._awaited: dict[bytes, trio.Event] = {}
+        self._early = Early()
+        self.memory = RoundMemory()
+        self._remembered = -math.inf
         #: A commit of a round we are not in: we may have been admitted by it, or left behind.
         self.on_foreign_commit: Callable[[PeerId, Commit], None] = lambda sender, commit: None
         for kind in MESSAGES:
-            endpoint.serve(SAY[kind], self._on_message)
+            endpoint.serve_at_once(SAY[kind], self._on_message)
         endpoint.serve(SCATTER, self._on_scatter)
         endpoint.serve(SHARE, self._on_share)
         endpoint.serve(WANT, self._on_want)
@@ -38,6 +45,11 @@ class Hub:
     def add(self, instance: Instance) -> None:
         """Begin to route to ``instance``."""
         self._live[instance.key] = instance
+        instance.on_open = self._make_room
+        for letter in self._early.take(self._now(), instance.key):
+            # It was taken in already, so nobody is there to hear of a refusal.
+            with contextlib.suppress(RemoteRefused):
+                instance.receive(letter.sender, letter.message)
         event = self._awaited.pop(instance.key, None)
         if event is not None:
             event.set()
@@ -50,6 +62,16 @@ class Hub:
         decided = [key for key, instance in self._live.items() if instance.commit is not None]
         for key in decided[: -defaults.REMEMBERED_RESULTS]:
             self._live.pop(key).close()
+        now = self._now()
+        if now - self._remembered > defaults.KEEP_MEMORY:
+            self.memory.release()
+        self._remembered = now
+
+    def _make_room(self, size: int) -> None:
+        """A round begins to gather a result of ``size`` bytes."""
+        if size > defaults.LARGE_RESULT:
+            for key in [key for key, instance in self._live.items() if instance.commit is not None]:
+                self._live.pop(key).close()
 
     def drop(self, instance: Instance) -> None:
         """Give up an undecided instance."""
@@ -60,19 +82,20 @@ class Hub:
         for instance in self._live.values():
             instance.peer_changed(peer, why)
 
-    async def _on_message(self, call: Call[Any]) -> Ack:
+    def _on_message(self, call: Call[Any]) -> Ack:
         message, sender = call.request, call.peer
         instance = self._live.get(message.key)
         if instance is None and message.key in self._commits:
-            if isinstance(message, Ready | Convene):
+            if isinstance(message, ANSWERED):
                 self._post.send(sender, self._commits[message.key])
             return Ack()
         if instance is None and isinstance(message, Commit):
             self.on_foreign_commit(sender, message)
             return Ack()
         if instance is None:
-            instance = await self._await(message.key)
-        instance.receive(sender, message)
+            self._early.keep(self._now(), sender, message)
+        else:
+            instance.receive(sender, message)
         return Ack()
 
     async def _await(self, key: bytes) -> Instance:
@@ -80,7 +103,7 @@ class Hub:
             event = self._awaited.get(key)
             if event is None:
                 if len(self._awaited) >= defaults.MAX_EARLY_MESSAGES:
-                    raise RemoteRefused("busy", "too many messages for rounds that are not open here")
+                    raise RemoteRefused("busy", "too many transfers for rounds that are not open here")
                 event = self._awaited[key] = trio.Event()
             with trio.move_on_after(defaults.EARLY_MESSAGE):
                 await event.wait()
@@ -90,11 +113,11 @@ class Hub:
         return self._live[key]
 
     async def _on_scatter(self, call: Call[Scatter]) -> Ack:
-        return await (await self._await(call.request.key)).on_scatter(call)
+        return await (await self._await(call.request.key)).traffic.on_scatter(call)
 
     async def _on_share(self, call: Call[Shared]) -> Ack:
-        return await (await self._await(call.request.key)).on_share(call)
+        return await (await self._await(call.request.key)).traffic.on_share(call)
 
     async def _on_want(self, call: Call[Want]) -> Given:
-        handler: Callable[[Call[Want]], Awaitable[Given]] = (await self._await(call.request.key)).on_want
+        handler: Callable[[Call[Want]], Awaitable[Given]] = (await self._await(call.request.key)).traffic.on_want
         return await handler(call)

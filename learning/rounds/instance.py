@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
+import attrs
 import trio
 from torch import Tensor
 
 from ...transport.endpoint import Endpoint
-from ...transport.errors import RemoteError, RemoteRefused
+from ...transport.errors import RemoteRefused
 from ...transport.identity import PeerId
-from ...transport.rpc import Call
+from ...transport.waiter import Waiter
 from ...transport.wire import printable
-from .. import defaults, exact
-from ..digest import choose_fingerprint, fingerprint, local_fingerprints
+from ..digest import local_fingerprints
 from ..reduce.buffers import Buffers
-from ..reduce.slices import Slice
-from ..state import bytes_view
+from ..reduce.filling import Filling
+from ..reduce.measured import measured
+from ..reduce.memory import RoundMemory
 from .actions import (
     Action,
     Combine,
@@ -28,6 +28,7 @@ from .actions import (
     Fingerprint,
     Note,
     Persist,
+    Prepare,
     Promise,
     Pull,
     Push,
@@ -38,42 +39,44 @@ from .actions import (
 from .decisions import candidates, resume_at
 from .leader import Leader
 from .messages import (
-    Accept,
+    ANSWERED,
+    TO_LEADER,
     Commit,
-    CommitRecord,
-    Convene,
-    Held,
-    Progress,
     Ready,
     Reject,
-    members_hash,
     verify_certificate,
 )
-from .methods import SCATTER, SHARE, WANT, Ack, Given, Scatter, Shared, Want
+from .passes import Passes
 from .post import Post
+from .results import Results
 from .setting import Setting
 from .terms import accepts_needed
+from .traffic import Traffic
 from .voter import Voter
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-_TO_LEADER = (Ready, Held, Progress, Accept, Reject)
 
 
 class Instance:
-    """Drives one round. ``decided`` is set with ``commit``; then :meth:`outcome` gives the result."""
+    """Drives one round. ``decided`` is set with ``commit``; then :meth:`outcome` gives the result.
 
-    def __init__(self, endpoint: Endpoint, post: Post, setting: Setting, lost: dict[PeerId, str]) -> None:
+    What happens is carried out at once, in the task that tells of it, as far as nothing has to be waited for; the task
+    of :meth:`run` does the rest. ``memory``: where buffers come from.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        post: Post,
+        setting: Setting,
+        lost: dict[PeerId, str],
+        memory: RoundMemory | None = None,
+    ) -> None:
         self._endpoint, self._post, self.setting = endpoint, post, setting
         self._host, self.me = endpoint.host, endpoint.peer_id
         self.key, self.round, self.voters = setting.key, setting.round, setting.voters
         self.commit: Commit | None = None
         self.decided = trio.Event()
         self.began: float | None = None
-        self.refused: dict[PeerId, str] = {}
-        self.buffers = Buffers(setting.max_length)
+        self.buffers = Buffers(setting.max_length, memory or RoundMemory())
         secret = self._host.entropy(32)
         order = candidates(setting.prev, self.round, self.voters)
         promised, accepted = resume_at(setting.stored, order, self.me)
@@ -97,40 +100,75 @@ class Instance:
         self._first = promised
         self.voter.lost.update({p: w for p, w in lost.items() if p in self.voters})
         self.leader: Leader | None = None
-        self._final: Tensor | None = None
-        self._final_digest = b""
-        self._printed: tuple[Tensor, str, tuple[bytes, ...], bytes] | None = None
-        self._inbox_in, self._inbox = trio.open_memory_channel[Callable[[], Sequence[Action]]](math.inf)
+        passes = Passes(self._host)
+        self.results = Results(endpoint, setting, self.voter, self.buffers, passes)
+        self.traffic = Traffic(
+            endpoint, setting, self.voter, self.buffers, self.results, passes, post, self._feed, self._open_generation
+        )
+        #: Called when this round begins to collect its result: bytes that it takes.
+        self.on_open: Callable[[int], None] = lambda size: None
+        self._steps: deque[Callable[[], Sequence[Action]]] = deque()
+        self._actions: deque[Action] = deque()
         self._scope = trio.CancelScope()
+        self._nursery: trio.Nursery | None = None
+        self._working = self._waiting = False
+        self._wake = Waiter()
+        self._sleep: trio.CancelScope | None = None
 
     # -- life ---------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Drive the round and, once decided, serve its result to late peers, until :meth:`close`."""
         with self._scope:
-            async with trio.open_nursery() as self._nursery:
-                if self.voter.leader(self.voter.attempt) == self.me:
-                    self._lead(self.voter.attempt)
-                while True:
-                    due = self._due()
-                    step: Callable[[], Sequence[Action]] | None = None
-                    with trio.move_on_at(due):
-                        step = await self._inbox.receive()
-                    await self._do(step() if step is not None else self._tick())
-                    if self.leader is not None:
-                        await self._do(self.leader.follow(self._host.now(), self.voter.attempt))
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                try:
+                    if self.voter.leader(self.voter.attempt) == self.me:
+                        self._lead(self.voter.attempt)
+                    while True:
+                        if self._work():
+                            await self._wait_for(self._actions.popleft())
+                            self._waiting = False
+                            continue
+                        with trio.CancelScope(deadline=self._due()) as self._sleep:
+                            await self._wake.wait()
+                        if self._sleep.cancelled_caught:
+                            self._steps.append(self._tick)
+                finally:
+                    self._nursery = None
 
     def close(self) -> None:
         """End everything of this round. Nothing is sent any more, the buffers are free."""
         self._scope.cancel()
-        self.buffers.drop_inputs()
+        # The tasks that end now hold us, and the next round wants the memory at once.
+        self.buffers.drop()
+        self.results.drop()
 
-    def begin(self, vector: Tensor | None, samples: int, weight: int, length: int, why: str) -> None:
-        """Training is over: contribute ``vector`` (fp32, 1-D, finite), or nothing and say ``why``."""
+    def begin(
+        self, vector: Tensor | None, samples: int, weight: int, length: int, why: str, filling: Filling | None = None
+    ) -> None:
+        """Training is over: contribute ``vector`` (fp32, 1-D, finite), or nothing and say ``why``.
+
+        ``filling``: how much of the vector is there already; None for all of it.
+        """
         self.began = self._host.now()
         self.buffers.own = vector
-        offer = Ready(self.key, self.round, 0, vector is not None, samples, weight, length, None, False, printable(why))
+        filling = self.traffic.filling = Filling(length) if filling is None else filling
+        if not filling.full:
+            # All voters do as we do: what is still being computed is waited for like a straggler's training.
+            pace = self.setting.pace
+            self.voter.pace = attrs.evolve(pace, scatter=pace.scatter + pace.grace)
+            if self.leader is not None:
+                self.leader.pace = self.voter.pace
+        rates = measured(self._endpoint, self.voters)
+        gives, why = vector is not None, printable(why)
+        offer = Ready(self.key, self.round, 0, gives, samples, weight, length, None, False, why, rates)
         self._feed(lambda: self.voter.begin(self._host.now(), offer))
+
+    def withdraw(self, why: str) -> None:
+        """What is missing of our vector will never come: the others go on without it, and need not wait."""
+        self.traffic.filling.fail(why)
+        self._feed(lambda: self.voter.withdraw(self._host.now(), printable(why)))
 
     async def outcome(self) -> Tensor | None:
         """The committed result (fp32, 1-D), waiting for the commit; None when no holder could give it any more."""
@@ -140,9 +178,9 @@ class Instance:
         if not record.fingerprint:
             return None
         holders = tuple(accept.peer for accept in self.commit.certificate.accepts if accept.peer != self.me)
-        if await self._obtain(record, holders) is None:
+        if await self.results.obtain(record, holders) is None:
             self.buffers.drop_inputs()
-            return self._final
+            return self.results.final
         return None
 
     def peer_changed(self, peer: PeerId, why: str | None) -> None:
@@ -179,7 +217,44 @@ class Instance:
     # -- the loop -----------------------------------------------------------------------------------
 
     def _feed(self, step: Callable[[], Sequence[Action]]) -> None:
-        self._inbox_in.send_nowait(step)
+        """``step`` happened: carry out what follows from it, now if we can."""
+        self._steps.append(step)
+        if self._nursery is None or self._working or self._waiting:
+            return  # it is its turn when what goes on now is done
+        if self._work():
+            self._wake.wake()
+        elif self._sleep is not None:
+            self._sleep.deadline = self._due()
+
+    def _work(self) -> bool:
+        """Carry out what is due, in order, until there is nothing more; True when the next has to be waited for."""
+        self._working = True
+        try:
+            while True:
+                if self._actions:
+                    if isinstance(self._actions[0], Persist) or self._stops(self._actions[0]):
+                        self._waiting = True
+                        return True
+                    self._carry_out(self._actions.popleft())
+                elif self._steps:
+                    self._actions.extend(self._steps.popleft()())
+                    if self.leader is not None:
+                        self._actions.extend(self.leader.follow(self._host.now(), self.voter.attempt))
+                else:
+                    return False
+        finally:
+            self._working = False
+
+    def _stops(self, action: Action) -> bool:
+        return isinstance(action, Note) and action.what == "begin" and self.setting.hold(action.phase)
+
+    async def _wait_for(self, action: Action) -> None:
+        if isinstance(action, Persist):
+            await self._host.run_blocking(self.setting.save, action.promised, action.accepted)
+        else:
+            assert isinstance(action, Note)
+            self.setting.note(action)
+            await trio.sleep_forever()  # fault injection: stop at this phase, for ever
 
     def _due(self) -> float:
         times = [self.voter.deadline(), self.leader.deadline() if self.leader else None]
@@ -195,7 +270,7 @@ class Instance:
     def _receive(self, sender: PeerId, message: object) -> list[Action]:
         now = self._host.now()
         if self.commit is not None:
-            if isinstance(message, Ready | Convene) and sender != self.me:
+            if isinstance(message, ANSWERED) and sender != self.me:
                 return [Send(sender, self.commit)]
             return []
         actions: list[Action] = []
@@ -203,9 +278,9 @@ class Instance:
             known = self._first - 1 if self.leader is None else self.leader.attempt
             if known < message.attempt:
                 self._lead(message.attempt)
-        if isinstance(message, _TO_LEADER) and self.leader is not None:
+        if isinstance(message, TO_LEADER) and self.leader is not None:
             actions += self.leader.receive(now, sender, message)
-        if not isinstance(message, _TO_LEADER) or isinstance(message, Reject):
+        if not isinstance(message, TO_LEADER) or isinstance(message, Reject):
             actions += self.voter.receive(now, sender, message)
         return actions
 
@@ -216,281 +291,62 @@ class Instance:
             voters=self.voters,
             attempt=attempt,
             identity=self._endpoint.identity,
-            pace=self.setting.pace,
+            pace=self.voter.pace,
             terms=self.setting.terms,
             now=self._host.now(),
             lost=self.voter.lost,
-            refused=self.voter.refused,
+            unfit=lambda record: self.setting.check(record) or self.voter.refused.get(record.digest),
         )
 
-    async def _do(self, actions: Sequence[Action]) -> None:
-        for action in actions:
-            match action:
-                case Send() if action.to == self.me:
-                    message = action.message
-                    self._feed(lambda message=message: self._receive(self.me, message))  # type: ignore[misc]
-                case Send():
-                    self._post.send(action.to, action.message)
-                case Push() if action.owner == self.me:
-                    if self.buffers.own is not None:
-                        self.buffers.keep_own(self.me, action.start, action.stop)
-                        piece = (self.me, action.start, action.stop)
-                        self._feed(lambda piece=piece: self.voter.slice_received(self._host.now(), *piece))  # type: ignore[misc]
-                case Push():
-                    self._nursery.start_soon(self._push, action)
-                case Combine():
-                    self._nursery.start_soon(self._combine, action)
-                case Share():
-                    self._nursery.start_soon(self._share, action)
-                case Pull():
-                    self._nursery.start_soon(self._pull, action)
-                case Fingerprint():
-                    self._nursery.start_soon(self._seal, action)
-                case Verify():
-                    self._nursery.start_soon(self._verify, action)
-                case Persist():
-                    await self._host.run_blocking(self.setting.save, action.promised, action.accepted)
-                case Promise():
-                    await self._do(self.voter.promise(action.attempt))
-                case Done():
-                    self.commit = action.commit
-                    self.leader = None
-                    self.decided.set()
-                case Note():
-                    self.setting.note(action)
-                    if action.what == "begin" and self.setting.hold(action.phase):
-                        # Fault injection: stop at this phase, for ever.
-                        await trio.sleep_forever()
-            self._open_generation()
+    def _carry_out(self, action: Action) -> None:
+        assert self._nursery is not None
+        match action:
+            case Send() if action.to == self.me:
+                message = action.message
+                self._steps.append(lambda: self._receive(self.me, message))
+            case Send():
+                self._post.send(action.to, action.message)
+            case Push() | Combine() | Share() | Pull():
+                self.traffic.start(self._nursery, action)
+            case Fingerprint():
+                self._nursery.start_soon(self._seal, action)
+            case Prepare():
+                self._nursery.start_soon(self.results.own_fingerprint, action.algorithm, action.nonces)
+            case Verify():
+                self._nursery.start_soon(self._verify, action)
+            case Promise():
+                self._actions.extendleft(reversed(self.voter.promise(action.attempt)))
+            case Done():
+                self.commit = action.commit
+                self.leader = None
+                self.decided.set()
+            case Note():
+                self.setting.note(action)
+            case Persist():
+                raise AssertionError("it has to be waited for")
+        self._open_generation()
 
     def _open_generation(self) -> None:
         """A new plan starts a new result, a freeze lets early slices in."""
         plan = self.voter.plan
         if plan is not None and self.buffers.generation != (plan.attempt, plan.epoch) and self.commit is None:
+            self.on_open(4 * plan.length)
             self.buffers.open((plan.attempt, plan.epoch), plan.length)
         if plan is not None and self.buffers.generation == (plan.attempt, plan.epoch):
             self.buffers.take_early(lambda index, piece: index < len(plan.slices) and plan.slices[index] == piece)
 
-    # -- bulk ---------------------------------------------------------------------------------------
-
-    async def _push(self, action: Push) -> None:
-        own = self.buffers.own
-        if own is None:
-            return
-        body = [bytes_view(own[action.start : action.stop])]
-        try:
-            await self._endpoint.call(action.owner, SCATTER, Scatter(self.key, action.start, action.stop), body=body)
-        except RemoteRefused as error:
-            self.setting.note(Note("scatter", "refused", error.reason, action.owner))
-        except RemoteError as error:
-            log.debug("slice for %s: %s", action.owner.short, error)
-            self._feed(lambda: self.voter.push_failed(self._host.now(), action.owner, action.start, action.stop))
-
-    async def on_scatter(self, call: Call[Scatter]) -> Ack:
-        """Take a contributor's part of a slice; NaN and infinities are refused and the contributor is told."""
-        request, sender = call.request, call.peer
-        if sender not in self.voters:
-            raise RemoteRefused("not-a-voter", f"{sender.short} is no voter of round {self.round}")
-        part = self.buffers.room_for(sender, request.start, request.stop)
-        if part is None:
-            raise RemoteRefused("bad-range", f"elements {request.start}..{request.stop} are too many")
-        await call.read_into(bytes_view(part))
-        wrong = await self._compute(part.numel(), exact.check_finite, part)
-        if wrong is not None:
-            why = f"your contribution of round {self.round} is refused: {wrong} (from element {request.start})"
-            self.refused[sender] = wrong
-            self.setting.note(Note("scatter", "not-finite", wrong, sender))
-            raise RemoteRefused("not-finite", why)
-        self.buffers.keep(sender, request.start, request.stop, part)
-        self._feed(lambda: self.voter.slice_received(self._host.now(), sender, request.start, request.stop))
-        return Ack()
-
-    async def _combine(self, action: Combine) -> None:
-        plan = self.voter.plan
-        if plan is None or self.buffers.generation != (action.attempt, action.epoch):
-            return
-        ranges = [plan.slices[index].range for index in action.indices]
-        combine = self.buffers.combination(action.members, action.weights, ranges)
-        await self._compute(sum(stop - start for start, stop in ranges) * len(action.members), combine)
-        for index in action.indices:
-            self.buffers.filled[index] = None
-        self._feed(lambda: self.voter.combined(self._host.now(), action.attempt, action.epoch, action.indices))
-
-    async def _share(self, action: Share) -> None:
-        plan, frozen, result = self.voter.plan, self.voter.frozen, self.buffers.result
-        if (
-            plan is None
-            or frozen is None
-            or result is None
-            or (plan.attempt, plan.epoch) != (action.attempt, action.epoch)
-        ):
-            return
-        start, stop = plan.slices[action.index].range
-        request = Shared(
-            self.key, action.attempt, action.epoch, action.index, start, stop, members_hash(frozen.members)
-        )
-        try:
-            await self._endpoint.call(action.receiver, SHARE, request, body=[bytes_view(result[start:stop])])
-        except RemoteError as error:
-            log.debug("combined slice for %s: %s", action.receiver.short, error)
-
-    async def on_share(self, call: Call[Shared]) -> Ack:
-        """Take a combined slice from its owner; it may come before we know of plan or freeze."""
-        request, sender = call.request, call.peer
-        if sender not in self.voters:
-            raise RemoteRefused("not-a-voter", f"{sender.short} is no voter of round {self.round}")
-        target = self._target(request, sender)
-        if target is None:
-            part = self.buffers.room_early(sender, request.start, request.stop)
-            if part is None:
-                raise RemoteRefused("bad-range", "more combined slices than a round has")
-            await call.read_into(bytes_view(part))
-            piece = Slice(request.start, request.stop, sender)
-            self.buffers.keep_early(request.attempt, request.epoch, request.index, piece, part)
-            self._open_generation()
-        else:
-            await call.read_into(bytes_view(target))
-            if self._target(request, sender) is not None:
-                self.buffers.filled[request.index] = None
-        if self.buffers.generation == (request.attempt, request.epoch) and request.index not in self.buffers.filled:
-            raise RemoteRefused("bad-range", "that slice is not the plan's")
-        self._feed(
-            lambda: self.voter.combined_received(
-                self._host.now(), sender, request.attempt, request.epoch, request.index, request.members
-            )
-        )
-        return Ack()
-
-    def _target(self, request: Shared, sender: PeerId) -> Tensor | None:
-        """Where in the result a slice belongs, None when its plan is not ours (yet) or it is there already."""
-        plan, result = self.voter.plan, self.buffers.result
-        if plan is None or result is None or self.buffers.generation != (request.attempt, request.epoch):
-            return None
-        if not 0 <= request.index < len(plan.slices) or request.index in self.buffers.filled:
-            return None
-        piece = plan.slices[request.index]
-        if piece.range != (request.start, request.stop) or piece.owner != sender:
-            return None
-        return result[request.start : request.stop]
-
-    async def _pull(self, action: Pull) -> None:
-        plan, result = self.voter.plan, self.buffers.result
-        if plan is None or result is None or (plan.attempt, plan.epoch) != (action.attempt, action.epoch):
-            return
-        start, stop = plan.slices[action.index].range
-        want = Want(self.key, action.attempt, action.epoch, start, stop, b"")
-        try:
-            async with self._endpoint.stream(action.holder, WANT, want) as reply:
-                await reply.read_into(bytes_view(result[start:stop]))
-                given = await reply.result()
-        except RemoteError as error:
-            log.debug("combined slice from %s: %s", action.holder.short, error)
-            return
-        self.buffers.filled[action.index] = None
-        self._feed(
-            lambda: self.voter.combined_received(
-                self._host.now(),
-                action.holder,
-                action.attempt,
-                action.epoch,
-                action.index,
-                given.members,
-                pulled=True,
-            )
-        )
-
-    async def on_want(self, call: Call[Want]) -> Given:
-        """Give a combined slice of the present generation, or part of the result of a record."""
-        request, frozen, plan = call.request, self.voter.frozen, self.voter.plan
-        if request.digest:
-            source = self._final if request.digest == self._final_digest else None
-            if source is None:
-                raise RemoteRefused("not-held", f"round {self.round}: that result is not here")
-        else:
-            source = self.buffers.result if self.buffers.generation == (request.attempt, request.epoch) else None
-            pieces = () if plan is None else plan.slices
-            indices = [i for i, p in enumerate(pieces) if p.range == (request.start, request.stop)]
-            if source is None or not indices or not all(i in self.buffers.filled for i in indices):
-                raise RemoteRefused("not-held", f"round {self.round}: that slice is not here")
-        if not 0 <= request.start < request.stop <= source.numel():
-            raise RemoteRefused("bad-range", f"elements {request.start}..{request.stop} of {source.numel()}")
-        await call.write(bytes_view(source[request.start : request.stop]))
-        return Given(members_hash(frozen.members) if frozen is not None else b"")
-
-    # -- fingerprints -------------------------------------------------------------------------------
+    # -- the result ---------------------------------------------------------------------------------
 
     async def _seal(self, action: Fingerprint) -> None:
-        result = self.buffers.result
-        assert result is not None
-        algorithm, _ = choose_fingerprint(action.offers)
-        value = await self._own_fingerprint(result, algorithm, action.nonces)
+        value = await self.results.own_fingerprint(action.algorithm, action.nonces)
 
         def step() -> list[Action]:
             if self.leader is None:
                 return []
-            return self.leader.fingerprint(self._host.now(), action.attempt, action.epoch, value, algorithm)
+            return self.leader.fingerprint(self._host.now(), action.attempt, action.epoch, value, action.algorithm)
 
         self._feed(step)
 
-    async def _own_fingerprint(self, result: Tensor, algorithm: str, nonces: tuple[bytes, ...]) -> bytes:
-        """Of our full result, which no longer changes: a leader needs it to propose and again to accept."""
-        if self._printed is None or self._printed[0] is not result or self._printed[1:3] != (algorithm, nonces):
-            self._printed = (result, algorithm, nonces, await self._fingerprint(result, algorithm, nonces))
-        return self._printed[3]
-
-    async def _fingerprint(self, result: Tensor, algorithm: str, nonces: tuple[bytes, ...]) -> bytes:
-        key = hashlib.blake2b(self.key + b"".join(nonces), digest_size=32, person=b"shoal finger v1").digest()
-        return await self._compute(result.numel(), fingerprint, algorithm, key, bytes_view(result))
-
-    async def _compute(self, elements: int, fn: Callable[..., T], *args: object) -> T:
-        """Off the loop, unless there are so few elements that the way to a thread and back takes longer."""
-        return fn(*args) if elements <= defaults.INLINE else await self._host.run_blocking(fn, *args)
-
     async def _verify(self, action: Verify) -> None:
-        wrong = await self._obtain(action.record, action.holders)
+        wrong = await self.results.obtain(action.record, action.holders)
         self._feed(lambda: self.voter.verified(self._host.now(), action.attempt, action.record, wrong))
-
-    async def _obtain(self, record: CommitRecord, holders: tuple[PeerId, ...]) -> str | None:
-        """Make the result of ``record`` ours: what we combined, or a holder's, if its fingerprint is the record's."""
-        digest = record.digest
-        if self._final_digest == digest:
-            return None
-        if record.algorithm not in ("aegis128l", "blake3"):
-            return f"unknown fingerprint algorithm {record.algorithm[:20]!r}"
-        frozen, result = self.voter.frozen, self.buffers.result
-        if self.voter.full and frozen is not None and result is not None and frozen.members == record.members:
-            if await self._own_fingerprint(result, record.algorithm, record.nonces) == record.fingerprint:
-                self._final, self._final_digest = result, digest
-                return None
-            self.setting.note(Note("commit", "differs", "our result differs from the proposed one"))
-        length = self.voter.plan.length if self.voter.plan is not None else 0
-        why = "nobody was named as a holder of the result"
-        for holder in holders:
-            try:
-                final = await self._download(holder, digest, length)
-            except RemoteError as error:
-                why = str(error)
-                continue
-            if await self._fingerprint(final, record.algorithm, record.nonces) == record.fingerprint:
-                self._final, self._final_digest = final, digest
-                return None
-            why = f"the result of {holder.short} has another fingerprint"
-        return why
-
-    async def _download(self, holder: PeerId, digest: bytes, length: int) -> Tensor:
-        if not length:
-            length = self._own_length()
-        final = Buffers(length).room_for(holder, 0, length)
-        assert final is not None
-        async with self._endpoint.stream(holder, WANT, Want(self.key, 0, 0, 0, length, digest)) as reply:
-            await reply.read_into(bytes_view(final))
-            await reply.result()
-        return final
-
-    def _own_length(self) -> int:
-        if self.buffers.own is not None:
-            return self.buffers.own.numel()
-        offer = self.voter.offer
-        if offer is not None and offer.length:
-            return offer.length
-        raise RemoteError("the length of the result is not known yet")

@@ -14,23 +14,24 @@ slice, the others fetch it there. The leader is replaced like anybody: see :mod:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
 
 import attrs
 
 from ...transport.identity import Identity, PeerId
-from ..reduce.slices import reassign, split
+from ..digest import choose_fingerprint
 from .actions import Action, Fingerprint, Note, Pace, Promise, Send
 from .decisions import (
-    contributors,
+    holders_of,
     may_abandon,
     may_begin,
+    never_decided,
     next_roster,
     proposal_of,
     roster_room,
+    shares,
     short,
-    worth_proposing,
-)
+)  # fmt: skip
 from .messages import (
     Accept,
     Accepted,
@@ -47,12 +48,13 @@ from .messages import (
     Propose,
     Ready,
     Reject,
+    Seal,
     Signed,
     Waiting,
     accept_bytes,
     held_bytes,
-    quorum,
 )
+from .planning import first_plan, freeze, left_out, next_plan, overdue
 from .terms import Terms, accepts_needed
 
 
@@ -71,14 +73,14 @@ class Leader:
         terms: Terms,
         now: float,
         lost: dict[PeerId, str],
-        refused: Collection[bytes] = (),
+        unfit: Callable[[CommitRecord], str | None] = lambda record: None,
     ) -> None:
-        """``refused``: digests of records that our own voter refused, now and later."""
+        """``unfit``: why we ourselves would refuse a record that somebody accepted; None when we would not."""
         self.key, self.round, self.voters, self.attempt = key, round, voters, attempt
         self.me, self._identity, self.pace, self._terms = identity.peer_id, identity, pace, terms
-        self.needed = 1 if terms.gossip else quorum(len(voters))
+        self._unfit = unfit
+        self.needed = accepts_needed(len(voters), terms.gossip)
         self.lost: dict[PeerId, str] = dict(lost)
-        self._unwanted = refused
         self.phase = "convene"
         self.plan: Plan | None = None
         self.record: CommitRecord | None = None
@@ -92,21 +94,22 @@ class Leader:
         self._progress: dict[PeerId, Progress] = {}
         self._asked: dict[PeerId, None] = {}
         self._fetching: dict[tuple[PeerId, int], list[PeerId]] = {}
-        self._late: dict[PeerId, None] = {}  # left out of the mean by a deadline, not for being lost
-        self._overdue = 0  # deadlines of the present gather that have passed
         self._accepts: dict[PeerId, Accept] = {}
         self._refusals: dict[PeerId, str] = {}
         self._until: float | None = None
         self._word: float = now + pace.suspect / 4
         self._reason = ""
+        self._late: dict[PeerId, str] = {}  # not waited for, and in which phase
+        self._overdue = False
+        self._branch: int | None = None
 
     # -- what peers say -----------------------------------------------------------------------------
 
     def receive(self, now: float, sender: PeerId, message: object) -> list[Action]:
         """Handle a message addressed to the leader of this attempt."""
+        # Who is lost is not for a message to say: it may have been under way since before its sender was.
         if sender not in self.voters or self.phase in ("done", "aborted"):
             return []
-        self.lost.pop(sender, None)
         match message:
             case Ready():
                 return self._on_ready(now, sender, message)
@@ -127,7 +130,7 @@ class Leader:
 
     def peer_lost(self, now: float, peer: PeerId, why: str) -> list[Action]:
         """No way to ``peer`` at the moment."""
-        if peer in self.lost or self.phase in ("done", "aborted"):
+        if peer in (self.me, *self.lost) or self.phase in ("done", "aborted"):
             return []
         self.lost[peer] = why
         match self.phase:
@@ -173,12 +176,20 @@ class Leader:
                 owners = dict.fromkeys(piece.owner for piece in self.plan.slices)
                 silent = tuple(o for o in owners if o not in self._held)
                 if silent:
+                    self._late.update(dict.fromkeys(silent, "scatter"))
                     return actions + self._replan(now, silent, f"owners silent: {short(silent)}")
                 self._until = None
             case "gather":
-                self._until = now + self.pace.gather
-                self._overdue += 1
-                return actions + self._maybe_propose(now, late=True)
+                self._until, self._asked = now + self._gather_time(), {}  # whoever says nothing is not waited for
+                assert self.plan is not None
+                slow = overdue(self.plan, self._progress, [r for r in self.plan.receivers if r not in self.lost])
+                if slow and self._overdue and len(slow) < len({piece.owner for piece in self.plan.slices}):
+                    # Asked about before, and still held by its owner alone.
+                    self._late.update(dict.fromkeys(slow, "gather"))
+                    return actions + self._replan(now, slow, f"late: {short(slow)}")
+                self._overdue = True
+                actions += self._heal(now)
+                return actions + self._maybe_propose(now, late=True) if self.phase == "gather" else actions
             case "propose":
                 return actions + self._maybe_commit(now, late=True)
         return actions
@@ -204,8 +215,12 @@ class Leader:
         self._ready[sender] = message
         if self.phase == "propose" and new:
             assert self.record is not None
-            holders = tuple(self._accepts) or (self.me,)
-            return [Send(sender, Propose(self.key, self.attempt, self.record, holders))]
+            return [Send(sender, Propose(self.key, self.attempt, self.record, tuple(self._accepts) or (self.me,)))]
+        if self.phase in ("scatter", "gather") and not new:
+            # It has no plan of ours: that was lost, or the peer restarted and holds nothing of what it said before.
+            self._held.pop(sender, None)
+            self._progress.pop(sender, None)
+            return self._brief(sender)
         if self.phase != "convene":
             return []
         actions = self._maybe_begin(now)
@@ -217,65 +232,47 @@ class Leader:
 
     def _maybe_begin(self, now: float) -> list[Action]:
         promises = {peer: ready.accepted for peer, ready in self._ready.items()}
-        needed = 0 if self._terms.gossip else self.needed
-        earlier = proposal_of(worth_proposing(promises, self._unwanted, needed))
+        earlier = proposal_of(promises)
         if self._grace_until is None and len(self._ready) >= self.needed:
             self._grace_until = now + self.pace.grace
-        again = ""
-        holders: tuple[PeerId, ...] = ()
+            self._word = min(self._word, now)
+        until, again = self._grace_until, ""
+        go, reason = may_begin(self.voters, self._ready, self.lost, self.needed, now, until)
         if isinstance(earlier, Accepted):
             if len(self._ready) < self.needed:
                 return []
-            digest = earlier.record.digest
-            holders = tuple(
-                p
-                for p, a in promises.items()
-                if isinstance(a, Accepted) and a.record.digest == digest and self._ready[p].holds
-            )
-            if not holders:
-                go, self._reason = may_abandon(
-                    self.voters, self._ready, self.lost, self._terms.strict, now, self._grace_until
-                )
-                if not go:
+            holders, wrong = holders_of(earlier, self._ready), self._unfit(earlier.record)
+            if wrong is not None and never_decided(self.voters, promises, self.needed):
+                again = f"an earlier proposal is given up: {wrong}; "
+            elif wrong is not None and not go:
+                # Most would refuse it again; those who have not promised yet may show that it binds nobody.
+                return []
+            elif not holders:
+                give_up, self._reason = may_abandon(self.voters, self._ready, self.lost, self._terms.strict, now, until)
+                if not give_up:
                     return []
-                if self.attempt <= earlier.attempt:
-                    # One ballot never carries two values.
-                    return self._abort(now, self._reason)
                 again = self._reason + "; "
-        if isinstance(earlier, Accepted) and not again:
-            # The value may already be decided: propose it again, whoever accepted it holds the result.
-            self.record = earlier.record
-            note = Note(
-                "commit", "repropose", f"attempt {self.attempt} proposes the value of attempt {earlier.attempt}"
-            )
-            return [note, *self._propose(now, holders)]
-        go, reason = may_begin(self.voters, self._ready, self.lost, self.needed, now, self._grace_until)
+                # Somebody out of reach may have ended the round with it.
+                self._branch = earlier.record.branch + (not self._terms.strict)
+            if not again:
+                # The value may already be decided: propose it again, whoever accepted it holds the result.
+                self.record = earlier.record
+                what = f"attempt {self.attempt}: the value of attempt {earlier.attempt} again"
+                return [Note("commit", "repropose", what), *self._propose(now, holders)]
+            if self.attempt <= earlier.attempt:
+                # One ballot never carries two values.
+                return self._abort(now, again)
         self._reason = reason = again + reason
         if not go:
             return []
-        members, length, without = contributors(self._ready)
-        reason += without
-        receivers = tuple(sorted({*self._ready, self.me}))
-        owners = members or receivers
-        plan = Plan(
-            key=self.key,
-            attempt=self.attempt,
-            epoch=0,
-            members=members,
-            samples=tuple(self._ready[m].samples for m in members),
-            weights=tuple(self._ready[m].weight for m in members),
-            receivers=receivers,
-            slices=split(0, length, owners, [self._terms.speed(o) for o in owners]),
-            length=length,
-            reason=reason,
-        )
-        return [Note("convene", "members", reason), *self._publish(now, plan)]
+        plan = first_plan(self.key, self.attempt, self._ready, self.me, self.needed, reason)
+        return [Note("convene", "members", plan.reason), *self._publish(now, plan)]
 
     def _publish(self, now: float, plan: Plan) -> list[Action]:
         self.plan, self.phase = plan, "scatter"
         self._held, self._progress, self._frozen, self._asked, self._fetching = {}, {}, (), {}, {}
-        self._overdue = 0
-        self._until = now + self.pace.scatter * 1.5  # owners give up on contributors first
+        self._overdue = False
+        self._until = now + (plan.within / 1e3 or self.pace.scatter) * 1.5  # owners give up on contributors first
         return [Send(receiver, plan) for receiver in plan.receivers if receiver not in self.lost]
 
     # -- scatter ------------------------------------------------------------------------------------
@@ -298,44 +295,30 @@ class Leader:
         owners = dict.fromkeys(piece.owner for piece in plan.slices)
         if any(owner not in self._held for owner in owners):
             return []
-        frozen = tuple(m for m in plan.members if all(m in self._held[o] for o in owners))
+        frozen, slow, why = freeze(plan, self._held)
+        if slow:
+            self._late.update(dict.fromkeys(slow, "scatter"))
+            return self._replan(now, slow, why)
         if plan.members and not frozen:
             return self._abort(now, "no contribution reached all owners")
         self._frozen, self.phase = frozen, "gather"
-        self._until = now + self.pace.gather * 1.5
+        self._until = now + self._gather_time() * 1.5
         message = Freeze(self.key, plan.attempt, plan.epoch, frozen)
         left = [m for m in plan.members if m not in frozen]
-        self._late.update(dict.fromkeys(left))
+        self._late.update(dict.fromkeys(left, "scatter"))
         actions: list[Action] = [Note("scatter", "dropped", "not held by all owners", peer) for peer in left]
         return actions + [Send(r, message) for r in plan.receivers if r not in self.lost]
 
+    def _gather_time(self) -> float:
+        return (self.plan.within / 1e3 if self.plan is not None else 0.0) or self.pace.gather
+
     def _replan(self, now: float, gone: tuple[PeerId, ...], why: str) -> list[Action]:
         """Next epoch, without ``gone`` as owners and contributors."""
-        plan = self.plan
-        assert plan is not None
-        # After the first epoch members only ever shrink: what was frozen without somebody stays without.
-        self._late.update(dict.fromkeys(gone))
-        base = self._frozen or plan.members
-        members = tuple(m for m in base if m not in gone)
-        owners = dict.fromkeys(piece.owner for piece in plan.slices)
-        heirs = tuple(o for o in owners if o not in gone and o not in self.lost and (o in members or not members))
-        dead = tuple(o for o in owners if o not in heirs)
-        if not heirs or (plan.members and not members):
+        assert self.plan is not None
+        after = next_plan(self.plan, gone, self.lost, self._frozen, why)
+        if after is None:
             return self._abort(now, f"{why}; no owner is left")
-        weights = dict(zip(plan.members, plan.weights, strict=True))
-        samples = dict(zip(plan.members, plan.samples, strict=True))
-        reason = f"{why}: its slices go to {short(heirs)}"
-        after = attrs.evolve(
-            plan,
-            epoch=plan.epoch + 1,
-            members=members,
-            samples=tuple(samples[m] for m in members),
-            weights=tuple(weights[m] for m in members),
-            receivers=tuple(r for r in plan.receivers if r not in self.lost),
-            slices=reassign(plan.slices, dead, heirs),
-            reason=reason,
-        )
-        return [Note("scatter", "epoch", reason), *self._publish(now, after)]
+        return [Note("scatter", "epoch", after.reason), *self._publish(now, after)]
 
     # -- gather -------------------------------------------------------------------------------------
 
@@ -343,18 +326,21 @@ class Leader:
         plan = self.plan
         assert plan is not None
         self._asked = {r: None for r in plan.receivers if r not in self.lost}
-        self._until = now + self.pace.gather
+        self._until = now + self._gather_time()
         message = Ask(self.key, plan.attempt, plan.epoch)
         actions: list[Action] = [Note("gather", "ask", why)]
         for receiver in self._asked:
             if receiver not in self._progress or not self._progress[receiver].nonce:
-                # Plan or freeze may not have reached it. What it knows it ignores.
-                actions += [
-                    Send(receiver, plan),
-                    Send(receiver, Freeze(self.key, plan.attempt, plan.epoch, self._frozen)),
-                ]
+                actions += self._brief(receiver)
             actions.append(Send(receiver, message))
         return actions
+
+    def _brief(self, receiver: PeerId) -> list[Action]:
+        """Plan or freeze may not have reached ``receiver``. What it knows it ignores."""
+        if (plan := self.plan) is None or receiver not in plan.receivers or receiver in self.lost:
+            return []
+        told = (plan, Freeze(self.key, plan.attempt, plan.epoch, self._frozen))
+        return [Send(receiver, message) for message in (told if self.phase == "gather" else told[:1])]
 
     def _on_progress(self, now: float, sender: PeerId, message: Progress) -> list[Action]:
         plan = self.plan
@@ -370,28 +356,19 @@ class Leader:
         actions = self._heal(now)
         return actions if self.phase != "gather" else actions + self._maybe_propose(now)
 
-    def _heal(self, now: float, *, patient: bool = True) -> list[Action]:
-        """Get missing combined slices of lost owners to those who lack them, or give up on this epoch.
-
-        Not ``patient`` (a second deadline has passed): whoever has not answered counts as lost, and so does an owner
-        from whom nobody got its slice in all this time.
-        """
+    def _heal(self, now: float) -> list[Action]:
+        """Get missing combined slices of lost owners to those who lack them, or give up on this epoch."""
         plan = self.plan
         assert plan is not None
-        silent = [peer for peer in self._asked if peer not in self.lost]
-        if silent and patient:
+        if any(peer not in self.lost for peer in self._asked):
             return []
-        live = [r for r in plan.receivers if r not in self.lost and r not in silent]
+        live = [r for r in plan.receivers if r not in self.lost]
         actions: list[Action] = []
         orphans: dict[PeerId, None] = {}
         for index, piece in enumerate(plan.slices):
             holders = [r for r in live if r in self._progress and index in self._progress[r].have]
-            holders.sort(key=lambda holder, owner=piece.owner: holder == owner)  # type: ignore[misc]
             lacking = [r for r in live if r in self._progress and index not in self._progress[r].have]
-            if not patient and lacking and holders == [piece.owner]:
-                orphans[piece.owner] = None
-                continue
-            owner_gone = piece.owner in self.lost or piece.owner in silent
+            owner_gone = piece.owner in self.lost
             if owner_gone and not holders and any(r in self._progress for r in live):
                 if all(r in self._progress for r in live):
                     orphans[piece.owner] = None
@@ -413,26 +390,24 @@ class Leader:
         assert plan is not None
         full = [r for r in plan.receivers if r in self._progress and self._progress[r].nonce]
         pending = [r for r in plan.receivers if r not in full and r not in self.lost]
-        enough = len(full) >= self.needed and self.me in full
-        # Whom a deadline has left out of the mean is not waited for a second time: the commit finds it.
-        if not late and (not enough or any(r not in self._late for r in pending)) and pending:
+        if pending and not late:
             return []
+        enough = len(full) >= self.needed and self.me in full
         if not enough:
-            if self._overdue > 1 and (healed := self._heal(now, patient=False)):
-                return healed
             lost_owner = any(piece.owner in self.lost for piece in plan.slices)
             return self._ask(now, "the result is incomplete") if pending and (late or lost_owner) else []
         present = {v: None for v in self.voters if v not in self.lost}
         room = roster_room(len(full), self._terms.roster_limit)
         roster, why = next_roster(self.voters, present, self._terms.leaving(), self._terms.wishes(), room)
-        samples = dict(zip(plan.members, plan.samples, strict=True))
-        weights = dict(zip(plan.members, plan.weights, strict=True))
         members, nonces = self._frozen, tuple(self._progress[r].nonce for r in sorted(full))
-        kept = tuple(samples[m] for m in members), tuple(weights[m] for m in members)
-        self.record = self._terms.draft(members, *kept, roster, nonces, f"{plan.reason}; roster {why}")
+        why = f"{plan.reason}{left_out(members, self._late)}; roster {why}"
+        record = self._terms.draft(members, *shares(plan, members), roster, nonces, why)
+        self.record = record if self._branch is None else attrs.evolve(record, branch=self._branch)
         self.phase, self._until = "seal", None
-        offers = tuple(self._progress[r].algorithms for r in sorted(full))
-        return [Fingerprint(plan.attempt, plan.epoch, nonces, offers)]
+        algorithm, _ = choose_fingerprint([self._progress[r].algorithms for r in sorted(full)])
+        message = Seal(self.key, plan.attempt, plan.epoch, nonces, algorithm)
+        others: list[Action] = [Send(r, message) for r in full if r != self.me]
+        return [*others, Fingerprint(plan.attempt, plan.epoch, nonces, algorithm)]
 
     # -- commit -------------------------------------------------------------------------------------
 
@@ -447,20 +422,19 @@ class Leader:
         if self.phase != "propose" or self.record is None or message.attempt != self.attempt:
             return []
         digest = self.record.digest
-        if message.digest != digest:
-            return []
-        if not sender.verify(accept_bytes(self.key, self.attempt, digest), message.signature):
+        if message.digest != digest or not sender.verify(
+            accept_bytes(self.key, self.attempt, digest), message.signature
+        ):
             return []
         self._accepts[sender] = message
         return self._maybe_commit(now)
 
     def _maybe_commit(self, now: float, *, late: bool = False) -> list[Action]:
         assert self.record is not None
-        needed = accepts_needed(len(self.voters), self._terms.gossip)
-        if len(self._accepts) < needed:
+        if len(self._accepts) < self.needed:
             if late:
-                if all(holder in self.lost for holder in (*self._holders, *self._accepts)):
-                    # Nobody can check the value any more; the next attempt may give it up.
+                if all(peer in self.lost or peer in self._refusals for peer in (*self._holders, *self._accepts)):
+                    # Nobody can check the value any more (holders may be back without it): it may be given up now.
                     return self._abort(now, "nobody that can be reached holds the proposed result")
                 self._until = now + self.pace.gather
                 message = Propose(self.key, self.attempt, self.record, tuple(self._accepts) or (self.me,))
@@ -486,10 +460,12 @@ class Leader:
         self._refusals[sender] = message.reason
         note = Note(self.phase if self.phase != "propose" else "commit", "refused", message.reason, sender)
         if self.phase == "propose":
-            if len(self.voters) - len(self._refusals) < accepts_needed(len(self.voters), self._terms.gossip):
-                return [note, *self._abort(now, f"too many refuse the proposal: {message.reason[:100]}")]
+            against = sum(peer not in self._accepts for peer in self._refusals)
+            if len(self.voters) - against < self.needed:
+                return [note, *self._abort(now, f"too many refuse: {message.reason}")]
             return [note, *self._maybe_commit(now)]
-        if self._owns(sender) and self.phase in ("scatter", "gather"):
+        gives = self.phase == "scatter" and self.plan is not None and sender in self.plan.members
+        if gives or (self._owns(sender) and self.phase in ("scatter", "gather")):
             return [note, *self._replan(now, (sender,), f"{sender.short} refuses: {message.reason}")]
         return [note]
 
@@ -512,8 +488,10 @@ class Leader:
 
     def _waiting(self, now: float, to: PeerId) -> Action:
         missing = tuple(v for v in self.voters if v not in self._ready)
-        reason = self._reason or "convening"
-        return Send(to, Waiting(self.key, self.attempt, missing, f"{reason} (leader {self.me.short}, {self.phase})"))
+        reason = f"{self._reason or 'convening'} (leader {self.me.short}, {self.phase})"
+        until = self._grace_until if self.phase == "convene" else self._until
+        left = 0 if until is None else max(0, int(1e3 * (until - now)))
+        return Send(to, Waiting(self.key, self.attempt, missing, reason, left))
 
     def _say_waiting(self, now: float) -> list[Action]:
         self._word = now + self.pace.suspect / 4
@@ -522,8 +500,9 @@ class Leader:
             if len(live) < self.needed:
                 # This plan leads nowhere, whoever comes back. Silent, we are left for an attempt that can begin anew.
                 return []
-        actions: list[Action] = [self._waiting(now, peer) for peer in self._ready if peer not in self.lost]
-        if self.phase == "convene" and self.attempt > 0 and self._ready:
+        to = {**self._ready, **(dict.fromkeys(self.voters) if self._grace_until is not None else {})}
+        actions: list[Action] = [self._waiting(now, peer) for peer in to if peer not in self.lost]
+        if self.phase == "convene" and self._ready and (self.attempt > 0 or self.me in self._ready):
             # Who has committed already answers this with the commit.
             actions += self._call_in()
         return actions

@@ -13,6 +13,7 @@ import attrs
 
 from ...transport.identity import Identity, PeerId
 from ...transport.wire import pack
+from ..reduce.rates import NOTHING, Rates
 from ..reduce.slices import Slice
 
 #: Samples, and weight in the mean, of one contribution at most: sums over a roster and over all rounds of a run stay
@@ -99,7 +100,7 @@ class Ready(Bounded):
     """A voter is done training and promises to follow no ballot below ``attempt`` (Paxos phase 1b).
 
     ``contributes`` is False when it has nothing to give this round; ``why`` then says why not. ``holds``: whether the
-    sender still holds the result of ``accepted`` (a restarted peer does not).
+    sender still holds the result of ``accepted`` (a restarted peer does not). ``rates``: what it measured on its lines.
     """
 
     key: bytes
@@ -112,6 +113,7 @@ class Ready(Bounded):
     accepted: Accepted | None
     holds: bool
     why: str
+    rates: Rates = NOTHING
 
     def __attrs_post_init__(self) -> None:
         Bounded.__attrs_post_init__(self)
@@ -121,12 +123,16 @@ class Ready(Bounded):
 
 @attrs.frozen
 class Waiting(Bounded):
-    """The leader is alive and waits for ``missing``; ``reason`` is for people."""
+    """The leader is alive and waits for ``missing``; ``reason`` is for people.
+
+    ``left``: milliseconds until it goes on without them; 0: that is not settled yet.
+    """
 
     key: bytes
     attempt: int
     missing: tuple[PeerId, ...]
     reason: str
+    left: int = 0
 
 
 @attrs.frozen
@@ -140,7 +146,10 @@ class Convene(Bounded):
 
 @attrs.frozen
 class Plan(Bounded):
-    """Who contributes (``members``, PeerId order, with weights), who receives, and who owns what."""
+    """Who contributes (``members``, PeerId order, with weights), who receives, and who owns what.
+
+    ``within``: milliseconds after which a phase of bulk is over for those that are late; 0: each keeps its own pace.
+    """
 
     key: bytes
     attempt: int
@@ -152,6 +161,7 @@ class Plan(Bounded):
     slices: tuple[Slice, ...]
     length: int
     reason: str
+    within: int = 0
 
 
 @attrs.frozen
@@ -211,6 +221,20 @@ class Fetch(Bounded):
 
 
 @attrs.frozen
+class Seal(Bounded):
+    """Whoever may hold the result holds it: all compute its fingerprint, under a key from ``nonces``, at the same time.
+
+    A member that misses this begins when it is asked to accept.
+    """
+
+    key: bytes
+    attempt: int
+    epoch: int
+    nonces: tuple[bytes, ...]
+    algorithm: str
+
+
+@attrs.frozen
 class Propose(Bounded):
     """Paxos phase 2a. ``holders`` have the result whose fingerprint the record names."""
 
@@ -249,7 +273,22 @@ class Commit(Bounded):
     certificate: Certificate
 
 
-Message = Ready | Waiting | Convene | Plan | Held | Freeze | Ask | Progress | Fetch | Propose | Accept | Reject | Commit
+Message = (
+    Ready
+    | Waiting
+    | Convene
+    | Plan
+    | Held
+    | Freeze
+    | Ask
+    | Progress
+    | Fetch
+    | Seal
+    | Propose
+    | Accept
+    | Reject
+    | Commit
+)
 MESSAGES: tuple[type, ...] = (
     Ready,
     Waiting,
@@ -260,11 +299,19 @@ MESSAGES: tuple[type, ...] = (
     Ask,
     Progress,
     Fetch,
+    Seal,
     Propose,
     Accept,
     Reject,
     Commit,
 )
+
+#: What a voter says to a leader. A Reject is for the leader's own voter too: it may name a later attempt.
+TO_LEADER = (Ready, Held, Progress, Accept, Reject)
+
+#: What a peer that knows the commit answers with it: the sender does not know it yet. Also what a leader says that was
+#: left and has not noticed: nobody would answer it anything else any more.
+ANSWERED = (Ready, Convene, Waiting, Plan, Ask, Propose)
 
 _ACCEPT = b"shoal accept v1\0"
 _HELD = b"shoal held v1\0"

@@ -30,7 +30,6 @@ class Terms:
     leaving: Callable[[], tuple[PeerId, ...]]
     gossip: bool
     roster_limit: int
-    speed: Callable[[PeerId], float]
     strict: bool = False
 
 

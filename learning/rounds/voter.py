@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import attrs
+
 from ...transport.identity import Identity, PeerId
 from ..reduce.slices import covers
-from .actions import Action, Combine, Done, Note, Pace, Persist, Pull, Push, Send, Share, Verify
+from .actions import Action, Combine, Done, Note, Pace, Persist, Prepare, Pull, Push, Send, Share, Verify
 from .decisions import candidates
 from .messages import (
     Accepted,
@@ -33,6 +35,7 @@ from .messages import (
     Propose,
     Ready,
     Reject,
+    Seal,
     Waiting,
     members_hash,
     sign_accept,
@@ -71,6 +74,7 @@ class Voter:
         self._nonce, self._check, self._max_length = nonce, check, max_length
         self._algorithms = algorithms
         self.promised, self.accepted = promised, accepted
+        self._kept = -1  # a promise that is surely stored: who leads while it trains has stored none yet
         self._holds_accepted = False  # what was accepted in an earlier life is a promise without its bytes
         self.attempt = promised
         self.offer: Ready | None = None  # our Ready, less attempt and accepted; None while training
@@ -78,11 +82,13 @@ class Voter:
         self.frozen: Freeze | None = None
         self.phase = "train"
         self.reason = "training"
+        self.due: float | None = None  # when the leader goes on without those who are late, as it says itself
         self.decided = False
         self.full = False
         self.lost: dict[PeerId, str] = {}
-        #: Digests of records that we did not accept, with the reasons: a leader of ours need not propose them again.
+        #: Why we found no result with the fingerprint of a proposed record, by its digest: we would refuse it again.
         self.refused: dict[bytes, str] = {}
+        self._refused_at = -1  # the attempt whose proposal we refused
         self._holds: dict[tuple[int, int], dict[PeerId, None]] = {}
         self._pushed: dict[tuple[PeerId, int, int], None] = {}
         self._combined: dict[int, None] = {}
@@ -92,7 +98,6 @@ class Voter:
         self._resend = 0.0
         self._phase_until: float | None = None
         self._verifying: tuple[int, bytes] | None = None
-        self._refused_at = -1  # the attempt whose proposal we refused
 
     # -- what happens at this peer ------------------------------------------------------------------
 
@@ -108,6 +113,18 @@ class Voter:
         if self.leader() in self.lost:
             return [Note("convene", "begin"), *self._advance(now, "the leader is lost")]
         return [Note("convene", "begin"), *self._ready(now)]
+
+    def withdraw(self, now: float, why: str) -> list[Action]:
+        """We offered a contribution that we do not have after all; what owners hold of it is of no use to them."""
+        plan, offer = self.plan, self.offer
+        if self.decided or offer is None or not offer.contributes:
+            return []
+        self.offer = attrs.evolve(offer, contributes=False, why=why)
+        if plan is None or plan.attempt != self.attempt:
+            return self._ready(now, again=True)
+        if self.frozen is not None or self.me not in plan.members:
+            return []
+        return [Send(self.leader(), Reject(self.key, plan.attempt, self.promised, why[:200]))]
 
     def slice_received(self, now: float, contributor: PeerId, start: int, stop: int) -> list[Action]:
         """We hold ``contributor``'s elements ``start..stop`` in full."""
@@ -154,7 +171,15 @@ class Voter:
             return []
         self._verifying = None
         if wrong is not None:
-            return self._refuse(attempt, record, wrong)
+            self._refused_at = attempt
+            if len(self.refused) < MAX_REFUSED:
+                self.refused[record.digest] = wrong[:200]
+            self.reason = f"cannot accept: {wrong}"
+            return [
+                Note("commit", "refused", wrong),
+                Send(self.leader(attempt), Reject(self.key, attempt, self.promised, wrong[:200])),
+            ]
+        self._refused_at = -1
         self.accepted, self._holds_accepted = Accepted(attempt, record), True
         self._heard = now
         return [
@@ -190,13 +215,14 @@ class Voter:
         if self.decided:
             return []
         if sender == self.leader() and not isinstance(message, Commit) and self._refused_at != self.attempt:
-            # Words of a leader whose proposal we refused are no reason to stay with it.
+            # What a leader says whose proposal we refused is no reason to stay with it.
             self._heard = now
         match message:
             case Commit():
                 return self._on_commit(message)
             case Waiting() if message.attempt == self.attempt and sender == self.leader():
                 self.reason = message.reason
+                self.due = now + message.left / 1e3 if message.left else None
                 return []
             case Convene():
                 return self._on_convene(now, sender, message)
@@ -216,10 +242,15 @@ class Voter:
                 if not 0 <= message.index < len(plan.slices) or message.index in self._combined:
                     return []
                 return [Pull(message.holder, message.attempt, message.epoch, message.index)]
+            case Seal():
+                plan = self.plan
+                current = plan is not None and (message.attempt, message.epoch) == (plan.attempt, plan.epoch)
+                if not current or not self.full or sender != self.leader(message.attempt):
+                    return []
+                return [Prepare(message.nonces, message.algorithm)] if message.algorithm in self._algorithms else []
             case Propose():
                 return self._on_propose(now, sender, message)
             case Reject() if message.promised > self.attempt and not self._far(message.promised):
-                # We lead and others have moved on: follow them.
                 return self._move(now, message.promised, f"{sender.short} is at attempt {message.promised}")
             case _:
                 return []
@@ -234,7 +265,7 @@ class Voter:
                 self._phase_until = None
                 actions += self._report_held(now, force=True)
             elif self.plan is not None and not self.full:
-                self._phase_until = now + self.pace.gather
+                self._phase_until = now + self._gather_time()
                 actions.append(Send(self.leader(), self._progress(self.plan)))
             else:
                 self._phase_until = None
@@ -255,6 +286,13 @@ class Voter:
         if self._phase_until is not None:
             times.append(self._phase_until)
         return min(times)
+
+    def told(self, now: float, training: str) -> str:
+        """For people: what the round waits for, and how long, as its leader says; ``training`` before we are ready."""
+        left = self.due - now if self.due is not None else 0.0
+        if self.offer is None:
+            return f"{training}; the round begins without us in {left:.1f} s: {self.reason}" if left > 0 else training
+        return f"{self.reason}; {left:.1f} s left for those who are late" if left > 0 else self.reason
 
     # -- inside -------------------------------------------------------------------------------------
 
@@ -279,9 +317,14 @@ class Voter:
             self.accepted,
             self._holds_accepted,
             offer.why,
+            offer.rates,
         )
-        persist: list[Action] = [] if again else [Persist(self.promised, self.accepted)]
-        return [*persist, Send(self.leader(), message)]
+        # Whoever promised nothing comes back as it was. A leader must know that it led, or it could propose twice.
+        nothing = not self.promised and self.accepted is None and self.leader() != self.me
+        if again or nothing:
+            return [Send(self.leader(), message)]
+        self._kept = self.promised
+        return [Persist(self.promised, self.accepted), Send(self.leader(), message)]
 
     def _advance(self, now: float, why: str) -> list[Action]:
         """Leave the present leader for the next candidate that is not lost (in the end: ourselves)."""
@@ -292,9 +335,9 @@ class Voter:
 
     def promise(self, attempt: int) -> list[Action]:
         """We are about to propose at ``attempt`` ourselves."""
-        if attempt <= self.promised:
+        if attempt < self.promised or attempt <= self._kept:
             return []
-        self.promised = self.attempt = attempt
+        self.promised = self.attempt = self._kept = attempt
         return [Persist(self.promised, self.accepted)]
 
     def _far(self, attempt: int) -> bool:
@@ -339,7 +382,8 @@ class Voter:
         self.plan, self.frozen, self.full = plan, None, False
         self._combined, self._reported, self._verifying = {}, None, None
         self._heard = now
-        self._phase_until = now + self.pace.scatter
+        self._phase_until = now + (plan.within / 1e3 or self.pace.scatter)
+        self.due = self._phase_until
         self.phase, self.reason = "scatter", plan.reason
         actions.append(Note("scatter", "begin", f"attempt {plan.attempt}, epoch {plan.epoch}: {plan.reason}"))
         if self.me in plan.members:
@@ -409,8 +453,10 @@ class Voter:
                 return [Send(sender, Reject(self.key, plan.attempt, self.promised, why))]
         self.frozen = message
         self.phase, self.reason = "combine", f"combining {len(message.members)} contributions"
-        self._phase_until = now + self.pace.gather
+        self._phase_until = self.due = now + self._gather_time()
         actions: list[Action] = [Note("combine", "begin", self.reason)]
+        if self.me in plan.members and self.me not in given:
+            actions.append(Note("gather", "left-out", "our slices did not reach all owners in time", self.me))
         if mine:
             actions.append(
                 Combine(plan.attempt, plan.epoch, message.members, tuple(weights[m] for m in message.members), mine)
@@ -421,6 +467,9 @@ class Voter:
         for (owner, attempt, epoch, index), members in early.items():
             actions += self.combined_received(now, owner, attempt, epoch, index, members)
         return actions
+
+    def _gather_time(self) -> float:
+        return (self.plan.within / 1e3 if self.plan is not None else 0.0) or self.pace.gather
 
     def _misses(self, owner: PeerId) -> bool:
         assert self.plan is not None
@@ -454,30 +503,28 @@ class Voter:
             same = message.record.digest == self.accepted.record.digest
             wrong = wrong if same else "another value was accepted at this attempt"
         if wrong is not None:
-            return self._refuse(message.attempt, message.record, wrong)
+            self.reason = f"cannot accept: {wrong}"
+            return [
+                Note("commit", "refused", wrong),
+                Send(sender, Reject(self.key, message.attempt, self.promised, wrong[:200])),
+            ]
         actions: list[Action] = []
         if message.attempt > self.promised:
             self.promised = self.attempt = message.attempt
             actions.append(Persist(self.promised, self.accepted))
-        self._heard = now
+        if self._refused_at != message.attempt:
+            self._heard = now
         if self._verifying == (message.attempt, message.record.digest):
             return actions
         self._verifying = (message.attempt, message.record.digest)
         holders = tuple(h for h in message.holders if h in self.voters and h != self.me)
         return [*actions, Verify(message.attempt, message.record, holders)]
 
-    def _refuse(self, attempt: int, record: CommitRecord, wrong: str) -> list[Action]:
-        self.reason = f"cannot accept: {wrong}"
-        self._refused_at = attempt
-        if len(self.refused) < MAX_REFUSED:
-            self.refused[record.digest] = wrong[:200]
-        return [
-            Note("commit", "refused", wrong),
-            Send(self.leader(attempt), Reject(self.key, attempt, self.promised, wrong[:200])),
-        ]
-
     def _on_commit(self, message: Commit) -> list[Action]:
         # The driver has verified the certificate before it hands a commit to us.
         self.decided = True
-        self.phase, self.reason = "commit", "committed"
+        self.phase, self.reason, self.due = "commit", "committed", None
+        record, offer = message.record, self.offer
+        if offer is not None and offer.contributes and record.samples and self.me not in record.members:
+            return [Note("commit", "left-out", record.reason, self.me), Done(message)]
         return [Done(message)]

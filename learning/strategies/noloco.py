@@ -45,7 +45,7 @@ class NoLoCo(Strategy):
             phi = await peer.weights()  # φ_i(t)
             await peer.train(self.inner_steps)
             delta = await peer.weights() - phi  # Δ_i(t)
-            mean_delta, mean_phi = await round.reduce_all(delta, phi)
+            mean_delta, mean_phi = await round.reduce([delta, phi])
             await peer.load(exact.add(phi, outer.step(self, phi, mean_delta, mean_phi)))
 
 

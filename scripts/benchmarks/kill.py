@@ -115,11 +115,7 @@ class Team:
             # The order of candidates depends on the round's name alone: the same round again, with another idle owner.
             await ask_all([p.child for p in self.peers], "lazy", name=lazy.name)
         victim = lazy or next(peer for peer in self.peers if (peer.name == leader) == case.leads)
-        owners = PEERS if case.owns else PEERS - 1
-        elsewhere = PEERS - 1 if case.owns else owners
-        await victim.child.ask(
-            "arm", at=case.at, sent=int(case.share * self._elements * 4 * elsewhere / owners), file=str(file)
-        )
+        await victim.child.ask("arm", at=case.at, share=case.share, file=str(file))
         survivors = [peer for peer in self.peers if peer is not victim]
         answers: list[dict[str, Any]] = []
         at = time.monotonic() + HEAD_START

@@ -114,7 +114,7 @@ class ShoalPeer(Worker):
             round=head.round + 1,
             prev=head.digest,
             voters=self._voters,
-            terms=Terms(partial(fill, lambda: base), lambda: (), lambda: (), False, defaults.MAX_ROSTER, self._speed),
+            terms=Terms(partial(fill, lambda: base), lambda: (), lambda: (), False, defaults.MAX_ROSTER),
             pace=self._pace(),
             check=check,
             max_length=len(self._base),
@@ -123,7 +123,7 @@ class ShoalPeer(Worker):
             note=self._on_note,
             hold=lambda phase: False,
         )
-        self._instance = Instance(self._endpoint, self._post, setting, self._presence.lost)
+        self._instance = Instance(self._endpoint, self._post, setting, self._presence.lost, self._hub.memory)
         self._hub.add(self._instance)
         self.nursery.start_soon(self._instance.run)
         torch.add(self._base, run, out=self._vector)
@@ -136,9 +136,6 @@ class ShoalPeer(Worker):
 
     def _pace(self) -> Pace:
         return PACE
-
-    def _speed(self, peer: PeerId) -> float:
-        return 1.0
 
     def _wrong_members(self, record: CommitRecord) -> str | None:
         return None if record.members == self._voters else "somebody is missing"

@@ -11,10 +11,13 @@ import torch
 import trio
 from torch import Tensor
 
+from shoal.learning.reduce.slices import reassign
+from shoal.learning.rounds import leader
 from shoal.learning.rounds.actions import Note, Pace
 from shoal.learning.rounds.decisions import candidates
-from shoal.learning.rounds.messages import Commit, CommitRecord, Propose
+from shoal.learning.rounds.messages import Commit, CommitRecord, Plan, Propose
 from shoal.learning.rounds.pace import pace
+from shoal.learning.rounds.planning import first_plan
 from shoal.learning.rounds.post import Post
 from shoal.transport.endpoint import Endpoint
 from shoal.transport.identity import PeerId
@@ -50,15 +53,16 @@ class SlyPost(Post):
 class KillPeer(ShoalPeer):
     """Order ``arm`` says where the next round is to end for this process.
 
-    ``at``: ``scatter`` or ``gather``, once ``sent`` bytes of it are sent; ``freeze``: before anything is combined;
-    ``full``: it holds the result; ``propose``, ``commit``: it is about to send the first such message. ``file``: where
-    to leave ``time.monotonic()`` of that moment.
+    ``at``: ``scatter`` or ``gather``, once the part ``share`` of its bytes is sent; ``freeze``: before anything is
+    combined; ``full``: it holds the result; ``propose``, ``commit``: it is about to send the first such message.
+    ``file``: where to leave ``time.monotonic()`` of that moment.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        leader.first_plan = self._first_plan
         self._lazy = ""
-        self._at, self._sent, self._file = "", 0, Path()
+        self._at, self._share, self._file = "", 0.0, Path()
         self._bases: dict[int, Tensor] = {}
         self._numbers: dict[PeerId, int] = {}
         self._means: dict[tuple[int, ...], Tensor] = {}
@@ -80,7 +84,7 @@ class KillPeer(ShoalPeer):
                 self._lazy = arguments["name"]
                 return {}
             case "arm":
-                self._at, self._sent, self._file = arguments["at"], arguments["sent"], Path(arguments["file"])
+                self._at, self._share, self._file = arguments["at"], arguments["share"], Path(arguments["file"])
                 return {}
         return await super().do(order, arguments)
 
@@ -100,8 +104,12 @@ class KillPeer(ShoalPeer):
     def _pace(self) -> Pace:
         return pace(self._endpoint, self._voters, self._base.numel() * 4, 0.0)
 
-    def _speed(self, peer: PeerId) -> float:
-        return 0.0 if peer.text == self._lazy else 1.0
+    def _first_plan(self, *arguments: Any, **more: Any) -> Plan:
+        """The planner's, but nobody waits for the one that is to be a contributor alone: it owns nothing."""
+        plan = first_plan(*arguments, **more)
+        heirs = tuple(peer for peer in dict.fromkeys(p.owner for p in plan.slices) if peer.text != self._lazy)
+        lazy = tuple(peer for peer in self._voters if peer.text == self._lazy)
+        return attrs.evolve(plan, slices=reassign(plan.slices, lazy, heirs))
 
     def _wrong_members(self, record: CommitRecord) -> str | None:
         return None if set(record.members) <= set(self._voters) else "a stranger is a member"
@@ -131,11 +139,19 @@ class KillPeer(ShoalPeer):
         super()._on_note(note)
         if note.what != "begin":
             return
-        if note.phase == self._at and self._sent:
+        if note.phase == self._at and self._share:
             before = sum(link.bytes_sent for link in self._endpoint.links())
-            trio.lowlevel.add_instrument(Watcher(self._endpoint, before + self._sent, self._die))
+            goal = before + int(self._share * self._to_send(note.phase))
+            trio.lowlevel.add_instrument(Watcher(self._endpoint, goal, self._die))
         elif (note.phase, self._at) in (("combine", "freeze"), ("commit", "full")):
             self._die()
+
+    def _to_send(self, phase: str) -> int:
+        """Bytes that we send in a phase of the present plan."""
+        plan = self._instance.voter.plan
+        assert plan is not None
+        mine = sum(piece.stop - piece.start for piece in plan.slices if piece.owner == self._endpoint.peer_id)
+        return 4 * (plan.length - mine if phase == "scatter" else mine * (len(plan.receivers) - 1))
 
     def _before(self, message: Any) -> None:
         if (self._at == "propose" and isinstance(message, Propose)) or (

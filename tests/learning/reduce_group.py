@@ -96,7 +96,7 @@ class Group:
         self.world.kill(member.name)
         member.scope.cancel()
 
-    def open(self, member: Member, speed: Callable[[PeerId], float] = lambda peer: 1.0) -> None:
+    def open(self, member: Member) -> None:
         head, round = self.head, self.head.round + 1
         key = instance_key(RUN, round, head.digest, self.voters)
         base = attrs.evolve(head, round=round, prev=head.digest, reason="")
@@ -109,7 +109,7 @@ class Group:
             for hook in self.hooks:
                 hook(member, note)
 
-        terms = Terms(partial(fill, lambda: base), lambda: (), lambda: (), False, defaults.MAX_ROSTER, speed, True)
+        terms = Terms(partial(fill, lambda: base), lambda: (), lambda: (), False, defaults.MAX_ROSTER, True)
         member.notes, member.result = [], None
         member.instance = Instance(
             member.endpoint,
@@ -129,6 +129,7 @@ class Group:
                 hold=lambda phase: member.dead,
             ),
             member.presence.lost,
+            member.hub.memory,
         )
         for hook in self.open_hooks:
             hook(member)
@@ -144,13 +145,11 @@ class Group:
         assert instance.commit is not None
         member.hub.remember(instance.commit)
 
-    async def reduce(
-        self, *, limit: float, wait_for: list[Member] | None = None, speed: Callable[[PeerId], float] = lambda peer: 1.0
-    ) -> float:
+    async def reduce(self, *, limit: float, wait_for: list[Member] | None = None) -> float:
         """One round of all that live: virtual seconds until ``wait_for`` (default: who lives then) have its result."""
         self.began = trio.current_time()
         for member in self.live():
-            self.open(member, speed)
+            self.open(member)
         with trio.move_on_after(limit):
             while any(member.result is None for member in wait_for or self.live()):
                 await trio.sleep(0.002)

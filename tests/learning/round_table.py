@@ -17,6 +17,7 @@ from shoal.learning.rounds.actions import (
     Note,
     Pace,
     Persist,
+    Prepare,
     Promise,
     Pull,
     Push,
@@ -74,11 +75,14 @@ class Seat:
             identity=identity,
             pace=PACE,
             nonce=lambda attempt, epoch: self.me.key[:14] + bytes([attempt % 256, epoch % 256]),
-            check=lambda record: None,
+            check=self.check,
             max_length=10_000,
             promised=promised,
             accepted=accepted,
         )
+
+    def check(self, record: CommitRecord) -> str | None:
+        return None if record.state == self.table.states.get(self.me, b"") else "it goes on from another state"
 
     def do(self, actions: list[Action]) -> None:
         for action in actions:
@@ -122,6 +126,8 @@ class Seat:
                     action.holder,
                     lambda seat: seat._offer(me, action.attempt, action.epoch, action.index, pulled=True),
                 )
+            case Prepare():
+                pass  # computed ahead of time where that takes time
             case Fingerprint():
                 value = self._print(self._whole(action.attempt, action.epoch), action.nonces)
                 assert self.leader is not None
@@ -268,10 +274,10 @@ class Seat:
             attempt=attempt,
             identity=self.identity,
             pace=PACE,
-            terms=self.table.terms(),
+            terms=self.table.terms(self.me),
             now=self.table.now,
             lost=self.voter.lost,
-            refused=self.voter.refused,
+            unfit=self.check,
         )
 
     def follow(self) -> None:
@@ -298,6 +304,8 @@ class Table:
         self.random, self.length, self.gossip = random.Random(seed), length, gossip
         self.now, self._counter = 0.0, itertools.count()
         self.weighted = weighted
+        #: What differs from the state that the others hold before the round.
+        self.states: dict[PeerId, bytes] = {}
         self.accepts: dict[tuple[int, bytes], dict[PeerId, None]] = {}
         self.dead: list[Seat] = []
         self.drops: Callable[[PeerId, PeerId, object], bool] = lambda sender, to, message: False
@@ -311,7 +319,7 @@ class Table:
         self.hook: Callable[[Seat, Action], None] = lambda seat, action: None
         self._fifo: dict[tuple[PeerId, PeerId], float] = {}
 
-    def terms(self) -> Terms:
+    def terms(self, leader: PeerId | None = None) -> Terms:
         def draft(members, samples, weights, roster, nonces, reason):  # type: ignore[no-untyped-def]
             return CommitRecord(
                 run=b"r" * 32,
@@ -324,14 +332,14 @@ class Table:
                 roster=roster,
                 total=sum(samples),
                 branch=0,
-                state=b"",
+                state=self.states.get(leader, b"") if leader is not None else b"",
                 nonces=nonces,
                 algorithm="",
                 fingerprint=b"",
                 reason=reason,
             )
 
-        return Terms(draft, lambda: (), lambda: (), self.gossip, 64, lambda peer: 1.0, strict=not self.gossip)
+        return Terms(draft, lambda: (), lambda: (), self.gossip, 64, strict=not self.gossip)
 
     def weight(self, peer: PeerId) -> int:
         """Of a peer's contribution in the mean."""

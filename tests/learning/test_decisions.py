@@ -18,9 +18,8 @@ from shoal.learning.rounds.decisions import (
     proposal_of,
     resume_at,
     short,
-    worth_proposing,
 )
-from shoal.learning.rounds.messages import Accepted, CommitRecord, quorum
+from shoal.learning.rounds.messages import quorum
 from shoal.transport.identity import Identity, PeerId
 
 PEERS = tuple(sorted(Identity(bytes([n]) * 32).peer_id for n in range(1, 41)))
@@ -217,20 +216,3 @@ def test_a_quorum_is_a_majority(count: int, needed: int) -> None:
 def test_long_lists_of_peers_are_cut_for_people() -> None:
     assert short(PEERS[:2]) == f"{PEERS[0].short}, {PEERS[1].short}"
     assert short(PEERS[:9]).endswith(" and 5 more")
-
-
-def test_a_refused_value_is_left_aside_only_when_a_quorum_promised_without_it() -> None:
-    def accepted(attempt: int, reason: str) -> Accepted:
-        record = CommitRecord(bytes(32), 1, "reduce", bytes(32), (), (), (), (), 0, 0, b"", (), "", b"", reason)
-        return Accepted(attempt, record)
-
-    bad, good = accepted(3, "bad"), accepted(1, "good")
-    promises = {PEERS[0]: bad, PEERS[1]: good, PEERS[2]: None}
-    refused = {bad.record.digest: "another fingerprint"}
-    # All three heard, two are a quorum of three: what they promised decides, their own accepted value included.
-    assert proposal_of(worth_proposing(promises, refused, 2)) is good
-    # The refused value may be decided by whoever has not been heard: it must be proposed again.
-    assert proposal_of(worth_proposing({PEERS[0]: bad, PEERS[1]: good}, refused, 2)) is bad
-    assert proposal_of(worth_proposing(promises, {}, 2)) is bad
-    # In a gossip group no number of promises proves anything.
-    assert proposal_of(worth_proposing(promises, refused, 0)) is bad

@@ -115,6 +115,47 @@ def test_a_second_peer_may_die_at_any_moment_of_the_recovery_from_the_first() ->
             check_done(run_with_kills(5, 7, (first, first + after)), within=90.0)
 
 
+# -- states that differ ---------------------------------------------------------------------------------
+
+
+def with_another_state(n: int, seed: int, kill: int = -1) -> Table:
+    """A round whose first leader holds another state than all others."""
+    table, count = Table(n, seed=seed), itertools.count()
+    first = table.seats[table.voters[0]].voter.leader(0)
+    table.states[first] = b"another"
+
+    def hook(seat: Seat, action: Action) -> None:
+        if next(count) == kill:
+            table.kill(seat)
+
+    table.hook = hook
+    table.run(limit=120.0)
+    return table
+
+
+@pytest.mark.parametrize("n", [3, 4, 5, 8])
+def test_a_leader_whose_state_differs_is_followed_by_one_whose_state_is_that_of_most(n: int) -> None:
+    for seed in range(5):
+        table = with_another_state(n, seed)
+        check_done(table, within=10.0)
+        commit = table.commits()[0]
+        assert commit.record.state == b""
+        # It had accepted its own proposal, which binds nobody once most have promised without an accept.
+        assert commit.certificate.attempt == 1
+        assert commit.record.members == table.voters, "what it contributes is as good as ever"
+
+
+def test_no_kill_at_any_moment_makes_two_values_of_two_states() -> None:
+    for kill in range(0, 200, 3):
+        table = with_another_state(5, 3, kill)
+        check_done(table, within=60.0)
+    for kill in range(0, 90, 2):
+        check_safe(with_another_state(3, 4, kill))
+
+
+# -- majorities -----------------------------------------------------------------------------------------
+
+
 def test_without_a_majority_nobody_commits_anything_new() -> None:
     for seed, n in ((1, 2), (2, 2), (3, 3), (4, 5)):
         total, chance = actions_of(n, seed), random.Random(f"minority {n} {seed}")

@@ -403,6 +403,54 @@ def test_an_owner_that_refuses_the_plan_is_planned_without() -> None:
     assert any(isinstance(message, Plan) for message in sent(actions))
 
 
+def test_a_contributor_that_takes_its_contribution_back_is_planned_without_though_it_owns_nothing() -> None:
+    lead = Lead()
+    plan = lead.convened()
+    # As if the vector were so short that one peer owns all of it.
+    lead.leader.plan = attrs.evolve(plan, slices=(Slice(0, LENGTH, lead.me),))
+    lead.leader.receive(0.1, lead.others[0], Reject(lead.table.key, 0, 0, "NaN at 3"))
+    after = lead.leader.plan
+    assert after is not None and after.epoch == 1
+    assert after.members == tuple(v for v in lead.table.voters if v != lead.others[0])
+    assert after.slices == (Slice(0, LENGTH, lead.me),)
+
+
+def test_a_proposal_that_can_no_longer_be_agreed_is_given_up() -> None:
+    lead = Lead()
+    plan = lead.convened()
+    for voter in lead.table.voters:
+        lead.leader.receive(0.1, voter, sign_held(lead.seats[voter].identity, lead.table.key, 0, 0, plan.members))
+        every = tuple(range(len(plan.slices)))
+    for voter in lead.table.voters:
+        lead.leader.receive(0.2, voter, Progress(lead.table.key, 0, 0, every, b"n" * 16, ()))
+    lead.leader.fingerprint(0.3, 0, 0, b"f", "test")
+    assert lead.leader.phase == "propose"
+    one, other = lead.others
+    assert not any(
+        isinstance(m, Convene) for m in sent(lead.leader.receive(0.4, one, Reject(lead.table.key, 0, 0, "no")))
+    )
+    answers = sent(lead.leader.receive(0.5, other, Reject(lead.table.key, 0, 0, "another state")))
+    assert [message.attempt for message in answers if isinstance(message, Convene)] == [1, 1, 1]
+    assert lead.leader.phase == "aborted"
+
+
+def test_a_voter_takes_back_what_it_offered_before_and_after_the_plan(scene: Scene) -> None:
+    (again,) = sent(scene.voter.withdraw(0.0, "NaN at 3"))
+    assert isinstance(again, Ready) and (again.contributes, again.why) == (False, "NaN at 3")
+    assert scene.voter.withdraw(0.0, "once more") == []
+    (answer,) = sent(scene.tell(scene.plan()))
+    assert isinstance(answer, Reject) and answer.reason == "we contribute nothing of that length"
+
+
+def test_a_voter_takes_back_what_is_planned_already_but_not_what_is_frozen() -> None:
+    planned, frozen = Scene(), Scene()
+    planned.tell(planned.plan())
+    (answer,) = sent(planned.voter.withdraw(0.1, "NaN at 3"))
+    assert isinstance(answer, Reject) and answer.reason == "NaN at 3"
+    frozen.in_gather()
+    assert frozen.voter.withdraw(0.1, "too late") == []
+
+
 def test_a_held_report_is_only_believed_of_members_of_the_plan() -> None:
     lead = Lead()
     plan = lead.convened()

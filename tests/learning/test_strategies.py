@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.learning import exact
-from shoal.learning.run import Faults
+from shoal.learning.faults import Faults
 from shoal.learning.strategies import BUILTIN, resolve
 from shoal.learning.strategies.noloco import Momentum, NoLoCo
 from shoal.learning.strategies.outer import Nesterov

@@ -237,6 +237,29 @@ async def test_weights_are_a_copy_and_load_restores_them_with_buffers() -> None:
     assert await ours.weights(out) is out
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")),
+    ],
+)
+async def test_weights_and_gradients_go_to_the_device_and_back(device: str) -> None:
+    one, two = Worker(VirtualHost(), Line(), SHARD, device), worker()
+    before = await one.weights()
+    assert before.device.type == "cpu" and torch.equal(before, await two.weights())
+    gradient, _ = await one.gradient()
+    await one.apply(gradient)
+    expected, _ = await two.gradient()
+    assert gradient.device.type == "cpu"
+    torch.testing.assert_close(gradient, expected)
+    await two.apply(gradient)
+    torch.testing.assert_close(await one.weights(), await two.weights())
+    await one.load(before)
+    assert torch.equal(await one.weights(), before)
+    assert all(parameter.device.type == device for parameter in one.model.parameters())
+
+
 async def test_evaluation_does_not_disturb_the_model() -> None:
     ours = worker()
     await ours.train(steps=4)

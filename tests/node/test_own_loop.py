@@ -18,6 +18,9 @@ from shoal.transport.errors import ConfigError
 pytestmark = pytest.mark.real
 
 
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"))
+
+
 def a_model() -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(2, 1)
@@ -82,9 +85,9 @@ async def test_a_time_budget_ends_training_at_the_next_step() -> None:
     await user.ended()
 
 
-async def test_weights_are_read_and_loaded_on_the_loops_thread_between_steps() -> None:
-    model = a_model()
-    loop = OwnLoop(model)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+async def test_weights_are_read_and_loaded_on_the_loops_thread_between_steps(device: str) -> None:
+    model = a_model().to(device)
     threads: list[str] = []
 
     def evaluate(model: nn.Module) -> dict[str, float]:
@@ -111,6 +114,7 @@ async def test_weights_are_read_and_loaded_on_the_loops_thread_between_steps() -
         assert (await loop.evaluate(zeros))["norm"] == 0.0
         assert (await loop.evaluate())["norm"] == 2.0  # the model was put back
     assert threads == ["the loop", "the loop"]
+    assert model.weight.device.type == device
     loop.close()
     await user.ended()
 

@@ -221,6 +221,24 @@ def test_a_killed_node_comes_back_into_its_run(shoal: Shoal) -> None:
     assert a.run.run == (after.run.run if after.run else "")
 
 
+def test_a_node_that_loses_a_bit_of_its_weights_heals_from_the_others_and_says_so(shoal: Shoal) -> None:
+    shoal.spawn(*START, "--min-peers", "3", "--rounds", "40", data="a")
+    ticket = shoal.until("a", lambda s: bool(s.ticket), "a ticket").ticket
+    shoal.spawn("join", ticket, *JOIN, data="b")
+    shoal.spawn("join", ticket, *JOIN, "--fault", "flip:3", data="c")
+    ended = [shoal.until(name, lambda s: s.rounds >= 40, f"all rounds of {name}") for name in "abc"]
+    assert len({digest(status) for status in ended}) == 1
+    said = shoal.log("c").read_text()
+    wrong = re.search(
+        r"our state after round 3 is (\w{16}); 2 of 3 voters hold the state (\w{16}).*: loading theirs", said
+    )
+    assert wrong is not None and wrong[1] != wrong[2], said
+    assert "our state is that of the others again, after round " in said
+    assert "! loading another state: our state after round 3 is not that of the others" in said
+    for name in "ab":
+        assert "loading theirs" not in shoal.log(name).read_text()
+
+
 def test_a_second_ctrl_c_ends_at_once(shoal: Shoal) -> None:
     child = shoal.spawn(*START, data="a")
     shoal.rounds("a", 1)

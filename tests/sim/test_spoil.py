@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shoal.learning.events import Event
-from shoal.learning.run import Faults
+from shoal.learning.faults import Faults
 from shoal.sim.world import Member, World, simulate
 
 from . import tiny

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.learning import exact
-from shoal.learning.run import Faults
+from shoal.learning.faults import Faults
 from shoal.learning.shard import Shard, frozen_random
 from shoal.learning.task import Task
 from shoal.node.node import Founding

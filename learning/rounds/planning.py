@@ -1,0 +1,109 @@
+"""Plans of a round as pure functions: the first one of an attempt, the next epoch's, and who was too late for them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import attrs
+
+from ...transport import deadlines
+from ...transport.identity import PeerId
+from .. import defaults
+from ..reduce import topology
+from ..reduce.slices import reassign
+from .decisions import contributors, short
+from .messages import Plan, Progress, Ready
+
+
+def first_plan(key: bytes, attempt: int, ready: Mapping[PeerId, Ready], me: PeerId, needed: int, reason: str) -> Plan:
+    """Who contributes, who receives and who owns what, for those that are ``ready``; ``me`` leads.
+
+    Members whose line is known to be far too slow are left out at once, as long as ``needed`` contribute: see
+    :func:`topology.laggards`. They receive the result like all others.
+    """
+    members, length, without = contributors(ready)
+    rates = {peer: each.rates for peer, each in ready.items()}
+    late, why = topology.laggards(members, rates, needed)
+    members = tuple(member for member in members if member not in late)
+    receivers = tuple(sorted({*ready, me}))
+    chosen = topology.plan(members, receivers, length, rates)
+    return Plan(
+        key=key,
+        attempt=attempt,
+        epoch=0,
+        members=members,
+        samples=tuple(ready[m].samples for m in members),
+        weights=tuple(ready[m].weight for m in members),
+        receivers=receivers,
+        slices=chosen.slices,
+        length=length,
+        reason=f"{reason}{without}{why}; {chosen.reason}",
+        within=_milliseconds(chosen),
+    )
+
+
+def _milliseconds(chosen: topology.Topology) -> int:
+    if chosen.phase is None:
+        return 0
+    return int(1e3 * deadlines.planned_phase(defaults.TRANSFER_FLOOR, chosen.phase, chosen.rtt)) + 1
+
+
+def next_plan(
+    plan: Plan, gone: Collection[PeerId], lost: Collection[PeerId], frozen: tuple[PeerId, ...], why: str
+) -> Plan | None:
+    """The next epoch, without ``gone`` as owners and contributors; None when no owner is left.
+
+    ``frozen``: who was in when the epoch before was frozen, empty: it was not. After that members only ever shrink.
+    """
+    members = tuple(m for m in frozen or plan.members if m not in gone)
+    owners = dict.fromkeys(piece.owner for piece in plan.slices)
+    heirs = tuple(o for o in owners if o not in gone and o not in lost and (o in members or not members))
+    if not heirs or (plan.members and not members):
+        return None
+    weights = dict(zip(plan.members, plan.weights, strict=True))
+    samples = dict(zip(plan.members, plan.samples, strict=True))
+    return attrs.evolve(
+        plan,
+        epoch=plan.epoch + 1,
+        members=members,
+        samples=tuple(samples[m] for m in members),
+        weights=tuple(weights[m] for m in members),
+        receivers=tuple(r for r in plan.receivers if r not in lost),
+        slices=reassign(plan.slices, tuple(o for o in owners if o not in heirs), heirs),
+        reason=f"{why}: its slices go to {short(heirs)}",
+    )
+
+
+def freeze(plan: Plan, held: Mapping[PeerId, Sequence[PeerId]]) -> tuple[tuple[PeerId, ...], tuple[PeerId, ...], str]:
+    """Once all owners have said whose slices they hold: (members to freeze, owners to go on without, why).
+
+    An owner that lacks most members is what is slow, not they. A member that is late for others sends as slowly what
+    it owns, for which everybody would wait in the next phase. Either is gone without before the others are frozen.
+    """
+    owners = tuple(dict.fromkeys(piece.owner for piece in plan.slices))
+    deaf = tuple(o for o in owners if 2 * sum(m in held[o] for m in plan.members) < len(plan.members))
+    if deaf and len(deaf) < len(owners):
+        return (), deaf, f"too little reaches owner {short(deaf)} in time"
+    frozen = tuple(m for m in plan.members if all(m in held[o] for o in owners))
+    late = tuple(m for m in plan.members if m not in frozen)
+    slow = tuple(o for o in owners if o in late)
+    if slow and len(slow) < len(owners) and frozen:
+        return frozen, late, f"late: {short(late)}"
+    return frozen, (), ""
+
+
+def overdue(plan: Plan, progress: Mapping[PeerId, Progress], live: Collection[PeerId]) -> tuple[PeerId, ...]:
+    """Owners from whom, past the deadline, some slice has reached no other peer."""
+    slow = {
+        piece.owner: None
+        for index, piece in enumerate(plan.slices)
+        if not any(index in progress[r].have for r in live if r in progress and r != piece.owner)
+        and any(r in progress for r in live if r != piece.owner)
+    }
+    return tuple(slow)
+
+
+def left_out(members: Collection[PeerId], late: Mapping[PeerId, str]) -> str:
+    """For the record's reason: whose contribution was not waited for, and in which phase."""
+    named = [peer for peer in late if peer not in members]
+    return f"; left out: {short(named)} ({late[named[0]]})" if named else ""

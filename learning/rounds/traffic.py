@@ -1,0 +1,237 @@
+"""The bytes of one round on one peer: contributions to owners, combined slices to everybody, results to who is late."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import trio
+from torch import Tensor
+
+from ...transport.endpoint import Endpoint
+from ...transport.errors import RemoteError, RemoteRefused
+from ...transport.identity import PeerId
+from ...transport.rpc import Call
+from .. import exact
+from ..reduce.buffers import Buffers
+from ..reduce.filling import Filling
+from ..reduce.slices import Slice
+from ..state import bytes_view
+from .actions import Action, Combine, Note, Pull, Push, Share
+from .messages import members_hash
+from .methods import SCATTER, SHARE, WANT, Ack, Given, Scatter, Shared, Want
+from .setting import Setting
+from .voter import Voter
+
+if TYPE_CHECKING:
+    from .passes import Passes
+    from .post import Post
+    from .results import Results
+
+log = logging.getLogger(__name__)
+
+
+class Traffic:
+    """Moves what the voter asks for, and tells it (``feed``) what came of it. Everything here may be cancelled."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        setting: Setting,
+        voter: Voter,
+        buffers: Buffers,
+        results: Results,
+        passes: Passes,
+        post: Post,
+        feed: Callable[[Callable[[], Sequence[Action]]], None],
+        generation_due: Callable[[], None],
+    ) -> None:
+        self._endpoint, self._host, self.setting, self.voter = endpoint, endpoint.host, setting, voter
+        self.me, self.key, self.round, self.voters = endpoint.peer_id, setting.key, setting.round, setting.voters
+        self.buffers, self.results = buffers, results
+        self._passes, self._post, self._feed, self._generation_due = passes, post, feed, generation_due
+        #: How far our own contribution is there.
+        self.filling = Filling(0)
+        #: Whose contributions were refused here, and why.
+        self.refused: dict[PeerId, str] = {}
+
+    def start(self, nursery: trio.Nursery, action: Push | Combine | Share | Pull) -> None:
+        """Carry ``action`` out in a task of ``nursery``; what is ours already needs none."""
+        match action:
+            case Push() if action.owner == self.me and self.filling.ready >= action.stop:
+                self._keep_own(action)
+            case Push() if action.owner == self.me:
+                nursery.start_soon(self._keep_own_later, action)
+            case Push():
+                nursery.start_soon(self._push, action)
+            case Combine():
+                nursery.start_soon(self._combine, action)
+            case Share():
+                nursery.start_soon(self._share, action)
+            case Pull():
+                nursery.start_soon(self._pull, action)
+
+    def _keep_own(self, action: Push) -> None:
+        if self.buffers.own is not None:
+            self.buffers.keep_own(self.me, action.start, action.stop)
+            self._feed(lambda: self.voter.slice_received(self._host.now(), self.me, action.start, action.stop))
+
+    async def _keep_own_later(self, action: Push) -> None:
+        if await self._filled(action):
+            self._keep_own(action)
+
+    async def _filled(self, action: Push) -> bool:
+        """Wait until the range is there. When it is not in time, a later plan may ask for it again."""
+        with trio.move_on_after(self.voter.pace.scatter):
+            if await self.filling.wait(action.stop):
+                return True
+        self._feed(lambda: self.voter.push_failed(self._host.now(), action.owner, action.start, action.stop))
+        return False
+
+    async def _push(self, action: Push) -> None:
+        if not await self._filled(action):
+            return
+        own = self.buffers.own
+        if own is None:
+            return
+        body = [bytes_view(own[action.start : action.stop])]
+        await self._post.leave_first()
+        try:
+            await self._endpoint.call(action.owner, SCATTER, Scatter(self.key, action.start, action.stop), body=body)
+        except RemoteRefused as error:
+            self.setting.note(Note("scatter", "refused", error.reason, action.owner))
+        except RemoteError as error:
+            log.debug("slice for %s: %s", action.owner.short, error)
+            self._feed(lambda: self.voter.push_failed(self._host.now(), action.owner, action.start, action.stop))
+
+    async def on_scatter(self, call: Call[Scatter]) -> Ack:
+        """Take a contributor's part of a slice; NaN and infinities are refused and the contributor is told."""
+        request, sender = call.request, call.peer
+        if sender not in self.voters:
+            raise RemoteRefused("not-a-voter", f"{sender.short} is no voter of round {self.round}")
+        part = self.buffers.room_for(sender, request.start, request.stop)
+        if part is None:
+            raise RemoteRefused("bad-range", f"elements {request.start}..{request.stop} are too many")
+        await call.read_into(bytes_view(part))
+        wrong = await self._passes.run(part.numel(), exact.check_finite, part)
+        if wrong is not None:
+            why = f"your contribution of round {self.round} is refused: {wrong} (from element {request.start})"
+            self.refused[sender] = wrong
+            self.setting.note(Note("scatter", "not-finite", wrong, sender))
+            raise RemoteRefused("not-finite", why)
+        self.buffers.keep(sender, request.start, request.stop, part)
+        self._feed(lambda: self.voter.slice_received(self._host.now(), sender, request.start, request.stop))
+        return Ack()
+
+    async def _combine(self, action: Combine) -> None:
+        plan = self.voter.plan
+        if plan is None or self.buffers.generation != (action.attempt, action.epoch):
+            return
+        ranges = [plan.slices[index].range for index in action.indices]
+        combine = self.buffers.combination(action.members, action.weights, ranges)
+        await self._passes.run(sum(stop - start for start, stop in ranges) * len(action.members), combine)
+        for index in action.indices:
+            self.buffers.filled[index] = None
+        self._feed(lambda: self.voter.combined(self._host.now(), action.attempt, action.epoch, action.indices))
+
+    async def _share(self, action: Share) -> None:
+        plan, frozen, result = self.voter.plan, self.voter.frozen, self.buffers.result
+        if (
+            plan is None
+            or frozen is None
+            or result is None
+            or (plan.attempt, plan.epoch) != (action.attempt, action.epoch)
+        ):
+            return
+        start, stop = plan.slices[action.index].range
+        request = Shared(
+            self.key, action.attempt, action.epoch, action.index, start, stop, members_hash(frozen.members)
+        )
+        try:
+            await self._endpoint.call(action.receiver, SHARE, request, body=[bytes_view(result[start:stop])])
+        except RemoteError as error:
+            log.debug("combined slice for %s: %s", action.receiver.short, error)
+
+    async def on_share(self, call: Call[Shared]) -> Ack:
+        """Take a combined slice from its owner; it may come before we know of plan or freeze."""
+        request, sender = call.request, call.peer
+        if sender not in self.voters:
+            raise RemoteRefused("not-a-voter", f"{sender.short} is no voter of round {self.round}")
+        target = self._target(request, sender)
+        if target is None:
+            part = self.buffers.room_early(sender, request.start, request.stop)
+            if part is None:
+                raise RemoteRefused("bad-range", "more combined slices than a round has")
+            await call.read_into(bytes_view(part))
+            piece = Slice(request.start, request.stop, sender)
+            self.buffers.keep_early(request.attempt, request.epoch, request.index, piece, part)
+            self._generation_due()
+        else:
+            await call.read_into(bytes_view(target))
+            if self._target(request, sender) is not None:
+                self.buffers.filled[request.index] = None
+        if self.buffers.generation == (request.attempt, request.epoch) and request.index not in self.buffers.filled:
+            raise RemoteRefused("bad-range", "that slice is not the plan's")
+        self._feed(
+            lambda: self.voter.combined_received(
+                self._host.now(), sender, request.attempt, request.epoch, request.index, request.members
+            )
+        )
+        return Ack()
+
+    def _target(self, request: Shared, sender: PeerId) -> Tensor | None:
+        """Where in the result a slice belongs, None when its plan is not ours (yet) or it is there already."""
+        plan, result = self.voter.plan, self.buffers.result
+        if plan is None or result is None or self.buffers.generation != (request.attempt, request.epoch):
+            return None
+        if not 0 <= request.index < len(plan.slices) or request.index in self.buffers.filled:
+            return None
+        piece = plan.slices[request.index]
+        if piece.range != (request.start, request.stop) or piece.owner != sender:
+            return None
+        return result[request.start : request.stop]
+
+    async def _pull(self, action: Pull) -> None:
+        plan, result = self.voter.plan, self.buffers.result
+        if plan is None or result is None or (plan.attempt, plan.epoch) != (action.attempt, action.epoch):
+            return
+        start, stop = plan.slices[action.index].range
+        want = Want(self.key, action.attempt, action.epoch, start, stop, b"")
+        try:
+            async with self._endpoint.stream(action.holder, WANT, want) as reply:
+                await reply.read_into(bytes_view(result[start:stop]))
+                given = await reply.result()
+        except RemoteError as error:
+            log.debug("combined slice from %s: %s", action.holder.short, error)
+            return
+        self.buffers.filled[action.index] = None
+        self._feed(
+            lambda: self.voter.combined_received(
+                self._host.now(),
+                action.holder,
+                action.attempt,
+                action.epoch,
+                action.index,
+                given.members,
+                pulled=True,
+            )
+        )
+
+    async def on_want(self, call: Call[Want]) -> Given:
+        """Give a combined slice of the present generation, or part of the result of a record."""
+        request, frozen, plan = call.request, self.voter.frozen, self.voter.plan
+        if request.digest:
+            source = self.results.final if request.digest == self.results.final_digest else None
+            if source is None:
+                raise RemoteRefused("not-held", f"round {self.round}: that result is not here")
+        else:
+            source = self.buffers.result if self.buffers.generation == (request.attempt, request.epoch) else None
+            pieces = () if plan is None else plan.slices
+            indices = [i for i, p in enumerate(pieces) if p.range == (request.start, request.stop)]
+            if source is None or not indices or not all(i in self.buffers.filled for i in indices):
+                raise RemoteRefused("not-held", f"round {self.round}: that slice is not here")
+        if not 0 <= request.start < request.stop <= source.numel():
+            raise RemoteRefused("bad-range", f"elements {request.start}..{request.stop} of {source.numel()}")
+        await call.write(bytes_view(source[request.start : request.stop]))
+        return Given(members_hash(frozen.members) if frozen is not None else b"")

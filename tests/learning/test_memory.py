@@ -1,0 +1,61 @@
+"""Memory of rounds: used again when the last view is gone, and never before."""
+
+from __future__ import annotations
+
+import torch
+
+from shoal.learning import defaults
+from shoal.learning.reduce.memory import RoundMemory
+
+SIZE = defaults.SMALL_BUFFER
+
+
+def test_a_vector_is_used_again_once_the_last_view_of_it_is_gone() -> None:
+    memory = RoundMemory()
+    vector = memory.take(SIZE)
+    place = vector.data_ptr()
+    view, array = vector[10:20], vector.numpy()[5:6]
+    for holder in (vector, view, array):
+        assert memory.take(SIZE).data_ptr() != place, holder
+    del vector
+    del holder
+    assert memory.take(SIZE).data_ptr() != place
+    del view
+    assert memory.take(SIZE).data_ptr() != place
+    del array
+    others = [memory.take(SIZE) for _ in range(2)]
+    assert place in [other.data_ptr() for other in others]
+
+
+def test_a_slightly_smaller_vector_takes_the_place_of_a_larger_one_but_not_of_one_twice_as_large() -> None:
+    memory = RoundMemory()
+    memory.take(3 * SIZE)
+    assert memory.held == 12 * SIZE
+    assert memory.take(2 * SIZE).shape == (2 * SIZE,)
+    assert memory.held == 12 * SIZE
+    assert memory.take(SIZE).dtype == torch.float32
+    assert memory.held == 16 * SIZE
+
+
+def test_of_those_that_fit_the_smallest_is_taken() -> None:
+    memory = RoundMemory()
+    large, small = memory.take(2 * SIZE), memory.take(SIZE)
+    place = small.data_ptr()
+    del large, small
+    assert memory.take(SIZE).data_ptr() == place
+
+
+def test_what_was_released_stays_whole_for_who_holds_it() -> None:
+    memory = RoundMemory()
+    vector = memory.take(SIZE).fill_(7.0)
+    memory.release()
+    assert memory.held == 0
+    other = memory.take(SIZE).fill_(1.0)
+    assert bool((vector == 7.0).all())
+    assert bool((other == 1.0).all())
+
+
+def test_small_vectors_are_not_kept() -> None:
+    memory = RoundMemory()
+    memory.take(SIZE - 1)
+    assert memory.held == 0
