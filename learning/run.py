@@ -29,6 +29,7 @@ from .membership import Membership
 from .peer import OutOfStep, Peer, Round, Tally, Trainer
 from .placing import setting_of
 from .rounds.actions import Note
+from .rounds.decisions import told
 from .rounds.hub import Hub
 from .rounds.instance import Instance
 from .rounds.post import Post
@@ -422,6 +423,9 @@ class Run:
         record = head.record if head is not None else None
         voter = self._instance.voter if self._instance is not None else None
         exchanging = voter is not None and voter.offer is not None and self.phase != "finished"
+        reason = self.reason
+        if voter is not None and self.phase != "finished":
+            reason = told(self.host.now(), voter.due, voter.reason, None if exchanging else self.reason)
         return RunStatus(
             run=self.run_id.hex(),
             task=self.spec.task,
@@ -429,7 +433,7 @@ class Run:
             mode=self.spec.mode,
             round=self.round,
             phase=voter.phase if voter is not None and exchanging else self.phase,
-            reason=self._why(voter.told(self.host.now(), self.reason) if voter is not None else self.reason),
+            reason=self._why(reason),
             leader=voter.leader().text if voter is not None else "",
             members=tuple(peer.text for peer in self.membership.members()) if head is not None else (),
             samples=(self._given or self._peer.tally).samples,

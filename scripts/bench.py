@@ -56,6 +56,12 @@ Calls of 1 KiB that are answered with what they brought, one at a time and more 
 Beside Shoal: an echo over plain TCP of trio, grpc.aio without encryption, hivemind's p2pd, py-libp2p (Noise, yamux).
 """
 
+TOPOLOGY = """\
+Seconds that the planner predicts for 64 MiB over random meshes of peers with 12.5 MB/s (unless equal: a quarter to four
+times that) and paths of 40 ms: equal and sized butterflies, rings in the order of the shortest tour and of the fastest
+slowest path. How often each is best, and what the planner would pick if rings could be executed. Nothing is sent.
+"""
+
 HANDSHAKE = """\
 A new connection, the handshake, one small exchange, the end; one after the other and several at once. Then with a new
 identity each time, which only Shoal is asked for.
@@ -192,22 +198,26 @@ def arguments() -> argparse.ArgumentParser:
     eight.add_argument("--holders", type=numbers, default=(1, 3), metavar="N,…", help="holders (default: 1,3)")
     nine = commands.add_parser("codecs", help="codecs and kernels", description=CODECS, formatter_class=shape)
     nine.add_argument("--elements", type=int, default=8 << 20, metavar="N", help="of the vector (default: 8388608)")
-    kill = commands.add_parser(
+    ten = commands.add_parser(
+        "topology", help="schedules over random meshes, predicted", description=TOPOLOGY, formatter_class=shape
+    )
+    ten.add_argument("--seed", type=int, default=0, metavar="S", help="of the meshes (default: 0)")
+    killing = commands.add_parser(
         "kill", help="one of four peers dies in the middle of a reduce", description=KILL, formatter_class=shape
     )
-    kill.add_argument("--mb", type=int, default=64, metavar="N", help="MiB of the tensor (default: 64)")
-    kill.add_argument("--warmup", type=int, default=2, metavar="N", help="clean runs that do not count (default: 2)")
-    kill.add_argument("--only", default="", metavar="TEXT", help="only victims whose name contains TEXT")
-    kill.add_argument("--no-gloo", dest="gloo", action="store_false", help="without torch gloo beside it")
-    kill.add_argument("--verbose", action="store_true", help="what happened when, of every run")
-    soak = commands.add_parser(
+    killing.add_argument("--mb", type=int, default=64, metavar="N", help="MiB of the tensor (default: 64)")
+    killing.add_argument("--warmup", type=int, default=2, metavar="N", help="clean runs that do not count (default: 2)")
+    killing.add_argument("--only", default="", metavar="TEXT", help="only victims whose name contains TEXT")
+    killing.add_argument("--no-gloo", dest="gloo", action="store_false", help="without torch gloo beside it")
+    killing.add_argument("--verbose", action="store_true", help="what happened when, of every run")
+    soaking = commands.add_parser(
         "soak", help="thousands of small reduces under random kills and stops", description=SOAK, formatter_class=shape
     )
-    soak.add_argument("--peers", type=int, default=8, metavar="N", help="processes (default: 8)")
-    soak.add_argument("--reduces", type=int, default=10_000, metavar="N", help="rounds (default: 10000)")
-    soak.add_argument("--seconds", type=float, default=None, metavar="S", help="or as many as S seconds allow")
-    soak.add_argument("--seed", type=int, default=0, metavar="N", help="of the faults and keys (default: 0)")
-    soak.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the row to FILE")
+    soaking.add_argument("--peers", type=int, default=8, metavar="N", help="processes (default: 8)")
+    soaking.add_argument("--reduces", type=int, default=10_000, metavar="N", help="rounds (default: 10000)")
+    soaking.add_argument("--seconds", type=float, default=None, metavar="S", help="or as many as S seconds allow")
+    soaking.add_argument("--seed", type=int, default=0, metavar="N", help="of the faults and keys (default: 0)")
+    soaking.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the row to FILE")
     for command in (two, three, four, five):
         command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
         command.add_argument(
@@ -220,8 +230,8 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument(
             "--time", type=float, default=0.5, metavar="S", help="seconds of one run, about (default: 0.5)"
         )
-    for command in (one, two, three, four, five, six, seven, eight, nine, kill):
-        runs = 3 if command in (five, six) else 5 if command is kill else 9
+    for command in (one, two, three, four, five, six, seven, eight, nine, ten, killing):
+        runs = 3 if command in (five, six) else 5 if command is killing else 9
         command.add_argument(
             "--runs", type=int, default=runs, metavar="N", help=f"counted runs per case (default: {runs})"
         )
@@ -246,7 +256,7 @@ def main() -> int:
         arguments().error("--runs must be at least 1")
     # Imported late, so that --help answers at once.
     import trio
-    from benchmarks import allreduce, blobs, codecs, dht, handshake, idle, kill, link, rpc, soak, webrtc
+    from benchmarks import allreduce, blobs, codecs, dht, handshake, idle, kill, link, rpc, soak, topology, webrtc
     from benchmarks.processes import ChildFailed
 
     run = {
@@ -258,9 +268,10 @@ def main() -> int:
         "webrtc": webrtc.run,
         "dht": dht.run,
         "blobs": blobs.run,
-        "codecs": codecs.run,
         "kill": kill.run,
         "soak": soak.run,
+        "codecs": codecs.run,
+        "topology": topology.run,
     }[options.command]
     code = 0
     try:

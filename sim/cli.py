@@ -111,7 +111,7 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "lab", help="trials of real nodes on this machine: NAT between them, a DHT of thousands, slow lines", allow_abbrev=False,
+        "lab", help="trials of real nodes on this machine: NAT, a DHT of thousands, slow lines", allow_abbrev=False,
         description="Trials of real nodes on this machine.",
     )  # fmt: skip
     trials = parser.add_subparsers(title="trials", metavar="TRIAL", required=True)

@@ -40,9 +40,8 @@ class ReduceReport:
         last = self.rounds[-1]
         found = []
         if self.best / last.seconds < self.required:
-            found.append(
-                f"the last round has {self.best / last.seconds:.1%} of the best speed, not {self.required:.1%}"
-            )
+            share = self.best / last.seconds
+            found.append(f"the last round has {share:.1%} of the best speed, not {self.required:.1%}")
         if len(last.members) < len(self.scenario.uplinks):
             found.append(f"{len(last.members)} of {len(self.scenario.uplinks)} peers are in the last round")
         return found
@@ -53,12 +52,12 @@ class ReduceReport:
         lines = f"{ups[0]:g} Mbit/s" if len(ups) == 1 else f"{ups[0]:g} to {ups[-1]:g} Mbit/s"
         title = f"{len(scenario.uplinks)} peers, {scenario.size / 2**20:g} MiB, {lines}, {1e3 * scenario.latency:g} ms"
         table = Table(title=f"{title}; best possible {self.best:.2f} s")
-        for column in ("round", "seconds", "of best", "plan known", "scatter over", "gather over", "why"):
-            table.add_column(column, justify="left" if column == "why" else "right")
+        for column in ("round", "seconds", "of best", "plan known", "scatter over", "gather over"):
+            table.add_column(column, justify="right")
         for number, result in enumerate(self.rounds, 1):
             at = [f"{result.phases.get(phase, 0.0):.2f}" for phase in ("scatter", "gather", "commit")]
             share = f"{self.best / result.seconds:.1%}"
-            table.add_row(str(number), f"{result.seconds:.2f}", share, *at, result.reason)
+            table.add_row(str(number), f"{result.seconds:.2f}", share, *at)
         return table
 
     def to_json(self) -> str:
@@ -83,7 +82,7 @@ def reduce(options: argparse.Namespace) -> int:
     began = time.process_time()
 
     def tell(world: ReduceWorld, result: RoundResult) -> None:
-        console.print(f"round {world.head.round}: {result.seconds:.2f} s", soft_wrap=True)
+        console.print(f"round {world.head.round}: {result.seconds:.2f} s; {result.reason}", soft_wrap=True)
 
     rounds = tuple(reduce_rounds(scenario, tell))
     report = ReduceReport(scenario, optimum(scenario), rounds, time.process_time() - began)

@@ -67,8 +67,8 @@ class Direction:
             self.windows.append((now, rate))
             self._roomy = -math.inf
             return
-        # The line has room, so its capacity is not what this window shows. Unless it became slower, and all windows of a
-        # busy time in which we sent to several show it.
+        # The line has room, so its capacity is not what this window shows. Unless it became slower, and all windows of
+        # a busy time in which we sent to several show it.
         self._roomy += len(self._by_peer) > 1
         if self._roomy >= defaults.LINE_ROOMY:
             self.windows.clear()
@@ -90,10 +90,10 @@ class Direction:
     def path(self, peer: PeerId, now: float) -> float | None:
         """Bytes per second of the path to ``peer`` where it is known to be slower than the line; None otherwise.
 
-        Its best recent window, of two at least: in one its bulk may have ended half-way.
+        The median of its recent windows, of two at least: in one its bulk may have ended half-way, or that of others.
         """
-        rates = [rate for at, rate in self._paths.get(peer, ()) if now - at < defaults.LINE_MEMORY]
-        return max(rates) if len(rates) > 1 else None
+        rates = sorted(rate for at, rate in self._paths.get(peer, ()) if now - at < defaults.LINE_MEMORY)
+        return rates[len(rates) // 2] if len(rates) > 1 else None
 
     def busy(self, now: float) -> bool:
         """Whether bulk moved just now."""

@@ -84,10 +84,10 @@ class Mesh:
 
     @classmethod
     def of(cls, peers: Sequence[PeerId], reports: Mapping[PeerId, Rates]) -> Mesh | None:
-        """None when nobody of ``peers`` has measured its uplink."""
+        """None when less than half of ``peers`` have measured their uplinks: a few say little about the others."""
         found = [reports.get(peer, NOTHING) for peer in peers]
         measured = sorted(report.up for report in found if report.up)
-        if not measured:
+        if 2 * len(measured) < len(peers):
             return None
         usual = float(median(measured))
         up = tuple(min(max(float(report.up or usual), usual / TRUST), usual * TRUST) for report in found)
@@ -158,7 +158,7 @@ def plan(
     mesh = Mesh.of(peers, reports)
     if mesh is None:
         return _butterfly(
-            owners, peers, Sizes(tuple(equal), 0.0, 0.0), length, None, "equal slices: no uplink is measured"
+            owners, peers, Sizes(tuple(equal), 0.0, 0.0), length, None, "equal slices: too few uplinks are measured"
         )
     lines = mesh.lines(size, set(members), set(receivers), set(owners))
     control = CONTROL_ROUND_TRIPS * mesh.rtt

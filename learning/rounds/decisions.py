@@ -191,6 +191,17 @@ def holders_of(value: Accepted, ready: Mapping[PeerId, Ready]) -> tuple[PeerId, 
     )
 
 
+def told(now: float, due: float | None, reason: str, training: str | None) -> str:
+    """For people: what the round waits for, and how long, as its leader says.
+
+    ``due``: when it goes on without those who are late. ``training``: what we do while we are not ready ourselves.
+    """
+    left = due - now if due is not None else 0.0
+    if training is not None:
+        return f"{training}; the round begins without us in {left:.1f} s: {reason}" if left > 0 else training
+    return f"{reason}; {left:.1f} s left for those who are late" if left > 0 else reason
+
+
 def short(peers: Sequence[PeerId]) -> str:
     """Names for people, a few and a count."""
     names = [peer.short for peer in peers[:4]]

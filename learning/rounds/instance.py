@@ -7,7 +7,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import attrs
 import trio
 from torch import Tensor
 
@@ -156,10 +155,9 @@ class Instance:
         filling = self.traffic.filling = Filling(length) if filling is None else filling
         if not filling.full:
             # All voters do as we do: what is still being computed is waited for like a straggler's training.
-            pace = self.setting.pace
-            self.voter.pace = attrs.evolve(pace, scatter=pace.scatter + pace.grace)
+            self.voter.spare = self.setting.pace.grace
             if self.leader is not None:
-                self.leader.pace = self.voter.pace
+                self.leader.spare = self.voter.spare
         rates = measured(self._endpoint, self.voters)
         gives, why = vector is not None, printable(why)
         offer = Ready(self.key, self.round, 0, gives, samples, weight, length, None, False, why, rates)
@@ -291,12 +289,13 @@ class Instance:
             voters=self.voters,
             attempt=attempt,
             identity=self._endpoint.identity,
-            pace=self.voter.pace,
+            pace=self.setting.pace,
             terms=self.setting.terms,
             now=self._host.now(),
             lost=self.voter.lost,
             unfit=lambda record: self.setting.check(record) or self.voter.refused.get(record.digest),
         )
+        self.leader.spare = self.voter.spare
 
     def _carry_out(self, action: Action) -> None:
         assert self._nursery is not None

@@ -78,7 +78,7 @@ class Leader:
         """``unfit``: why we ourselves would refuse a record that somebody accepted; None when we would not."""
         self.key, self.round, self.voters, self.attempt = key, round, voters, attempt
         self.me, self._identity, self.pace, self._terms = identity.peer_id, identity, pace, terms
-        self._unfit = unfit
+        self._unfit, self.spare = unfit, 0.0  # spare: see Voter
         self.needed = accepts_needed(len(voters), terms.gossip)
         self.lost: dict[PeerId, str] = dict(lost)
         self.phase = "convene"
@@ -180,8 +180,9 @@ class Leader:
                     return actions + self._replan(now, silent, f"owners silent: {short(silent)}")
                 self._until = None
             case "gather":
-                self._until, self._asked = now + self._gather_time(), {}  # whoever says nothing is not waited for
                 assert self.plan is not None
+                self._asked = {}  # whoever says nothing is not waited for
+                self._until = now + self.plan.phase(self.pace.gather)
                 slow = overdue(self.plan, self._progress, [r for r in self.plan.receivers if r not in self.lost])
                 if slow and self._overdue and len(slow) < len({piece.owner for piece in self.plan.slices}):
                     # Asked about before, and still held by its owner alone.
@@ -235,7 +236,7 @@ class Leader:
         earlier = proposal_of(promises)
         if self._grace_until is None and len(self._ready) >= self.needed:
             self._grace_until = now + self.pace.grace
-            self._word = min(self._word, now)
+            self._word = min(self._word, now + self.pace.grace / 8)
         until, again = self._grace_until, ""
         go, reason = may_begin(self.voters, self._ready, self.lost, self.needed, now, until)
         if isinstance(earlier, Accepted):
@@ -272,7 +273,8 @@ class Leader:
         self.plan, self.phase = plan, "scatter"
         self._held, self._progress, self._frozen, self._asked, self._fetching = {}, {}, (), {}, {}
         self._overdue = False
-        self._until = now + (plan.within / 1e3 or self.pace.scatter) * 1.5  # owners give up on contributors first
+        # Owners give up on contributors first.
+        self._until = now + plan.phase(self.pace.scatter) * 1.5 + self.spare
         return [Send(receiver, plan) for receiver in plan.receivers if receiver not in self.lost]
 
     # -- scatter ------------------------------------------------------------------------------------
@@ -302,15 +304,12 @@ class Leader:
         if plan.members and not frozen:
             return self._abort(now, "no contribution reached all owners")
         self._frozen, self.phase = frozen, "gather"
-        self._until = now + self._gather_time() * 1.5
+        self._until = now + plan.phase(self.pace.gather) * 1.5
         message = Freeze(self.key, plan.attempt, plan.epoch, frozen)
         left = [m for m in plan.members if m not in frozen]
         self._late.update(dict.fromkeys(left, "scatter"))
         actions: list[Action] = [Note("scatter", "dropped", "not held by all owners", peer) for peer in left]
         return actions + [Send(r, message) for r in plan.receivers if r not in self.lost]
-
-    def _gather_time(self) -> float:
-        return (self.plan.within / 1e3 if self.plan is not None else 0.0) or self.pace.gather
 
     def _replan(self, now: float, gone: tuple[PeerId, ...], why: str) -> list[Action]:
         """Next epoch, without ``gone`` as owners and contributors."""
@@ -326,7 +325,7 @@ class Leader:
         plan = self.plan
         assert plan is not None
         self._asked = {r: None for r in plan.receivers if r not in self.lost}
-        self._until = now + self._gather_time()
+        self._until = now + plan.phase(self.pace.gather)
         message = Ask(self.key, plan.attempt, plan.epoch)
         actions: list[Action] = [Note("gather", "ask", why)]
         for receiver in self._asked:

@@ -163,6 +163,10 @@ class Plan(Bounded):
     reason: str
     within: int = 0
 
+    def phase(self, otherwise: float) -> float:
+        """Seconds that a phase of bulk may take; ``otherwise`` where the plan does not say."""
+        return self.within / 1e3 or otherwise
+
 
 @attrs.frozen
 class Held(Bounded):

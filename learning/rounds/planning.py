@@ -10,8 +10,8 @@ from ...transport import deadlines
 from ...transport.identity import PeerId
 from .. import defaults
 from ..reduce import topology
-from ..reduce.slices import reassign
-from .decisions import contributors, short
+from ..reduce.slices import covers, reassign
+from .decisions import contributors, shares, short
 from .messages import Plan, Progress, Ready
 
 
@@ -48,6 +48,27 @@ def _milliseconds(chosen: topology.Topology) -> int:
     return int(1e3 * deadlines.planned_phase(defaults.TRANSFER_FLOOR, chosen.phase, chosen.rtt)) + 1
 
 
+def plan_fault(plan: Plan, voters: Sequence[PeerId], max_length: int, me: PeerId, offer: Ready | None) -> str | None:
+    """What is wrong with a plan, None when ``me`` may follow it. A leader is a peer like any other."""
+    if not len(plan.members) == len(plan.samples) == len(plan.weights):
+        return "members, samples and weights differ in number"
+    if list(plan.members) != sorted(set(plan.members)) or any(p not in voters for p in plan.members):
+        return "members are not voters in order"
+    if any(p not in voters for p in plan.receivers) or len(plan.receivers) > len(voters):
+        return "receivers are not voters"
+    if any(w <= 0 for w in plan.weights) or any(s < 0 for s in plan.samples):
+        return "weights are not above zero"
+    if not 0 < plan.length <= max_length:
+        return f"a vector of {plan.length} elements"
+    if len(plan.slices) > 4 * len(voters) ** 2 or not covers(plan.slices, plan.length):
+        return "slices do not cover the vector"
+    if any(piece.owner not in plan.receivers for piece in plan.slices):
+        return "an owner that is no receiver"
+    if me in plan.members and (offer is None or not offer.contributes or offer.length != plan.length):
+        return "we contribute nothing of that length"
+    return None
+
+
 def next_plan(
     plan: Plan, gone: Collection[PeerId], lost: Collection[PeerId], frozen: tuple[PeerId, ...], why: str
 ) -> Plan | None:
@@ -60,14 +81,13 @@ def next_plan(
     heirs = tuple(o for o in owners if o not in gone and o not in lost and (o in members or not members))
     if not heirs or (plan.members and not members):
         return None
-    weights = dict(zip(plan.members, plan.weights, strict=True))
-    samples = dict(zip(plan.members, plan.samples, strict=True))
+    samples, weights = shares(plan, members)
     return attrs.evolve(
         plan,
         epoch=plan.epoch + 1,
         members=members,
-        samples=tuple(samples[m] for m in members),
-        weights=tuple(weights[m] for m in members),
+        samples=samples,
+        weights=weights,
         receivers=tuple(r for r in plan.receivers if r not in lost),
         slices=reassign(plan.slices, tuple(o for o in owners if o not in heirs), heirs),
         reason=f"{why}: its slices go to {short(heirs)}",
@@ -77,18 +97,20 @@ def next_plan(
 def freeze(plan: Plan, held: Mapping[PeerId, Sequence[PeerId]]) -> tuple[tuple[PeerId, ...], tuple[PeerId, ...], str]:
     """Once all owners have said whose slices they hold: (members to freeze, owners to go on without, why).
 
-    An owner that lacks most members is what is slow, not they. A member that is late for others sends as slowly what
-    it owns, for which everybody would wait in the next phase. Either is gone without before the others are frozen.
+    An owner that lacks most members is what is slow, not they. A member that is late for most owners sends as slowly
+    what it owns, for which everybody would wait in the next phase. Either is gone without before the others are frozen.
+    A member that only some owners lack is just left out.
     """
     owners = tuple(dict.fromkeys(piece.owner for piece in plan.slices))
     deaf = tuple(o for o in owners if 2 * sum(m in held[o] for m in plan.members) < len(plan.members))
     if deaf and len(deaf) < len(owners):
         return (), deaf, f"too little reaches owner {short(deaf)} in time"
     frozen = tuple(m for m in plan.members if all(m in held[o] for o in owners))
-    late = tuple(m for m in plan.members if m not in frozen)
-    slow = tuple(o for o in owners if o in late)
+    slow = tuple(
+        m for m in owners if m not in frozen and 2 * sum(m in held[o] for o in owners if o != m) < len(owners) - 1
+    )
     if slow and len(slow) < len(owners) and frozen:
-        return frozen, late, f"late: {short(late)}"
+        return frozen, slow, f"late: {short(slow)}"
     return frozen, (), ""
 
 

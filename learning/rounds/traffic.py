@@ -83,7 +83,7 @@ class Traffic:
 
     async def _filled(self, action: Push) -> bool:
         """Wait until the range is there. When it is not in time, a later plan may ask for it again."""
-        with trio.move_on_after(self.voter.pace.scatter):
+        with trio.move_on_after(self.voter.scatter_time()):
             if await self.filling.wait(action.stop):
                 return True
         self._feed(lambda: self.voter.push_failed(self._host.now(), action.owner, action.start, action.stop))

@@ -19,7 +19,6 @@ from collections.abc import Callable
 import attrs
 
 from ...transport.identity import Identity, PeerId
-from ..reduce.slices import covers
 from .actions import Action, Combine, Done, Note, Pace, Persist, Prepare, Pull, Push, Send, Share, Verify
 from .decisions import candidates
 from .messages import (
@@ -41,6 +40,7 @@ from .messages import (
     sign_accept,
     sign_held,
 )
+from .planning import plan_fault
 
 #: Attempts by which one message may move a voter ahead. One that slept through a whole round is some tens behind.
 MAX_LEAP = 1000
@@ -76,6 +76,8 @@ class Voter:
         self.promised, self.accepted = promised, accepted
         self._kept = -1  # a promise that is surely stored: who leads while it trains has stored none yet
         self._holds_accepted = False  # what was accepted in an earlier life is a promise without its bytes
+        #: Seconds that a scatter may take longer, since contributions are still being computed when it begins.
+        self.spare = 0.0
         self.attempt = promised
         self.offer: Ready | None = None  # our Ready, less attempt and accepted; None while training
         self.plan: Plan | None = None
@@ -265,7 +267,7 @@ class Voter:
                 self._phase_until = None
                 actions += self._report_held(now, force=True)
             elif self.plan is not None and not self.full:
-                self._phase_until = now + self._gather_time()
+                self._phase_until = now + self.plan.phase(self.pace.gather)
                 actions.append(Send(self.leader(), self._progress(self.plan)))
             else:
                 self._phase_until = None
@@ -286,13 +288,6 @@ class Voter:
         if self._phase_until is not None:
             times.append(self._phase_until)
         return min(times)
-
-    def told(self, now: float, training: str) -> str:
-        """For people: what the round waits for, and how long, as its leader says; ``training`` before we are ready."""
-        left = self.due - now if self.due is not None else 0.0
-        if self.offer is None:
-            return f"{training}; the round begins without us in {left:.1f} s: {self.reason}" if left > 0 else training
-        return f"{self.reason}; {left:.1f} s left for those who are late" if left > 0 else self.reason
 
     # -- inside -------------------------------------------------------------------------------------
 
@@ -372,7 +367,7 @@ class Voter:
             return []
         if self.plan is not None and (plan.attempt, plan.epoch) <= (self.plan.attempt, self.plan.epoch):
             return []
-        wrong = self._wrong_plan(plan)
+        wrong = plan_fault(plan, self.voters, self._max_length, self.me, self.offer)
         if wrong is not None:
             return [Send(sender, Reject(self.key, plan.attempt, self.promised, wrong))]
         actions: list[Action] = []
@@ -382,7 +377,7 @@ class Voter:
         self.plan, self.frozen, self.full = plan, None, False
         self._combined, self._reported, self._verifying = {}, None, None
         self._heard = now
-        self._phase_until = now + (plan.within / 1e3 or self.pace.scatter)
+        self._phase_until = now + self.scatter_time()
         self.due = self._phase_until
         self.phase, self.reason = "scatter", plan.reason
         actions.append(Note("scatter", "begin", f"attempt {plan.attempt}, epoch {plan.epoch}: {plan.reason}"))
@@ -393,27 +388,6 @@ class Voter:
                     self._pushed[item] = None
                     actions.append(Push(*item))
         return actions + self._report_held(now, force=False)
-
-    def _wrong_plan(self, plan: Plan) -> str | None:
-        """What is wrong with a plan, None when it may be followed. A leader is a peer like any other."""
-        if not len(plan.members) == len(plan.samples) == len(plan.weights):
-            return "members, samples and weights differ in number"
-        if list(plan.members) != sorted(set(plan.members)) or any(p not in self.voters for p in plan.members):
-            return "members are not voters in order"
-        if any(p not in self.voters for p in plan.receivers) or len(plan.receivers) > len(self.voters):
-            return "receivers are not voters"
-        if any(w <= 0 for w in plan.weights) or any(s < 0 for s in plan.samples):
-            return "weights are not above zero"
-        if not 0 < plan.length <= self._max_length:
-            return f"a vector of {plan.length} elements"
-        if len(plan.slices) > 4 * len(self.voters) ** 2 or not covers(plan.slices, plan.length):
-            return "slices do not cover the vector"
-        if any(piece.owner not in plan.receivers for piece in plan.slices):
-            return "an owner that is no receiver"
-        offer = self.offer
-        if self.me in plan.members and (offer is None or not offer.contributes or offer.length != plan.length):
-            return "we contribute nothing of that length"
-        return None
 
     def _my_slices(self, plan: Plan) -> tuple[int, ...]:
         return tuple(i for i, piece in enumerate(plan.slices) if piece.owner == self.me)
@@ -453,7 +427,7 @@ class Voter:
                 return [Send(sender, Reject(self.key, plan.attempt, self.promised, why))]
         self.frozen = message
         self.phase, self.reason = "combine", f"combining {len(message.members)} contributions"
-        self._phase_until = self.due = now + self._gather_time()
+        self._phase_until = self.due = now + plan.phase(self.pace.gather)
         actions: list[Action] = [Note("combine", "begin", self.reason)]
         if self.me in plan.members and self.me not in given:
             actions.append(Note("gather", "left-out", "our slices did not reach all owners in time", self.me))
@@ -468,8 +442,9 @@ class Voter:
             actions += self.combined_received(now, owner, attempt, epoch, index, members)
         return actions
 
-    def _gather_time(self) -> float:
-        return (self.plan.within / 1e3 if self.plan is not None else 0.0) or self.pace.gather
+    def scatter_time(self) -> float:
+        """Seconds that contributions of the present plan have to reach their owners."""
+        return (self.pace.scatter if self.plan is None else self.plan.phase(self.pace.scatter)) + self.spare
 
     def _misses(self, owner: PeerId) -> bool:
         assert self.plan is not None

@@ -241,10 +241,10 @@ def test_what_is_there_travels_while_the_rest_is_computed(play: Play) -> None:
         second = round.reduce_async(values[half:])
         return torch.cat([await first, await second])
 
-    # Half of the scatter, which is half of the exchange, hides behind the training.
+    # Who owns a slice of the first half sends one of its three early, of six on the way in and out, the others two.
     whole, halves = spent(play, late), spent(play, in_halves)
     exchange = whole - STEPS * Wide.step_seconds
-    assert halves < whole - 0.2 * exchange
+    assert halves < whole - 0.1 * exchange
 
 
 def test_samples_trained_while_a_reduce_is_in_flight_count_for_the_next_round(play: Play) -> None:

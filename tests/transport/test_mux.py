@@ -579,3 +579,12 @@ def test_a_body_that_no_frame_announces_breaks_the_protocol() -> None:
     for frames in (b"", frame(Frame.DATA, ours.id, 19_999), frame(Frame.EOF, ours.id, 20_000)):
         with pytest.raises(RemoteProtocolError):
             pair.b.receive(Record(memoryview(frames), body), Priority.BULK)
+
+
+def test_what_was_queued_when_the_link_said_goodbye_can_still_be_dropped() -> None:
+    mux = Mux(initiator=True)
+    stream = mux.open("test", Priority.BULK)
+    mux.send(stream, b"x" * 100)
+    mux.goodbye(GoodbyeCode.LEAVING, "")
+    mux.drop_queue(stream)
+    assert stream.queued == 0

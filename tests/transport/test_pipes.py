@@ -12,7 +12,7 @@ import trio
 from shoal.transport import deadlines, defaults
 from shoal.transport.aead import NOMINAL_CIPHERS
 from shoal.transport.deadlines import LoopLag
-from shoal.transport.errors import HandshakeError, LinkClosed, WaitExpired
+from shoal.transport.errors import HandshakeError, LinkClosed, RemoteProtocolError, WaitExpired
 from shoal.transport.establish import join_pipe, open_pipe
 from shoal.transport.link import Link, LinkStream, Priority
 from shoal.transport.memory import Route
@@ -428,3 +428,21 @@ def test_pings_of_a_pipe_measure_the_round_trip_and_make_no_queue() -> None:
         pipe.receive_frames(memoryview(b"\x01" + i.to_bytes(4, "big")), now)
     assert pipe.take_frames() == b"\x02" + (9999).to_bytes(4, "big")
     assert not pipe.has_frames
+
+
+def test_answers_to_earlier_pings_may_still_come_others_never() -> None:
+    pipe = Pipe.__new__(Pipe)
+    stream = type("S", (), {"remote": None, "local": None})()
+    Pipe.__init__(pipe, stream, None, now=0.0)  # type: ignore[arg-type]
+    pipe.ping(0.0)
+    first = pipe.take_frames()
+    pipe.asked = None  # something else was heard: a sign of life
+    pipe.ping(5.0)
+    second = pipe.take_frames()
+    pipe.receive_frames(memoryview(b"\x02" + first[1:]), 6.0)
+    assert pipe.asked == 5.0  # the late answer is none to the second ping
+    pipe.receive_frames(memoryview(b"\x02" + second[1:]), 6.5)
+    assert pipe.rtt == pytest.approx(1.5)
+    for again in (first, second, b"\x01" + (77).to_bytes(4, "big")):
+        with pytest.raises(RemoteProtocolError, match="no ping of ours"):
+            pipe.receive_frames(memoryview(b"\x02" + again[1:]), 7.0)

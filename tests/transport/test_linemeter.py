@@ -1,0 +1,58 @@
+"""The meter of a machine's line: the sum over links while busy, slow paths only where the line has room."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoal.transport import defaults
+from shoal.transport.identity import Identity
+from shoal.transport.linemeter import Direction
+
+PEERS = [Identity(bytes([n]) * 32).peer_id for n in range(1, 6)]
+RECORD = 50_000
+
+
+def send(meter: Direction, at: float, rates: list[float], seconds: float) -> float:
+    """Records to each peer at its rate, side by side; returns when they end."""
+    free = [at] * len(rates)
+    while min(free) < at + seconds:
+        index = free.index(min(free))
+        began, free[index] = free[index], free[index] + RECORD / rates[index]
+        meter.note(began, free[index], RECORD, PEERS[index])
+    return max(free)
+
+
+def test_the_line_is_the_sum_over_links_that_share_it() -> None:
+    meter = Direction(0.02)
+    end = send(meter, 0.0, [1e6] * 4, 4.0)
+    assert meter.rate(end) == pytest.approx(4e6, rel=0.1)
+    assert all(meter.path(peer, end) is None for peer in PEERS)
+
+
+def test_before_a_second_window_nothing_is_known() -> None:
+    meter = Direction(0.02)
+    end = send(meter, 0.0, [1e6] * 4, defaults.LINE_WINDOW)
+    assert meter.rate(end) is None
+
+
+def test_a_path_shows_itself_once_the_line_has_room() -> None:
+    meter = Direction(0.02)
+    end = send(meter, 0.0, [1e6] * 4, 3.0)
+    end = send(meter, end, [0.2e6], 3.0)  # the last one, alone
+    assert meter.path(PEERS[0], end) == pytest.approx(0.2e6, rel=0.1)
+    assert meter.path(PEERS[1], end) is None
+    assert meter.rate(end) == pytest.approx(4e6, rel=0.1)
+
+
+def test_a_line_that_became_slower_is_found_out_in_the_next_busy_time() -> None:
+    meter = Direction(0.02)
+    end = send(meter, 0.0, [1e6] * 4, 3.0)
+    end = send(meter, end + 5.0, [0.25e6] * 4, 6.0)
+    assert meter.rate(end) == pytest.approx(1e6, rel=0.15)
+
+
+def test_what_is_old_says_nothing_any_more() -> None:
+    meter = Direction(0.02)
+    end = send(meter, 0.0, [1e6] * 2, 3.0)
+    assert meter.rate(end + defaults.LINE_MEMORY + 1.0) is None
+    assert not meter.busy(end + 1.0)
