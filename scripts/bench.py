@@ -107,6 +107,27 @@ and bias.
 """
 
 
+KILL = """\
+One of four processes ends itself with SIGKILL at a given point of a round of the group reduce, in the middle of a
+transfer where the point is one: the time from there to the moment at which the last survivor holds the committed
+result. In turns with it: a round of all four, and one of three, in which nobody dies.
+
+contributor     owns no slice: nobody waits for anything of it
+owner           contributes, and combines a quarter of the tensor
+leader          does that too, and plans, freezes, proposes and commits
+gloo            torch.distributed.all_reduce with a rank killed in its middle: the time to the last survivor's error
+"""
+
+
+SOAK = """\
+Real nodes, everything but the command line, that reduce vectors of 4 KiB to 1 MiB, round after round, in strict mode.
+About once a second one of them is killed with SIGKILL, stopped for 2 s, or started again with its key and its folder.
+It fails when no round, or none of some peer, is committed for 60 s, when two peers differ in the state after a round,
+when a mean is not the mean of its members, bit for bit, or when file descriptors, tasks or memory grow in two peers
+that are stopped but never killed.
+"""
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """Positive whole numbers, separated by commas."""
     values = tuple(int(part) for part in text.split(","))
@@ -181,6 +202,22 @@ def arguments() -> argparse.ArgumentParser:
         "topology", help="schedules over random meshes, predicted", description=TOPOLOGY, formatter_class=shape
     )
     ten.add_argument("--seed", type=int, default=0, metavar="S", help="of the meshes (default: 0)")
+    killing = commands.add_parser(
+        "kill", help="one of four peers dies in the middle of a reduce", description=KILL, formatter_class=shape
+    )
+    killing.add_argument("--mb", type=int, default=64, metavar="N", help="MiB of the tensor (default: 64)")
+    killing.add_argument("--warmup", type=int, default=2, metavar="N", help="clean runs that do not count (default: 2)")
+    killing.add_argument("--only", default="", metavar="TEXT", help="only victims whose name contains TEXT")
+    killing.add_argument("--no-gloo", dest="gloo", action="store_false", help="without torch gloo beside it")
+    killing.add_argument("--verbose", action="store_true", help="what happened when, of every run")
+    soaking = commands.add_parser(
+        "soak", help="thousands of small reduces under random kills and stops", description=SOAK, formatter_class=shape
+    )
+    soaking.add_argument("--peers", type=int, default=8, metavar="N", help="processes (default: 8)")
+    soaking.add_argument("--reduces", type=int, default=10_000, metavar="N", help="rounds (default: 10000)")
+    soaking.add_argument("--seconds", type=float, default=None, metavar="S", help="or as many as S seconds allow")
+    soaking.add_argument("--seed", type=int, default=0, metavar="N", help="of the faults and keys (default: 0)")
+    soaking.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the row to FILE")
     for command in (two, three, four, five):
         command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
         command.add_argument(
@@ -193,8 +230,8 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument(
             "--time", type=float, default=0.5, metavar="S", help="seconds of one run, about (default: 0.5)"
         )
-    for command in (one, two, three, four, five, six, seven, eight, nine, ten):
-        runs = 3 if command in (five, six) else 9
+    for command in (one, two, three, four, five, six, seven, eight, nine, ten, killing):
+        runs = 3 if command in (five, six) else 5 if command is killing else 9
         command.add_argument(
             "--runs", type=int, default=runs, metavar="N", help=f"counted runs per case (default: {runs})"
         )
@@ -215,11 +252,11 @@ def main() -> int:
 
         return child_main(sys.argv[2])
     options = arguments().parse_args()
-    if options.runs < 1:
+    if getattr(options, "runs", 1) < 1:
         arguments().error("--runs must be at least 1")
     # Imported late, so that --help answers at once.
     import trio
-    from benchmarks import allreduce, blobs, codecs, dht, handshake, idle, link, rpc, topology, webrtc
+    from benchmarks import allreduce, blobs, codecs, dht, handshake, idle, kill, link, rpc, soak, topology, webrtc
     from benchmarks.processes import ChildFailed
 
     run = {
@@ -231,6 +268,8 @@ def main() -> int:
         "webrtc": webrtc.run,
         "dht": dht.run,
         "blobs": blobs.run,
+        "kill": kill.run,
+        "soak": soak.run,
         "codecs": codecs.run,
         "topology": topology.run,
     }[options.command]

@@ -35,8 +35,8 @@ def split(
 ) -> tuple[Slice, ...]:
     """Split ``start..stop`` among ``owners`` in proportion to ``speeds`` (any unit; equal when None).
 
-    Bounds are ``start`` and multiples of :data:`ALIGN` and ``block`` beyond it. Owners whose share rounds to nothing get
-    no slice. The same arguments give the same slices everywhere.
+    Bounds are ``start`` and multiples of :data:`ALIGN` and ``block`` beyond it. Owners whose share rounds to nothing
+    get no slice. The same arguments give the same slices everywhere.
     """
     if not owners:
         raise ValueError("no owner for a slice")

@@ -301,7 +301,7 @@ class Instance:
             terms=self.setting.terms,
             now=self._host.now(),
             lost=self.voter.lost,
-            unfit=self.setting.check,
+            unfit=lambda record: self.setting.check(record) or self.voter.refused.get(record.digest),
         )
         self.leader.spare = self.voter.spare
 

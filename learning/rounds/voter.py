@@ -45,6 +45,9 @@ from .planning import plan_fault
 #: Attempts by which one message may move a voter ahead. One that slept through a whole round is some tens behind.
 MAX_LEAP = 1000
 
+#: Refused records that are remembered: one for each attempt of a round that goes very badly.
+MAX_REFUSED = 64
+
 
 class Voter:
     """One peer's part in one instance. Every method takes ``now`` (seconds) and returns actions, in order."""
@@ -85,6 +88,9 @@ class Voter:
         self.decided = False
         self.full = False
         self.lost: dict[PeerId, str] = {}
+        #: Why we found no result with the fingerprint of a proposed record, by its digest: we would refuse it again.
+        self.refused: dict[bytes, str] = {}
+        self._refused_at = -1  # the attempt whose proposal we refused
         self._holds: dict[tuple[int, int, str], dict[PeerId, None]] = {}
         self._pushed: dict[tuple[PeerId, int, int], None] = {}
         self._combined: dict[int, None] = {}
@@ -169,11 +175,15 @@ class Voter:
             return []
         self._verifying = None
         if wrong is not None:
+            self._refused_at = attempt
+            if len(self.refused) < MAX_REFUSED:
+                self.refused[record.digest] = wrong[:200]
             self.reason = f"cannot accept: {wrong}"
             return [
                 Note("commit", "refused", wrong),
                 Send(self.leader(attempt), Reject(self.key, attempt, self.promised, wrong[:200])),
             ]
+        self._refused_at = -1
         self.accepted, self._holds_accepted = Accepted(attempt, record), True
         self._heard = now
         return [
@@ -208,7 +218,8 @@ class Voter:
         """Handle a message addressed to a voter."""
         if self.decided:
             return []
-        if sender == self.leader() and not isinstance(message, Commit):
+        if sender == self.leader() and not isinstance(message, Commit) and self._refused_at != self.attempt:
+            # What a leader says whose proposal we refused is no reason to stay with it.
             self._heard = now
         match message:
             case Commit():
@@ -480,7 +491,8 @@ class Voter:
         if message.attempt > self.promised:
             self.promised = self.attempt = message.attempt
             actions.append(Persist(self.promised, self.accepted))
-        self._heard = now
+        if self._refused_at != message.attempt:
+            self._heard = now
         if self._verifying == (message.attempt, message.record.digest):
             return actions
         self._verifying = (message.attempt, message.record.digest)

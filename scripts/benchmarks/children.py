@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from abc import ABC, abstractmethod
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
 import trio
@@ -53,6 +55,8 @@ def child_main(kind: str) -> int:
 KINDS = {
     "shoal": "reducer:ShoalPeer",
     "gloo": "gloo:GlooPeer",
+    "victim": "victim:KillPeer",
+    "soaker": "soaker:Soaker",
     "blobs": "blobs:BlobPeer",
     **{
         f"{system}-{end.lower()}": f"systems.{module}:{name}{end}"
@@ -116,3 +120,9 @@ async def _obey_asyncio(made: type[Worker], answers: int) -> None:
 async def until(moment: float) -> None:
     """Sleep until ``time.monotonic()`` is ``moment``: that clock is the same in all processes of a machine."""
     await trio.sleep(max(0.0, moment - time.monotonic()))
+
+
+def end_now(file: Path) -> None:
+    """End this process with SIGKILL; ``file`` keeps ``time.monotonic()`` of that moment."""
+    file.write_text(str(time.monotonic()))
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 import trio
 
 from . import vectors
-from .children import Worker, until
+from .children import Worker, end_now, until
 
 
 class GlooPeer(Worker):
@@ -40,6 +41,8 @@ class GlooPeer(Worker):
                 return {}
             case "go":
                 await until(arguments["at"])
+                if "dies" in arguments:
+                    self.nursery.start_soon(self._die, arguments["dies"], arguments["file"])
                 return await trio.to_thread.run_sync(self._reduce)
         raise ValueError(order)
 
@@ -49,9 +52,16 @@ class GlooPeer(Worker):
         )
         dist.barrier()
 
+    async def _die(self, after: float, file: str) -> None:
+        await trio.sleep(after)
+        end_now(Path(file))
+
     def _reduce(self) -> dict[str, Any]:
         began = time.monotonic()
-        dist.all_reduce(self._tensor)
+        try:
+            dist.all_reduce(self._tensor)
+        except RuntimeError as error:
+            return {"began": began, "ended": time.monotonic(), "wrong": str(error), "digest": ""}
         ended = time.monotonic()
         # A sum is what gloo is asked for: dividing is not on its bill.
         self._tensor /= dist.get_world_size()

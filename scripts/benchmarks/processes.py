@@ -53,6 +53,11 @@ class Child:
         result: dict[str, Any] = json.loads(answer)
         return result
 
+    def signal(self, number: int) -> None:
+        """Send a signal, unless the process has ended."""
+        if self._process.returncode is None:
+            self._process.send_signal(number)
+
     async def missing(self, *, patience: float = PATIENCE) -> str:
         """Of a child that may lack a package: what it lacks, or nothing. Asked once, before the first order."""
         line = b""
@@ -111,6 +116,11 @@ class Children:
             self._all.append(child)
             started.append(child)
         return started
+
+    async def end(self, child: Child) -> None:
+        """End one of them."""
+        self._all.remove(child)
+        await child.close()
 
     async def close(self) -> None:
         with trio.CancelScope(shield=True):

@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import torch
 import trio
+from torch import Tensor
 
 from shoal.learning import defaults, exact
 from shoal.learning.rounds.actions import Note, Pace
@@ -54,7 +55,7 @@ class ShoalPeer(Worker):
         match order:
             case "start":
                 await self.nursery.start(self._endpoint.run, [Address("tcp", "127.0.0.1", 0)])
-                self._post = Post(self._endpoint, self.nursery)
+                self._post = self._make_post()
                 self._presence = Presence(self._endpoint, self.nursery)
                 self._hub = Hub(self._endpoint, self._post)
                 self._presence.on_change = self._hub.peer_changed
@@ -103,7 +104,7 @@ class ShoalPeer(Worker):
         def check(record: CommitRecord) -> str | None:
             if (record.run, record.round, record.prev) != (RUN, head.round + 1, head.digest):
                 return "it does not follow our last commit"
-            return None if record.members == self._voters else "somebody is missing"
+            return self._wrong_members(record)
 
         def save(promised: int, accepted: Accepted | None) -> None:
             self._votes[key] = (promised, accepted)
@@ -114,12 +115,12 @@ class ShoalPeer(Worker):
             prev=head.digest,
             voters=self._voters,
             terms=Terms(partial(fill, lambda: base), lambda: (), lambda: (), False, defaults.MAX_ROSTER),
-            pace=PACE,
+            pace=self._pace(),
             check=check,
             max_length=len(self._base),
             save=save,
             stored=None,
-            note=lambda note: self._notes.append((time.monotonic(), note)),
+            note=self._on_note,
             hold=lambda phase: False,
         )
         self._instance = Instance(self._endpoint, self._post, setting, self._presence.lost, self._hub.memory)
@@ -127,6 +128,23 @@ class ShoalPeer(Worker):
         self.nursery.start_soon(self._instance.run)
         torch.add(self._base, run, out=self._vector)
         return {}
+
+    # What a benchmark of faults does otherwise:
+
+    def _make_post(self) -> Post:
+        return Post(self._endpoint, self.nursery)
+
+    def _pace(self) -> Pace:
+        return PACE
+
+    def _wrong_members(self, record: CommitRecord) -> str | None:
+        return None if record.members == self._voters else "somebody is missing"
+
+    def _on_note(self, note: Note) -> None:
+        self._notes.append((time.monotonic(), note))
+
+    def _check_result(self, result: Tensor, record: CommitRecord) -> str | None:
+        return vectors.wrong(result, self._mean, self._run)
 
     async def _reduce(self) -> dict[str, Any]:
         instance, vector = self._instance, self._vector
@@ -151,7 +169,7 @@ class ShoalPeer(Worker):
         return {
             "began": began,
             "ended": ended,
-            "wrong": vectors.wrong(result, self._mean, self._run),
+            "wrong": self._check_result(result, self._head),
             "digest": vectors.digest(result),
             "attempts": instance.voter.attempt + 1,
             "cpu": cpu,

@@ -173,3 +173,39 @@ def test_blobs_measures_holders_beside_a_plain_stream(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     cases = [row["case"]["what"] for row in rows(file, "blobs")]
     assert cases == ["one plain stream", "blob from 1", "blob from 2", "blob from 2, to disk"]
+
+
+@pytest.mark.process
+def test_kill_measures_the_time_from_a_death_to_the_result_of_the_survivors(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = bench("kill", "--mb", "2", "--runs", "1", "--no-gloo", "--only", "gather", "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = rows(file, "kill")
+    assert [row["case"]["case"] for row in found] == [
+        "owner, before gather",
+        "owner, in mid gather",
+        "owner, late in gather",
+        "leader, before gather",
+        "leader, in mid gather",
+    ]
+    assert all(len(row["ratios"]) == len(row["epochs"]) == 1 for row in found)
+
+
+@pytest.mark.process
+def test_two_minutes_of_soak_end_without_a_hang_or_a_divergence(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = bench("soak", "--seconds", "120", "--seed", "1", "--json", str(file), timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = rows(file, "soak")
+    assert row["rounds"] > 20
+    assert sum(row["faults"].values()) > 30
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_ten_thousand_reduces_under_faults_end_without_a_hang_a_divergence_or_a_leak(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = bench("soak", "--reduces", "10000", "--seed", "2", "--json", str(file), timeout=4 * 3600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = rows(file, "soak")
+    assert row["rounds"] >= 10_000

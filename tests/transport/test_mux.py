@@ -367,6 +367,16 @@ def test_a_reader_that_stops_silences_the_sender_but_still_answers() -> None:
     assert pair.a.streams == pair.b.streams == 0
 
 
+def test_what_waits_to_be_sent_when_we_say_goodbye_can_be_dropped_when_the_link_then_ends() -> None:
+    pair = Pair()
+    stream = pair.a.open("test", Priority.BULK)
+    pair.a.send(stream, bytes(1000))
+    pair.a.goodbye()
+    pair.a.drop_queue(stream)
+    assert stream.queued == 0
+    assert sum(len(part) for part in pair.a.next_record(Priority.BULK, pair.record) or ()) < 100  # its opening alone
+
+
 def test_goodbye_carries_a_code_and_a_bounded_reason() -> None:
     pair = Pair()
     stream = pair.a.open("x")
