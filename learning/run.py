@@ -28,7 +28,6 @@ from .gossip import Gossip
 from .membership import Membership
 from .peer import OutOfStep, Peer, Round, Tally, Trainer
 from .placing import setting_of
-from .reduce.codecs import resolve as resolve_codec
 from .rounds.actions import Note
 from .rounds.decisions import told
 from .rounds.hub import Hub
@@ -80,7 +79,6 @@ class Run:
         self.task, self.store, self.time_budget, self.bootstrap = task, store, time_budget, bootstrap
         self.faults, self.origin = faults or Faults(), origin
         self.strategy = resolve_strategy(self.spec.strategy, dict(self.spec.strategy_args))
-        resolve_codec(self.spec.codec)
         self._on_event, self._evaluate_every = on_event, evaluate_every
         self._start = self.host.now()
         alone = Shard(self.spec.seed, self.me.key, 0, 0, 1)
@@ -265,8 +263,7 @@ class Run:
         while True:
             instance = self._instance
             why = given.why or ("" if tally.samples else "no samples")
-            vector = None if why else given.vector
-            filling = None if why else given.filling
+            vector, filling = (None, None) if why else (given.vector, given.filling)
             instance.begin(vector, tally.samples, weight, given.length, why, filling, given.coding)
             await self._until_decided(instance)
             if instance.commit is not None:
@@ -296,8 +293,7 @@ class Run:
     def patience(self) -> float:
         """Seconds in which the rest of a contribution has to follow its beginning."""
         assert self._instance is not None
-        pace = self._instance.setting.pace
-        return pace.scatter + pace.grace
+        return self._instance.setting.pace.scatter + self._instance.setting.pace.grace
 
     async def _until_decided(self, instance: Instance) -> None:
         async with trio.open_nursery() as nursery:

@@ -28,7 +28,7 @@ from ..transport.aead import NOMINAL_CIPHERS
 from ..transport.endpoint import Endpoint
 from ..transport.errors import WaitExpired
 from ..transport.identity import Identity, PeerId
-from ..transport.memory import MemoryWorld
+from ..transport.memory import MemoryNetwork, MemoryWorld
 from ..transport.memory_flow import Route
 from .determinism import run_virtual, seeded
 from .virtual import VirtualHost
@@ -107,7 +107,9 @@ class ReducePeer:
 
     async def _stand_still(self, seconds: float) -> None:
         """Half of the time nothing runs here, as seen by others."""
-        world = self.host.network.world
+        network = self.host.network
+        assert isinstance(network, MemoryNetwork)
+        world = network.world
         while True:
             world.freeze(self.name)
             await trio.sleep(seconds)
@@ -178,14 +180,14 @@ class ReduceWorld:
         for peer in self.peers:
             await peer.start(nursery)
         async with trio.open_nursery() as dials:
-            for index, peer in enumerate(self.peers):
+            for index, one_peer in enumerate(self.peers):
                 for other in self.peers[index + 1 :]:
-                    dials.start_soon(peer.endpoint.connect, other.endpoint.peer_id, [other.address])
-        for peer, uplink in zip(self.peers, scenario.uplinks, strict=True):
-            self.network.set_uplink(peer.name, uplink)
-        for (one, other), rate in scenario.routes.items():
+                    dials.start_soon(one_peer.endpoint.connect, other.endpoint.peer_id, [other.address])
+        for each, uplink in zip(self.peers, scenario.uplinks, strict=True):
+            self.network.set_uplink(each.name, uplink)
+        for (sender, receiver), rate in scenario.routes.items():
             route = Route(latency=scenario.latency, bandwidth=rate, window=16 << 20)
-            self.network.set_route(f"peer{one}", f"peer{other}", route, one_way=True)
+            self.network.set_route(f"peer{sender}", f"peer{receiver}", route, one_way=True)
         for peer in self.peers:
             peer.presence.watch(self.voters)
         await trio.sleep(5.0)  # hellos and first pings are over

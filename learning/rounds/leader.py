@@ -53,8 +53,8 @@ from .messages import (
     Waiting,
     accept_bytes,
     held_bytes,
-)
-from .planning import first_plan, freeze, left_out, next_plan, overdue
+)  # fmt: skip
+from .planning import first_plan, freeze, left_out, mending, next_plan, overdue
 from .terms import Terms, accepts_needed
 
 
@@ -361,28 +361,13 @@ class Leader:
         assert plan is not None
         if any(peer not in self.lost for peer in self._asked):
             return []
-        live = [r for r in plan.receivers if r not in self.lost]
-        actions: list[Action] = []
-        orphans: dict[PeerId, None] = {}
-        for index, piece in enumerate(plan.slices):
-            holders = [r for r in live if r in self._progress and index in self._progress[r].have]
-            lacking = [r for r in live if r in self._progress and index not in self._progress[r].have]
-            owner_gone = piece.owner in self.lost
-            if owner_gone and not holders and any(r in self._progress for r in live):
-                if all(r in self._progress for r in live):
-                    orphans[piece.owner] = None
-                continue
-            for receiver in lacking:
-                # A live owner is still sending, unless the receiver's own deadline said otherwise already.
-                tried = self._fetching.setdefault((receiver, index), [])
-                fresh = [h for h in holders if h not in tried]
-                if fresh and (owner_gone or piece.owner in holders):
-                    tried.append(fresh[0])
-                    actions.append(Send(receiver, Fetch(self.key, plan.attempt, plan.epoch, index, fresh[0])))
+        fetches, orphans = mending(plan, self._progress, self.lost, self._fetching)
         if orphans:
-            gone = tuple(orphans)
-            return self._replan(now, gone, f"combined slice of {short(gone)} is held by nobody")
-        return actions
+            return self._replan(now, orphans, f"combined slice of {short(orphans)} is held by nobody")
+        return [
+            Send(receiver, Fetch(self.key, plan.attempt, plan.epoch, index, holder))
+            for receiver, index, holder in fetches
+        ]
 
     def _maybe_propose(self, now: float, *, late: bool = False) -> list[Action]:
         plan = self.plan

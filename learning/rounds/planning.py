@@ -121,6 +121,59 @@ def freeze(plan: Plan, held: Mapping[PeerId, Sequence[PeerId]]) -> tuple[tuple[P
     return frozen, (), ""
 
 
+def freeze_fault(
+    plan: Plan,
+    members: Sequence[PeerId],
+    mine: Sequence[int],
+    holds: Mapping[tuple[int, int, str], Collection[PeerId]],
+) -> str | None:
+    """What is wrong with frozen ``members``; None when an owner of the slices ``mine`` may combine them.
+
+    ``holds``: whose elements it has, by (start, stop, codec).
+    """
+    given = set(members)
+    if list(members) != [m for m in plan.members if m in given] or (plan.members and not given):
+        return "frozen members are not the plan's"
+    for index in mine:
+        held = holds.get((*plan.slices[index].range, plan.codec), ())
+        for member in members:
+            if member not in held:
+                return f"{member.short}'s slice is not held here"
+    return None
+
+
+def mending(
+    plan: Plan,
+    progress: Mapping[PeerId, Progress],
+    lost: Collection[PeerId],
+    tried: dict[tuple[PeerId, int], list[PeerId]],
+) -> tuple[list[tuple[PeerId, int, PeerId]], tuple[PeerId, ...]]:
+    """How those that lack combined slices of lost owners get them, as (receiver, index, holder), and the owners whose
+    slice nobody holds. ``tried``: holders that a receiver was sent to already, by (receiver, index); grows.
+    """
+    live = [r for r in plan.receivers if r not in lost]
+    told = [r for r in live if r in progress]
+    fetches: list[tuple[PeerId, int, PeerId]] = []
+    orphans: dict[PeerId, None] = {}
+    for index, piece in enumerate(plan.slices):
+        holders = [r for r in told if index in progress[r].have]
+        gone = piece.owner in lost
+        if gone and not holders and told:
+            if len(told) == len(live):
+                orphans[piece.owner] = None
+            continue
+        for receiver in told:
+            # A live owner is still sending, unless the receiver's own deadline said otherwise already.
+            if receiver in holders or not (gone or piece.owner in holders):
+                continue
+            before = tried.setdefault((receiver, index), [])
+            fresh = [holder for holder in holders if holder not in before]
+            if fresh:
+                before.append(fresh[0])
+                fetches.append((receiver, index, fresh[0]))
+    return fetches, tuple(orphans)
+
+
 def overdue(plan: Plan, progress: Mapping[PeerId, Progress], live: Collection[PeerId]) -> tuple[PeerId, ...]:
     """Owners from whom, past the deadline, some slice has reached no other peer."""
     slow = {

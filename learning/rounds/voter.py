@@ -20,7 +20,7 @@ import attrs
 
 from ...transport.identity import Identity, PeerId
 from .actions import Action, Combine, Done, Note, Pace, Persist, Prepare, Pull, Push, Send, Share, Verify
-from .decisions import candidates
+from .decisions import candidates, shares
 from .messages import (
     Accepted,
     Ask,
@@ -39,8 +39,8 @@ from .messages import (
     members_hash,
     sign_accept,
     sign_held,
-)
-from .planning import plan_fault
+)  # fmt: skip
+from .planning import freeze_fault, plan_fault
 
 #: Attempts by which one message may move a voter ahead. One that slept through a whole round is some tens behind.
 MAX_LEAP = 1000
@@ -203,7 +203,7 @@ class Voter:
             actions += self._report_held(now, force=False)
         if self.offer is not None and peer == self.leader():
             return actions + self._advance(now, f"the leader {peer.short} is lost ({why})")
-        if self.plan is not None and self.frozen is not None and not self.full and self._misses(peer):
+        if self.plan is not None and self.frozen is not None and not self.full and self._misses(self.plan, peer):
             actions.append(Send(self.leader(), self._progress(self.plan)))
         return actions
 
@@ -418,27 +418,19 @@ class Voter:
             return []
         if (message.attempt, message.epoch) != (plan.attempt, plan.epoch) or plan.attempt != self.attempt:
             return []
-        weights = dict(zip(plan.members, plan.weights, strict=True))
-        given = set(message.members)
-        if list(message.members) != [m for m in plan.members if m in given] or (plan.members and not given):
-            return [Send(sender, Reject(self.key, plan.attempt, self.promised, "frozen members are not the plan's"))]
         mine = self._my_slices(plan)
-        for index in mine:
-            held = self._holds.get((*plan.slices[index].range, plan.codec), {})
-            missing = [m for m in message.members if m not in held]
-            if missing:
-                why = f"{missing[0].short}'s slice is not held here"
-                return [Send(sender, Reject(self.key, plan.attempt, self.promised, why))]
+        wrong = freeze_fault(plan, message.members, mine, self._holds)
+        if wrong is not None:
+            return [Send(sender, Reject(self.key, plan.attempt, self.promised, wrong))]
         self.frozen = message
         self.phase, self.reason = "combine", f"combining {len(message.members)} contributions"
         self._phase_until = self.due = now + plan.phase(self.pace.gather)
         actions: list[Action] = [Note("combine", "begin", self.reason)]
-        if self.me in plan.members and self.me not in given:
+        if self.me in plan.members and self.me not in message.members:
             actions.append(Note("gather", "left-out", "our slices did not reach all owners in time", self.me))
         if mine:
-            actions.append(
-                Combine(plan.attempt, plan.epoch, message.members, tuple(weights[m] for m in message.members), mine)
-            )
+            weights = shares(plan, message.members)[1]
+            actions.append(Combine(plan.attempt, plan.epoch, message.members, weights, mine))
         self.phase = "gather"
         actions.append(Note("gather", "begin"))
         early, self._early = self._early, {}
@@ -450,9 +442,8 @@ class Voter:
         """Seconds that contributions of the present plan have to reach their owners."""
         return (self.pace.scatter if self.plan is None else self.plan.phase(self.pace.scatter)) + self.spare
 
-    def _misses(self, owner: PeerId) -> bool:
-        assert self.plan is not None
-        return any(p.owner == owner and i not in self._combined for i, p in enumerate(self.plan.slices))
+    def _misses(self, plan: Plan, owner: PeerId) -> bool:
+        return any(p.owner == owner and i not in self._combined for i, p in enumerate(plan.slices))
 
     def _progress(self, plan: Plan) -> Progress:
         nonce = self._nonce(plan.attempt, plan.epoch) if self.full else b""
