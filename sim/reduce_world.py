@@ -84,6 +84,7 @@ class ReducePeer:
 
     def __init__(self, number: int, scenario: ReduceScenario, world: MemoryWorld) -> None:
         self.number, self.name, self.scenario = number, f"peer{number}", scenario
+        self._world = world
         host = VirtualHost(self.name, world, seed=scenario.seed)
         host.ciphers = NOMINAL_CIPHERS
         self.host = host
@@ -107,7 +108,7 @@ class ReducePeer:
 
     async def _stand_still(self, seconds: float) -> None:
         """Half of the time nothing runs here, as seen by others."""
-        world = self.host.network.world
+        world = self._world
         while True:
             world.freeze(self.name)
             await trio.sleep(seconds)
@@ -183,9 +184,9 @@ class ReduceWorld:
                     dials.start_soon(peer.endpoint.connect, other.endpoint.peer_id, [other.address])
         for peer, uplink in zip(self.peers, scenario.uplinks, strict=True):
             self.network.set_uplink(peer.name, uplink)
-        for (one, other), rate in scenario.routes.items():
+        for (source, target), rate in scenario.routes.items():
             route = Route(latency=scenario.latency, bandwidth=rate, window=16 << 20)
-            self.network.set_route(f"peer{one}", f"peer{other}", route, one_way=True)
+            self.network.set_route(f"peer{source}", f"peer{target}", route, one_way=True)
         for peer in self.peers:
             peer.presence.watch(self.voters)
         await trio.sleep(5.0)  # hellos and first pings are over
