@@ -14,6 +14,7 @@ import trio
 from torch import Tensor
 
 from shoal.learning import defaults, exact
+from shoal.learning.reduce.coding import PLAIN, Coding
 from shoal.learning.rounds.actions import Note
 from shoal.learning.rounds.decisions import candidates
 from shoal.learning.rounds.hub import Hub
@@ -80,6 +81,9 @@ class Group:
         #: Called with every member whose instance of a round has just been made.
         self.open_hooks: list[Callable[[Member], None]] = []
         self.began = 0.0
+        #: How everybody's contribution travels.
+        self.coding = PLAIN
+        self.codings: dict[str, Coding] = {}
 
     @property
     def leader(self) -> Member:
@@ -139,7 +143,9 @@ class Group:
     async def _take_part(self, member: Member) -> None:
         instance = member.instance
         member.nursery.start_soon(instance.run)
-        instance.begin(member.vector, 1, 1, member.vector.numel(), "")
+        instance.begin(
+            member.vector, 1, 1, member.vector.numel(), "", coding=self.codings.get(member.name, self.coding)
+        )
         member.result = await instance.outcome()
         member.ended = trio.current_time()
         assert instance.commit is not None
