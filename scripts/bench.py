@@ -162,6 +162,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     one.add_argument("--peers", type=numbers, default=(2, 4, 8), metavar="N,…", help="processes (default: 2,4,8)")
     one.add_argument("--mb", type=numbers, default=(4, 64), metavar="N,…", help="MiB of the tensor (default: 4,64)")
+    one.add_argument("--plot", type=Path, metavar="FILE", help="draw MB/s over size and peers to this .png or .svg")
     one.add_argument("--warmup", type=int, default=2, metavar="N", help="runs that do not count (default: 2)")
     two = commands.add_parser(
         "link", help="bulk messages, and calls beside them, on one link", description=LINK, formatter_class=shape

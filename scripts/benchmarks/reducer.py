@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -14,6 +15,7 @@ import trio
 from torch import Tensor
 
 from shoal.learning import defaults, exact
+from shoal.learning.reduce.coding import PLAIN, Coding
 from shoal.learning.rounds.actions import Note, Pace
 from shoal.learning.rounds.hub import Hub
 from shoal.learning.rounds.instance import Instance
@@ -36,6 +38,13 @@ PACE = Pace(grace=30.0, suspect=30.0, scatter=30.0, gather=30.0, accept=defaults
 ROUND_LIMIT = 120.0
 
 
+def resident() -> int:
+    """Bytes of memory of this process."""
+    if sys.platform == "linux":
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def genesis(voters: tuple[PeerId, ...]) -> CommitRecord:
     """The record before the first round: the same for all."""
     return CommitRecord(RUN, 0, "genesis", b"", (), (), (), voters, 0, 0, b"", (), "", b"", "")
@@ -48,6 +57,7 @@ class ShoalPeer(Worker):
         exact.prepare_torch()
         self._host = RealHost()
         self._endpoint = Endpoint(self._host, Identity(self._host.entropy(32)))
+        self._coding, self._before = PLAIN, 0
         self._notes: list[tuple[float, Note]] = []
         self._votes: dict[bytes, tuple[int, Accepted | None]] = {}
 
@@ -66,8 +76,11 @@ class ShoalPeer(Worker):
                 self._base = vectors.base(self._rank, arguments["elements"])
                 self._vector = torch.empty_like(self._base)
                 self._mean = vectors.mean_base(len(self._voters), arguments["elements"])
+                self._vector.zero_()
+                self._before = resident()
                 return {}
             case "open":
+                self._coding = Coding.of(arguments.get("codec", "fp32"))
                 return self._open(arguments["run"])
             case "go":
                 await until(arguments["at"])
@@ -144,7 +157,7 @@ class ShoalPeer(Worker):
         self._notes.append((time.monotonic(), note))
 
     def _check_result(self, result: Tensor, record: CommitRecord) -> str | None:
-        return vectors.wrong(result, self._mean, self._run)
+        return vectors.wrong(result, self._mean, self._run, 1e-4 if self._coding.plain else 0.03 * (128 + self._run))
 
     async def _reduce(self) -> dict[str, Any]:
         instance, vector = self._instance, self._vector
@@ -155,7 +168,8 @@ class ShoalPeer(Worker):
         result = None
         with trio.move_on_after(ROUND_LIMIT):
             why = await self._host.run_blocking(exact.check_finite, vector)
-            instance.begin(vector if why is None else None, 1, 1, len(vector), why or "")
+            given = vector if why is None else None
+            instance.begin(given, 1, 1, len(vector), why or "", coding=self._coding)
             result = await instance.outcome()
         ended = time.monotonic()
         cpu = time.process_time() - cpu
@@ -165,7 +179,6 @@ class ShoalPeer(Worker):
         self._head = instance.commit.record
         self._hub.remember(instance.commit)
         self._votes.clear()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {
             "began": began,
             "ended": ended,
@@ -173,7 +186,7 @@ class ShoalPeer(Worker):
             "digest": vectors.digest(result),
             "attempts": instance.voter.attempt + 1,
             "cpu": cpu,
-            "peak": peak,
+            "memory": resident() - self._before,
             "sent": sum(link.bytes_sent for link in self._endpoint.links()) - sent,
             "notes": [[note.phase, note.what, at, note.detail] for at, note in self._notes],
         }

@@ -27,13 +27,13 @@ def mean_base(count: int, elements: int) -> Tensor:
     return total / count
 
 
-def wrong(result: Tensor, mean: Tensor, run: int) -> str | None:
-    """None when ``result`` is the mean of this run, up to float32 rounding; else what is wrong."""
+def wrong(result: Tensor, mean: Tensor, run: int, tolerance: float = 1e-4) -> str | None:
+    """None when ``result`` is the mean of this run, up to ``tolerance``: float32's rounding; else what is wrong."""
     if result.shape != mean.shape:
         return f"a result of shape {tuple(result.shape)}"
     for start in range(0, len(mean), _CHUNK):
         difference = float((result[start : start + _CHUNK] - mean[start : start + _CHUNK] - run).abs().max())
-        if not difference < 1e-4:
+        if not difference < tolerance:
             return f"values from {start} on are off by {difference}"
     return None
 

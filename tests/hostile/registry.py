@@ -62,7 +62,10 @@ def unpacked() -> tuple[tuple[str, str, Any], ...]:
     """Every call of ``wire.unpack``: (module, the expression of its class, the class or None when it is dynamic)."""
     found = []
     for module in modules():
-        source = Path(inspect.getsourcefile(module) or "").read_text()
+        file = inspect.getsourcefile(module)
+        if file is None:
+            continue  # compiled
+        source = Path(file).read_text()
         if "import" not in source or "unpack" not in source or module.__name__ == "shoal.transport.wire":
             continue
         for node in ast.walk(ast.parse(source)):

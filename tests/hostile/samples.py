@@ -16,6 +16,7 @@ import msgpack
 
 from shoal.dht.documents.messages import Accused, Advert, Node, Want
 from shoal.dht.documents.policy import DocumentSpec, Listed, Members, Owner
+from shoal.learning.reduce.codecs import NAMES
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.identity import Identity, PeerId
 from shoal.transport.webrtc_signal import Description, IceCandidate
@@ -105,7 +106,10 @@ def _instance(kind: type, rng: random.Random, tame: bool, known: Known | None, d
         try:
             return kind(
                 **{
-                    field.alias: sample(field.type, rng, tame=careful, known=known, depth=depth + 1)
+                    # Few texts are the name of a codec.
+                    field.alias: rng.choice(NAMES)
+                    if field.name == "codec" and (careful or rng.random() < 0.8)
+                    else sample(field.type, rng, tame=careful, known=known, depth=depth + 1)
                     for field in attrs.fields(kind)
                     if field.init
                 }

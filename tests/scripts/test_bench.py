@@ -39,7 +39,8 @@ def test_allreduce_measures_shoal_and_gloo_and_writes_rows(tmp_path: Path) -> No
     done = bench("allreduce", "--peers", "2", "--mb", "1", "--runs", "2", "--warmup", "1", "--json", str(file))
     assert done.returncode == 0, done.stderr
     found = rows(file, "allreduce")
-    assert [row["system"] for row in found] == ["shoal", "gloo"]
+    assert [row["system"] for row in found] == ["shoal", "shoal int8", "gloo"]
+    assert found[1]["sent_bytes"] < 0.26 * found[0]["sent_bytes"] + 20_000
     assert all(row["case"] == {"peers": 2, "bytes": 1 << 20, "dtype": "float32"} for row in found)
     assert "× gloo" in done.stdout
 
