@@ -84,8 +84,6 @@ def test_members_with_different_rosters_never_take_part_in_one_round() -> None:
 @pytest.mark.parametrize(
     ("count", "budget", "ordered"),
     [
-        (3, Budget(timer=1), False),
-        (3, Budget(crash=1), False),
         (3, Budget(timer=3), True),
         (3, Budget(crash=1, timer=1), True),
         (3, Budget(crash=1, drop=1, hold=1, alarm=1, total=2), True),
