@@ -199,8 +199,8 @@ class Run:
             self._metric, self._metric_name = score(self.task, values), metric_name(self.task, values)
         if self._pending_report is not None:
             await snapshot.ready.wait()
-            metric = self._metric if due else None
-            report = attrs.evolve(self._pending_report, metric=metric, digest=snapshot.digest.hex())
+            metric, digest = self._metric if due else None, snapshot.digest.hex()
+            report = attrs.evolve(self._pending_report, metric=metric, digest=digest)
             self._pending_report = None
             self.reports = [*self.reports[-999:], report]
             self.emit("commit", "done", detail=report.reason)
@@ -423,9 +423,9 @@ class Run:
         record = head.record if head is not None else None
         voter = self._instance.voter if self._instance is not None else None
         exchanging = voter is not None and voter.offer is not None and self.phase != "finished"
-        reason = self.reason
+        now, reason = self.host.now() if trio.lowlevel.in_trio_run() else math.inf, self.reason  # or another thread's
         if voter is not None and self.phase != "finished":
-            reason = told(self.host.now(), voter.due, voter.reason, None if exchanging else self.reason)
+            reason = told(now, voter.due, voter.reason, None if exchanging else reason)
         return RunStatus(
             run=self.run_id.hex(),
             task=self.spec.task,

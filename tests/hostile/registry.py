@@ -94,7 +94,10 @@ def parsing() -> tuple[str, ...]:
     """Modules that take binary layouts apart themselves, by name."""
     found = []
     for module in modules():
-        tree = ast.parse(Path(inspect.getsourcefile(module) or "").read_text())
+        file = inspect.getsourcefile(module)
+        if file is None:
+            continue  # compiled
+        tree = ast.parse(Path(file).read_text())
         called = {
             node.func.attr
             for node in ast.walk(tree)

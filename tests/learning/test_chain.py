@@ -147,7 +147,7 @@ def test_a_holder_that_serves_another_state_than_it_said_is_named_and_the_join_g
             lie(world.members[number], asked)
         world.start(3)
 
-    world = simulate(attrs.evolve(scenario(4, 9, late=(3,)), make_task=Wide), script)
+    world = simulate(attrs.evolve(scenario(4, 9, late=(3,)), make_task=Calm), script)
     agree(world, rounds=9)
     joiner = world.members[3]
     assert set(asked) == {0, 1}

@@ -131,8 +131,8 @@ class RawPeer:
         found = []
         for event in self.channel.receive(data):
             assert isinstance(event, Record)
-            kind, payloads = self.session.receive(event.data)
-            at, record = 0, b"" if kind == PIPE else b"".join(payloads)
+            kind, payloads = self.session.receive(event)
+            at, record = 0, b"" if kind == PIPE else b"".join(map(bytes, payloads))
             while at < len(record):
                 kind, id, value = HEADER.unpack_from(record, at)
                 at += HEADER.size

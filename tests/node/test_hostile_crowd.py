@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from shoal.learning.rounds.messages import Convene
-from shoal.learning.rounds.methods import SAY
+from shoal.learning.rounds.methods import WANT, Want
 from shoal.sim.world import World, simulate
 from shoal.transport import defaults
 from shoal.transport.address import Address
@@ -29,7 +28,7 @@ def test_strangers_that_take_all_links_do_not_cut_a_member_off_its_run() -> None
                 try:
                     await stranger.endpoint.connect(me, [address])
                     # Something is always open on its link, so it is never idle.
-                    await stranger.endpoint.call(me, SAY[Convene], Convene(b"?" * 32, 1, 1), timeout=1000.0)
+                    await stranger.endpoint.call(me, WANT, Want(b"?" * 32, 0, 0, 0, 1, b""), timeout=1000.0)
                 except RemoteError:
                     await trio.sleep(0.5)
 

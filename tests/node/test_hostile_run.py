@@ -27,8 +27,8 @@ from shoal.dht.blobs.store import Store
 from shoal.dht.blobs.tree import Part, build_tree
 from shoal.dht.kademlia.node import Dht
 from shoal.learning import defaults
-from shoal.learning.rounds.messages import Certificate, Commit, Convene, Signed, instance_key, sign_accept
-from shoal.learning.rounds.methods import SAY
+from shoal.learning.rounds.messages import Certificate, Commit, Signed, instance_key, sign_accept
+from shoal.learning.rounds.methods import SAY, WANT, Want
 from shoal.learning.sync import (
     BRANCH,
     HEAD,
@@ -475,7 +475,7 @@ def test_calls_that_some_peers_leave_hanging_keep_nobody_else_from_being_heard()
 
         async def hang(stranger: Stranger) -> None:
             try:
-                await stranger.endpoint.call(me, SAY[Convene], Convene(b"?" * 32, 1, 1), timeout=1000.0)
+                await stranger.endpoint.call(me, WANT, Want(b"?" * 32, 0, 0, 0, 1, b""), timeout=1000.0)
             except RemoteRefused:
                 pass
 
