@@ -57,7 +57,7 @@ class ShoalPeer(Worker):
         exact.prepare_torch()
         self._host = RealHost()
         self._endpoint = Endpoint(self._host, Identity(self._host.entropy(32)))
-        self._coding, self._before = PLAIN, 0
+        self._coding, self._resident = PLAIN, 0
         self._notes: list[tuple[float, Note]] = []
         self._votes: dict[bytes, tuple[int, Accepted | None]] = {}
 
@@ -77,7 +77,7 @@ class ShoalPeer(Worker):
                 self._vector = torch.empty_like(self._base)
                 self._mean = vectors.mean_base(len(self._voters), arguments["elements"])
                 self._vector.zero_()
-                self._before = resident()
+                self._resident = resident()
                 return {}
             case "open":
                 self._coding = Coding.of(arguments.get("codec", "fp32"))
@@ -186,7 +186,7 @@ class ShoalPeer(Worker):
             "digest": vectors.digest(result),
             "attempts": instance.voter.attempt + 1,
             "cpu": cpu,
-            "memory": resident() - self._before,
+            "memory": resident() - self._resident,
             "sent": sum(link.bytes_sent for link in self._endpoint.links()) - sent,
             "notes": [[note.phase, note.what, at, note.detail] for at, note in self._notes],
         }
