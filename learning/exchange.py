@@ -206,6 +206,9 @@ class Exchange:
         """From the first contribution to the commit."""
         given = self._contribution
         assert given is not None
+        if self._closed:
+            self._decided.set()  # the peer left before this task began
+            return
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
