@@ -84,6 +84,9 @@ EARLY_MESSAGE = 5.0
 MAX_EARLY_MESSAGES = 256
 MAX_EARLY_OF_PEER = 8
 
+#: Bytes of such messages of one peer, as they travelled: a plan for the largest roster takes 38 KB. 16 MiB of all.
+MAX_EARLY_BYTES = 64 << 10
+
 #: Seconds stragglers are waited for after a quorum is ready: at least this, or as long as training took. Twice as slow
 #: as the median is still in; slower peers use a time budget.
 GRACE_FLOOR = 3.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+import attrs
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,11 +18,22 @@ from torch import Tensor
 from .. import defaults
 
 
+@attrs.define(eq=False)
+class _Base:
+    array: NDArray[np.float32]
+    #: The last round that it was taken in.
+    round: int
+
+
 class RoundMemory:
-    """Hands out fp32 vectors of any content. For one thread; keeps what it gave, until :meth:`release`."""
+    """Hands out fp32 vectors of any content. For one thread; keeps what two rounds in a row made use of.
+
+    Sizes differ from round to round, and others choose some of them: what does not fit any more must not pile up.
+    """
 
     def __init__(self) -> None:
-        self._bases: list[NDArray[np.float32]] = []
+        self._bases: list[_Base] = []
+        self._round = 0
 
     def take(self, elements: int) -> Tensor:
         """A 1-D float32 CPU tensor of ``elements``, uninitialised: yours as long as you hold it or a view of it."""
@@ -29,14 +41,21 @@ class RoundMemory:
             return torch.from_numpy(np.empty(elements, dtype=np.float32))
         best = -1
         for index in range(len(self._bases)):
-            size = self._bases[index].size
+            size = self._bases[index].array.size
             # Twice as much as needed would be wasted for long; the smallest that fits leaves the others for others.
-            if elements <= size <= 2 * elements and self._free(index) and (best < 0 or size < self._bases[best].size):
+            smaller = best < 0 or size < self._bases[best].array.size
+            if elements <= size <= 2 * elements and smaller and self._free(index):
                 best = index
         if best < 0:
             # numpy asks the kernel for huge pages, torch does not: 32 MiB take 3 ms to touch instead of 17.
-            self._bases.append(np.empty(elements, dtype=np.float32))
-        return torch.from_numpy(self._bases[best][:elements])
+            self._bases.append(_Base(np.empty(elements, dtype=np.float32), self._round))
+        self._bases[best].round = self._round
+        return torch.from_numpy(self._bases[best].array[:elements])
+
+    def next_round(self) -> None:
+        """A round is over: what neither it nor the one before took is given up (or goes with its last view)."""
+        self._bases = [base for base in self._bases if base.round >= self._round - 1]
+        self._round += 1
 
     def release(self) -> None:
         """Give what nobody looks at back to the system, and forget the rest: it goes with its last view."""
@@ -45,16 +64,16 @@ class RoundMemory:
     @property
     def held(self) -> int:
         """Bytes in use and kept."""
-        return sum(base.nbytes for base in self._bases)
+        return sum(base.array.nbytes for base in self._bases)
 
     def _free(self, index: int) -> bool:
-        return sys.getrefcount(self._bases[index]) == _ALONE
+        return sys.getrefcount(self._bases[index].array) == _ALONE
 
 
-def _references_of_a_list_alone() -> int:
-    bases = [np.empty(0, dtype=np.float32)]
-    return sys.getrefcount(bases[0])
+def _references_of_a_base_alone() -> int:
+    bases = [_Base(np.empty(0, dtype=np.float32), 0)]
+    return sys.getrefcount(bases[0].array)
 
 
-#: What CPython counts for an array that only a list holds (the call counts too, in a way that differs by version).
-_ALONE = _references_of_a_list_alone()
+#: What CPython counts for an array that only its base holds (the call counts too, in a way that differs by version).
+_ALONE = _references_of_a_base_alone()

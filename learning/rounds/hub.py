@@ -65,6 +65,7 @@ class Hub:
         now = self._now()
         if now - self._remembered > defaults.KEEP_MEMORY:
             self.memory.release()
+        self.memory.next_round()
         self._remembered = now
 
     def _make_room(self, size: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from shoal.learning import defaults
 from shoal.learning.rounds.early import Early
-from shoal.learning.rounds.messages import Convene
+from shoal.learning.rounds.messages import Convene, Waiting
 from shoal.transport.identity import Identity
+from shoal.transport.wire import pack
 
 ALICE, BOB = (Identity(bytes([n]) * 32).peer_id for n in (1, 2))
 
@@ -56,3 +57,15 @@ def test_a_crowd_pushes_out_the_oldest() -> None:
     assert len(early) == defaults.MAX_EARLY_MESSAGES
     assert early.take(1.0, b"9") == []
     assert len(early.take(1.0, b"10")) == 1
+
+
+def test_large_messages_are_bounded_by_their_bytes() -> None:
+    early = Early()
+    large = Waiting(b"a", 0, (ALICE,) * 400, "so many", 0)
+    for _ in range(5):
+        early.keep(1.0, ALICE, large)
+        early.keep(1.0, BOB, convene(b"b"))
+    assert len(early.take(1.0, b"a")) == defaults.MAX_EARLY_BYTES // len(pack(large)) == 4
+    assert len(early.take(1.0, b"b")) == 5
+    early.keep(1.0, ALICE, Waiting(b"a", 0, (ALICE,) * 2000, "too many", 0))
+    assert len(early) == 0

@@ -59,3 +59,19 @@ def test_small_vectors_are_not_kept() -> None:
     memory = RoundMemory()
     memory.take(SIZE - 1)
     assert memory.held == 0
+
+
+def test_sizes_that_differ_in_every_round_do_not_pile_up() -> None:
+    memory = RoundMemory()
+    for number in range(20):
+        kept = memory.take(SIZE << number % 7)
+        memory.take(3 * SIZE)
+        memory.next_round()
+        assert memory.held <= 4 * (2 * 64 + 3) * SIZE
+    place = memory.take(3 * SIZE).data_ptr()
+    memory.next_round()
+    assert memory.take(3 * SIZE).data_ptr() == place
+    assert kept.numel() == SIZE << 19 % 7
+    for _ in range(3):
+        memory.next_round()
+    assert memory.held == 0
