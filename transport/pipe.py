@@ -176,6 +176,9 @@ class Pipe:
         if self.asked is None:
             self._token = self._token + 1 & 0xFFFFFFFF
             self.asked = now
+            # Silence is what makes us ask: from now on every byte counts, and a line that was fast may be slow by now.
+            self._fast_in = False
+            self.stream.expect(1)
             self._pings_due.append(_FRAME.pack(_PING, self._token))
             self.work.wake()
 
