@@ -66,10 +66,10 @@ def weighted_mean(contributions: Sequence[Tensor], weights: Sequence[float], *, 
     if not contributions or len(contributions) != len(weights):
         raise ProtocolMisuse(f"{len(contributions)} contributions with {len(weights)} weights have no mean")
     shares = factors(weights)
-    arrays = [_array(tensor) for tensor in contributions]
+    arrays = [array_of(tensor) for tensor in contributions]
     if out is None:
         out = torch.empty(arrays[0].shape[0], dtype=torch.float32)
-    result = _array(out)
+    result = array_of(out)
     if any(array.shape != result.shape for array in arrays):
         raise ProtocolMisuse(f"contributions of unlike sizes: {[len(array) for array in arrays]}, result {len(result)}")
     flush_denormals()
@@ -105,7 +105,7 @@ def sub(left: Tensor, right: Tensor) -> Tensor:
 
 def scale_(target: Tensor, factor: float) -> Tensor:
     """``target *= float32(factor)``, in place; returns ``target``."""
-    array = _array(target)
+    array = array_of(target)
     flush_denormals()
     with np.errstate(all="ignore"):
         np.multiply(array, np.float32(factor), out=array)
@@ -123,7 +123,7 @@ def check_finite(vector: Tensor, name_at: Callable[[int], str] | None = None, fi
     ``vector``: 1-D float32 on the CPU. ``name_at`` turns an index into the name of a parameter (``Layout.name_at``).
     ``first_index``: that of the first value, for a vector that is part of a longer one.
     """
-    array = _array(vector)
+    array = array_of(vector)
     if kernels.active.finite(array):
         return None
     wrong = np.flatnonzero(~np.isfinite(array))
@@ -134,18 +134,19 @@ def check_finite(vector: Tensor, name_at: Callable[[int], str] | None = None, fi
     return f"{what} {where}; {len(wrong)} of {len(array)} values are not finite"
 
 
-def _array(tensor: Tensor) -> NDArray[np.float32]:
+def array_of(tensor: Tensor) -> NDArray[np.float32]:
+    """The tensor's memory as an array; refuses what is no contiguous 1-D float32 CPU tensor."""
     if tensor.dtype != torch.float32 or tensor.dim() != 1 or tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ProtocolMisuse(
-            f"exact arithmetic takes contiguous 1-D float32 CPU tensors, got {tuple(tensor.shape)} {tensor.dtype} on "
-            f"{tensor.device}"
+            f"arithmetic and codecs take contiguous 1-D float32 CPU tensors, got {tuple(tensor.shape)} {tensor.dtype} "
+            f"on {tensor.device}"
         )
     array: NDArray[np.float32] = tensor.detach().numpy()
     return array
 
 
 def _pair(left: Tensor, right: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    one, two = _array(left), _array(right)
+    one, two = array_of(left), array_of(right)
     if one.shape != two.shape:
         raise ProtocolMisuse(f"vectors of unlike sizes: {len(one)} and {len(two)}")
     flush_denormals()

@@ -135,44 +135,23 @@ class Part:
     host: Tensor
 
 
-class Lane(ABC):
+class Lane(Streams):
     """One direction of copies to or from one device. ``depth``: buckets that are under way at the same time."""
 
     depth: int
-
-    @abstractmethod
-    def follow(self) -> None:
-        """See :meth:`Streams.follow`."""
-
-    @abstractmethod
-    def side(self) -> AbstractContextManager[object]:
-        """See :meth:`Streams.side`."""
-
-    @abstractmethod
-    def mark(self) -> Callable[[], None]:
-        """See :meth:`Streams.mark`."""
 
     @abstractmethod
     def start(self, parts: Sequence[Part]) -> Callable[[], None]:
         """Begin to copy a bucket; what is returned ends it. Blocking."""
 
 
-class DirectLane(Lane):
+class DirectLane(NoStreams, Lane):
     """The tensors are in the host's memory: nothing is staged."""
 
     depth = 1
 
     def __init__(self, direction: Direction) -> None:
         self._fetches = direction == "fetch"
-
-    def follow(self) -> None:
-        pass
-
-    def side(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def mark(self) -> Callable[[], None]:
-        return _nothing
 
     def start(self, parts: Sequence[Part]) -> Callable[[], None]:
         def finish() -> None:

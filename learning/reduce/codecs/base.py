@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -99,7 +98,7 @@ def encode_compensated(codec: Codec, vector: Tensor, residual: Tensor, new_resid
     if isinstance(codec, BlockCodec):
         codec.encode_compensated(vector, residual, new_residual, out)
         return
-    same_sizes([array_of(tensor) for tensor in (vector, residual, new_residual)])
+    same_sizes([exact.array_of(tensor) for tensor in (vector, residual, new_residual)])
     code = view_of(codec, out, len(vector))
     for start, end in chunks(len(vector)) if codec.elementwise else [(0, len(vector))]:
         whole, rest = exact.add(vector[start:end], residual[start:end]), new_residual[start:end]
@@ -114,17 +113,6 @@ def chunks(n: int) -> Iterator[tuple[int, int]]:
     step = max(defaults.EXACT_CHUNK // defaults.CODEC_BLOCK, 1) * defaults.CODEC_BLOCK
     for start in range(0, n, step):
         yield start, min(start + step, n)
-
-
-def array_of(tensor: Tensor) -> NDArray[np.float32]:
-    """The tensor's memory as an array; refuses what is no contiguous 1-D float32 CPU tensor."""
-    if tensor.dtype != torch.float32 or tensor.dim() != 1 or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ProtocolMisuse(
-            f"codecs take contiguous 1-D float32 CPU tensors, got {tuple(tensor.shape)} {tensor.dtype} on "
-            f"{tensor.device}"
-        )
-    array: NDArray[np.float32] = tensor.detach().numpy()
-    return array
 
 
 def view_of(codec: Codec, data: Buffer, n: int) -> memoryview:

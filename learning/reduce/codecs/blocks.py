@@ -47,12 +47,12 @@ class BlockCodec:
     def encode(self, vector: Tensor, out: Buffer) -> None:
         exact.flush_denormals()
         codes = base.bytes_of(self, out, len(vector), write=True)
-        if kernels.active.block_encode(self.kind, base.array_of(vector), codes, None, None) >= 0:
+        if kernels.active.block_encode(self.kind, exact.array_of(vector), codes, None, None) >= 0:
             raise base.not_finite(self, vector)
 
     def encode_compensated(self, vector: Tensor, residual: Tensor, new_residual: Tensor, out: Buffer) -> None:
         """``base.encode_compensated`` in one pass over the vectors."""
-        arrays = [base.array_of(tensor) for tensor in (vector, residual, new_residual)]
+        arrays = [exact.array_of(tensor) for tensor in (vector, residual, new_residual)]
         base.same_sizes(arrays)
         exact.flush_denormals()
         codes = base.bytes_of(self, out, len(vector), write=True)
@@ -62,12 +62,12 @@ class BlockCodec:
     def decode(self, data: Buffer, out: Tensor) -> None:
         exact.flush_denormals()
         codes = base.bytes_of(self, data, len(out))
-        kernels.active.block_put(self.kind, codes, 1.0, base.array_of(out), kernels.DECODE)
+        kernels.active.block_put(self.kind, codes, 1.0, exact.array_of(out), kernels.DECODE)
 
     def accumulate(self, data: Buffer, weight: float, out: Tensor, first: bool) -> None:
         exact.flush_denormals()
         codes = base.bytes_of(self, data, len(out))
-        kernels.active.block_put(self.kind, codes, weight, base.array_of(out), base.how_of(first))
+        kernels.active.block_put(self.kind, codes, weight, exact.array_of(out), base.how_of(first))
 
     def fault(self, data: Buffer, n: int) -> str | None:
         if wrong := base.wrong_size(self, data, n):

@@ -29,18 +29,18 @@ class _Fp32:
         return 4 * n
 
     def encode(self, vector: Tensor, out: Buffer) -> None:
-        array, codes = base.array_of(vector), base.bytes_of(self, out, len(vector), write=True)
+        array, codes = exact.array_of(vector), base.bytes_of(self, out, len(vector), write=True)
         for start, end in base.chunks(len(array)):
             if not kernels.active.finite(array[start:end]):
                 raise base.not_finite(self, vector)
             codes[4 * start : 4 * end] = array[start:end].astype("<f4", copy=False).view(np.uint8)
 
     def decode(self, data: Buffer, out: Tensor) -> None:
-        kernels.active.fp32_put(base.bytes_of(self, data, len(out)), 1.0, base.array_of(out), kernels.DECODE)
+        kernels.active.fp32_put(base.bytes_of(self, data, len(out)), 1.0, exact.array_of(out), kernels.DECODE)
 
     def accumulate(self, data: Buffer, weight: float, out: Tensor, first: bool) -> None:
         exact.flush_denormals()
-        kernels.active.fp32_put(base.bytes_of(self, data, len(out)), weight, base.array_of(out), base.how_of(first))
+        kernels.active.fp32_put(base.bytes_of(self, data, len(out)), weight, exact.array_of(out), base.how_of(first))
 
     def fault(self, data: Buffer, n: int) -> str | None:
         if wrong := base.wrong_size(self, data, n):
@@ -61,7 +61,7 @@ class _Fp16:
         return 2 * n
 
     def encode(self, vector: Tensor, out: Buffer) -> None:
-        array, codes = base.array_of(vector), base.bytes_of(self, out, len(vector), write=True).view("<u2")
+        array, codes = exact.array_of(vector), base.bytes_of(self, out, len(vector), write=True).view("<u2")
         exact.flush_denormals()
         for start, end in base.chunks(len(array)):
             # torch, because numpy converts one by one. Whether its threads flush denormals is all the same: those are
@@ -75,12 +75,12 @@ class _Fp16:
             codes[start:end] = half
 
     def decode(self, data: Buffer, out: Tensor) -> None:
-        codes, array = self._codes(data, len(out)), base.array_of(out)
+        codes, array = self._codes(data, len(out)), exact.array_of(out)
         for start, end in base.chunks(len(array)):
             array[start:end] = _floats(codes[start:end])
 
     def accumulate(self, data: Buffer, weight: float, out: Tensor, first: bool) -> None:
-        codes, array = self._codes(data, len(out)), base.array_of(out)
+        codes, array = self._codes(data, len(out)), exact.array_of(out)
         exact.flush_denormals()
         for start, end in base.chunks(len(array)):
             values = _floats(codes[start:end]).astype("<f4", copy=False).view(np.uint8)
@@ -106,18 +106,18 @@ class _Bf16:
         return 2 * n
 
     def encode(self, vector: Tensor, out: Buffer) -> None:
-        array, codes = base.array_of(vector), base.bytes_of(self, out, len(vector), write=True)
+        array, codes = exact.array_of(vector), base.bytes_of(self, out, len(vector), write=True)
         for start, end in base.chunks(len(array)):
             if not kernels.active.finite(array[start:end]):
                 raise base.not_finite(self, vector)
             kernels.active.bf16_encode(array[start:end], codes[2 * start : 2 * end])
 
     def decode(self, data: Buffer, out: Tensor) -> None:
-        kernels.active.bf16_put(base.bytes_of(self, data, len(out)), 1.0, base.array_of(out), kernels.DECODE)
+        kernels.active.bf16_put(base.bytes_of(self, data, len(out)), 1.0, exact.array_of(out), kernels.DECODE)
 
     def accumulate(self, data: Buffer, weight: float, out: Tensor, first: bool) -> None:
         exact.flush_denormals()
-        kernels.active.bf16_put(base.bytes_of(self, data, len(out)), weight, base.array_of(out), base.how_of(first))
+        kernels.active.bf16_put(base.bytes_of(self, data, len(out)), weight, exact.array_of(out), base.how_of(first))
 
     def fault(self, data: Buffer, n: int) -> str | None:
         return base.wrong_size(self, data, n) or _first_beyond(np.frombuffer(data, dtype="<u2"), 0x7FFF, 0x7F80)

@@ -57,7 +57,7 @@ class TopK:
         return self.kept(n) * (4 + self._values.wire_size(1))
 
     def encode(self, vector: Tensor, out: Buffer) -> None:
-        array = base.array_of(vector)
+        array = exact.array_of(vector)
         codes = base.bytes_of(self, out, len(array), write=True)
         if not kernels.active.finite(array):
             raise base.not_finite(self, vector)
@@ -69,13 +69,13 @@ class TopK:
 
     def decode(self, data: Buffer, out: Tensor) -> None:
         positions, values = self._parts(data, len(out))
-        array = base.array_of(out)
+        array = exact.array_of(out)
         array[:] = 0.0
         array[positions] = values
 
     def accumulate(self, data: Buffer, weight: float, out: Tensor, first: bool) -> None:
         positions, values = self._parts(data, len(out))
-        array = base.array_of(out)
+        array = exact.array_of(out)
         exact.flush_denormals()
         with np.errstate(all="ignore"):
             values = values * np.float32(weight)
