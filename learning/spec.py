@@ -16,6 +16,10 @@ MODES = ("available", "strict")
 MAX_TASK_NAME = 64
 
 
+#: Characters of a codec's name. Whether there is such a codec is seen where one is needed: this module loads no torch.
+MAX_CODEC_NAME = 64
+
+
 class BadSpec(DecodeError):
     """A spec that its founder has signed and nobody can follow: asking somebody else for it does not help."""
 
@@ -85,6 +89,8 @@ class SignedSpec:
             raise DecodeError("run spec with a wrong signature", peer=spec.founder.short)
         if spec.mode not in MODES:
             raise BadSpec(f"run spec with unknown mode {spec.mode[:32]!r}", peer=spec.founder.short)
+        if not (0 < len(spec.codec) <= MAX_CODEC_NAME and spec.codec.isascii() and spec.codec.isprintable()):
+            raise BadSpec(f"run spec with the codec {spec.codec[:MAX_CODEC_NAME]!r}", peer=spec.founder.short)
         if any(c in spec.task for c in ":./\\"):
             # A spec only ever carries a display name. A name that looks importable is refused outright.
             raise BadSpec(

@@ -170,6 +170,7 @@ def _render_spec(content: Content, run: bytes) -> str:
         ("mode", spec.mode),
         ("rounds", str(spec.rounds or "until stopped")),
         ("peers", f"at least {spec.min_peers}" + (f", in groups of {spec.group}" if spec.group else "")),
+        ("codec", spec.codec),
         ("seed", str(spec.seed)),
         ("founder", spec.founder.text),
         ("founded", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(spec.created))),

@@ -154,6 +154,7 @@ class Node:
             nursery.start_soon(self._until_stopped, nursery.cancel_scope)
             self.signed = await self._find_spec()
             spec = self.signed.open()
+            resolve_codec(spec.codec)  # of a newer version, perhaps: better said now than in the first round
             nursery.start_soon(self.dht.run)
             task = await self._load_task(spec)
             await self.host.run_blocking(lambda: self.store.blobs)

@@ -128,6 +128,12 @@ that are stopped but never killed.
 """
 
 
+def several(text: str) -> tuple[int, ...]:
+    if min(found := numbers(text)) < 2:
+        raise argparse.ArgumentTypeError("a reduce takes two processes at least")
+    return found
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """Positive whole numbers, separated by commas."""
     values = tuple(int(part) for part in text.split(","))
@@ -160,7 +166,7 @@ def arguments() -> argparse.ArgumentParser:
     one = commands.add_parser(
         "allreduce", help="a round of the group reduce against torch gloo", description=ALLREDUCE, formatter_class=shape
     )
-    one.add_argument("--peers", type=numbers, default=(2, 4, 8), metavar="N,…", help="processes (default: 2,4,8)")
+    one.add_argument("--peers", type=several, default=(2, 4, 8), metavar="N,…", help="processes (default: 2,4,8)")
     one.add_argument("--mb", type=numbers, default=(4, 64), metavar="N,…", help="MiB of the tensor (default: 4,64)")
     one.add_argument("--plot", type=Path, metavar="FILE", help="draw MB/s over size and peers to this .png or .svg")
     one.add_argument("--warmup", type=int, default=2, metavar="N", help="runs that do not count (default: 2)")

@@ -164,12 +164,18 @@ def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     dht.add_argument("--plot", type=Path, metavar="FILE.png", help="draw success, hops, latency and success over time")
 
 
+def _several(text: str) -> int:
+    if (number := positive(text)) < 2:
+        raise argparse.ArgumentTypeError("a reduce takes two peers at least")
+    return number
+
+
 def _add_reduce(trials: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     reduce = command(
         trials, "reduce", "rounds of the group reduce over slow lines, beside the least time that these allow",
         ".lab_reduce:reduce", package=__package__, epilog=REDUCE_EPILOG,
     )  # fmt: skip
-    reduce.add_argument("--peers", type=positive, default=16, metavar="N", help="peers, all in one round (16)")
+    reduce.add_argument("--peers", type=_several, default=16, metavar="N", help="peers, all in one round (16)")
     reduce.add_argument("--mb", type=_size, default=16.0, metavar="MIB", help="size of the vector (16)")
     reduce.add_argument("--uplink", type=_megabits, default=25 * 125e3, metavar="MBIT", help="of each peer (25)")
     reduce.add_argument("--unequal", type=_factors, metavar="A,B,…", help="uplinks are A, B, … times that, in turns")

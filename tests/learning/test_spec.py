@@ -69,5 +69,11 @@ def test_an_unknown_mode_is_refused_by_name() -> None:
         SignedSpec.sign(FOUNDER, attrs.evolve(SPEC, mode="eventual")).open()
 
 
+@pytest.mark.parametrize("codec", ["", "x" * 65, "\x1b[2Jint8", "int8\n", "ｉｎｔ８"])
+def test_a_codec_that_is_no_short_printable_name_is_refused(codec: str) -> None:
+    with pytest.raises(DecodeError, match="run spec with the codec"):
+        SignedSpec.sign(FOUNDER, attrs.evolve(SPEC, codec=codec)).open()
+
+
 def test_a_parameter_is_shown_with_its_shape_and_type() -> None:
     assert [str(parameter) for parameter in SPEC.parameters] == ["layer.weight 10x64 float32", "scale scalar float32"]
