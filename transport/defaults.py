@@ -231,10 +231,6 @@ UNSENT_FAST, UNSENT_SLOW = 512 << 10, 16 << 10
 #: after 1 MiB, comes back, and some for a receiver that is late.
 LEAST_UNDER_WAY = 3 << 20
 
-#: Bytes of a large record that are waited for at once on a fast line: each time that a reader is woken costs as much as
-#: some 100 KiB. At 50 MB/s it is 2.6 ms.
-LOW_WATER = 128 << 10
-
 # Kernel sockets (tcp.py)
 
 #: Connections the kernel completes while we are busy; the system's own limit applies too (Linux: 4096).

@@ -292,11 +292,9 @@ class Link(SeenThroughPipes, CarriesCalls, OpensStreams):
             data: bytes | bytearray = b""
             room = channel.room()
             if room is None:
-                stream.expect(1)
                 data = await stream.receive_some(defaults.READ_SIZE)
                 size = len(data)
             else:
-                pipe.expect(channel.missing)
                 size = await stream.receive_into(room)
             if not size:
                 if pipe.peer_retired:

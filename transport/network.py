@@ -43,10 +43,6 @@ class ByteStream(trio.abc.HalfCloseableStream):
         """
         return 0
 
-    def expect(self, size: int) -> None:
-        """A hint: who receives need not be woken before ``size`` bytes have come, or the end. Holds until the next."""
-        return  # what cannot wait for more has nothing to do
-
     def allow_unsent(self, size: int) -> None:
         """A hint: about ``size`` bytes may wait in the operating system. More is faster, but what comes later waits."""
         return  # what has no such buffer has nothing to do

@@ -35,8 +35,6 @@ class Channel(Protocol):
     def sealer(self) -> RecordSealer: ...
     def receive(self, data: Buffer) -> Sequence[Established | Record]: ...
     def room(self) -> memoryview | None: ...
-    @property
-    def missing(self) -> int: ...
     def fill(self, size: int) -> Sequence[Established | Record]: ...
     def eof(self) -> None: ...
 
@@ -50,7 +48,6 @@ class Pipe:
     __slots__ = (  # a dictionary of so many takes 1.6 kB of an idle link
         "_answered",
         "_fast",
-        "_fast_in",
         "_measured",
         "_pace",
         "_pings_due",
@@ -143,7 +140,6 @@ class Pipe:
         self._pong: int | None = None
         self._pace: float | None = None  # smoothed seconds per byte of larger records
         self._fast = False  # the line, so that more may wait in the kernel
-        self._fast_in = False  # what comes: many bytes at once are worth waiting for
 
     def __repr__(self) -> str:
         return f"<Pipe {self.index} {self.way} to {self.remote}>"
@@ -176,9 +172,6 @@ class Pipe:
         if self.asked is None:
             self._token = self._token + 1 & 0xFFFFFFFF
             self.asked = now
-            # Silence is what makes us ask: from now on every byte counts, and a line that was fast may be slow by now.
-            self._fast_in = False
-            self.stream.expect(1)
             self._pings_due.append(_FRAME.pack(_PING, self._token))
             self.work.wake()
 
@@ -238,18 +231,12 @@ class Pipe:
     def note_heard(self, size: int, now: float, *, whole: bool) -> None:
         """``size`` bytes came; ``whole``: with them a record that only the peer can have made."""
         self.bytes_received += size
-        if size >= defaults.LOW_WATER // 2:
-            self._fast_in = size > defaults.FAST_LINE * (now - self.heard)
         if whole:
             self._whole = now
         elif now - self._whole > defaults.UNFINISHED_RECORD:
             return
         self.heard = now
         self.unheard, self.unheard_since = 0, None
-
-    def expect(self, missing: int) -> None:
-        """``missing`` bytes of the present record have to come: on a fast line it is cheaper to wait for many."""
-        self.stream.expect(min(missing, defaults.LOW_WATER) if self._fast_in else 1)
 
     def note_sent(self, size: int, seconds: float, now: float) -> None:
         """``size`` bytes were taken by the network within ``seconds``."""

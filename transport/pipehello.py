@@ -111,10 +111,6 @@ class PipeChannel:
     def room(self) -> memoryview | None:
         return self._opener.room()
 
-    @property
-    def missing(self) -> int:
-        return self._opener.missing
-
     def fill(self, size: int) -> list[Record]:
         return self._opener.fill(size)
 

@@ -247,11 +247,6 @@ class RecordOpener:
         assert isinstance(self._body, memoryview)
         return self._body[self._filled :]
 
-    @property
-    def missing(self) -> int:
-        """Bytes until the record is whole that is received into :meth:`room`."""
-        return self._length - self._filled
-
     def fill(self, size: int) -> list[Record]:
         """``size`` bytes have come to the start of :meth:`room`: as :meth:`feed`."""
         self._filled += size

@@ -264,12 +264,6 @@ class SecureChannel:
         """Where the next bytes may be put without a copy, to be counted with :meth:`fill`; None: :meth:`receive`."""
         return None if self._opener is None or self._unconfirmed else self._opener.room()
 
-    @property
-    def missing(self) -> int:
-        """Bytes until the record is whole that is received into :meth:`room`."""
-        assert self._opener is not None
-        return self._opener.missing
-
     def fill(self, size: int) -> Sequence[Established | Record]:
         """``size`` bytes have come to the start of :meth:`room`: as :meth:`receive`."""
         assert self._opener is not None

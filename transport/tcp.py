@@ -9,7 +9,6 @@ import logging
 import os
 import socket
 import struct
-import sys
 
 import trio
 
@@ -34,9 +33,6 @@ _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 #: Whether the descriptor of a socket is one for ``os.read`` and ``os.write``.
 _DIRECT = os.name != "nt"
-
-#: Whether waiting for a readable socket heeds SO_RCVLOWAT. Elsewhere it is not known to.
-_HAS_LOW_WATER = sys.platform == "linux"
 
 _REASONS = {
     errno.ECONNREFUSED: "connection refused (nobody listens there)",
@@ -90,7 +86,6 @@ class TcpStream(ByteStream):
         self.remote = _address(connected.getpeername())
         self.local = _address(connected.getsockname())
         self._drained = False  # the last read took all there was
-        self._expected = 1
         self._stream = trio.SocketStream(connected)  # sets TCP_NODELAY, and keeps little unsent in the kernel
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -155,12 +150,6 @@ class TcpStream(ByteStream):
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # Windows has none
             with contextlib.suppress(OSError):  # a hint, for a socket that may have been closed meanwhile
                 self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size)
-
-    def expect(self, size: int) -> None:
-        if size != self._expected and _HAS_LOW_WATER:
-            self._expected = size
-            with contextlib.suppress(OSError):  # a hint, for a socket that may have been closed meanwhile
-                self._stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
     async def send_eof(self) -> None:
         await self._stream.send_eof()

@@ -8,7 +8,6 @@ import os
 import resource
 import socket
 import struct
-import sys
 
 import pytest
 import trio
@@ -179,40 +178,6 @@ async def test_a_client_that_resets_before_it_is_accepted_does_no_harm() -> None
                     except trio.BrokenResourceError:
                         continue
                     break
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="nothing is known of SO_RCVLOWAT elsewhere")
-@pytest.mark.real
-async def test_who_expects_much_sleeps_until_it_is_there_or_less_will_do_or_nothing_more_comes() -> None:
-    network = TcpNetwork()
-    listener = await network.listen(Address("tcp", "127.0.0.1", 0))
-    sender = await network.dial(listener.address)
-    receiver = await listener.accept()
-    got: list[int] = []
-    async with sender, receiver, listener, trio.open_nursery() as nursery:
-
-        async def receive() -> None:
-            while size := await receiver.receive_into(memoryview(bytearray(200_000))):
-                got.append(size)
-
-        receiver.expect(100_000)
-        nursery.start_soon(receive)
-        await trio.sleep(0.05)
-        await sender.send_all(bytes(1000))
-        await trio.sleep(0.2)
-        assert got == []
-        receiver.expect(1)  # wakes who sleeps already
-        with trio.fail_after(5):
-            while got != [1000]:
-                await trio.sleep(0.01)
-        receiver.expect(100_000)
-        await sender.send_all(bytes(1000))
-        await trio.sleep(0.1)
-        assert got == [1000]
-        await sender.send_eof()
-        with trio.fail_after(5):
-            while sum(got) < 2000:
-                await trio.sleep(0.01)
 
 
 @pytest.mark.real
