@@ -81,7 +81,7 @@ def shares(plan: Plan, members: Sequence[PeerId]) -> tuple[tuple[int, ...], tupl
     return tuple(samples[m] for m in members), tuple(weights[m] for m in members)
 
 
-def never_decided(voters: Sequence[PeerId], promises: Mapping[PeerId, object], needed: int) -> bool:
+def never_decided(voters: Sequence[PeerId], promises: Mapping[PeerId, Accepted | None], needed: int) -> bool:
     """Whether so many voters have promised without ever having accepted a value that no value can have been decided."""
     blank = sum(promise is None for promise in promises.values())
     return len(voters) - blank < needed
@@ -180,10 +180,10 @@ def group_of(seed: int, round: int, peer: PeerId, view: Sequence[PeerId], size: 
     raise AssertionError("unreachable: every position lies in a group")
 
 
-def proposal_of(promises: Mapping[PeerId, object]) -> object | None:
-    """The accepted value with the highest ballot among ``promises`` (each an ``Accepted`` or None)."""
+def proposal_of(promises: Mapping[PeerId, Accepted | None]) -> Accepted | None:
+    """The accepted value with the highest ballot among ``promises``."""
     accepted = [promise for promise in promises.values() if promise is not None]
-    return max(accepted, key=lambda item: item.attempt, default=None)  # type: ignore[attr-defined]
+    return max(accepted, key=lambda value: value.attempt, default=None)
 
 
 def holders_of(value: Accepted, ready: Mapping[PeerId, Ready]) -> tuple[PeerId, ...]:

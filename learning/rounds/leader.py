@@ -34,7 +34,6 @@ from .decisions import (
 )  # fmt: skip
 from .messages import (
     Accept,
-    Accepted,
     Ask,
     Certificate,
     Commit,
@@ -239,7 +238,7 @@ class Leader:
             self._word = min(self._word, now + self.pace.grace / 8)
         until, again = self._grace_until, ""
         go, reason = may_begin(self.voters, self._ready, self.lost, self.needed, now, until)
-        if isinstance(earlier, Accepted):
+        if earlier is not None:
             if len(self._ready) < self.needed:
                 return []
             holders, wrong = holders_of(earlier, self._ready), self._unfit(earlier.record)
