@@ -156,7 +156,10 @@ class Child:
         self._say(Pulled(self.host.now() - began, size))
 
     async def _beat(self, peer: PeerId, beat: Beat) -> None:
-        """Calls at a steady pace; one that fails or is late is a beat lost, and the next one asks again."""
+        """Calls at a steady pace; one that fails or is late is a beat lost, and the next one asks again.
+
+        The last one has as long as any: what is left of the time may be less than an answer takes.
+        """
         began = answered_at = self.host.now()
         disturbed_at: float | None = None
         asked = answered = 0
@@ -169,7 +172,8 @@ class Child:
                 break
             asked += 1
             try:
-                await self.endpoint.call(peer, BYTE, Ping(asked), timeout=began + beat.seconds - now)
+                left = max(began + beat.seconds - now, defaults.LAB_UNDISTURBED)
+                await self.endpoint.call(peer, BYTE, Ping(asked), timeout=left)
             except RemoteError as error:
                 disturbed_at = self.host.now()
                 if str(error) not in errors:

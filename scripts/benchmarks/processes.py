@@ -33,9 +33,14 @@ class Child:
         self._process = process
         self._errors = errors
         self._buffer = bytearray()
+        #: Answers to come that nobody waits for: their orders were given up.
+        self._owed = 0
 
     async def ask(self, order: str, *, patience: float = PATIENCE, **arguments: Any) -> dict[str, Any]:
-        """Send an order, wait for its answer. Raises :class:`ChildFailed`."""
+        """Send an order, wait for its answer. Raises :class:`ChildFailed`.
+
+        Cancelled: the order is carried out, and its answer is dropped when it comes. One order at a time.
+        """
         assert self._process.stdin is not None
         answer: bytes | None = None
         with trio.move_on_after(patience):
@@ -43,7 +48,7 @@ class Child:
                 await self._process.stdin.send_all(json.dumps({"order": order, **arguments}).encode() + b"\n")
             except trio.BrokenResourceError:
                 pass  # it has ended: its end of the other pipe says so too
-            answer = await self._line()
+            answer = await self._answer()
         if answer is None:
             raise self._failure(f"did not answer {order!r} within {patience:.0f} s")
         if not answer:
@@ -66,6 +71,14 @@ class Child:
         if not line:
             raise self._failure("did not start")
         return str(json.loads(line).get("missing", ""))
+
+    async def _answer(self) -> bytes:
+        self._owed += 1
+        while True:
+            line = await self._line()
+            self._owed -= 1
+            if not line or not self._owed:
+                return line
 
     async def _line(self) -> bytes:
         assert self._process.stdout is not None

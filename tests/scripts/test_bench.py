@@ -154,6 +154,30 @@ def test_a_child_that_fails_is_named_with_its_last_words(tmp_path: Path) -> None
 
 
 @pytest.mark.process
+def test_the_answer_to_an_order_that_was_given_up_is_not_taken_for_the_next_ones() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import subprocess, tempfile, trio\n"
+        "from benchmarks.processes import Child\n"
+        "echo = 'import sys, time\\nfor line in sys.stdin: time.sleep(0.2); print(line, end=\"\", flush=True)'\n"
+        "async def main():\n"
+        "    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE}\n"
+        "    process = await trio.lowlevel.open_process([sys.executable, '-c', echo], **pipes)\n"
+        "    child = Child('echo', process, tempfile.TemporaryFile())\n"
+        "    for number in range(3):\n"
+        "        with trio.move_on_after(0.1):\n"
+        "            await child.ask(f'given up {number}')\n"
+        "    print((await child.ask('last'))['order'])\n"
+        "    await child.close()\n"
+        "trio.run(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(BENCH.parent)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.returncode) == ("last\n", 0), done.stderr
+
+
+@pytest.mark.process
 def test_dht_measures_stores_gets_memory_and_start(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     done = bench(

@@ -115,8 +115,8 @@ def test_a_full_store_holds_the_closest_of_all_it_was_offered(steps: list[tuple[
             assert store.get("owned", each.key, NOW) == each
 
 
-def test_a_flood_of_records_at_a_full_store_costs_microseconds_each() -> None:
-    """It was 18 ms each, and strangers may ask a thousand times a second."""
+def test_a_record_offered_to_a_full_store_does_not_make_it_look_at_all_it_holds() -> None:
+    """That took 18 ms each, and strangers may ask a thousand times a second."""
     store, wall = Store(1 << 255), NOW
     some = record(expires=NOW + 3600)
 
@@ -126,11 +126,15 @@ def test_a_flood_of_records_at_a_full_store_costs_microseconds_each() -> None:
 
     for number in range(defaults.MAX_RECORDS):
         assert store.put(offered(number), wall).kept
-    began = time.thread_time()
-    for number in range(1 << 20, (1 << 20) + 1000):
-        store.put(offered(number), wall + number % 7)
+    spent = []
+    for batch in range(10):
+        began = time.thread_time()
+        for number in range(100):
+            store.put(offered((1 << 20) + 100 * batch + number), wall + number % 7)
+        spent.append((time.thread_time() - began) / 100)
     assert store.record_count == defaults.MAX_RECORDS
-    assert time.thread_time() - began < 1.0
+    # The fastest batch: 0.1 ms each on an idle core, and other work on the machine may make it ten times that.
+    assert min(spent) < 5e-3
 
 
 def test_a_self_certifying_record_of_an_author_over_quota_does_not_push_out_anothers() -> None:
