@@ -147,11 +147,12 @@ async def trial(crowd: Crowd, *, plan: Plan, progress: Progress) -> DhtReport:
 
 def _peak_memory() -> float:
     """MiB that this process has held at most."""
-    if sys.platform == "linux":
+    status = Path("/proc/self/status")
+    if status.exists():
         # ru_maxrss of a process that was started by a large one is that one's: it survives the exec.
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1024)
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _adversaries(crowd: Crowd, plan: Plan) -> tuple[dict[int, tuple[Identity | None, str]], dict[int, int]]:

@@ -12,7 +12,8 @@ value u32, big-endian), followed for ``OPEN``, ``DATA`` and ``GOODBYE`` by ``val
 and the frames of small calls, which need no stream (:mod:`callmux`).
 
 Records belong to one of two channels, CONTROL and BULK, each in order in itself but not to the other (they may travel
-on different pipes). The first line above travels in the channel of the stream's priority, the second in CONTROL.
+on different pipes). The first line above travels in the channel of the stream's priority, the second in CONTROL, but
+for credit, which may travel in either: it goes along with data where there is some.
 
 A stream id is ``number << 2 | priority << 1 | opener``: the opener bit is 1 for the initiator of the link (odd ids) and
 0 for the responder; numbers of one priority and opener only rise. So what may be said about a forgotten stream is known

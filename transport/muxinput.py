@@ -80,7 +80,9 @@ class MuxInput:
                     raise self._broken(f"a frame announces {value} bytes, its record holds {size - at}")
                 content = record[at : at + value]
                 at += value
-            if kind > Frame.RESET:
+            if kind in (Frame.CREDIT, Frame.LINK_CREDIT):
+                pass  # in either channel: it is no part of an order
+            elif kind > Frame.RESET:
                 if channel is not Priority.CONTROL:
                     raise self._broken(f"a frame of kind {kind} among bulk")
             elif id >> 1 & 1 != channel:
@@ -243,7 +245,9 @@ class MuxInput:
             stream._unacknowledged += n
             # A quarter: few credit frames, and the sender never waits for one while the reader keeps up.
             if stream._unacknowledged >= self.limits.stream_window[stream.priority] // 4:
-                self._frames[0].append(HEADER.pack(Frame.CREDIT, stream.id, stream._unacknowledged))
+                self._credit_channel(stream.priority).append(
+                    HEADER.pack(Frame.CREDIT, stream.id, stream._unacknowledged)
+                )
                 stream._allowance += stream._unacknowledged
                 stream._unacknowledged = 0
         self._settle(stream)
@@ -252,9 +256,14 @@ class MuxInput:
         self._unacknowledged[priority] += n
         if self._unacknowledged[priority] >= self.limits.link_window[priority] // 4:
             amount = self._unacknowledged[priority]
-            self._frames[0].append(HEADER.pack(Frame.LINK_CREDIT, priority, amount))
+            self._credit_channel(priority).append(HEADER.pack(Frame.LINK_CREDIT, priority, amount))
             self._allowance[priority] += amount
             self._unacknowledged[priority] = 0
+
+    def _credit_channel(self, priority: int) -> list[bytes]:
+        """Where a grant goes: along with data that is due in its channel, which saves a record of its own."""
+        along = self._ready[priority] and self._credit[priority] > 0
+        return self._frames[priority if along else Priority.CONTROL]
 
     def drop_queue(self, stream: MuxStream) -> None:
         """Forget what is queued, without a word to the peer (the link has ended, or its half of the stream)."""

@@ -243,6 +243,27 @@ def test_control_goes_before_bulk_that_was_queued_earlier() -> None:
     assert [event.stream for event in events if isinstance(event, DataReceived)] == [far_control]
 
 
+def test_credit_goes_along_with_data_and_alone_where_there_is_none() -> None:
+    pair, size = Pair(), defaults.BULK_WINDOW // 4
+    asked, answered = pair.a.open("x", Priority.BULK), None
+    pair.move(pair.a)
+    answered = pair.b.live_streams()[0]
+    for both_ways in (False, True):
+        pair.a.send(asked, bytes(size))
+        if both_ways:
+            pair.b.send(answered, bytes(100))
+        while pair.a.has(Priority.BULK):
+            pair.move(pair.a)
+        drain(pair.b, answered)
+        # What was read is worth a grant: with data due it needs no record of control.
+        assert pair.b.has(Priority.CONTROL) is not both_ways
+        record = pair.b.next_record(Priority.BULK if both_ways else Priority.CONTROL, defaults.MAX_RECORD)
+        assert record is not None
+        assert record[0][0] == Frame.CREDIT
+        pair.a.receive(Record(memoryview(b"".join(record))), Priority.BULK if both_ways else Priority.CONTROL)
+        assert asked._credit == defaults.BULK_WINDOW
+
+
 def test_streams_of_one_priority_take_turns() -> None:
     pair = Pair(record=1000)
     ends = [pair.open(Priority.BULK) for _ in range(3)]
@@ -522,7 +543,8 @@ BREACHES = {
         opened() + frame(Frame.OPEN, 1 << 2 | 2 | 1, 1, b"x"),
         "in the wrong channel",
     ),
-    "credit in a record of bulk": (opened(bulk=True) + frame(Frame.LINK_CREDIT, 1, 1), "among bulk"),
+    "a goodbye in a record of bulk": (opened(bulk=True) + frame(Frame.GOODBYE, 0, 0), "among bulk"),
+    "credit for nothing in a record of bulk": (opened(bulk=True) + frame(Frame.LINK_CREDIT, 1, 1), "more than it was"),
     "a long goodbye": (frame(Frame.GOODBYE, 0, 300, bytes(300)), "goodbye of 300 bytes"),
 }
 
