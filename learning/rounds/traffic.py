@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import trio
 from torch import Tensor
 
 from ...transport.endpoint import Endpoint
-from ...transport.errors import RemoteError, RemoteRefused
+from ...transport.errors import ProtocolMisuse, RemoteError, RemoteRefused
 from ...transport.identity import PeerId
 from ...transport.rpc import Call
 from .. import exact
 from ..reduce.buffers import Buffers, Part
-from ..reduce.codecs import FP32, resolve
+from ..reduce.codecs import FP32, Codec, resolve
 from ..reduce.filling import Filling
 from ..reduce.slices import Slice
 from ..state import bytes_view
@@ -56,6 +57,8 @@ class Traffic:
         self.filling = Filling(0)
         #: Whose contributions were refused here, and why.
         self.refused: dict[PeerId, str] = {}
+        #: Combined slices (attempt, epoch, index) that are being received where they belong.
+        self._landing: dict[tuple[int, int, int], trio.CancelScope] = {}
 
     def start(self, nursery: trio.Nursery, action: Push | Combine | Share | Pull) -> None:
         """Carry ``action`` out in a task of ``nursery``; what is ours already needs none."""
@@ -137,7 +140,12 @@ class Traffic:
             return
         ranges = [plan.slices[index].range for index in action.indices]
         combine = self.buffers.combination(action.members, action.weights, ranges, resolve(plan.codec))
-        coded = await self._passes.run(sum(stop - start for start, stop in ranges) * len(action.members), combine)
+        try:
+            coded = await self._passes.run(sum(stop - start for start, stop in ranges) * len(action.members), combine)
+        except ProtocolMisuse as error:
+            # Numbers that are finite may have a mean that is not, which a codec cannot say.
+            self.setting.note(Note("combine", "failed", str(error), self.me))
+            return
         if self.buffers.generation != (action.attempt, action.epoch):
             return
         for index, part in zip(action.indices, coded, strict=True):
@@ -162,30 +170,14 @@ class Traffic:
         request, sender = call.request, call.peer
         if sender not in self.voters:
             raise RemoteRefused("not-a-voter", f"{sender.short} is no voter of round {self.round}")
-        codec, elements = resolve(request.codec), request.stop - request.start
-        target = self._target(request, sender)
-        if target is None or codec is not FP32:
-            part = self.buffers.room_early(sender, request.start, request.stop, codec)
-            if part is None:
-                raise RemoteRefused("bad-range", "more combined slices than a round has")
-            await call.read_into(part.data)
-            wrong = await self._passes.run(elements, fault, part, elements)
-            if wrong is not None:
-                self.setting.note(Note("gather", "not-finite", wrong, sender))
-                raise RemoteRefused("not-finite", f"your combined slice of round {self.round} is refused: {wrong}")
-            target = self._target(request, sender)
-            if target is not None:
-                await self._passes.run(elements, codec.decode, part.data, target)
+        codec, target, place = resolve(request.codec), self._target(request, sender), _place(request)
+        if target is not None and codec is FP32:
+            with self._land(place):
+                await call.read_into(bytes_view(target))
                 if self._target(request, sender) is not None:
                     self.buffers.filled[request.index] = None
-            else:
-                piece = Slice(request.start, request.stop, sender)
-                self.buffers.keep_early(request.attempt, request.epoch, request.index, piece, part)
-                self._generation_due()
         else:
-            await call.read_into(bytes_view(target))
-            if self._target(request, sender) is not None:
-                self.buffers.filled[request.index] = None
+            await self._share_elsewhere(call, codec)
         if self.buffers.generation == (request.attempt, request.epoch) and request.index not in self.buffers.filled:
             raise RemoteRefused("bad-range", "that slice is not the plan's")
         self._feed(
@@ -194,6 +186,43 @@ class Traffic:
             )
         )
         return Ack()
+
+    async def _share_elsewhere(self, call: Call[Shared], codec: Codec) -> None:
+        """It has no place in a result yet, or has to be decoded."""
+        request, sender, elements = call.request, call.peer, call.request.stop - call.request.start
+        part = self.buffers.room_early(sender, request.start, request.stop, codec)
+        if part is None:
+            raise RemoteRefused("bad-range", "more combined slices than a round has")
+        await call.read_into(part.data)
+        wrong = await self._passes.run(elements, fault, part, elements)
+        if wrong is not None:
+            self.setting.note(Note("gather", "not-finite", wrong, sender))
+            raise RemoteRefused("not-finite", f"your combined slice of round {self.round} is refused: {wrong}")
+        target = self._target(request, sender)
+        if target is None:
+            piece = Slice(request.start, request.stop, sender)
+            self.buffers.keep_early(request.attempt, request.epoch, request.index, piece, part)
+            self._generation_due()
+            return
+        with self._land(_place(request)):
+            await self._passes.run(elements, codec.decode, part.data, target)
+            if self._target(request, sender) is not None:
+                self.buffers.filled[request.index] = None
+
+    @contextmanager
+    def _land(self, place: tuple[int, int, int]) -> Iterator[None]:
+        """While a combined slice is written where it belongs. One writer at a time, or it could go on after another one
+        was done, and change a result that is agreed on. Raises :class:`RemoteRefused`."""
+        if place in self._landing:
+            raise RemoteRefused("busy", "that slice is on its way already")
+        with trio.CancelScope() as scope:
+            self._landing[place] = scope
+            try:
+                yield
+            finally:
+                del self._landing[place]
+        if scope.cancelled_caught:
+            raise RemoteRefused("late", "that slice came from another holder")
 
     def _target(self, request: Shared, sender: PeerId) -> Tensor | None:
         """Where in the result a slice belongs, None when its plan is not ours (yet) or it is there already."""
@@ -208,18 +237,29 @@ class Traffic:
         return result[request.start : request.stop]
 
     async def _pull(self, action: Pull) -> None:
-        plan, result = self.voter.plan, self.buffers.result
-        if plan is None or result is None or (plan.attempt, plan.epoch) != (action.attempt, action.epoch):
+        plan, frozen, result = self.voter.plan, self.voter.frozen, self.buffers.result
+        if plan is None or frozen is None or result is None:
+            return
+        if (plan.attempt, plan.epoch) != (action.attempt, action.epoch) or action.index in self.buffers.filled:
             return
         start, stop = plan.slices[action.index].range
-        want = Want(self.key, action.attempt, action.epoch, start, stop, b"")
+        # Its owner may still be writing to the result, as slowly as it likes.
+        pulled = self.buffers.room(stop - start)
         try:
-            async with self._endpoint.stream(action.holder, WANT, want) as reply:
-                await reply.read_into(bytes_view(result[start:stop]))
+            async with self._endpoint.stream(action.holder, WANT, _want(self.key, action, start, stop)) as reply:
+                await reply.read_into(bytes_view(pulled))
                 given = await reply.result()
         except RemoteError as error:
             log.debug("combined slice from %s: %s", action.holder.short, error)
             return
+        place = action.attempt, action.epoch, action.index
+        while place in self._landing:
+            self._landing[place].cancel()
+            await trio.lowlevel.checkpoint()
+        current = self.buffers.result is result and given.members == members_hash(frozen.members)
+        if not current or action.index in self.buffers.filled:
+            return
+        result[start:stop] = pulled
         self.buffers.filled[action.index] = None
         self._feed(
             lambda: self.voter.combined_received(
@@ -250,6 +290,14 @@ class Traffic:
             raise RemoteRefused("bad-range", f"elements {request.start}..{request.stop} of {source.numel()}")
         await call.write(bytes_view(source[request.start : request.stop]))
         return Given(members_hash(frozen.members) if frozen is not None else b"")
+
+
+def _place(request: Shared) -> tuple[int, int, int]:
+    return request.attempt, request.epoch, request.index
+
+
+def _want(key: bytes, action: Pull, start: int, stop: int) -> Want:
+    return Want(key, action.attempt, action.epoch, start, stop, b"")
 
 
 def fault(part: Part, elements: int) -> str | None:

@@ -13,6 +13,7 @@ import trio
 from shoal.learning import defaults
 from shoal.learning.exchange import Contribution
 from shoal.learning.reduce.slices import Slice
+from shoal.learning.rounds.actions import Share
 from shoal.learning.rounds.decisions import roster_room
 from shoal.learning.rounds.instance import Instance
 from shoal.learning.rounds.messages import (
@@ -35,6 +36,7 @@ from shoal.learning.rounds.messages import (
     Reject,
     Signed,
     Waiting,
+    members_hash,
     quorum,
     sign_accept,
 )
@@ -43,8 +45,10 @@ from shoal.learning.state import bytes_view
 from shoal.sim.world import World, simulate
 from shoal.transport.endpoint import Endpoint
 from shoal.transport.errors import RemoteError, RemoteRefused
+from shoal.transport.frames import Priority
 from shoal.transport.identity import PeerId
-from shoal.transport.rpc import Method
+from shoal.transport.rpc import LENGTH, PART, PROTOCOL, Head, Method
+from shoal.transport.wire import pack
 
 from ..sim import tiny
 from .test_hostile_run import Stranger, events, known_round, scenario
@@ -197,6 +201,47 @@ def test_absurd_contributions_of_a_member_are_refused_and_the_round_goes_on() ->
     assert told["want 16"][0] == "not-held"
     # It has used up what a contributor may send, so that round was without it: the next ones were not.
     sound(world, without=(world.members[1].peer,))
+
+
+def test_an_owner_cannot_change_a_combined_slice_after_it_has_arrived() -> None:
+    """It begins to send its slice, sends the slice in another call, and ends the first one with other numbers."""
+    told: list[str] = []
+
+    async def script(world: World) -> None:
+        await known_round(world, 2)
+        instance = await open_round(world, 2)
+        liar, traffic = world.members[2].run, instance.traffic
+        real = traffic._share
+
+        async def share(action: Share) -> None:
+            plan, frozen, part = instance.voter.plan, instance.voter.frozen, instance.buffers.coded[action.index]
+            assert plan is not None and frozen is not None
+            start, stop = plan.slices[action.index].range
+            members = members_hash(frozen.members)
+            request = Shared(instance.key, action.attempt, action.epoch, action.index, start, stop, members)
+            link = liar.endpoint.link(action.receiver)
+            assert link is not None
+            stream = await link.open_stream(PROTOCOL, Priority.BULK)
+            head, message = pack(Head(SHARE.name, 60.0, len(part.data))), pack(request)
+            await stream.send_all(LENGTH.pack(len(head)) + head + LENGTH.pack(len(message)) + message)
+            await stream.send_all(part.data[:4])
+            await trio.sleep(0.1)
+            await real(action)
+            try:
+                await stream.send_all(b"\x7f" * (len(part.data) - 4))
+                kind, size = PART.unpack(await stream.read_exactly(PART.size))
+                told.append(bytes(await stream.read_exactly(size)).decode(errors="replace") if kind else "")
+            except RemoteError as error:
+                told.append(str(error))
+
+        traffic._share = share  # type: ignore[method-assign]
+
+    world = simulate(scenario(3, 6), script)
+    assert told
+    assert len({member.run.digest() for member in world.live()}) == 1
+    for member in world.live():
+        # Nobody found that its state, made of an agreed result, was not that of the others.
+        assert not any(event.round and event.what in ("diverged", "loaded") for event in member.events)
 
 
 def test_a_contribution_that_is_not_finite_leaves_its_peer_out_of_that_round_only() -> None:
