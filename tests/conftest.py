@@ -10,8 +10,10 @@ of hanging: it is cancelled, so what it waited for stands in its traceback.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -46,11 +48,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
-        # For --dist loadgroup: a file stays together, as its tests may share what is costly to set up, and labs of
-        # namespaces do not run beside each other.
+        # For --dist loadgroup: a file stays together, as its tests may share what is costly to set up. What lives on the
+        # real clock runs one after the other, beside at most one that only computes: no swarm of processes starves a
+        # lab of namespaces. It takes longest, so it begins first.
+        def real(item: pytest.Item) -> bool:
+            return any(item.get_closest_marker(mark) for mark in REAL_MARKS)
+
+        items.sort(key=lambda item: not real(item))
         for item in items:
-            group = "netns" if item.get_closest_marker("netns") else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(group))
+            item.add_marker(pytest.mark.xdist_group("real" if real(item) else str(item.path)))
     if config.getoption("--slow") or os.environ.get("SHOAL_SLOW", "0") not in ("", "0"):
         return
     for item in items:
@@ -71,6 +77,23 @@ def pytest_runtest_call(item: pytest.Item) -> None:
         exact = sys.modules.get("shoal.learning.exact")
         if exact is not None:
             exact._thread.flushed = False
+
+
+_collected_at = [0]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """What a test leaves behind in cycles (whole swarms) goes before the machine runs out of memory."""
+    size = _resident()
+    if size > _collected_at[0] + (128 << 20):
+        gc.collect()
+        _collected_at[0] = _resident()
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -28,12 +28,12 @@ def spec_of(node: Any, text: bytes) -> SignedRecord:
 
 async def test_every_node_finds_every_value_after_30_percent_were_killed(open_swarm: OpenSwarm) -> None:
     async with open_swarm(seed=1, latency=0.02) as swarm:
-        nodes = await swarm.grow(60)
+        nodes = await swarm.grow(50)
         await trio.sleep(20)
-        specs = [spec_of(node, b"spec %d" % number) for number, node in enumerate(nodes[::3])]
-        for node, spec in zip(nodes[::3], specs, strict=True):
+        specs = [spec_of(node, b"spec %d" % number) for number, node in enumerate(nodes[::5])]
+        for node, spec in zip(nodes[::5], specs, strict=True):
             assert await node.dht.put(spec) >= defaults.K  # those asked on the way may be a few more
-        for name in random.Random(2).sample(sorted(swarm.nodes), 18):
+        for name in random.Random(2).sample(sorted(swarm.nodes), 15):
             swarm.kill(name)
         missing = []
         for node in swarm.nodes.values():
@@ -89,7 +89,9 @@ async def test_run_providers_are_found_through_any_member_after_the_founder_left
             assert {member.identity.peer_id for member in members} <= set(peers)
 
 
-@pytest.mark.parametrize("lie", ["garbage", "too many", "foreign", "nobody"])
+@pytest.mark.parametrize(
+    "lie", ["garbage", "too many", *(pytest.param(lie, marks=pytest.mark.slow) for lie in ("foreign", "nobody"))]
+)
 async def test_a_fifth_of_liars_does_not_hide_what_the_others_hold(open_swarm: OpenSwarm, lie: str) -> None:
     async with open_swarm(seed=6) as swarm:
         nodes = await swarm.grow(40)
