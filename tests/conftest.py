@@ -48,8 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
-        # For --dist loadgroup: a file stays together, as its tests may share what is costly to set up. Tests on the real
-        # clock run one after the other, beside at most one that only computes: no swarm of processes starves a lab of
+        # For --dist loadgroup: a file stays together, as its tests may share what is costly to set up. Tests in real
+        # time run one after the other, beside at most one that only computes: no swarm of processes starves a lab of
         # namespaces. They take longest, so they begin first.
         def real(item: pytest.Item) -> bool:
             return any(item.get_closest_marker(mark) for mark in REAL_MARKS)
