@@ -102,12 +102,12 @@ def test_everything_within_larger_budgets(count: int, budget: Budget, ordered: b
 @pytest.mark.parametrize(("count", "length"), [(3, 1), (3, 48), (4, 33), (5, 1)])
 def test_on_ways_with_many_faults_no_round_splits_and_every_round_ends(mode: str, count: int, length: int) -> None:
     start = round_of(count, strict=mode == "strict", length=length)
-    walks(f"{mode}, {count} members, {length} elements", start, range(250))
+    walks(f"{mode}, {count} members, {length} elements", start, range(120))
 
 
 def test_the_same_holds_with_real_signatures_and_peers_that_still_train() -> None:
     walks("real signatures", round_of(3, real=True, idle=(1,), length=33), range(60))
-    walks("a leader that still trains", round_of(3, idle=(2,)), range(200))
+    walks("a leader that still trains", round_of(3, idle=(2,)), range(100))
 
 
 @pytest.mark.slow

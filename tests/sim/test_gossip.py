@@ -73,15 +73,15 @@ def test_two_halves_meet_again_after_a_partition() -> None:
     async def script(world: World) -> None:
         await world.until(lambda: round_of(world, 0) >= 4, "round 4")
         world.partition((0, 1, 2, 3), (4, 5, 6, 7))
-        await trio.sleep(60)
+        await trio.sleep(25)
         world.heal()
 
-    world = simulate(swarm(8, 100), script)
-    assert all(member.run.round == 100 for member in world.live())
+    world = simulate(swarm(8, 50), script)
+    assert all(member.run.round == 50 for member in world.live())
     near = {world.members[number].peer for number in range(4)}
     crossing = [
         report
         for report in world.members[0].run.reports
-        if report.round > 90 and any(peer not in near for peer in report.members)
+        if report.round > 40 and any(peer not in near for peer in report.members)
     ]
     assert crossing

@@ -57,7 +57,10 @@ def kill_one(world: World, phase: str, role: Role, delay: float, killed: list[tu
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("phase", PHASES)
 # Before anything that follows was sent; with it under way; when it has just arrived and the answers are under way.
-@pytest.mark.parametrize("delay", [0.0, 0.5 * tiny.LATENCY, 1.01 * tiny.LATENCY, 1.5 * tiny.LATENCY])
+@pytest.mark.parametrize(
+    "delay",
+    [0.0, 1.01 * tiny.LATENCY, *(pytest.param(n * tiny.LATENCY, marks=pytest.mark.slow) for n in (0.5, 1.5))],
+)
 def test_survivors_finish_the_round_or_the_next_with_the_mean_over_its_members(
     phase: str, role: Role, delay: float
 ) -> None:

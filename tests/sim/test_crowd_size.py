@@ -1,4 +1,4 @@
-"""A thousand nodes in virtual time, as CI runs them; larger worlds are `shoal lab dht`'s."""
+"""A thousand nodes in virtual time, a few hundred in CI; larger worlds are `shoal lab dht`'s."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from shoal.sim.lab_dht import Plan, trial
 from shoal.sim.lab_dht_report import success
 
 
-def main() -> None:
-    scenario = CrowdScenario(nodes=1000, seed=11, loss=0.005)
-    plan = Plan(lookups=200, records=40, victims=0, seconds=10.0)
+def main(nodes: int) -> None:
+    scenario = CrowdScenario(nodes=nodes, seed=11, loss=0.005)
+    plan = Plan(lookups=100, records=20, victims=0, seconds=10.0)
     report = run_crowd(scenario, functools.partial(trial, plan=plan, progress=lambda text: None))
     found = {
         "complaints": report.complaints(),
@@ -30,17 +30,21 @@ def main() -> None:
 
 
 @pytest.mark.process
-def test_a_thousand_nodes_join_and_find_everything_in_few_hops() -> None:
+@pytest.mark.parametrize(("nodes", "memory"), [(300, 200), pytest.param(1000, 500, marks=pytest.mark.slow)])
+def test_hundreds_of_nodes_join_and_find_everything_in_few_hops(nodes: int, memory: int) -> None:
+    """``memory``: MiB at most; 250 seen for 1000 nodes."""
     # In a process of its own: its memory is measured.
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, str(nodes)], capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["complaints"] == []
     assert found["hops"] <= found["allowed"]
     assert found["success"] == [1.0, 1.0]
     assert found["neighbours"] > 0.9
-    assert found["memory"] < 500  # 250 seen
+    assert found["memory"] < memory
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))
