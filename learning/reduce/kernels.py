@@ -94,9 +94,9 @@ class Kernels(Protocol):
         """What stands in the middle of each column of n finite values, w_0 ≤ … ≤ w_n-1 when sorted; 2 f < n.
 
         MEDIAN: the middle one, or ``0.5 a`` plus ``0.5 b`` of the two. TRIMMED: the sum of ``factor · w_i`` for i = f …
-        n-f-1, ascending. AROUND: with k = n - f and the median μ, the sum of ``factor · v_r`` for r = 0 … k-1, where v_r
-        is w_r, but for r < f it is w_r+k where ``w_r+k - μ < μ - w_r``: the k values nearest to μ, of two equally near
-        the smaller. Before all this -0 becomes 0.
+        n-f-1, ascending. AROUND: with k = n - f and the median μ, the sum of ``factor · v_r`` for r = 0 … k-1, where
+        v_r is w_r, but for r < f it is w_r+k where ``w_r+k - μ < μ - w_r``: the k values nearest to μ, of two equally
+        near the smaller. Before all this -0 becomes 0.
 
         ``network``: pairs (i, j), i < j < n, of compare-and-swaps that put all rows in order that the kind looks at
         (``aggregate/order.py``). The pure path sorts without it.

@@ -162,7 +162,8 @@ def _median(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """Of sorted ``rows`` (n, columns)."""
     low, high = rows[(len(rows) - 1) // 2], rows[len(rows) // 2]
     half = np.float32(0.5)
-    return low if len(rows) % 2 else low * half + high * half
+    middle: NDArray[np.float32] = low if len(rows) % 2 else low * half + high * half
+    return middle
 
 
 def _codes(kind: int, length: int) -> int:
