@@ -135,12 +135,13 @@ class Aggregator:
         decision: Decision | None,
         out: Tensor,
         weights: Sequence[float] | None = None,
-    ) -> None:
+    ) -> bool:
         """The result of one slice to ``out`` (d,), which is none of the ``slices`` (d,).
 
         ``slices`` in PeerId order, as for the Gram matrix; ``decision`` None where :attr:`needs_gram` is False. The
-        same bits on every machine for the same decision, however the vectors are cut. Blocks; large slices belong on a
-        thread.
+        same bits on every machine for the same decision, however the vectors are cut. False when a value is not finite,
+        for rules without a decision (a Gram matrix shows it); ``out`` is anything then. Blocks: large slices belong on
+        a thread.
         """
         linear = isinstance(self.rule, GramRule) or (self.before and self.rule.linear(1) is not None)
         if decision is None:
@@ -150,12 +151,13 @@ class Aggregator:
             raise ProtocolMisuse(f"{self}: a decision {decision.matrix.shape} for {len(slices)} rows")
         if decision is None:
             assert isinstance(self.rule, CoordinateRule)
-            self.rule.combine(slices, weights, out)
+            return self.rule.combine(slices, weights, out)
         elif isinstance(self.rule, GramRule) or linear:
             linear_combination(slices, decision.matrix[0], out)
         else:
             for where, rows in mixed(slices, decision.matrix):
                 self.rule.combine(rows, None, out[where])
+        return True
 
 
 def _carried(gram: Floats, matrix: Floats) -> Floats:

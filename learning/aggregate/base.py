@@ -66,10 +66,10 @@ class CoordinateRule(Stage):
         return None
 
     @abstractmethod
-    def combine(self, rows: Sequence[Tensor], weights: Sequence[float] | None, out: Tensor) -> None:
-        """``rows``: at least one, (d,), float32, contiguous, on the CPU, finite; the result to ``out`` (d,), which is
-        none of them. ``weights`` are what contributors say of themselves: only the mean, which trusts them anyway,
-        listens.
+    def combine(self, rows: Sequence[Tensor], weights: Sequence[float] | None, out: Tensor) -> bool:
+        """``rows``: at least one, (d,), float32, contiguous, on the CPU; the result to ``out`` (d,), which is none of
+        them. False when a value is not finite; ``out`` is anything then. ``weights`` are what contributors say of
+        themselves: only the mean, which trusts them anyway, listens.
         """
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import attrs
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...transport.errors import ConfigError
-from .. import defaults, exact
+from .. import exact
 from .aggregator import Aggregator, Decision
 from .base import Floats
 from .linear import partial_gram
@@ -62,23 +62,14 @@ def aggregate(
             _refuse(i, rows[i], n)
         decision = aggregator.decide(gram, n, seed)
         aggregator.combine(rows, decision, out, weights)
-    else:
-        for where in _pieces(len(out), n):
-            parts = [row[where] for row in rows]
-            for i, part in enumerate(parts):
-                if exact.check_finite(part) is not None:
-                    _refuse(i, rows[i], n)
-            aggregator.combine(parts, None, out[where], weights)
+    elif not aggregator.combine(rows, None, out, weights):
+        for i, row in enumerate(rows):
+            if exact.check_finite(row) is not None:
+                _refuse(i, row, n)
     if decision is None:
         return Result(out)
     coefficients = decision.matrix[0] if len(decision.matrix) == 1 else None
     return Result(out, coefficients, decision.quality)
-
-
-def _pieces(d: int, n: int) -> Iterator[slice]:
-    step = max(defaults.AGGREGATE_CHUNK // n, 1)
-    for start in range(0, d, step):
-        yield slice(start, min(start + step, d))
 
 
 def _rows(vectors: Vectors) -> list[Tensor]:

@@ -24,5 +24,5 @@ class Meamed(CoordinateRule):
     def check(self, n: int) -> None:
         majority(self, n, self.f)
 
-    def combine(self, rows: Sequence[Tensor], weights: Sequence[float] | None, out: Tensor) -> None:
-        middle(rows, range(len(rows)), kernels.AROUND, self.f, len(rows) - self.f, out)
+    def combine(self, rows: Sequence[Tensor], weights: Sequence[float] | None, out: Tensor) -> bool:
+        return middle(rows, range(len(rows)), kernels.AROUND, self.f, len(rows) - self.f, out)

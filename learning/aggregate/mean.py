@@ -22,5 +22,7 @@ class Mean(CoordinateRule):
     def linear(self, n: int) -> Floats:
         return np.full(n, 1.0 / n)
 
-    def combine(self, rows: Sequence[Tensor], weights: Sequence[float] | None, out: Tensor) -> None:
+    def combine(self, rows: Sequence[Tensor], weights: Sequence[float] | None, out: Tensor) -> bool:
         exact.weighted_mean(rows, [1.0] * len(rows) if weights is None else weights, out=out)
+        # What is not finite stays so in a sum, even with a weight of 0; but a sum of finite values may overflow.
+        return exact.check_finite(out) is None or all(exact.check_finite(row) is None for row in rows)

@@ -19,6 +19,6 @@ class Median(CoordinateRule):
 
     name: ClassVar[str] = "median"
 
-    def combine(self, rows: Sequence[Tensor], weights: Sequence[float] | None, out: Tensor) -> None:
+    def combine(self, rows: Sequence[Tensor], weights: Sequence[float] | None, out: Tensor) -> bool:
         n = len(rows)
-        middle(rows, range((n - 1) // 2, n // 2 + 1), kernels.MEDIAN, 0, 1, out)
+        return middle(rows, range((n - 1) // 2, n // 2 + 1), kernels.MEDIAN, 0, 1, out)

@@ -13,12 +13,12 @@ from .. import exact
 from ..reduce import kernels
 
 
-def middle(rows: Sequence[Tensor], wanted: range, kind: int, f: int, parts: int, out: Tensor) -> None:
+def middle(rows: Sequence[Tensor], wanted: range, kind: int, f: int, parts: int, out: Tensor) -> bool:
     """``kernels.middle`` over ``rows``: ``wanted`` are the places, in order, that it looks at; it adds up ``parts`` of
-    them with the factor 1/parts."""
+    them with the factor 1/parts. Whether all values are finite."""
     arrays = tuple(exact.array_of(row) for row in rows)
     exact.flush_denormals()
-    kernels.active.middle(arrays, network(len(rows), wanted), kind, f, 1.0 / parts, exact.array_of(out))
+    return kernels.active.middle(arrays, network(len(rows), wanted), kind, f, 1.0 / parts, exact.array_of(out))
 
 
 @functools.lru_cache(maxsize=256)

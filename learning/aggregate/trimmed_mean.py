@@ -24,6 +24,6 @@ class TrimmedMean(CoordinateRule):
     def check(self, n: int) -> None:
         majority(self, n, self.f)
 
-    def combine(self, rows: Sequence[Tensor], weights: Sequence[float] | None, out: Tensor) -> None:
+    def combine(self, rows: Sequence[Tensor], weights: Sequence[float] | None, out: Tensor) -> bool:
         n = len(rows)
-        middle(rows, range(self.f, n - self.f), kernels.TRIMMED, self.f, n - 2 * self.f, out)
+        return middle(rows, range(self.f, n - self.f), kernels.TRIMMED, self.f, n - 2 * self.f, out)

@@ -42,6 +42,13 @@ static const int32_t LEAST = 0x0d800000; /* bits of 2^-100: smaller blocks are c
 static const int32_t INFINITE = 0x7f800000;
 static const int32_t MAGNITUDE = 0x7fffffff;
 
+/* Lines of the next block on their way while this one is worked on. */
+#if defined(__GNUC__) || defined(__clang__)
+#define PREFETCH(at) __builtin_prefetch(at)
+#else
+#define PREFETCH(at) ((void)0)
+#endif
+
 INLINE int32_t bits_of(float value)
 {
     int32_t bits;
@@ -412,13 +419,21 @@ INLINE void add_row(float *RESTRICT sum, const float *RESTRICT row, float c, siz
             sum[i] += c * row[i];
 }
 
-INLINE void middle_block(float *RESTRICT out, const float *const *x, size_t m, size_t start, size_t n,
-                         const uint16_t *pairs, size_t count, enum middle kind, size_t f, float c, float *rows)
+/* Returns the largest magnitude as bits, as `largest`. */
+INLINE int32_t middle_block(float *RESTRICT out, const float *const *x, size_t m, size_t start, size_t n,
+                            size_t ahead, const uint16_t *pairs, size_t count, enum middle kind, size_t f, float c,
+                            float *rows)
 {
+    int32_t most = 0;
     for (size_t r = 0; r < m; r++) {
         const float *row = x[r] + start;
-        for (size_t i = 0; i < n; i++)
-            rows[r * WIDTH + i] = row[i] + 0.0f; /* -0 becomes 0, denormals as the thread is set: one value, one bit pattern */
+        for (size_t i = 0; i < n; i++) {
+            int32_t bits = bits_of(row[i]) & MAGNITUDE;
+            most = bits > most ? bits : most;
+            rows[r * WIDTH + i] = row[i] + 0.0f; /* -0 becomes 0, denormals what the thread makes of them */
+        }
+        for (size_t i = n; i < n + ahead; i += 16)
+            PREFETCH(row + i);
     }
     for (size_t k = 0; k < count; k++)
         compare(rows + pairs[2 * k] * (size_t)WIDTH, rows + pairs[2 * k + 1] * (size_t)WIDTH, n);
@@ -439,16 +454,25 @@ INLINE void middle_block(float *RESTRICT out, const float *const *x, size_t m, s
         for (size_t r = f; r < m - f; r++)
             add_row(out, rows + r * WIDTH, c, n, r == 0);
     }
+    return most;
 }
 
-INLINE void middle_body(float *out, const float *const *x, size_t m, size_t n, const uint16_t *pairs, size_t count,
-                        enum middle kind, size_t f, float c, float *rows)
+/* Whether all values are finite; if not, out is anything. */
+INLINE int middle_body(float *out, const float *const *x, size_t m, size_t n, const uint16_t *pairs, size_t count,
+                       enum middle kind, size_t f, float c, float *rows)
 {
     size_t start = 0;
-    for (; n - start >= WIDTH; start += WIDTH)
-        middle_block(out + start, x, m, start, WIDTH, pairs, count, kind, f, c, rows);
-    if (start < n)
-        middle_block(out + start, x, m, start, n - start, pairs, count, kind, f, c, rows);
+    int32_t most = 0;
+    for (; n - start >= WIDTH; start += WIDTH) {
+        size_t ahead = n - start - WIDTH < WIDTH ? n - start - WIDTH : WIDTH;
+        int32_t bits = middle_block(out + start, x, m, start, WIDTH, ahead, pairs, count, kind, f, c, rows);
+        most = bits > most ? bits : most;
+    }
+    if (start < n) {
+        int32_t bits = middle_block(out + start, x, m, start, n - start, 0, pairs, count, kind, f, c, rows);
+        most = bits > most ? bits : most;
+    }
+    return most < INFINITE;
 }
 
 /* --- inner products: float64 sums of products of float32, which are exact ---------------------------------------------- */
@@ -501,6 +525,10 @@ INLINE void gram_body(double *out, const float *const *x, size_t m, size_t n, do
             convert_body(panel, x, m, start, PANEL);
         else
             convert_body(panel, x, m, start, n - start);
+        size_t ahead = n - start > PANEL ? (n - start - PANEL < PANEL ? n - start - PANEL : PANEL) : 0;
+        for (size_t r = 0; r < m; r++)
+            for (size_t k = 0; k < ahead; k += 16)
+                PREFETCH(x[r] + start + PANEL + k);
         for (size_t j = 0; j < padded; j += COLUMNS)
             for (size_t i = 0; i < j + COLUMNS; i += rows, at += each)
                 tile(panel + i * PANEL, panel + j * PANEL, at);
@@ -551,8 +579,8 @@ struct level {
     void (*block)(enum kind, const uint8_t *, float, float *, size_t, enum how);
     int (*int8_wrong)(const uint8_t *, size_t);
     void (*topk)(const float *, size_t, size_t, uint32_t *);
-    void (*middle)(float *, const float *const *, size_t, size_t, const uint16_t *, size_t, enum middle, size_t, float,
-                   float *);
+    int (*middle)(float *, const float *const *, size_t, size_t, const uint16_t *, size_t, enum middle, size_t, float,
+                  float *);
     void (*gram)(double *, const float *const *, size_t, size_t, double *, double *);
 };
 
@@ -565,10 +593,10 @@ struct level {
     }
 
 #define ORDER(tag, attribute, rows, vector)                                                                             \
-    attribute static void middle_##tag(float *out, const float *const *x, size_t m, size_t n, const uint16_t *pairs,    \
-                                       size_t count, enum middle kind, size_t f, float c, float *rows_)                 \
+    attribute static int middle_##tag(float *out, const float *const *x, size_t m, size_t n, const uint16_t *pairs,     \
+                                      size_t count, enum middle kind, size_t f, float c, float *rows_)                  \
     {                                                                                                                   \
-        middle_body(out, x, m, n, pairs, count, kind, f, c, rows_);                                                     \
+        return middle_body(out, x, m, n, pairs, count, kind, f, c, rows_);                                              \
     }                                                                                                                   \
     attribute static void gram_##tag(double *out, const float *const *x, size_t m, size_t n, double *panel,             \
                                      double *sums)                                                                      \
@@ -779,7 +807,7 @@ static PyObject *py_middle(PyObject *self, PyObject *args)
     PyObject *inputs, *result = NULL;
     Py_buffer out, pairs;
     struct vectors all = {0};
-    int kind;
+    int kind, good;
     Py_ssize_t f;
     float c, *rows = NULL;
     if (!PyArg_ParseTuple(args, "O!y*infw*", &PyTuple_Type, &inputs, &pairs, &kind, &f, &c, &out))
@@ -796,10 +824,10 @@ static PyObject *py_middle(PyObject *self, PyObject *args)
         goto end;
     }
     Py_BEGIN_ALLOW_THREADS
-    active->middle(out.buf, all.x, (size_t)all.count, (size_t)out.len / 4, pairs.buf, (size_t)pairs.len / 4,
-                   (enum middle)kind, (size_t)f, c, rows);
+    good = active->middle(out.buf, all.x, (size_t)all.count, (size_t)out.len / 4, pairs.buf, (size_t)pairs.len / 4,
+                          (enum middle)kind, (size_t)f, c, rows);
     Py_END_ALLOW_THREADS
-    result = Py_NewRef(Py_None);
+    result = PyBool_FromLong(good);
 end:
     PyMem_Free(rows);
     let_go(&all);

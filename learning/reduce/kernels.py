@@ -90,8 +90,9 @@ class Kernels(Protocol):
         f: int,
         factor: float,
         out: NDArray[np.float32],
-    ) -> None:
-        """What stands in the middle of each column of n finite values, w_0 ≤ … ≤ w_n-1 when sorted; 2 f < n.
+    ) -> bool:
+        """What stands in the middle of each column of n values, when sorted w_0 ≤ … ≤ w_n-1; 2 f < n. Whether all are
+        finite: if not, the result is anything.
 
         MEDIAN: the middle one, or ``0.5 a`` plus ``0.5 b`` of the two. TRIMMED: the sum of ``factor · w_i`` for i = f …
         n-f-1, ascending. AROUND: with k = n - f and the median μ, the sum of ``factor · v_r`` for r = 0 … k-1, where

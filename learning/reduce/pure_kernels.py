@@ -131,7 +131,7 @@ def middle(
     f: int,
     factor: float,
     out: NDArray[np.float32],
-) -> None:
+) -> bool:
     n, step = len(vectors), max(1, defaults.EXACT_CHUNK // len(vectors))
     for start in range(0, len(out), step):
         end = min(start + step, len(out))
@@ -147,6 +147,7 @@ def middle(
                 low, high, median = rows[:f], rows[n - f :], _median(rows)
                 chosen = np.concatenate((np.where(high - median < median - low, high, low), chosen))
             mean(tuple(chosen), np.full(len(chosen), factor, np.float32), out[start:end])
+    return all(finite(vector) for vector in vectors)
 
 
 def gram(vectors: tuple[NDArray[np.float32], ...], n: int, out: NDArray[np.float64]) -> None:
