@@ -9,15 +9,16 @@ import numpy as np
 
 from .. import defaults
 from .base import Floats, GramRule, Verdict, count, not_negative, positive
-from .geometry import squared_distances_to
+from .geometry import inverse, squared_distances, squared_distances_to
 
 
 @attrs.frozen
 class GeometricMedian(GramRule):
     """z = argmin Σ ‖x_i - z‖, where a distance below ``nu`` counts as (‖·‖²/ν + ν)/2 (RFA's smoothed objective).
 
-    Algorithm 2: β_i = 1 / max(ν, ‖x_i - z‖), z ← Σ β_i x_i / Σ β_i, from z = 0, until a step is shorter than
-    ``tolerance`` times the mean distance, at most ``iterations`` times. Tolerates any f with n > 2 f.
+    Algorithm 2: β_i = 1 / max(ν, ‖x_i - z‖), z ← Σ β_i x_i / Σ β_i, until a step is shorter than ``tolerance`` times
+    the mean distance, at most ``iterations`` times. From z = 0; but where a vector is itself the median, which the
+    iteration may approach too slowly, from there (unless ``tolerance`` is 0). Tolerates any f with n > 2 f.
 
     byzfl's is ``nu=0.1,iterations=3,tolerance=0``, which has not converged. Quality: β_i over the largest.
     """
@@ -29,7 +30,7 @@ class GeometricMedian(GramRule):
     iterations: int = attrs.field(default=defaults.AGGREGATE_ITERATIONS, validator=count)
 
     def decide(self, gram: Floats, n: int) -> Verdict:
-        z = np.zeros(n)
+        z = at_a_vector(gram) if self.tolerance else np.zeros(n)
         beta = np.ones(n)
         for _ in range(self.iterations):
             distances = np.sqrt(squared_distances_to(gram, z))
@@ -39,3 +40,17 @@ class GeometricMedian(GramRule):
             if step @ gram @ step <= (self.tolerance * distances.mean()) ** 2:
                 break
         return Verdict(z, beta / beta.max())
+
+
+def at_a_vector(gram: Floats) -> Floats:
+    """Coefficients of the vector that is the geometric median, zeros when none is: x_i is, when the unit vectors from
+    it to the others add up to no more than the number of vectors that lie at x_i (Kuhn 1973)."""
+    distances = np.sqrt(squared_distances(gram))
+    pulls = inverse(distances)  # Σ_j (x_j - x_i) / ‖x_j - x_i‖ = X (pulls_i - (Σ_j pulls_ij) e_i)
+    pulls -= np.diag(pulls.sum(axis=1))
+    lengths = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", pulls, gram, pulls), 0.0))
+    median = np.zeros(len(gram))
+    excess = lengths - (distances == 0).sum(axis=1)
+    best = int(np.argmin(excess))
+    median[best] = float(excess[best] <= 0)
+    return median

@@ -46,18 +46,22 @@ def linear_combination(slices: Sequence[Tensor], coefficients: Floats, out: Tens
 
 
 def mixed(slices: Sequence[Tensor], matrix: Floats) -> Iterator[tuple[slice, list[Tensor]]]:
-    """The rows ``matrix`` (q, p) makes of the slices, piece by piece: (where, q tensors that the next piece
-    overwrites)."""
+    """The rows that ``matrix`` (q, p) makes of the slices, piece by piece: (where, q tensors that the next piece
+    overwrites). Each is a :func:`linear_combination`."""
     d, q = len(slices[0]), len(matrix)
-    step = max(defaults.AGGREGATE_CHUNK // max(len(slices), q), 1)
-    rows = torch.empty(q, min(step, d))
+    step = min(max(defaults.AGGREGATE_CHUNK // max(len(slices), q), 1), d)
+    arrays = [exact.array_of(one) for one in slices]
+    made = torch.zeros(q, step)
+    plans = [(np.flatnonzero(factors).tolist(), factors[factors != 0]) for factors in matrix.astype(np.float32)]
+    exact.flush_denormals()
     for start in range(0, d, step):
         where = slice(start, min(start + step, d))
-        parts = [one[where] for one in slices]
-        made = [row[: where.stop - start] for row in rows]
-        for row, coefficients in zip(made, matrix, strict=True):
-            linear_combination(parts, coefficients, row)
-        yield where, made
+        parts = [array[where] for array in arrays]
+        rows = [row[: where.stop - start] for row in made]
+        for row, (used, factors) in zip(rows, plans, strict=True):
+            if used:
+                kernels.active.mean(tuple(parts[i] for i in used), factors, row.numpy())
+        yield where, rows
 
 
 def fault(gram: Floats, p: int) -> str | None:
