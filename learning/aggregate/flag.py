@@ -13,6 +13,9 @@ from .geometry import inverse, norms, points
 #: Added to 1 - v before roots of it are taken, as in the authors' code.
 _EPSILON = 1e-7
 
+#: Squared distances below this share of the squared lengths are none: what float32 could not tell apart has no direction.
+_EQUAL = 1e-12
+
 
 @attrs.frozen
 class Flag(GramRule):
@@ -110,6 +113,8 @@ class Pairs:
         self.factor = rule.lam / max(p - 1, 1)
         self.lam = rule.lam / max(p * (p - 1), 1)
         self.lengths = self._squares(vectors)
+        sizes = (vectors**2).sum(axis=0)
+        self.lengths[self.lengths <= _EQUAL * (sizes[:, None] + sizes[None, :])] = 0.0
         self.apart = (self.lengths > 0).astype(np.float64)
 
     def _squares(self, rows: Floats) -> Floats:

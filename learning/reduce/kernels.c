@@ -478,6 +478,7 @@ INLINE int middle_body(float *out, const float *const *x, size_t m, size_t n, co
 /* --- inner products: float64 sums of products of float32, which are exact ---------------------------------------------- */
 
 enum { PANEL = 128, COLUMNS = 4 }; /* elements converted at a time (16 KiB of 16 rows); columns of a tile */
+enum { PANELS = 64 }; /* panels before sums of lanes are added up: short sums round less */
 
 /* Sums of `rows` x COLUMNS pairs, `lanes` of each, over one panel. A product of two float32 is exact in float64, so a fused
  * multiply-add gives the bits of the two operations. */
@@ -514,11 +515,30 @@ INLINE void convert_body(double *RESTRICT panel, const float *const *x, size_t m
     }
 }
 
+/* Adds what the lanes of each tile hold to the upper triangle of out (m, m), and empties them. */
+INLINE void collect(double *RESTRICT out, double *RESTRICT sums, size_t m, size_t rows, size_t lanes)
+{
+    size_t padded = (m + COLUMNS - 1) / COLUMNS * COLUMNS;
+    for (size_t j = 0; j < padded; j += COLUMNS)
+        for (size_t i = 0; i < j + COLUMNS; i += rows)
+            for (size_t a = i; a < i + rows; a++)
+                for (size_t b = j; b < j + COLUMNS; b++) {
+                    double total = 0.0;
+                    for (size_t l = 0; l < lanes; l++, sums++) {
+                        total += *sums;
+                        *sums = 0.0;
+                    }
+                    if (a <= b && b < m)
+                        out[a * m + b] += total;
+                }
+}
+
 /* `panel`: (m rounded up to COLUMNS) x PANEL zeros; `sums`: zeros, rows * COLUMNS * lanes for each tile. */
 INLINE void gram_body(double *out, const float *const *x, size_t m, size_t n, double *panel, double *sums, size_t rows,
                       size_t lanes, void (*tile)(const double *, const double *, double *))
 {
-    size_t padded = (m + COLUMNS - 1) / COLUMNS * COLUMNS, each = rows * COLUMNS * lanes;
+    size_t padded = (m + COLUMNS - 1) / COLUMNS * COLUMNS, each = rows * COLUMNS * lanes, done = 0;
+    memset(out, 0, m * m * sizeof(double));
     for (size_t start = 0; start < n; start += PANEL) {
         double *at = sums;
         if (n - start >= PANEL)
@@ -532,18 +552,13 @@ INLINE void gram_body(double *out, const float *const *x, size_t m, size_t n, do
         for (size_t j = 0; j < padded; j += COLUMNS)
             for (size_t i = 0; i < j + COLUMNS; i += rows, at += each)
                 tile(panel + i * PANEL, panel + j * PANEL, at);
+        if (++done % PANELS == 0)
+            collect(out, sums, m, rows, lanes);
     }
-    double *at = sums;
-    for (size_t j = 0; j < padded; j += COLUMNS)
-        for (size_t i = 0; i < j + COLUMNS; i += rows)
-            for (size_t a = i; a < i + rows; a++)
-                for (size_t b = j; b < j + COLUMNS; b++) {
-                    double total = 0.0;
-                    for (size_t l = 0; l < lanes; l++)
-                        total += *at++;
-                    if (a <= b && b < m)
-                        out[a * m + b] = out[b * m + a] = total;
-                }
+    collect(out, sums, m, rows, lanes);
+    for (size_t a = 0; a < m; a++)
+        for (size_t b = 0; b < a; b++)
+            out[a * m + b] = out[b * m + a];
 }
 
 /* What gram_body needs for any level, in doubles: 8 lanes, 4 rows at most. */

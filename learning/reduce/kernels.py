@@ -107,8 +107,8 @@ class Kernels(Protocol):
         """All inner products of vectors of ``n`` elements to ``out``, float64 (len(vectors), len(vectors)).
 
         Products are exact; they are added in float64 in any order, so bits may differ between machines and paths:
-        each sum by at most (n/2 + 16) 2^-53 Σ|x_i y_i|, typically by some 1e-15 of it. Symmetric, and equal pairs of
-        vectors give equal bits with the native kernels. Not finite on the diagonal where a vector is not.
+        each sum is off by at most (n/8192 + 1100) 2^-53 Σ|x_i y_i|, typically by 1e-15 of it. Symmetric, and equal
+        pairs of vectors give equal bits with the native kernels. Not finite on the diagonal where a vector is not.
         """
 
 
