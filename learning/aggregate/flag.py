@@ -13,7 +13,7 @@ from .geometry import inverse, norms, points
 #: Added to 1 - v before roots of it are taken, as in the authors' code.
 _EPSILON = 1e-7
 
-#: Squared distances below this share of the squared lengths are none: what float32 could not tell apart has no direction.
+#: Squared distances below this share of the squared lengths are none: float32 cannot tell such vectors apart.
 _EQUAL = 1e-12
 
 

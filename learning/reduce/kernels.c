@@ -667,7 +667,12 @@ LEVEL(portable, )
 ORDER(avx2, __attribute__((target("avx2,fma"))), 2, __m256d)
 LEVEL(avx2, __attribute__((target("avx2"))))
 /* The loops that wait for memory gain nothing from longer vectors. */
-ORDER(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))), 4, __m512d)
+#if defined(__clang__)
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#else /* gcc takes vectors of half the length where it is not told */
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
+#endif
+ORDER(avx512, WIDE, 4, __m512d)
 static const struct level level_avx512 = {
     "avx512", finite_avx2, mean_avx2, fp32_avx2, bf16_avx2, bf16_encode_avx2,
     encode_avx2, block_avx2, int8_wrong_avx2, topk_avx2, middle_avx512, gram_avx512,

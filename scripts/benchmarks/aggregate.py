@@ -52,7 +52,7 @@ CASES = (
     Case("geometric_median", "gram"),
     Case("centered_clipping:tau=100", "gram", (("CenteredClipping", {}),)),
     Case("monna:f={f}", "gram", (("MoNNA", {"f": "{f}"}),)),
-    Case("caf:f={f}", "gram", (("CAF", {"f": "{f}"}),)),
+    Case("caf:f={f}", "gram", (("CAF", {"f": "{f}"}),), large=False),
     Case("mda:f={f}", "gram", (("MDA", {"f": "{f}"}),), large=False),
     Case("arc+multikrum:f={f},definition=byzfl", "gram", (("ARC", {"f": "{f}"}), ("MultiKrum", {"f": "{f}"}))),
     Case("nnm+trimmed_mean:f={f}", "coordinate", (("NNM", {"f": "{f}"}), ("TrMean", {"f": "{f}"})), large=False),
