@@ -34,13 +34,14 @@ class Decision:
 
     @classmethod
     def read(cls, data: bytes | memoryview, p: int) -> Self:
-        """From :attr:`data`. ``ValueError`` for what is no matrix of p columns and 1 … p rows of finite numbers."""
+        """From :attr:`data`. ``ValueError`` for what is no matrix of p columns and 1 … p rows of numbers that float32
+        holds."""
         size = memoryview(data).nbytes
         if p < 1 or size % (8 * p) or not 0 < size // (8 * p) <= p:
             raise ValueError(f"{size} bytes are no coefficients for {p} rows")
         matrix = np.frombuffer(data, dtype="<f8").astype(np.float64).reshape(-1, p)
-        if not np.isfinite(matrix).all():
-            raise ValueError("a coefficient is not finite")
+        if not (np.abs(matrix) <= np.finfo(np.float32).max).all():
+            raise ValueError("a coefficient is no finite float32")
         return cls(matrix)
 
     def differs(self, own: Decision, gram: Floats) -> str | None:

@@ -13,20 +13,19 @@ from .geometry import squared_distances_to
 
 @attrs.frozen
 class CenteredClipping(GramRule):
-    """v ← v + (1/n) Σ (x_i - v) min(1, τ / ‖x_i - v‖), ``iterations`` times, from the last result (0 when there is
-    none).
+    """v ← v + (1/n) Σ (x_i - v) min(1, τ / ‖x_i - v‖), ``iterations`` times, from the last result, or from 0.
 
-    The last result is one more row of the Gram matrix: the rule itself has no state. ``tau`` is a length, or with
-    ``unit=median`` a multiple of the median distance ‖x_i - v‖ of each iteration, which follows the size of the
-    vectors. Quality: min(1, τ / ‖x_i - v‖) of the last iteration.
+    The last result is one more row of the Gram matrix: the rule itself has no state. ``tau`` is in median distances
+    ‖x_i - v‖ (of each iteration), which follow the size of the vectors; with ``unit=length`` a length, as in the paper.
+    Quality: min(1, τ / ‖x_i - v‖) of the last iteration.
     """
 
     name: ClassVar[str] = "centered_clipping"
     reference: ClassVar[bool] = True
 
-    tau: float = attrs.field(default=10.0, validator=positive)
+    tau: float = attrs.field(default=1.0, validator=positive)
     iterations: int = attrs.field(default=1, validator=count)
-    unit: str = attrs.field(default="length", validator=one_of("length", "median"))
+    unit: str = attrs.field(default="median", validator=one_of("median", "length"))
 
     def decide(self, gram: Floats, n: int) -> Verdict:
         v = np.zeros(len(gram))

@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 
 from .. import defaults
-from .base import Floats, GramRule, Verdict, count, not_negative, positive
+from .base import Floats, GramRule, Verdict, count, not_negative, one_of, positive
 from .geometry import inverse, squared_distances, squared_distances_to
 
 
@@ -20,13 +20,16 @@ class GeometricMedian(GramRule):
     the mean distance, at most ``iterations`` times. From z = 0; but where a vector is itself the median, which the
     iteration may approach too slowly, from there (unless ``tolerance`` is 0). Tolerates any f with n > 2 f.
 
-    byzfl's is ``nu=0.1,iterations=3,tolerance=0``, which has not converged. Quality: β_i over the largest.
+    ``nu`` is in median distances ‖x_i - z‖ (of each step; where that is 0, in smallest ones above), with
+    ``unit=length`` a length, as in the paper: vectors much smaller than that would just be averaged. byzfl's is
+    ``nu=0.1,unit=length,iterations=3,tolerance=0``, which has not converged. Quality: β_i over the largest.
     """
 
     name: ClassVar[str] = "geometric_median"
 
     nu: float = attrs.field(default=1e-6, validator=positive)
     tolerance: float = attrs.field(default=1e-9, validator=not_negative)
+    unit: str = attrs.field(default="median", validator=one_of("median", "length"))
     iterations: int = attrs.field(default=defaults.AGGREGATE_ITERATIONS, validator=count)
 
     def decide(self, gram: Floats, n: int) -> Verdict:
@@ -34,12 +37,18 @@ class GeometricMedian(GramRule):
         beta = np.ones(n)
         for _ in range(self.iterations):
             distances = np.sqrt(squared_distances_to(gram, z))
-            beta = 1.0 / np.maximum(distances, self.nu)
+            beta = 1.0 / np.maximum(distances, self.nu * (scale(distances) if self.unit == "median" else 1.0))
             before, z = z, beta / beta.sum()
             step = z - before
             if step @ gram @ step <= (self.tolerance * distances.mean()) ** 2:
                 break
         return Verdict(z, beta / beta.max())
+
+
+def scale(distances: Floats) -> float:
+    """The median distance; where that is 0, the smallest above; where all are 0, 1."""
+    above = distances[distances > 0]
+    return float(np.median(distances)) or (float(above.min()) if len(above) else 1.0)
 
 
 def at_a_vector(gram: Floats) -> Floats:

@@ -865,8 +865,8 @@ static PyObject *py_gram(PyObject *self, PyObject *args)
     char *memory = NULL;
     if (!PyArg_ParseTuple(args, "O!nw*", &PyTuple_Type, &inputs, &n, &out))
         return NULL;
-    if (n < 0 || n > PY_SSIZE_T_MAX / 4) {
-        PyErr_Format(PyExc_ValueError, "vectors of %zd elements", n);
+    if (n < 0 || n > PY_SSIZE_T_MAX / 4 || PyTuple_Size(inputs) < 1) {
+        PyErr_Format(PyExc_ValueError, "%zd vectors of %zd elements", PyTuple_Size(inputs), n);
         goto end;
     }
     if (!hold(&all, inputs, 4 * n) || !size_is(&out, (size_t)(all.count * all.count) * 8, "inner products"))

@@ -88,7 +88,7 @@ def test_vectors_of_length_one_and_their_mean() -> None:
         "clipping:c=3+geometric_median",
         "arc+nnm+flag:f={f}",
         "nnm+caf:f={f}",
-        "nnm+centered_clipping:f={f},tau=2,iterations=2",
+        "nnm+centered_clipping:f={f},tau=2,iterations=2,unit=length",
         "bucketing:s=1+median",
         "arc+mean:f={f}",
     ],
@@ -112,7 +112,7 @@ def test_the_last_result_passes_by_what_stands_before_the_rule() -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((9, 6)).astype(np.float32)
     last = rng.standard_normal(6).astype(np.float32) * 5
-    rule = resolve("bucketing:s=2+centered_clipping:tau=0.5,iterations=3")
+    rule = resolve("bucketing:s=2+centered_clipping:tau=0.5,iterations=3,unit=length")
     chain = aggregate(x, rule, reference=_tensor(last), seed=4)
     matrix = rule.before[0].matrix(np.eye(9), 4)
     alone = aggregate((matrix @ x).astype(np.float32), str(rule.rule), reference=_tensor(last))

@@ -145,10 +145,19 @@ def test_coefficients_that_differ_among_equal_vectors_are_the_same_decision() ->
 
 
 @pytest.mark.parametrize(
-    ("data", "p"), [(b"", 3), (b"12345678", 3), (bytes(24 * 4), 3), (bytes(24), 0), (b"\xff" * 24, 3), (bytes(25), 3)]
+    ("data", "p"),
+    [
+        (b"", 3),
+        (b"12345678", 3),
+        (bytes(24 * 4), 3),
+        (bytes(24), 0),
+        (b"\xff" * 24, 3),
+        (bytes(25), 3),
+        (bytes([0] * 6 + [0x60, 0x7F]) * 3, 3),
+    ],
 )
 def test_bytes_that_are_no_decision_are_refused(data: bytes, p: int) -> None:
-    with pytest.raises(ValueError, match="bytes are no coefficients|not finite"):
+    with pytest.raises(ValueError, match="bytes are no coefficients|no finite float32"):
         Decision.read(data, p)
 
 

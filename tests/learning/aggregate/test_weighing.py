@@ -42,11 +42,20 @@ def test_a_majority_at_one_place_is_the_geometric_median() -> None:
 @needs_byzfl
 @pytest.mark.parametrize("steps", [1, 3, 10])
 def test_the_geometric_median_takes_the_steps_of_byzfl_in_a_thousand_cases(steps: int) -> None:
-    text = f"geometric_median:nu=0.1,iterations={steps},tolerance=0"
+    text = f"geometric_median:nu=0.1,unit=length,iterations={steps},tolerance=0"
     for case in examples(1000):
         ours = aggregate(case.x, text).vector.numpy()
         theirs = byzfl.GeometricMedian(nu=0.1, T=steps)(case.wide)
         assert near(ours, theirs, float(np.median(np.abs(case.wide).max(axis=1))) + 1.0), case
+
+
+def test_tiny_vectors_have_a_median_too() -> None:
+    rng = np.random.default_rng(1)
+    x = (rng.standard_normal((9, 20)) * 1e-9).astype(np.float32)
+    x[:3] = 1e-4
+    for text in ("geometric_median", "centered_clipping:iterations=20"):
+        assert np.abs(aggregate(x, text).vector.numpy()).max() < 4e-9
+        assert np.abs(aggregate(x, f"{text}{',' if ':' in text else ':'}unit=length").vector.numpy()).max() > 5e-8
 
 
 def clip_around(x: Floats, v: Floats, tau: float, steps: int, median: bool) -> Floats:
@@ -78,7 +87,7 @@ def test_centered_clipping_remembers_what_byzfl_does_round_after_round() -> None
         last = None
         for _ in range(3):
             theirs = stateful(case.wide)
-            last = aggregate(case.x, "centered_clipping:tau=2,iterations=2", reference=last).vector
+            last = aggregate(case.x, "centered_clipping:tau=2,iterations=2,unit=length", reference=last).vector
             assert near(last.numpy(), theirs, float(np.median(np.abs(case.wide).max(axis=1))) + 1.0, 5e-6), case
 
 
