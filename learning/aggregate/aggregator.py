@@ -107,17 +107,12 @@ class Aggregator:
         self.check(n)
         if len(gram) != n and not (self.needs_reference and len(gram) == n + 1):
             raise ProtocolMisuse(f"{self}: inner products of {len(gram)} rows, for {n} contributions")
-        p = len(gram)
-        matrix = np.eye(p)
-        rows = n
+        matrix, rows, last = np.eye(len(gram)), n, len(gram) - n
         for stage in self.before:
             step = stage.matrix(_carried(gram, matrix)[:rows, :rows], seed)
-            whole = np.eye(len(step) + p - n, rows + p - n)
+            whole = np.zeros((len(step) + last, rows + last))  # the last result passes by
             whole[: len(step), :rows] = step
-            whole[len(step) :, :rows] = 0.0
-            if p > n:
-                whole[: len(step), rows:] = 0.0
-                whole[len(step) :, rows:] = 1.0
+            whole[len(step) :, rows:] = np.eye(last)
             matrix, rows = whole @ matrix, len(step)
         if isinstance(self.rule, CoordinateRule):
             coefficients = self.rule.linear(rows)
@@ -144,21 +139,27 @@ class Aggregator:
         for rules without a decision (a Gram matrix shows it); ``out`` is anything then. Blocks: large slices belong on
         a thread.
         """
-        linear = isinstance(self.rule, GramRule) or (self.before and self.rule.linear(1) is not None)
+        p = len(slices)
         if decision is None:
-            if self.needs_gram:
+            if isinstance(self.rule, GramRule) or self.before:
                 raise ProtocolMisuse(f"{self} needs a decision to combine")
-        elif not self.needs_gram or decision.matrix.shape[1] != len(slices) or (linear and len(decision.matrix) != 1):
-            raise ProtocolMisuse(f"{self}: a decision {decision.matrix.shape} for {len(slices)} rows")
-        if decision is None:
-            assert isinstance(self.rule, CoordinateRule)
             return self.rule.combine(slices, weights, out)
-        elif isinstance(self.rule, GramRule) or linear:
+        if not self.needs_gram or decision.matrix.shape != (self._rows(p), p):
+            raise ProtocolMisuse(f"{self}: a decision {decision.matrix.shape} for {p} rows")
+        if isinstance(self.rule, GramRule) or self.rule.linear(p) is not None:
             linear_combination(slices, decision.matrix[0], out)
         else:
             for where, rows in mixed(slices, decision.matrix):
                 self.rule.combine(rows, None, out[where])
         return True
+
+    def _rows(self, n: int) -> int:
+        """How many rows the decision over ``n`` has."""
+        if isinstance(self.rule, GramRule) or self.rule.linear(n) is not None:
+            return 1
+        for stage in self.before:
+            n = stage.rows(n)
+        return n
 
 
 def _carried(gram: Floats, matrix: Floats) -> Floats:

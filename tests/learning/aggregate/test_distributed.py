@@ -192,3 +192,7 @@ def test_a_decision_of_another_size_is_a_misuse() -> None:
         rule.combine(rows, Decision(np.ones((2, 9))), torch.empty(2999))
     with pytest.raises(ProtocolMisuse, match="for 9 rows"):
         resolve("median").combine(rows, Decision(np.ones((1, 9))), torch.empty(2999))
+    with pytest.raises(ProtocolMisuse, match="for 9 rows"):
+        resolve("nnm+trimmed_mean:f=3").combine(rows, Decision(np.ones((6, 9))), torch.empty(2999))
+    with pytest.raises(ProtocolMisuse, match="for 9 rows"):
+        resolve("bucketing:s=2+median").combine(rows, Decision(np.ones((9, 9))), torch.empty(2999))
