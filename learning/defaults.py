@@ -261,3 +261,27 @@ MAX_VOUCHED = 32
 BAN_JITTER = 3.0
 #: Seconds for the last word of a member that leaves.
 LAST_WORD = 0.4
+
+# --- aggregators ------------------------------------------------------------------------------------------------------
+
+#: Elements of all rows together that are checked and combined at a time: 1 MiB of float32, half of a second cache.
+AGGREGATE_CHUNK = 1 << 18
+
+#: Steps of an iteration to convergence (IRLS, Weiszfeld) at most. Each takes some 20 µs for 16 vectors.
+AGGREGATE_ITERATIONS = 1000
+
+#: Two largest eigenvalues within this share are equal: rounding in sums of 16 products of float64, with room.
+AGGREGATE_TIE = 1e-12
+
+#: f of the minimum diameter: a search tree of at most 1.47^f nodes per question, some 10 000 of 20 µs.
+MDA_MAX_F = 24
+
+#: Sets of vectors whose eigenvalues SMEA looks at: about 1 s.
+SMEA_MAX_SETS = 100_000
+
+#: By how much inner products of others' sums may break Cauchy-Schwarz: float64 sums of 10^9 products, with room.
+GRAM_SLACK = 1e-9
+
+#: How far a result may lie from what one's own coefficients say, in its lengths; and how much larger coefficients may
+#: be.
+COEFFICIENT_TOLERANCE, COEFFICIENT_GROWTH = 1e-6, 100.0

@@ -23,6 +23,7 @@ examples:
   bench.py rpc --systems shoal,tcp --in-flight 1,8,32
   bench.py link --peer-python peers/bin/python      where trustme, grpcio, libp2p, hivemind are installed
   bench.py codecs --elements 1048576
+  bench.py aggregate --shapes 16x1e6 --peer-python peers/bin/python     where byzfl is (pip install --no-deps)
   bench.py dht --peer-python peers/bin/python       where hivemind, libp2p, kademlia are
 
 A peer that cannot run is left out, with the reason.
@@ -107,6 +108,14 @@ and bias.
 """
 
 
+AGGREGATE = """\
+Aggregators in their centralised form: n vectors of d random numbers, f a fifth of n, one thread. The check for NaN and
+infinity is part of ours. Results are compared.
+
+Beside Shoal: byzfl 0.0.11, with arrays and with tensors (of large vectors only the form that was faster before).
+"""
+
+
 KILL = """\
 One of four processes ends itself with SIGKILL at a given point of a round of the group reduce, in the middle of a
 transfer where the point is one: the time from there to the moment at which the last survivor holds the committed
@@ -140,6 +149,14 @@ def numbers(text: str) -> tuple[int, ...]:
     if not values or min(values) < 1:
         raise argparse.ArgumentTypeError(f"expected positive numbers with commas between, got {text!r}")
     return values
+
+
+def shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """``16x1000000,32x1e7``: vectors and their elements."""
+    found = tuple((int(n), int(float(d))) for n, d in (part.split("x") for part in text.split(",")))
+    if min(min(shape) for shape in found) < 1:
+        raise argparse.ArgumentTypeError(f"expected NxD,… with positive numbers, got {text!r}")
+    return found
 
 
 def _some_of(known: tuple[str, ...], text: str) -> tuple[str, ...]:
@@ -209,6 +226,18 @@ def arguments() -> argparse.ArgumentParser:
         "topology", help="schedules over random meshes, predicted", description=TOPOLOGY, formatter_class=shape
     )
     ten.add_argument("--seed", type=int, default=0, metavar="S", help="of the meshes (default: 0)")
+    eleven = commands.add_parser(
+        "aggregate", help="aggregators beside byzfl", description=AGGREGATE, formatter_class=shape
+    )
+    eleven.add_argument(
+        "--shapes",
+        type=shapes,
+        default=((16, 10**6), (32, 10**7)),
+        metavar="NxD,…",
+        help="vectors and their elements (default: 16x1e6,32x1e7: the second takes 15 GB and minutes)",
+    )
+    eleven.add_argument("--only", default="", metavar="TEXT", help="only rules whose text contains TEXT")
+    eleven.add_argument("--peer-python", default=sys.executable, metavar="PATH", help="the interpreter that has byzfl")
     killing = commands.add_parser(
         "kill", help="one of four peers dies in the middle of a reduce", description=KILL, formatter_class=shape
     )
@@ -237,7 +266,7 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument(
             "--time", type=float, default=0.5, metavar="S", help="seconds of one run, about (default: 0.5)"
         )
-    for command in (one, two, three, four, five, six, seven, eight, nine, ten, killing):
+    for command in (one, two, three, four, five, six, seven, eight, nine, ten, eleven, killing):
         runs = 3 if command in (five, six) else 5 if command is killing else 9
         command.add_argument(
             "--runs", type=int, default=runs, metavar="N", help=f"counted runs per case (default: {runs})"
@@ -263,10 +292,25 @@ def main() -> int:
         arguments().error("--runs must be at least 1")
     # Imported late, so that --help answers at once.
     import trio
-    from benchmarks import allreduce, blobs, codecs, dht, handshake, idle, kill, link, rpc, soak, topology, webrtc
+    from benchmarks import (
+        aggregate,
+        allreduce,
+        blobs,
+        codecs,
+        dht,
+        handshake,
+        idle,
+        kill,
+        link,
+        rpc,
+        soak,
+        topology,
+        webrtc,
+    )
     from benchmarks.processes import ChildFailed
 
     run = {
+        "aggregate": aggregate.run,
         "allreduce": allreduce.run,
         "link": link.run,
         "rpc": rpc.run,

@@ -31,15 +31,23 @@
 
 #if (defined(__x86_64__) || defined(__amd64__)) && (defined(__GNUC__) || defined(__clang__))
 #define HAVE_AVX2 1
+#include <immintrin.h>
 #else
 #define HAVE_AVX2 0
 #endif
 
-enum { REVISION = 1 };                   /* of what the functions do; kernels.py expects the same */
+enum { REVISION = 2 };                   /* of what the functions do; kernels.py expects the same */
 enum { BLOCK = 1024 };                   /* elements under one scale; 4 KiB of floats stay in the first cache */
 static const int32_t LEAST = 0x0d800000; /* bits of 2^-100: smaller blocks are coded as zeros */
 static const int32_t INFINITE = 0x7f800000;
 static const int32_t MAGNITUDE = 0x7fffffff;
+
+/* Lines of the next block on their way while this one is worked on. */
+#if defined(__GNUC__) || defined(__clang__)
+#define PREFETCH(at) __builtin_prefetch(at)
+#else
+#define PREFETCH(at) ((void)0)
+#endif
 
 INLINE int32_t bits_of(float value)
 {
@@ -373,6 +381,206 @@ INLINE void topk_body(const float *x, size_t n, size_t k, uint32_t *positions)
     }
 }
 
+/* --- order statistics of a column: median, trimmed mean, mean around the median ------------------------------------- */
+
+enum { WIDTH = 128 }; /* columns sorted together: 8 KiB of 16 rows, which stay in the first cache */
+enum middle { MEDIAN, TRIMMED, AROUND };
+
+/* The smaller to a, the larger to b. Neither is NaN or -0. */
+INLINE void compare(float *RESTRICT a, float *RESTRICT b, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        float low = a[i] < b[i] ? a[i] : b[i], high = a[i] < b[i] ? b[i] : a[i];
+        a[i] = low;
+        b[i] = high;
+    }
+}
+
+INLINE void median_of(float *RESTRICT out, const float *rows, size_t m, size_t n)
+{
+    const float *a = rows + (m - 1) / 2 * WIDTH, *b = rows + m / 2 * WIDTH;
+    if (m % 2)
+        memcpy(out, a, n * sizeof(float));
+    else
+        for (size_t i = 0; i < n; i++) {
+            float t = 0.5f * a[i];
+            t += 0.5f * b[i];
+            out[i] = t;
+        }
+}
+
+INLINE void add_row(float *RESTRICT sum, const float *RESTRICT row, float c, size_t n, int first)
+{
+    if (first)
+        for (size_t i = 0; i < n; i++)
+            sum[i] = c * row[i];
+    else
+        for (size_t i = 0; i < n; i++)
+            sum[i] += c * row[i];
+}
+
+/* Returns the largest magnitude as bits, as `largest`. */
+INLINE int32_t middle_block(float *RESTRICT out, const float *const *x, size_t m, size_t start, size_t n,
+                            size_t ahead, const uint16_t *pairs, size_t count, enum middle kind, size_t f, float c,
+                            float *rows)
+{
+    int32_t most = 0;
+    for (size_t r = 0; r < m; r++) {
+        const float *row = x[r] + start;
+        for (size_t i = 0; i < n; i++) {
+            int32_t bits = bits_of(row[i]) & MAGNITUDE;
+            most = bits > most ? bits : most;
+            rows[r * WIDTH + i] = row[i] + 0.0f; /* -0 becomes 0, denormals what the thread makes of them */
+        }
+        for (size_t i = n; i < n + ahead; i += 16)
+            PREFETCH(row + i);
+    }
+    for (size_t k = 0; k < count; k++)
+        compare(rows + pairs[2 * k] * (size_t)WIDTH, rows + pairs[2 * k + 1] * (size_t)WIDTH, n);
+    if (kind == MEDIAN) {
+        median_of(out, rows, m, n);
+    } else if (kind == TRIMMED) {
+        for (size_t r = f; r < m - f; r++)
+            add_row(out, rows + r * WIDTH, c, n, r == f);
+    } else { /* the window of m - f sorted values that are nearest to the median: row r + m - f or row r, for each r < f */
+        float median[WIDTH], nearer[WIDTH];
+        median_of(median, rows, m, n);
+        for (size_t r = 0; r < f; r++) {
+            const float *low = rows + r * WIDTH, *high = rows + (r + m - f) * WIDTH;
+            for (size_t i = 0; i < n; i++)
+                nearer[i] = high[i] - median[i] < median[i] - low[i] ? high[i] : low[i];
+            add_row(out, nearer, c, n, r == 0);
+        }
+        for (size_t r = f; r < m - f; r++)
+            add_row(out, rows + r * WIDTH, c, n, r == 0);
+    }
+    return most;
+}
+
+/* Whether all values are finite; if not, out is anything. */
+INLINE int middle_body(float *out, const float *const *x, size_t m, size_t n, const uint16_t *pairs, size_t count,
+                       enum middle kind, size_t f, float c, float *rows)
+{
+    size_t start = 0;
+    int32_t most = 0;
+    for (; n - start >= WIDTH; start += WIDTH) {
+        size_t ahead = n - start - WIDTH < WIDTH ? n - start - WIDTH : WIDTH;
+        int32_t bits = middle_block(out + start, x, m, start, WIDTH, ahead, pairs, count, kind, f, c, rows);
+        most = bits > most ? bits : most;
+    }
+    if (start < n) {
+        int32_t bits = middle_block(out + start, x, m, start, n - start, 0, pairs, count, kind, f, c, rows);
+        most = bits > most ? bits : most;
+    }
+    return most < INFINITE;
+}
+
+/* --- inner products: float64 sums of products of float32, which are exact ---------------------------------------------- */
+
+enum { PANEL = 128, COLUMNS = 4 }; /* elements converted at a time (16 KiB of 16 rows); columns of a tile */
+enum { PANELS = 64 }; /* panels before sums of lanes are added up: short sums round less */
+
+/* Sums of `rows` x COLUMNS pairs, `lanes` of each, over one panel. A product of two float32 is exact in float64, so a fused
+ * multiply-add gives the bits of the two operations. */
+#define TILE(tag, attribute, vector, rows, multiply_add)                                                                \
+    attribute static void tile_##tag(const double *a, const double *b, double *sums)                                    \
+    {                                                                                                                   \
+        enum { LANES = sizeof(vector) / sizeof(double) };                                                               \
+        vector s[rows][COLUMNS];                                                                                        \
+        for (int i = 0; i < rows; i++)                                                                                  \
+            for (int j = 0; j < COLUMNS; j++)                                                                           \
+                s[i][j] = ((const vector *)sums)[i * COLUMNS + j];                                                      \
+        for (size_t k = 0; k < PANEL; k += LANES) {                                                                     \
+            vector y[COLUMNS];                                                                                          \
+            for (int j = 0; j < COLUMNS; j++)                                                                           \
+                y[j] = *(const vector *)(b + j * PANEL + k);                                                            \
+            for (int i = 0; i < rows; i++) {                                                                            \
+                vector x = *(const vector *)(a + i * PANEL + k);                                                        \
+                for (int j = 0; j < COLUMNS; j++)                                                                       \
+                    s[i][j] = multiply_add(x, y[j], s[i][j]);                                                           \
+            }                                                                                                           \
+        }                                                                                                               \
+        for (int i = 0; i < rows; i++)                                                                                  \
+            for (int j = 0; j < COLUMNS; j++)                                                                           \
+                ((vector *)sums)[i * COLUMNS + j] = s[i][j];                                                            \
+    }
+
+INLINE void convert_body(double *RESTRICT panel, const float *const *x, size_t m, size_t start, size_t n)
+{
+    for (size_t r = 0; r < m; r++) {
+        const float *row = x[r] + start;
+        for (size_t i = 0; i < n; i++)
+            panel[r * PANEL + i] = (double)row[i];
+        memset(panel + r * PANEL + n, 0, (PANEL - n) * sizeof(double));
+    }
+}
+
+/* Adds what the lanes of each tile hold to the upper triangle of out (m, m), and empties them. */
+INLINE void collect(double *RESTRICT out, double *RESTRICT sums, size_t m, size_t rows, size_t lanes)
+{
+    size_t padded = (m + COLUMNS - 1) / COLUMNS * COLUMNS;
+    for (size_t j = 0; j < padded; j += COLUMNS)
+        for (size_t i = 0; i < j + COLUMNS; i += rows)
+            for (size_t a = i; a < i + rows; a++)
+                for (size_t b = j; b < j + COLUMNS; b++) {
+                    double total = 0.0;
+                    for (size_t l = 0; l < lanes; l++, sums++) {
+                        total += *sums;
+                        *sums = 0.0;
+                    }
+                    if (a <= b && b < m)
+                        out[a * m + b] += total;
+                }
+}
+
+/* `panel`: (m rounded up to COLUMNS) x PANEL zeros; `sums`: zeros, rows * COLUMNS * lanes for each tile. */
+INLINE void gram_body(double *out, const float *const *x, size_t m, size_t n, double *panel, double *sums, size_t rows,
+                      size_t lanes, void (*tile)(const double *, const double *, double *))
+{
+    size_t padded = (m + COLUMNS - 1) / COLUMNS * COLUMNS, each = rows * COLUMNS * lanes, done = 0;
+    memset(out, 0, m * m * sizeof(double));
+    for (size_t start = 0; start < n; start += PANEL) {
+        double *at = sums;
+        if (n - start >= PANEL)
+            convert_body(panel, x, m, start, PANEL);
+        else
+            convert_body(panel, x, m, start, n - start);
+        size_t ahead = n - start > PANEL ? (n - start - PANEL < PANEL ? n - start - PANEL : PANEL) : 0;
+        for (size_t r = 0; r < m; r++)
+            for (size_t k = 0; k < ahead; k += 16)
+                PREFETCH(x[r] + start + PANEL + k);
+        for (size_t j = 0; j < padded; j += COLUMNS)
+            for (size_t i = 0; i < j + COLUMNS; i += rows, at += each)
+                tile(panel + i * PANEL, panel + j * PANEL, at);
+        if (++done % PANELS == 0)
+            collect(out, sums, m, rows, lanes);
+    }
+    collect(out, sums, m, rows, lanes);
+    for (size_t a = 0; a < m; a++)
+        for (size_t b = 0; b < a; b++)
+            out[a * m + b] = out[b * m + a];
+}
+
+/* What gram_body needs for any level, in doubles: 8 lanes, 4 rows at most. */
+static size_t gram_panel(size_t m) { return (m + COLUMNS - 1) / COLUMNS * COLUMNS * PANEL; }
+static size_t gram_sums(size_t m)
+{
+    size_t tiles = (m + COLUMNS - 1) / COLUMNS;
+    return tiles * (tiles + 1) / 2 * (COLUMNS * COLUMNS * 8);
+}
+
+#if defined(__GNUC__) || defined(__clang__)
+typedef double two_doubles __attribute__((vector_size(16), may_alias));
+#else
+typedef double two_doubles;
+#endif
+#define MULTIPLY_ADD(a, b, c) ((c) + (a) * (b))
+TILE(portable, , two_doubles, 2, MULTIPLY_ADD)
+#if HAVE_AVX2
+TILE(avx2, __attribute__((target("avx2,fma"))), __m256d, 2, _mm256_fmadd_pd)
+TILE(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))), __m512d, 4, _mm512_fmadd_pd)
+#endif
+
 /* --- the same for each set of instructions ----------------------------------------------------------------------------- */
 
 struct level {
@@ -386,6 +594,9 @@ struct level {
     void (*block)(enum kind, const uint8_t *, float, float *, size_t, enum how);
     int (*int8_wrong)(const uint8_t *, size_t);
     void (*topk)(const float *, size_t, size_t, uint32_t *);
+    int (*middle)(float *, const float *const *, size_t, size_t, const uint16_t *, size_t, enum middle, size_t, float,
+                  float *);
+    void (*gram)(double *, const float *const *, size_t, size_t, double *, double *);
 };
 
 /* The bodies are inlined with constants for `kind` and `how`, so that each case is a loop of its own. */
@@ -394,6 +605,18 @@ struct level {
     case DECODE: { enum { HOW = DECODE }; call; break; }                                                                \
     case FIRST: { enum { HOW = FIRST }; call; break; }                                                                  \
     case FURTHER: { enum { HOW = FURTHER }; call; break; }                                                              \
+    }
+
+#define ORDER(tag, attribute, rows, vector)                                                                             \
+    attribute static int middle_##tag(float *out, const float *const *x, size_t m, size_t n, const uint16_t *pairs,     \
+                                      size_t count, enum middle kind, size_t f, float c, float *rows_)                  \
+    {                                                                                                                   \
+        return middle_body(out, x, m, n, pairs, count, kind, f, c, rows_);                                              \
+    }                                                                                                                   \
+    attribute static void gram_##tag(double *out, const float *const *x, size_t m, size_t n, double *panel,             \
+                                     double *sums)                                                                      \
+    {                                                                                                                   \
+        gram_body(out, x, m, n, panel, sums, rows, sizeof(vector) / sizeof(double), tile_##tag);                        \
     }
 
 #define LEVEL(tag, attribute)                                                                                           \
@@ -435,12 +658,25 @@ struct level {
     }                                                                                                                   \
     static const struct level level_##tag = {                                                                           \
         #tag, finite_##tag, mean_##tag, fp32_##tag, bf16_##tag, bf16_encode_##tag,                                      \
-        encode_##tag, block_##tag, int8_wrong_##tag, topk_##tag,                                                        \
+        encode_##tag, block_##tag, int8_wrong_##tag, topk_##tag, middle_##tag, gram_##tag,                              \
     };
 
+ORDER(portable, , 2, two_doubles)
 LEVEL(portable, )
 #if HAVE_AVX2
+ORDER(avx2, __attribute__((target("avx2,fma"))), 2, __m256d)
 LEVEL(avx2, __attribute__((target("avx2"))))
+/* The loops that wait for memory gain nothing from longer vectors. */
+#if defined(__clang__)
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#else /* gcc takes vectors of half the length where it is not told */
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
+#endif
+ORDER(avx512, WIDE, 4, __m512d)
+static const struct level level_avx512 = {
+    "avx512", finite_avx2, mean_avx2, fp32_avx2, bf16_avx2, bf16_encode_avx2,
+    encode_avx2, block_avx2, int8_wrong_avx2, topk_avx2, middle_avx512, gram_avx512,
+};
 #endif
 
 static const struct level *active = &level_portable;
@@ -448,7 +684,17 @@ static const struct level *active = &level_portable;
 static int has_avx2(void)
 {
 #if HAVE_AVX2
-    return __builtin_cpu_supports("avx2") != 0;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return 0;
+#endif
+}
+
+static int has_avx512(void)
+{
+#if HAVE_AVX2
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #else
     return 0;
 #endif
@@ -498,46 +744,152 @@ static PyObject *py_finite(PyObject *self, PyObject *args)
     return result;
 }
 
+/* The vectors of a tuple, all of `bytes` bytes, held until let_go. */
+struct vectors {
+    Py_ssize_t count, held;
+    Py_buffer *views;
+    const float **x;
+};
+
+static int hold(struct vectors *all, PyObject *tuple, Py_ssize_t bytes)
+{
+    Py_ssize_t count = PyTuple_Size(tuple);
+    if (count < 0)
+        return 0;
+    all->views = PyMem_Malloc((size_t)(count ? count : 1) * sizeof *all->views);
+    all->x = PyMem_Malloc((size_t)(count ? count : 1) * sizeof *all->x);
+    if (!all->views || !all->x) {
+        PyErr_NoMemory();
+        return 0;
+    }
+    all->count = count;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (PyObject_GetBuffer(PyTuple_GetItem(tuple, i), &all->views[i], PyBUF_SIMPLE) < 0)
+            return 0;
+        all->held++;
+        all->x[i] = all->views[i].buf;
+        if (!size_is(&all->views[i], (size_t)bytes, "vector") || !floats(&all->views[i], "vector"))
+            return 0;
+    }
+    return 1;
+}
+
+static void let_go(struct vectors *all)
+{
+    while (all->held > 0)
+        PyBuffer_Release(&all->views[--all->held]);
+    PyMem_Free(all->views);
+    PyMem_Free(all->x);
+}
+
 static PyObject *py_mean(PyObject *self, PyObject *args)
 {
     PyObject *inputs, *result = NULL;
-    Py_buffer out, c, *views = NULL;
-    const float **x = NULL;
-    Py_ssize_t m = 0, held = 0;
+    Py_buffer out, c;
+    struct vectors all = {0};
     if (!PyArg_ParseTuple(args, "O!y*w*", &PyTuple_Type, &inputs, &c, &out))
         return NULL;
-    m = PyTuple_Size(inputs);
-    if (!floats(&out, "result") || !floats(&c, "factors") || m < 0)
+    if (!floats(&out, "result") || !floats(&c, "factors") || !hold(&all, inputs, out.len))
         goto end;
-    if (m == 0 || c.len != 4 * m) {
-        PyErr_Format(PyExc_ValueError, "%zd vectors with %zd bytes of factors", m, c.len);
+    if (all.count == 0 || c.len != 4 * all.count) {
+        PyErr_Format(PyExc_ValueError, "%zd vectors with %zd bytes of factors", all.count, c.len);
         goto end;
-    }
-    views = PyMem_Malloc((size_t)m * sizeof *views);
-    x = PyMem_Malloc((size_t)m * sizeof *x);
-    if (!views || !x) {
-        PyErr_NoMemory();
-        goto end;
-    }
-    for (; held < m; held++) {
-        if (PyObject_GetBuffer(PyTuple_GetItem(inputs, held), &views[held], PyBUF_SIMPLE) < 0)
-            goto end;
-        x[held] = views[held].buf;
-        if (!size_is(&views[held], (size_t)out.len, "vector") || !floats(&views[held], "vector")) {
-            held++;
-            goto end;
-        }
     }
     Py_BEGIN_ALLOW_THREADS
-    active->mean(out.buf, x, c.buf, (size_t)m, (size_t)out.len / 4);
+    active->mean(out.buf, all.x, c.buf, (size_t)all.count, (size_t)out.len / 4);
     Py_END_ALLOW_THREADS
     result = Py_NewRef(Py_None);
 end:
-    while (held-- > 0)
-        PyBuffer_Release(&views[held]);
-    PyMem_Free(views);
-    PyMem_Free(x);
+    let_go(&all);
     PyBuffer_Release(&c);
+    PyBuffer_Release(&out);
+    return result;
+}
+
+/* Whether `pairs` are places of two different rows of m. */
+static int network(const Py_buffer *pairs, size_t m)
+{
+    const uint16_t *at = pairs->buf;
+    if (pairs->len % 4 || (uintptr_t)pairs->buf % 2) {
+        PyErr_Format(PyExc_ValueError, "network: %zd bytes are no pairs of uint16", pairs->len);
+        return 0;
+    }
+    for (Py_ssize_t k = 0; k < pairs->len / 4; k++)
+        if (at[2 * k] >= at[2 * k + 1] || at[2 * k + 1] >= m) {
+            PyErr_Format(PyExc_ValueError, "network: %d, %d is no pair of %zu rows", at[2 * k], at[2 * k + 1], m);
+            return 0;
+        }
+    return 1;
+}
+
+static PyObject *py_middle(PyObject *self, PyObject *args)
+{
+    PyObject *inputs, *result = NULL;
+    Py_buffer out, pairs;
+    struct vectors all = {0};
+    int kind, good;
+    Py_ssize_t f;
+    float c, *rows = NULL;
+    if (!PyArg_ParseTuple(args, "O!y*infw*", &PyTuple_Type, &inputs, &pairs, &kind, &f, &c, &out))
+        return NULL;
+    if (!floats(&out, "result") || !hold(&all, inputs, out.len) || !network(&pairs, (size_t)all.count))
+        goto end;
+    if (kind < MEDIAN || kind > AROUND || f < 0 || all.count <= f || all.count - f <= f) {
+        PyErr_Format(PyExc_ValueError, "kind %d, %zd rows, f = %zd", kind, all.count, f);
+        goto end;
+    }
+    rows = PyMem_Malloc((size_t)all.count * WIDTH * sizeof *rows);
+    if (!rows) {
+        PyErr_NoMemory();
+        goto end;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    good = active->middle(out.buf, all.x, (size_t)all.count, (size_t)out.len / 4, pairs.buf, (size_t)pairs.len / 4,
+                          (enum middle)kind, (size_t)f, c, rows);
+    Py_END_ALLOW_THREADS
+    result = PyBool_FromLong(good);
+end:
+    PyMem_Free(rows);
+    let_go(&all);
+    PyBuffer_Release(&pairs);
+    PyBuffer_Release(&out);
+    return result;
+}
+
+static PyObject *py_gram(PyObject *self, PyObject *args)
+{
+    PyObject *inputs, *result = NULL;
+    Py_buffer out;
+    Py_ssize_t n;
+    struct vectors all = {0};
+    char *memory = NULL;
+    if (!PyArg_ParseTuple(args, "O!nw*", &PyTuple_Type, &inputs, &n, &out))
+        return NULL;
+    if (n < 0 || n > PY_SSIZE_T_MAX / 4 || PyTuple_Size(inputs) < 1) {
+        PyErr_Format(PyExc_ValueError, "%zd vectors of %zd elements", PyTuple_Size(inputs), n);
+        goto end;
+    }
+    if (!hold(&all, inputs, 4 * n) || !size_is(&out, (size_t)(all.count * all.count) * 8, "inner products"))
+        goto end;
+    if ((uintptr_t)out.buf % 8) {
+        PyErr_SetString(PyExc_ValueError, "inner products: not aligned");
+        goto end;
+    }
+    size_t panel = gram_panel((size_t)all.count), size = (panel + gram_sums((size_t)all.count)) * sizeof(double);
+    memory = PyMem_Malloc(size + 64);
+    if (!memory) {
+        PyErr_NoMemory();
+        goto end;
+    }
+    memset(memory, 0, size + 64);
+    double *aligned = (double *)(((uintptr_t)memory + 63) / 64 * 64);
+    Py_BEGIN_ALLOW_THREADS
+    active->gram(out.buf, all.x, (size_t)all.count, (size_t)n, aligned, aligned + panel);
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+end:
+    PyMem_Free(memory);
+    let_go(&all);
     PyBuffer_Release(&out);
     return result;
 }
@@ -689,6 +1041,8 @@ static PyObject *py_topk(PyObject *self, PyObject *args)
 
 static PyObject *py_levels(PyObject *self, PyObject *unused)
 {
+    if (has_avx512())
+        return Py_BuildValue("(sss)", "portable", "avx2", "avx512");
     return has_avx2() ? Py_BuildValue("(ss)", "portable", "avx2") : Py_BuildValue("(s)", "portable");
 }
 
@@ -702,6 +1056,8 @@ static PyObject *py_use(PyObject *self, PyObject *args)
 #if HAVE_AVX2
     else if (strcmp(name, "avx2") == 0 && has_avx2())
         active = &level_avx2;
+    else if (strcmp(name, "avx512") == 0 && has_avx512())
+        active = &level_avx512;
 #endif
     else
         return PyErr_Format(PyExc_ValueError, "no instructions named %s here", name);
@@ -720,6 +1076,8 @@ static PyMethodDef methods[] = {
     {"block_put", py_block_put, METH_VARARGS, "block_put(kind, data, factor, out, how)"},
     {"int8_wrong", py_int8_wrong, METH_VARARGS, "int8_wrong(data, n)"},
     {"topk", py_topk, METH_VARARGS, "topk(vector, positions)"},
+    {"middle", py_middle, METH_VARARGS, "middle(vectors, network, kind, f, factor, out)"},
+    {"gram", py_gram, METH_VARARGS, "gram(vectors, n, out)"},
     {"levels", py_levels, METH_NOARGS, "the sets of instructions that this machine can run"},
     {"level", py_level, METH_NOARGS, "the set of instructions in use"},
     {"use", py_use, METH_VARARGS, "use(level): for tests and benchmarks"},
@@ -734,7 +1092,9 @@ static struct PyModuleDef module = {
 PyMODINIT_FUNC PyInit__kernels(void)
 {
 #if HAVE_AVX2
-    if (has_avx2())
+    if (has_avx512())
+        active = &level_avx512;
+    else if (has_avx2())
         active = &level_avx2;
 #endif
     PyObject *made = PyModule_Create(&module);

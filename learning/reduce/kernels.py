@@ -28,8 +28,11 @@ DECODE, FIRST, FURTHER = 0, 1, 2
 #: Kinds of ``block_encode`` and ``block_put``.
 INT8, E3M0 = 0, 1
 
+#: Kinds of ``middle``.
+MEDIAN, TRIMMED, AROUND = 0, 1, 2
+
 #: What kernels.c must say of itself: raised with every change of what its functions do.
-REVISION = 1
+REVISION = 2
 
 
 class Kernels(Protocol):
@@ -78,6 +81,35 @@ class Kernels(Protocol):
 
     def topk(self, vector: NDArray[np.float32], positions: NDArray[np.uint32]) -> None:
         """Positions of the ``len(positions)`` largest magnitudes, ascending; of equal ones the first."""
+
+    def middle(
+        self,
+        vectors: tuple[NDArray[np.float32], ...],
+        network: NDArray[np.uint16],
+        kind: int,
+        f: int,
+        factor: float,
+        out: NDArray[np.float32],
+    ) -> bool:
+        """What stands in the middle of each column of n values, when sorted w_0 ≤ … ≤ w_n-1; 2 f < n. Whether all are
+        finite: if not, the result is anything.
+
+        MEDIAN: the middle one, or ``0.5 a`` plus ``0.5 b`` of the two. TRIMMED: the sum of ``factor · w_i`` for i = f …
+        n-f-1, ascending. AROUND: with k = n - f and the median μ, the sum of ``factor · v_r`` for r = 0 … k-1, where
+        v_r is w_r, but for r < f it is w_r+k where ``w_r+k - μ < μ - w_r``: the k values nearest to μ, of two equally
+        near the smaller. Before all this -0 becomes 0.
+
+        ``network``: pairs (i, j), i < j < n, of compare-and-swaps that put all rows in order that the kind looks at
+        (``aggregate/order.py``). The pure path sorts without it.
+        """
+
+    def gram(self, vectors: tuple[NDArray[np.float32], ...], n: int, out: NDArray[np.float64]) -> None:
+        """All inner products of vectors of ``n`` elements to ``out``, float64 (len(vectors), len(vectors)).
+
+        Products are exact; they are added in float64 in any order, so bits may differ between machines and paths:
+        each sum is off by at most (n/8192 + 1100) 2^-53 Σ|x_i y_i|, typically by 1e-15 of it. Symmetric, and equal
+        pairs of vectors give equal bits with the native kernels. Not finite on the diagonal where a vector is not.
+        """
 
 
 @attrs.frozen

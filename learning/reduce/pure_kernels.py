@@ -124,6 +124,49 @@ def topk(vector: NDArray[np.float32], positions: NDArray[np.uint32]) -> None:
     positions[:] = np.sort(np.concatenate((above, equal)))
 
 
+def middle(
+    vectors: tuple[NDArray[np.float32], ...],
+    network: NDArray[np.uint16],
+    kind: int,
+    f: int,
+    factor: float,
+    out: NDArray[np.float32],
+) -> bool:
+    n, step = len(vectors), max(1, defaults.EXACT_CHUNK // len(vectors))
+    for start in range(0, len(out), step):
+        end = min(start + step, len(out))
+        rows = np.stack([vector[start:end] for vector in vectors])
+        rows += np.float32(0.0)  # -0 becomes 0
+        rows.sort(axis=0)
+        with np.errstate(all="ignore"):
+            if kind == 0:
+                out[start:end] = _median(rows)
+                continue
+            chosen = rows[f : n - f]
+            if kind == 2:
+                low, high, median = rows[:f], rows[n - f :], _median(rows)
+                chosen = np.concatenate((np.where(high - median < median - low, high, low), chosen))
+            mean(tuple(chosen), np.full(len(chosen), factor, np.float32), out[start:end])
+    return all(finite(vector) for vector in vectors)
+
+
+def gram(vectors: tuple[NDArray[np.float32], ...], n: int, out: NDArray[np.float64]) -> None:
+    out[:] = 0.0
+    step = max(1, defaults.EXACT_CHUNK // len(vectors))
+    with np.errstate(all="ignore"):
+        for start in range(0, n, step):
+            rows = np.stack([vector[start : start + step] for vector in vectors]).astype(np.float64)
+            out += rows @ rows.T
+
+
+def _median(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of sorted ``rows`` (n, columns)."""
+    low, high = rows[(len(rows) - 1) // 2], rows[len(rows) // 2]
+    half = np.float32(0.5)
+    middle: NDArray[np.float32] = low if len(rows) % 2 else low * half + high * half
+    return middle
+
+
 def _codes(kind: int, length: int) -> int:
     return length if kind == 0 else (length + 1) // 2
 

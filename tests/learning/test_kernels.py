@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shoal.learning import defaults, exact
+from shoal.learning.aggregate.order import network
 from shoal.learning.reduce import kernels, pure_kernels
 from shoal.transport.errors import ProtocolMisuse
 
@@ -195,6 +196,44 @@ def test_the_largest_magnitudes_are_found_alike(fast: kernels.Kernels, n: int) -
                 assert found[0].tolist() == sorted(order[:k])
 
 
+@pytest.mark.parametrize("n", [n for n in LENGTHS if n < 6000] + [127, 128, 129])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 16, 33])
+def test_the_middle_of_columns_has_the_same_bits(fast: kernels.Kernels, n: int, count: int) -> None:
+    rng = np.random.default_rng(count)
+    all_vectors = list(inputs(n)) * 4
+    vectors = tuple(all_vectors[i] for i in rng.permutation(len(all_vectors))[:count])
+    pairs = network(count, range(count))
+    for kind in (kernels.MEDIAN, kernels.TRIMMED, kernels.AROUND):
+        for f in {0, (count - 1) // 4, (count - 1) // 2}:
+            outs = [np.zeros(n, np.float32) for _ in range(2)]
+            assert fast.middle(vectors, pairs, kind, f, 1.0 / (count - f), outs[0])
+            assert pure_kernels.middle(vectors, pairs, kind, f, 1.0 / (count - f), outs[1])
+            assert same(*outs)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_middle_of_columns_says_when_a_value_is_not_finite(fast: kernels.Kernels, value: float) -> None:
+    for implementation in (fast, pure_kernels):
+        for n in (1, 127, 128, 129, 1000):
+            for at in {0, n // 2, n - 1}:
+                vectors = [np.ones(n, np.float32) for _ in range(5)]
+                vectors[at % 5][at] = value
+                out = np.zeros(n, np.float32)
+                assert not implementation.middle(tuple(vectors), network(5, range(5)), kernels.TRIMMED, 2, 1.0, out)
+
+
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 8191, 8192, 8193, 20_000])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 16, 33])
+def test_inner_products_agree_to_rounding(fast: kernels.Kernels, n: int, count: int) -> None:
+    vectors = tuple(np.random.default_rng(n).standard_normal((count, n), dtype=np.float32))
+    outs = [np.full((count, count), np.nan) for _ in range(2)]
+    fast.gram(vectors, n, outs[0])
+    pure_kernels.gram(vectors, n, outs[1])
+    size = np.abs(np.stack(vectors).astype(np.float64))
+    for out in outs:
+        assert (out == out.T).all() and (np.abs(out - outs[1]) <= 1e-14 * (size @ size.T)).all()
+
+
 @needs_native
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -235,6 +274,19 @@ def test_native_kernels_refuse_sizes_that_do_not_fit() -> None:
         ("int8_wrong", (out, 11)),
         ("int8_wrong", (out, -1)),
         ("topk", (ten, np.zeros(11, np.uint32))),
+        ("middle", ((), np.zeros((0, 2), np.uint16), 0, 0, 1.0, ten)),
+        ("middle", ((ten, np.zeros(9, np.float32)), np.zeros((0, 2), np.uint16), 0, 0, 1.0, ten)),
+        ("middle", ((ten, ten), np.array([[0, 2]], np.uint16), 0, 0, 1.0, ten)),
+        ("middle", ((ten, ten), np.array([[1, 0]], np.uint16), 0, 0, 1.0, ten)),
+        ("middle", ((ten, ten), np.array([[1, 1]], np.uint16), 0, 0, 1.0, ten)),
+        ("middle", ((ten, ten), np.array([0], np.uint16), 0, 0, 1.0, ten)),
+        ("middle", ((ten, ten), np.zeros((0, 2), np.uint16), 3, 0, 1.0, ten)),
+        ("middle", ((ten, ten), np.zeros((0, 2), np.uint16), 0, 1, 1.0, ten)),
+        ("middle", ((ten, ten), np.zeros((0, 2), np.uint16), 0, -1, 1.0, ten)),
+        ("gram", ((ten, ten), 9, np.zeros((2, 2)))),
+        ("gram", ((ten, ten), -1, np.zeros((2, 2)))),
+        ("gram", ((ten, ten), 10, np.zeros((2, 1)))),
+        ("gram", ((), 10, np.zeros((0, 0)))),
     ]
     for name, arguments in wrong:
         with pytest.raises(ValueError):
