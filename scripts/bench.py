@@ -31,14 +31,17 @@ A peer that cannot run is left out, with the reason.
 #: All that `--systems` may name.
 SYSTEMS = ("shoal", "tcp", "tls", "grpc", "libp2p", "hivemind")
 DHT_SYSTEMS = ("shoal", "kademlia", "hivemind", "libp2p")
+REDUCE_SYSTEMS = ("shoal", "shoal int8", "gloo", "torchft", "hivemind")
 
 ALLREDUCE = """\
-One round of the group reduce against torch gloo's all_reduce, one fp32 tensor, the mean over all peers.
+One round of the group reduce beside other all-reduces, one fp32 tensor, the mean over all peers.
 
 shoal   the real path: links over TCP with encryption, voters and leader, scatter, combine, gather, fingerprint,
         proposal, signed accepts, commit. Timed from the end of training (the first peer's) to the moment the last
         peer holds the committed result. Votes are kept in memory instead of on disk.
 gloo    torch.distributed.all_reduce(SUM): no encryption, no agreement, no fault tolerance.
+torchft its manager's allreduce over gloo and its decision to commit. The quorum, by a lighthouse, is not timed.
+hivemind  its AllReduceRunner over p2pd daemons, encrypted: the transfer alone, without matchmaking and timeouts.
 floor   bytes that have to be moved, sealed, opened, reduced and fingerprinted × ns per byte, measured here in this run,
         ÷ cores that can work at the same time.
 """
@@ -153,6 +156,14 @@ def _systems(text: str) -> tuple[str, ...]:
     return _some_of(SYSTEMS, text)
 
 
+def _reduce_systems(text: str) -> tuple[str, ...]:
+    return _some_of(REDUCE_SYSTEMS, text)
+
+
+def _pythons(text: str) -> list[str]:
+    return [sys.executable, *text.split(",")]
+
+
 def _dht_systems(text: str) -> tuple[str, ...]:
     return _some_of(DHT_SYSTEMS, text)
 
@@ -164,12 +175,25 @@ def arguments() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="BENCHMARK")
     shape = argparse.RawDescriptionHelpFormatter
     one = commands.add_parser(
-        "allreduce", help="a round of the group reduce against torch gloo", description=ALLREDUCE, formatter_class=shape
+        "allreduce",
+        help="a round of the group reduce beside other all-reduces",
+        description=ALLREDUCE,
+        formatter_class=shape,
     )
     one.add_argument("--peers", type=several, default=(2, 4, 8), metavar="N,…", help="processes (default: 2,4,8)")
     one.add_argument("--mb", type=numbers, default=(4, 64), metavar="N,…", help="MiB of the tensor (default: 4,64)")
     one.add_argument("--plot", type=Path, metavar="FILE", help="draw MB/s over size and peers to this .png or .svg")
     one.add_argument("--warmup", type=int, default=2, metavar="N", help="runs that do not count (default: 2)")
+    one.add_argument(
+        "--systems", type=_reduce_systems, default=REDUCE_SYSTEMS, metavar="A,…", help=f"of {','.join(REDUCE_SYSTEMS)}"
+    )
+    one.add_argument(
+        "--peer-python",
+        type=_pythons,
+        default=[sys.executable],
+        metavar="PATH,…",
+        help="interpreters that have torchft or hivemind (and trio): the first one that has it runs it",
+    )
     two = commands.add_parser(
         "link", help="bulk messages, and calls beside them, on one link", description=LINK, formatter_class=shape
     )
