@@ -258,8 +258,8 @@ def _table(rows: list[Row], costs: Costs) -> None:
     facts = machine()
     notes = [
         "shoal: encrypted, agreed by vote, checked for NaN, fingerprinted, committed; gloo: none of these.",
-        "torchft: gloo with a quorum, which is there before the clock starts, and its decision to commit. hivemind: its",
-        "transfer alone, encrypted, without matchmaking (its default timeouts: none).",
+        "torchft: gloo with a quorum, which is there before the clock starts, and its decision to commit.",
+        "hivemind: its transfer alone, encrypted, without matchmaking (its default timeouts: none).",
         "Every result was checked: the mean, and the same bits on all peers. Votes were kept in memory.",
         "MB/s: tensor bytes (10⁶) per second. CPU, sent: of all peers together. memory: how much a process has grown",
         "since before its first round, at the end of a round, ÷ tensor (fp32 and int8 share their memory).",
