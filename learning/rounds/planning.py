@@ -12,7 +12,7 @@ from .. import defaults
 from ..reduce import topology
 from ..reduce.codecs import resolve
 from ..reduce.slices import covers, reassign
-from .decisions import contributors, shares, short
+from .decisions import contributors, kind_of, shares, short
 from .messages import Plan, Progress, Ready
 
 
@@ -22,7 +22,7 @@ def first_plan(key: bytes, attempt: int, ready: Mapping[PeerId, Ready], me: Peer
     Members whose line is known to be far too slow are left out at once, as long as ``needed`` contribute: see
     :func:`topology.laggards`. They receive the result like all others.
     """
-    members, length, name, without = contributors(ready)
+    members, (length, name, layout), without = contributors(ready)
     codec = resolve(name)
     rates = {peer: each.rates for peer, each in ready.items()}
     late, why = topology.laggards(members, rates, needed)
@@ -42,6 +42,7 @@ def first_plan(key: bytes, attempt: int, ready: Mapping[PeerId, Ready], me: Peer
         reason=f"{reason}{without}{why}; {chosen.reason}",
         within=_milliseconds(chosen),
         codec=codec.name,
+        layout=layout,
     )
 
 
@@ -70,9 +71,9 @@ def plan_fault(plan: Plan, voters: Sequence[PeerId], max_length: int, me: PeerId
     block = resolve(plan.codec).block
     if any(piece.start % block for piece in plan.slices):
         return f"a slice that begins within a block of {block}"
-    ours = offer is not None and offer.contributes and (offer.length, offer.codec) == (plan.length, plan.codec)
+    ours = offer is not None and offer.contributes and kind_of(offer) == (plan.length, plan.codec, plan.layout)
     if me in plan.members and not ours:
-        return "we contribute nothing of that length and codec"
+        return "we contribute nothing of that length, codec and layout"
     return None
 
 

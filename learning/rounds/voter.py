@@ -79,6 +79,7 @@ class Voter:
         #: Seconds that a scatter may take longer, since contributions are still being computed when it begins.
         self.spare = 0.0
         self.attempt = promised
+        self.layout = ""  # of what we bring into the round; see Ready
         self.offer: Ready | None = None  # our Ready, less attempt and accepted; None while training
         self.plan: Plan | None = None
         self.frozen: Freeze | None = None
@@ -107,8 +108,8 @@ class Voter:
         return self.order[(self.attempt if attempt is None else attempt) % len(self.order)]
 
     def begin(self, now: float, offer: Ready) -> list[Action]:
-        """Training is over; ``offer`` says what we contribute (its attempt and accepted are ours to fill)."""
-        self.offer = offer
+        """Training is over; ``offer`` says what we contribute (attempt, accepted and layout are ours to fill)."""
+        self.offer = attrs.evolve(offer, layout=offer.layout or self.layout)
         if self.decided:
             return []
         self.phase, self.reason = "convene", "ready"
@@ -302,21 +303,8 @@ class Voter:
         if not again:
             self._heard = now
         self._resend = now + self.pace.suspect / 2
-        offer = self.offer
-        message = Ready(
-            self.key,
-            self.round,
-            self.attempt,
-            offer.contributes,
-            offer.samples,
-            offer.weight,
-            offer.length,
-            self.accepted,
-            self._holds_accepted,
-            offer.why,
-            offer.rates,
-            offer.codec,
-        )
+        holds = self._holds_accepted
+        message = attrs.evolve(self.offer, attempt=self.attempt, accepted=self.accepted, holds=holds)
         # Whoever promised nothing comes back as it was. A leader must know that it led, or it could propose twice.
         nothing = not self.promised and self.accepted is None and self.leader() != self.me
         if again or nothing:

@@ -44,7 +44,7 @@ async def run(options: argparse.Namespace) -> None:
                 print(f"{peers} peers, {mb} MiB, {codec}: {most:.2f} × the tensor", flush=True)
     notes = [
         "Most: what a process had at most (VmHWM) since before its first round, less what it had then, ÷ bytes of the",
-        "tensor, which is not in it; of all ranks and rounds, in fresh processes for each row. Kept: in rounds' buffers.",
+        "tensor, which is not in it; of all ranks and rounds, in fresh processes for each row. Kept: in their buffers.",
     ]
     show("memory: rounds of the group reduce, one fp32 tensor", COLUMNS, lines, notes)
     write(rows, options.json)
