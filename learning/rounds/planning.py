@@ -12,6 +12,7 @@ from .. import defaults
 from ..reduce import topology
 from ..reduce.codecs import resolve
 from ..reduce.slices import covers, reassign
+from .actions import Pace
 from .decisions import contributors, kind_of, shares, short
 from .messages import Plan, Progress, Ready
 
@@ -75,6 +76,18 @@ def plan_fault(plan: Plan, voters: Sequence[PeerId], max_length: int, me: PeerId
     if me in plan.members and not ours:
         return "we contribute nothing of that length, codec and layout"
     return None
+
+
+def step_time(pace: Pace, plan: Plan | None, frozen: bool, spare: float) -> float:
+    """Seconds within which the next step of an attempt is due, beyond every deadline that its leader has for it.
+
+    A leader may be unable to make that step, or unwilling, and say all the time that it waits: its plan does not reach
+    us, it forgets the freeze. ``plan``: that of this attempt, if any. ``spare``: see :class:`Voter`.
+    """
+    if plan is None:
+        # A plan; or, where one went out before we were ready, the end of that.
+        return 4.0 * (pace.grace + pace.scatter + pace.gather)
+    return 6.0 * plan.phase(pace.gather) if frozen else 2.0 * (plan.phase(pace.scatter) + spare)
 
 
 def next_plan(
