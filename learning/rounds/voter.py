@@ -242,8 +242,7 @@ class Voter:
             case Ask():
                 return [Send(sender, self._progress(plan))] if (plan := self._current(message)) else []
             case Fetch():
-                plan = self._current(message)
-                if plan is None or sender != self.leader(message.attempt):
+                if (plan := self._current(message)) is None or sender != self.leader(message.attempt):
                     return []
                 if not 0 <= message.index < len(plan.slices) or message.index in self._combined:
                     return []
@@ -275,9 +274,7 @@ class Voter:
             else:
                 self._phase_until = None
         if now >= self._heard + self._patience():
-            return actions + self._advance(
-                now, f"no word from leader {self.leader().short} in {self._patience():.0f} s"
-            )
+            return actions + self._advance(now, f"no word of leader {self.leader().short} in {self._patience():.0f} s")
         if now >= self._moved + self._stall():
             return actions + self._advance(now, f"no step of leader {self.leader().short} in {self._stall():.0f} s")
         if self.phase == "convene" and now >= self._resend:
