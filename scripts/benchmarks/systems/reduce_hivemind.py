@@ -27,6 +27,10 @@ class HivemindReduce(ReducePeer):
 
     framework = "asyncio"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._opened = 0
+
     async def begin(self) -> dict[str, Any]:
         self._node = await P2P.create(host_maddrs=LOOPBACK, **PLAIN)
         addresses = await self._node.get_visible_maddrs(latest=True)
@@ -40,16 +44,18 @@ class HivemindReduce(ReducePeer):
     async def open(self, run: int) -> None:
         """The group is formed: all know who is in it, and listen."""
         count = len(self._peers)
+        self._opened += 1  # runs of another size have the same numbers; a name is taken for good
+        name = f"round{self._opened}"
         self._runner = AllReduceRunner(
             p2p=self._node,
             servicer_type=AllReduceRunner,
-            prefix=f"run{run}",
-            group_id=run.to_bytes(8, "big"),
+            prefix=name,
+            group_id=name.encode(),
             tensors=[self._tensor],
             ordered_peer_ids=self._peers,
             peer_fractions=(1 / count,) * count,
         )
-        await self._runner.add_p2p_handlers(self._node, namespace=f"run{run}")
+        await self._runner.add_p2p_handlers(self._node, namespace=name)
 
     async def reduce(self, tensor: Tensor) -> Tensor:
         with torch.inference_mode():
