@@ -113,6 +113,9 @@ LARGE_RESULT = 4 << 20
 SMALL_BUFFER = 1 << 16
 KEEP_MEMORY = 10.0
 
+#: Bytes of a download of a result that have a deadline of their own: 8 s on a line of 1 Mbit/s.
+DOWNLOAD_PIECE = 1 << 20
+
 #: Peers in one roster. Larger swarms use gossip groups.
 MAX_ROSTER = 256
 

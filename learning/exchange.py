@@ -38,7 +38,7 @@ class Contribution:
     """What this peer brings into a round: ``vector`` (float32, CPU, ``(length,)``), as far as ``filling`` says.
 
     ``at``: when it began, on the host's clock. ``why``: why it brings nothing; empty if it does.
-    ``coding``: how it travels.
+    ``coding``: how it travels. ``layout``: which tensors it is made of, see :attr:`Bundle.layout`.
     """
 
     at: float
@@ -47,6 +47,7 @@ class Contribution:
     filling: Filling
     why: str = ""
     coding: Coding = PLAIN
+    layout: str = ""
 
 
 class Reducing(Generic[T]):
@@ -189,7 +190,11 @@ class Exchange:
             vector, filling = whole, Filling(self._length)
         else:
             vector, filling = empty_vector(self._length), Filling(self._length, 0)
-        self._contribution = Contribution(self._host.now(), self._length, vector, filling, coding=self._coding)
+        # What later reduces of this round bring is not known yet: of them only the elements are counted.
+        layout = first._bundle.layout + (" and more" if first._bundle.size < self._length else "")
+        self._contribution = Contribution(
+            self._host.now(), self._length, vector, filling, coding=self._coding, layout=layout
+        )
         if not filling.full:
             self._prepare(first)
         self._run.nursery.start_soon(self._drive, first)

@@ -257,27 +257,27 @@ class Run:
         assert self._instance is not None
         self._trained, self._worked = given.at, given.at - self._round_began
         tally = self._given = self._peer.tally
-        # What is trained from here on belongs to the next round's contribution.
-        self._peer.tally = Tally()
+        self._peer.tally = Tally()  # what is trained from here on belongs to the next round's contribution
         weight = 1 if self.time_budget is None else tally.samples
         while True:
             instance = self._instance
+            instance.voter.layout = given.layout
             why = given.why or ("" if tally.samples else "no samples")
             vector, filling = (None, None) if why else (given.vector, given.filling)
             instance.begin(vector, tally.samples, weight, given.length, why, filling, given.coding)
             await self._until_decided(instance)
             if instance.commit is not None:
                 break
-            # A branch was formed: the same contribution goes into its first round.
             self.hub.drop(instance)
-            self._instance = self._make_instance()
-        commit = instance.commit
+            self._instance = self._make_instance()  # of a branch: the same contribution goes into its first round
+        commit, plan = instance.commit, instance.voter.plan
         given.coding.settle(self.me in commit.record.members)
         await self.membership.confirm(commit.record)
         result = await instance.outcome()
         if result is None or result.numel() != given.length:
             raise OutOfStep(f"the result of round {commit.record.round} cannot be had any more")
-        plan = instance.voter.plan
+        if self.me not in commit.record.members and plan is not None and plan.layout != given.layout:
+            raise OutOfStep(f"we reduced other tensors: {given.layout} instead of {plan.layout}")
         self._committed(commit.record.round, instance, instance.voter.attempt + (plan.epoch if plan else 0))
         return result
 

@@ -247,8 +247,9 @@ class Collude(Attack):
     tau: float = 3.0
 
     def craft(self, known: Knowledge) -> Tensor:
-        rows = known.mean + torch.linspace(1.0, 0.25, len(known.own))[:, None] * self.tau * -known.mean.abs().mean(
-        ) * torch.sign(known.mean)
+        rows = known.mean + torch.linspace(1.0, 0.25, len(known.own))[
+            :, None
+        ] * self.tau * -known.mean.abs().mean() * torch.sign(known.mean)
         return rows
 
 

@@ -20,7 +20,7 @@ from ..learning.aggregate import resolve as resolve_rule
 from ..learning.shard import dirichlet_split
 from ..learning.tasks.digits import load
 from ..transport.errors import ConfigError
-from .attacks import Attack, Knowledge, Rule
+from .attacks import Knowledge, Rule
 from .attacks import resolve as resolve_attack
 
 CLASSES = 10
@@ -85,8 +85,11 @@ def run(case: Case) -> Outcome:
     draw = np.random.default_rng([case.seed, 1])
     random = torch.Generator().manual_seed(case.seed)
     data, parts = load(), _parts(field, case.seed)
-    images = data.train_x if not field.noise else data.train_x + field.noise * torch.randn(
-        data.train_x.shape, generator=torch.Generator().manual_seed(case.seed + 1)
+    images = (
+        data.train_x
+        if not field.noise
+        else data.train_x
+        + field.noise * torch.randn(data.train_x.shape, generator=torch.Generator().manual_seed(case.seed + 1))
     )
     model = _Model(field.hidden, case.seed)
     honest = field.peers - case.liars

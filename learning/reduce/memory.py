@@ -26,7 +26,8 @@ class _Base:
 
 
 class RoundMemory:
-    """Hands out fp32 vectors of any content. For one thread; keeps what two rounds in a row made use of.
+    """Hands out fp32 vectors of any content. For one thread; keeps what two rounds in a row made use of, but never
+    adds to it as long as something else is free to be given up instead.
 
     Sizes differ from round to round, and others choose some of them: what does not fit any more must not pile up.
     """
@@ -47,6 +48,7 @@ class RoundMemory:
             if elements <= size <= 2 * elements and smaller and self._free(index):
                 best = index
         if best < 0:
+            self._trade(elements)
             # numpy asks the kernel for huge pages, torch does not: 32 MiB take 3 ms to touch instead of 17.
             self._bases.append(_Base(np.empty(elements, dtype=np.float32), self._round))
         self._bases[best].round = self._round
@@ -66,8 +68,23 @@ class RoundMemory:
         """Bytes in use and kept."""
         return sum(base.array.nbytes for base in self._bases)
 
+    def _trade(self, elements: int) -> None:
+        """Give up as much as is asked for anew of what this round has not taken: slices of other sizes, of a plan that
+        is past. To keep it as well would add one round's sizes to those of the next."""
+        for index in sorted(range(len(self._bases)), key=lambda index: self._bases[index].round):
+            if elements <= 0 or self._bases[index].round == self._round:
+                break
+            if self._free(index):
+                elements -= self._bases[index].array.size
+                self._bases[index].array = _NONE
+        self._bases = [base for base in self._bases if base.array is not _NONE]
+
     def _free(self, index: int) -> bool:
         return sys.getrefcount(self._bases[index].array) == _ALONE
+
+
+#: In place of memory that was given up.
+_NONE = np.empty(0, dtype=np.float32)
 
 
 def _references_of_a_base_alone() -> int:

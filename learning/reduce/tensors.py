@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...transport.errors import ConfigError
+from ...transport.wire import printable
 from .staging import Copy, LaneFor, lane
 
 #: One tensor of any shape; a list, a tuple (a named one, too) or a dict of tensors.
@@ -20,6 +22,10 @@ Tensors: TypeAlias = Tensor | list[Tensor] | tuple[Tensor, ...] | dict[str, Tens
 
 #: Reduced in float32 and rounded to their own dtype afterwards.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+#: Characters of :attr:`Bundle.layout`.
+LAYOUT = 80
 
 
 @attrs.frozen(eq=False)
@@ -62,6 +68,22 @@ class Bundle:
         if len(held) == 1 and _is_vector(held[0]):
             return held[0].view(-1)
         return None
+
+    @property
+    def layout(self) -> str:
+        """The shapes in order, with the keys of a dict, in words: equal where these are.
+
+        All of them where they are few (``3x5, 7``), else the first ones, their number, and a digest of all: at most
+        :data:`LAYOUT` characters.
+        """
+        keys = [f"{key!r} " for key in sorted(self.given)] if isinstance(self.given, dict) else [""] * len(self.tensors)
+        shapes = [key + ("x".join(map(str, t.shape)) or "scalar") for key, t in zip(keys, self.tensors, strict=True)]
+        text = ", ".join(shapes)
+        if len(text) <= LAYOUT:
+            return text
+        digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"shoal layout").hexdigest()
+        end = f" … {len(shapes)} tensors #{digest}"
+        return printable(text[: LAYOUT - len(end)].rpartition(",")[0] + end)
 
     def name_at(self, index: int) -> str:
         """The label of the tensor that element ``index`` belongs to."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from typing import TypeAlias
 
 from ...transport.identity import PeerId
 from .messages import Accepted, Plan, Ready, quorum
@@ -58,20 +59,38 @@ def may_begin(
     return False, "waiting for " + short(waiting)
 
 
-def contributors(ready: Mapping[PeerId, Ready]) -> tuple[tuple[PeerId, ...], int, str, str]:
-    """Who contributes among those that are ready, in order; length and codec; and who does not, with the reasons.
+#: What contributions must have in common to be combined: length, codec, layout.
+Kind: TypeAlias = tuple[int, str, str]
 
-    Length and codec are the most common ones of those that contribute, if there are any: honest peers have the same.
+
+def kind_of(ready: Ready) -> Kind:
+    return ready.length, ready.codec, ready.layout
+
+
+def contributors(ready: Mapping[PeerId, Ready]) -> tuple[tuple[PeerId, ...], Kind, str]:
+    """Who contributes among those that are ready, in order; what they have in common; and who does not, with reasons.
+
+    Length, codec and layout are the most common ones of those that contribute, if there are any: honest peers have the
+    same. Numbers of another layout are those of other tensors, also where there are as many of them.
     """
     giving = [r for r in ready.values() if r.contributes] or list(ready.values())
-    kinds = [(r.length, r.codec) for r in giving]
+    kinds = [kind_of(r) for r in giving]
     kind = max(sorted(set(kinds)), key=lambda each: (kinds.count(each), each))
-    members = tuple(
-        sorted(p for p, r in ready.items() if r.contributes and r.weight > 0 and (r.length, r.codec) == kind)
-    )
+    members = tuple(sorted(p for p, r in ready.items() if r.contributes and r.weight > 0 and kind_of(r) == kind))
     others = sorted(p for p in ready if p not in members)
-    named = ", ".join(f"{p.short} ({ready[p].why[:100] or 'another length or codec'})" for p in others[:4])
-    return members, *kind, f"; without a contribution: {named}" if others else ""
+    named = ", ".join(f"{p.short} ({ready[p].why[:100] or unlike(kind_of(ready[p]), kind)})" for p in others[:4])
+    return members, kind, f"; without a contribution: {named}" if others else ""
+
+
+def unlike(one: Kind, most: Kind) -> str:
+    """In which respect ``one`` is not as ``most`` are, for people."""
+    if one[0] != most[0]:
+        return f"another length: {one[0]} instead of {most[0]}"
+    if one[1] != most[1]:
+        return f"another codec: {one[1]} instead of {most[1]}"
+    if one[2] != most[2]:
+        return f"other tensors: {one[2] or 'not named'} instead of {most[2] or 'not named'}"
+    return "without weight"
 
 
 def shares(plan: Plan, members: Sequence[PeerId]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -56,6 +56,9 @@ from .messages import (
 from .planning import first_plan, freeze, left_out, mending, next_plan, overdue
 from .terms import Terms, accepts_needed
 
+#: Holders of a result that a proposal names: who lacks it asks one after the other. All of 64 would be 2 KB for each.
+MAX_HOLDERS = 8
+
 
 class Leader:
     """Leads one attempt. Every method takes ``now`` (seconds) and returns actions, in order."""
@@ -399,7 +402,7 @@ class Leader:
         assert self.record is not None
         self.phase, self._until = "propose", now + self.pace.gather
         self._holders = holders
-        message = Propose(self.key, self.attempt, self.record, holders)
+        message = Propose(self.key, self.attempt, self.record, holders[:MAX_HOLDERS])
         return [Promise(self.attempt), *(Send(voter, message) for voter in self.voters if voter not in self.lost)]
 
     def _on_accept(self, now: float, sender: PeerId, message: Accept) -> list[Action]:

@@ -25,6 +25,9 @@ MAX_SAMPLES = 1 << 40
 #: Characters of a reason: people read it, and records with theirs are kept.
 MAX_REASON = 2000
 
+#: Characters of a layout: words for the first tensors, a count, a digest of all; see reduce/tensors.py.
+MAX_LAYOUT = 120
+
 
 class Bounded:
     """A message whose integers are all 0 ≤ n < 2⁶³, its texts short and fit for a terminal, whatever a peer sends."""
@@ -46,6 +49,12 @@ def check_codec(name: str) -> None:
         resolve(name)
     except ConfigError as error:
         raise ValueError(str(error)) from None
+
+
+def check_layout(layout: str) -> None:
+    """Raises ValueError for one that is longer than ours ever are."""
+    if len(layout) > MAX_LAYOUT:
+        raise ValueError(f"a layout of {len(layout)} characters")
 
 
 @attrs.frozen
@@ -111,7 +120,8 @@ class Ready(Bounded):
 
     ``contributes`` is False when it has nothing to give this round; ``why`` then says why not. ``holds``: whether the
     sender still holds the result of ``accepted`` (a restarted peer does not). ``rates``: what it measured on its lines.
-    ``codec``: how its contribution is coded, and the result, if most say so.
+    ``codec``: how its contribution is coded, and the result, if most say so. ``layout``: which tensors the vector is
+    made of, in words that are equal where they are; empty where it is of none in particular.
     """
 
     key: bytes
@@ -126,12 +136,14 @@ class Ready(Bounded):
     why: str
     rates: Rates = NOTHING
     codec: str = "fp32"
+    layout: str = ""
 
     def __attrs_post_init__(self) -> None:
         Bounded.__attrs_post_init__(self)
         if max(self.samples, self.weight) > MAX_SAMPLES:
             raise ValueError(f"{max(self.samples, self.weight)} samples in one round")
         check_codec(self.codec)
+        check_layout(self.layout)
 
 
 @attrs.frozen
@@ -162,7 +174,8 @@ class Plan(Bounded):
     """Who contributes (``members``, PeerId order, with weights), who receives, and who owns what.
 
     ``within``: milliseconds after which a phase of bulk is over for those that are late; 0: each keeps its own pace.
-    ``codec``: how contributions and combined slices travel; slices begin at multiples of its block.
+    ``codec``: how contributions and combined slices travel; slices begin at multiples of its block. ``layout``: that of
+    all members' vectors.
     """
 
     key: bytes
@@ -177,10 +190,12 @@ class Plan(Bounded):
     reason: str
     within: int = 0
     codec: str = "fp32"
+    layout: str = ""
 
     def __attrs_post_init__(self) -> None:
         Bounded.__attrs_post_init__(self)
         check_codec(self.codec)
+        check_layout(self.layout)
 
     def phase(self, otherwise: float) -> float:
         """Seconds that a phase of bulk may take; ``otherwise`` where the plan does not say."""

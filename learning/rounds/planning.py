@@ -12,7 +12,8 @@ from .. import defaults
 from ..reduce import topology
 from ..reduce.codecs import resolve
 from ..reduce.slices import covers, reassign
-from .decisions import contributors, shares, short
+from .actions import Pace
+from .decisions import contributors, kind_of, shares, short
 from .messages import Plan, Progress, Ready
 
 
@@ -22,7 +23,7 @@ def first_plan(key: bytes, attempt: int, ready: Mapping[PeerId, Ready], me: Peer
     Members whose line is known to be far too slow are left out at once, as long as ``needed`` contribute: see
     :func:`topology.laggards`. They receive the result like all others.
     """
-    members, length, name, without = contributors(ready)
+    members, (length, name, layout), without = contributors(ready)
     codec = resolve(name)
     rates = {peer: each.rates for peer, each in ready.items()}
     late, why = topology.laggards(members, rates, needed)
@@ -42,6 +43,7 @@ def first_plan(key: bytes, attempt: int, ready: Mapping[PeerId, Ready], me: Peer
         reason=f"{reason}{without}{why}; {chosen.reason}",
         within=_milliseconds(chosen),
         codec=codec.name,
+        layout=layout,
     )
 
 
@@ -70,10 +72,22 @@ def plan_fault(plan: Plan, voters: Sequence[PeerId], max_length: int, me: PeerId
     block = resolve(plan.codec).block
     if any(piece.start % block for piece in plan.slices):
         return f"a slice that begins within a block of {block}"
-    ours = offer is not None and offer.contributes and (offer.length, offer.codec) == (plan.length, plan.codec)
+    ours = offer is not None and offer.contributes and kind_of(offer) == (plan.length, plan.codec, plan.layout)
     if me in plan.members and not ours:
-        return "we contribute nothing of that length and codec"
+        return "we contribute nothing of that length, codec and layout"
     return None
+
+
+def step_time(pace: Pace, plan: Plan | None, frozen: bool, spare: float) -> float:
+    """Seconds within which the next step of an attempt is due, beyond every deadline that its leader has for it.
+
+    A leader may be unable to make that step, or unwilling, and say all the time that it waits: its plan does not reach
+    us, it forgets the freeze. ``plan``: that of this attempt, if any. ``spare``: see :class:`Voter`.
+    """
+    if plan is None:
+        # A plan; or, where one went out before we were ready, the end of that.
+        return 4.0 * (pace.grace + pace.scatter + pace.gather)
+    return 6.0 * plan.phase(pace.gather) if frozen else 2.0 * (plan.phase(pace.scatter) + spare)
 
 
 def next_plan(

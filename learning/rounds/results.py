@@ -14,8 +14,9 @@ from ..digest import ALGORITHMS, fingerprint
 from ..reduce.buffers import Buffers
 from ..state import bytes_view
 from .actions import Note
+from .downloads import download
 from .messages import CommitRecord
-from .methods import WANT, Want
+from .methods import Want
 from .passes import Passes
 from .setting import Setting
 from .voter import Voter
@@ -62,7 +63,7 @@ class Results:
     async def obtain(self, record: CommitRecord, holders: tuple[PeerId, ...]) -> str | None:
         """Make the result of ``record`` ours: what we combined, or a holder's, if its fingerprint is the record's.
 
-        Returns what is wrong; None when the result is ours. Each download has the deadline of a bulk transfer.
+        Returns what is wrong; None when the result is ours. Each download goes on as long as bytes come.
         """
         digest = record.digest
         if self.final_digest == digest:
@@ -91,9 +92,8 @@ class Results:
 
     async def _download(self, holder: PeerId, digest: bytes, length: int) -> Tensor:
         final = self._buffers.room(length or self._own_length())
-        async with self._endpoint.stream(holder, WANT, Want(self._key, 0, 0, 0, final.numel(), digest)) as reply:
-            await reply.read_into(bytes_view(final))
-            await reply.result()
+        want = Want(self._key, 0, 0, 0, final.numel(), digest)
+        await download(self._endpoint, holder, want, bytes_view(final))
         return final
 
     def _own_length(self) -> int:

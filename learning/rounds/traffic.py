@@ -21,8 +21,9 @@ from ..reduce.filling import Filling
 from ..reduce.slices import Slice
 from ..state import bytes_view
 from .actions import Action, Combine, Note, Pull, Push, Share
+from .downloads import download
 from .messages import members_hash
-from .methods import SCATTER, SHARE, WANT, Ack, Given, Scatter, Shared, Want
+from .methods import SCATTER, SHARE, Ack, Given, Scatter, Shared, Want
 from .setting import Setting
 from .voter import Voter
 
@@ -246,9 +247,8 @@ class Traffic:
         # Its owner may still be writing to the result, as slowly as it likes.
         pulled = self.buffers.room(stop - start)
         try:
-            async with self._endpoint.stream(action.holder, WANT, _want(self.key, action, start, stop)) as reply:
-                await reply.read_into(bytes_view(pulled))
-                given = await reply.result()
+            want = Want(self.key, action.attempt, action.epoch, start, stop, b"")
+            given = await download(self._endpoint, action.holder, want, bytes_view(pulled))
         except RemoteError as error:
             log.debug("combined slice from %s: %s", action.holder.short, error)
             return
@@ -294,10 +294,6 @@ class Traffic:
 
 def _place(request: Shared) -> tuple[int, int, int]:
     return request.attempt, request.epoch, request.index
-
-
-def _want(key: bytes, action: Pull, start: int, stop: int) -> Want:
-    return Want(key, action.attempt, action.epoch, start, stop, b"")
 
 
 def fault(part: Part, elements: int) -> str | None:

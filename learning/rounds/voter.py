@@ -37,10 +37,11 @@ from .messages import (
     Seal,
     Waiting,
     members_hash,
+    quorum,
     sign_accept,
     sign_held,
 )  # fmt: skip
-from .planning import freeze_fault, plan_fault
+from .planning import freeze_fault, plan_fault, step_time
 
 #: Attempts by which one message may move a voter ahead. One that slept through a whole round is some tens behind.
 MAX_LEAP = 1000
@@ -79,6 +80,7 @@ class Voter:
         #: Seconds that a scatter may take longer, since contributions are still being computed when it begins.
         self.spare = 0.0
         self.attempt = promised
+        self.layout = ""  # of what we bring into the round; see Ready
         self.offer: Ready | None = None  # our Ready, less attempt and accepted; None while training
         self.plan: Plan | None = None
         self.frozen: Freeze | None = None
@@ -97,6 +99,7 @@ class Voter:
         self._early: dict[tuple[PeerId, int, int, int], bytes] = {}
         self._reported: tuple[PeerId, ...] | None = None
         self._heard = 0.0
+        self._moved = 0.0  # the last step of this attempt; word of waiting is none
         self._resend = 0.0
         self._phase_until: float | None = None
         self._verifying: tuple[int, bytes] | None = None
@@ -107,8 +110,8 @@ class Voter:
         return self.order[(self.attempt if attempt is None else attempt) % len(self.order)]
 
     def begin(self, now: float, offer: Ready) -> list[Action]:
-        """Training is over; ``offer`` says what we contribute (its attempt and accepted are ours to fill)."""
-        self.offer = offer
+        """Training is over; ``offer`` says what we contribute (attempt, accepted and layout are ours to fill)."""
+        self.offer = attrs.evolve(offer, layout=offer.layout or self.layout)
         if self.decided:
             return []
         self.phase, self.reason = "convene", "ready"
@@ -226,6 +229,8 @@ class Voter:
                 return self._on_commit(message)
             case Waiting() if message.attempt == self.attempt and sender == self.leader():
                 self.reason = message.reason
+                if len(self.voters) - len(message.missing) < quorum(len(self.voters)):
+                    self._moved = now  # nobody could begin: it waits for them as we do
                 self.due = now + message.left / 1e3 if message.left else None
                 return []
             case Convene():
@@ -235,23 +240,18 @@ class Voter:
             case Freeze():
                 return self._on_freeze(now, sender, message)
             case Ask():
-                if self.plan is not None and (message.attempt, message.epoch) == (self.plan.attempt, self.plan.epoch):
-                    return [Send(sender, self._progress(self.plan))]
-                return []
+                return [Send(sender, self._progress(plan))] if (plan := self._current(message)) else []
             case Fetch():
-                plan = self.plan
-                current = plan is not None and (message.attempt, message.epoch) == (plan.attempt, plan.epoch)
-                if plan is None or not current or sender != self.leader(message.attempt):
+                if (plan := self._current(message)) is None or sender != self.leader(message.attempt):
                     return []
                 if not 0 <= message.index < len(plan.slices) or message.index in self._combined:
                     return []
                 return [Pull(message.holder, message.attempt, message.epoch, message.index)]
             case Seal():
-                plan = self.plan
-                current = plan is not None and (message.attempt, message.epoch) == (plan.attempt, plan.epoch)
-                if not current or not self.full or sender != self.leader(message.attempt):
+                known = self._current(message) and message.algorithm in self._algorithms
+                if not known or not self.full or sender != self.leader(message.attempt):
                     return []
-                return [Prepare(message.nonces, message.algorithm)] if message.algorithm in self._algorithms else []
+                return [Prepare(message.nonces, message.algorithm)]
             case Propose():
                 return self._on_propose(now, sender, message)
             case Reject() if message.promised > self.attempt and not self._far(message.promised):
@@ -274,8 +274,9 @@ class Voter:
             else:
                 self._phase_until = None
         if now >= self._heard + self._patience():
-            why = f"no word from the leader {self.leader().short} for {self._patience():.0f} s"
-            return actions + self._advance(now, why)
+            return actions + self._advance(now, f"no word of leader {self.leader().short} in {self._patience():.0f} s")
+        if now >= self._moved + self._stall():
+            return actions + self._advance(now, f"no step of leader {self.leader().short} in {self._stall():.0f} s")
         if self.phase == "convene" and now >= self._resend:
             actions += self._ready(now, again=True)
         return actions
@@ -284,7 +285,7 @@ class Voter:
         """When :meth:`tick` is due."""
         if self.decided or self.offer is None:
             return None
-        times = [self._heard + self._patience()]
+        times = [self._heard + self._patience(), self._moved + self._stall()]
         if self.phase == "convene":
             times.append(self._resend)
         if self._phase_until is not None:
@@ -297,26 +298,19 @@ class Voter:
         # Doubles with every full turn of candidates, so that slow swarms settle.
         return self.pace.suspect * float(2 ** min(4, self.attempt // len(self.order)))
 
+    def _stall(self) -> float:
+        """Seconds within which the attempt must come a step on, whatever its leader says meanwhile."""
+        plan = self.plan if self.plan is not None and self.plan.attempt == self.attempt else None
+        step = step_time(self.pace, plan, self.frozen is not None, self.spare)
+        return self._patience() * (1.0 + step / self.pace.suspect)
+
     def _ready(self, now: float, *, again: bool = False) -> list[Action]:
         assert self.offer is not None
         if not again:
-            self._heard = now
+            self._heard = self._moved = now
         self._resend = now + self.pace.suspect / 2
-        offer = self.offer
-        message = Ready(
-            self.key,
-            self.round,
-            self.attempt,
-            offer.contributes,
-            offer.samples,
-            offer.weight,
-            offer.length,
-            self.accepted,
-            self._holds_accepted,
-            offer.why,
-            offer.rates,
-            offer.codec,
-        )
+        holds = self._holds_accepted
+        message = attrs.evolve(self.offer, attempt=self.attempt, accepted=self.accepted, holds=holds)
         # Whoever promised nothing comes back as it was. A leader must know that it led, or it could propose twice.
         nothing = not self.promised and self.accepted is None and self.leader() != self.me
         if again or nothing:
@@ -379,7 +373,7 @@ class Voter:
             actions.append(Persist(self.promised, self.accepted))
         self.plan, self.frozen, self.full = plan, None, False
         self._combined, self._reported, self._verifying = {}, None, None
-        self._heard = now
+        self._heard = self._moved = now
         self._phase_until = now + self.scatter_time()
         self.due = self._phase_until
         self.phase, self.reason = "scatter", plan.reason
@@ -422,7 +416,7 @@ class Voter:
         wrong = freeze_fault(plan, message.members, mine, self._holds)
         if wrong is not None:
             return [Send(sender, Reject(self.key, plan.attempt, self.promised, wrong))]
-        self.frozen = message
+        self.frozen, self._moved = message, now
         self.phase, self.reason = "combine", f"combining {len(message.members)} contributions"
         self._phase_until = self.due = now + plan.phase(self.pace.gather)
         actions: list[Action] = [Note("combine", "begin", self.reason)]
@@ -441,6 +435,11 @@ class Voter:
     def scatter_time(self) -> float:
         """Seconds that contributions of the present plan have to reach their owners."""
         return (self.pace.scatter if self.plan is None else self.plan.phase(self.pace.scatter)) + self.spare
+
+    def _current(self, message: Ask | Fetch | Seal) -> Plan | None:
+        """The plan that it is about, if we follow it."""
+        plan = self.plan
+        return plan if plan is not None and (message.attempt, message.epoch) == (plan.attempt, plan.epoch) else None
 
     def _misses(self, plan: Plan, owner: PeerId) -> bool:
         return any(p.owner == owner and i not in self._combined for i, p in enumerate(plan.slices))
@@ -487,6 +486,7 @@ class Voter:
         if self._verifying == (message.attempt, message.record.digest):
             return actions
         self._verifying = (message.attempt, message.record.digest)
+        self._moved = now
         holders = tuple(h for h in message.holders if h in self.voters and h != self.me)
         return [*actions, Verify(message.attempt, message.record, holders)]
 

@@ -74,6 +74,9 @@ KINDS = {
         f"dht-{system}": f"systems.dht_{system}:{system.capitalize()}Dht"
         for system in ("shoal", "kademlia", "hivemind", "libp2p")
     },
+    **{
+        f"reduce-{system}": f"systems.reduce_{system}:{system.capitalize()}Reduce" for system in ("hivemind", "torchft")
+    },
 }
 
 
@@ -81,7 +84,8 @@ KINDS = {
 OPTIONAL = tuple(
     kind
     for kind in KINDS
-    if kind.removeprefix("dht-").partition("-")[0] in ("tls", "grpc", "libp2p", "hivemind", "kademlia")
+    if kind.removeprefix("dht-").removeprefix("reduce-").partition("-")[0]
+    in ("tls", "grpc", "libp2p", "hivemind", "kademlia", "torchft")
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,20 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def reset_peak() -> None:
+    """From now on :func:`peak` says what is most from now on (Linux; elsewhere it is that of the process's life)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """The most bytes of memory that this process has had."""
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def genesis(voters: tuple[PeerId, ...]) -> CommitRecord:
     """The record before the first round: the same for all."""
     return CommitRecord(RUN, 0, "genesis", b"", (), (), (), voters, 0, 0, b"", (), "", b"", "")
@@ -78,6 +93,7 @@ class ShoalPeer(Worker):
                 self._mean = vectors.mean_base(len(self._voters), arguments["elements"])
                 self._vector.zero_()
                 self._resident = resident()
+                reset_peak()
                 return {}
             case "open":
                 self._coding = Coding.of(arguments.get("codec", "fp32"))
@@ -173,6 +189,7 @@ class ShoalPeer(Worker):
             result = await instance.outcome()
         ended = time.monotonic()
         cpu = time.process_time() - cpu
+        most = peak()
         if result is None or instance.commit is None:
             notes = "; ".join(f"{note.phase} {note.what} {note.detail}" for _, note in self._notes)
             return {"wrong": f"no result after {ROUND_LIMIT:.0f} s: {instance.voter.reason} ({notes})", "digest": ""}
@@ -187,6 +204,8 @@ class ShoalPeer(Worker):
             "attempts": instance.voter.attempt + 1,
             "cpu": cpu,
             "memory": resident() - self._resident,
+            "peak": most - self._resident,
+            "buffers": self._hub.memory.held,
             "sent": sum(link.bytes_sent for link in self._endpoint.links()) - sent,
             "notes": [[note.phase, note.what, at, note.detail] for at, note in self._notes],
         }

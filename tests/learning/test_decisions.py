@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from shoal.learning.rounds.decisions import (
     better,
     candidates,
+    contributors,
     group_of,
     may_abandon,
     may_begin,
@@ -19,7 +20,7 @@ from shoal.learning.rounds.decisions import (
     resume_at,
     short,
 )
-from shoal.learning.rounds.messages import quorum
+from shoal.learning.rounds.messages import Ready, quorum
 from shoal.transport.identity import Identity, PeerId
 
 PEERS = tuple(sorted(Identity(bytes([n]) * 32).peer_id for n in range(1, 41)))
@@ -59,6 +60,37 @@ def test_everybody_leads_about_equally_often() -> None:
 def test_the_commit_before_decides_who_leads_so_that_nobody_can_grind_an_id() -> None:
     orders = [candidates(bytes([n]) * 32, 7, PEERS[:6]) for n in range(20)]
     assert len(set(orders)) > 15
+
+
+# -- who contributes -------------------------------------------------------------------------------------
+
+
+def ready(length: int = 8, codec: str = "fp32", layout: str = "3, 5", weight: int = 1, why: str = "") -> Ready:
+    return Ready(b"k" * 32, 1, 0, not why, 1, weight, length, None, False, why, codec=codec, layout=layout)
+
+
+def test_whose_contribution_is_of_another_kind_than_most_is_left_out_and_told_in_which_respect() -> None:
+    odd = {
+        PEERS[1]: (ready(length=9), "another length: 9 instead of 8"),
+        PEERS[2]: (ready(codec="int8"), "another codec: int8 instead of fp32"),
+        PEERS[3]: (ready(layout="5, 3"), "other tensors: 5, 3 instead of 3, 5"),
+        PEERS[4]: (ready(layout=""), "other tensors: not named instead of 3, 5"),
+        PEERS[5]: (ready(weight=0), "without weight"),
+        PEERS[6]: (ready(why="no samples"), "no samples"),
+    }
+    usual = {peer: ready() for peer in PEERS[7:10]}
+    for peer, (message, words) in odd.items():
+        members, kind, without = contributors({peer: message, **usual})
+        assert members == PEERS[7:10]
+        assert kind == (8, "fp32", "3, 5")
+        assert without == f"; without a contribution: {peer.short} ({words})"
+    assert contributors(usual)[2] == ""
+
+
+def test_of_two_kinds_that_are_equally_common_everybody_names_the_same_one() -> None:
+    voices = [(PEERS[number], ready(layout=("3, 5", "5, 3")[number % 2])) for number in range(4)]
+    found = {contributors(dict(order))[:2] for order in (voices, voices[::-1])}
+    assert found == {((PEERS[1], PEERS[3]), (8, "fp32", "5, 3"))}
 
 
 # -- when a round begins --------------------------------------------------------------------------------

@@ -75,3 +75,30 @@ def test_sizes_that_differ_in_every_round_do_not_pile_up() -> None:
     for _ in range(3):
         memory.next_round()
     assert memory.held == 0
+
+
+def test_a_round_of_other_sizes_takes_the_place_of_the_last_ones_and_is_not_added_to_it() -> None:
+    memory = RoundMemory()
+    for share in (4, 9, 4, 11, 4):
+        result = memory.take(32 * SIZE)
+        parts = [memory.take(share * SIZE) for _ in range(4)]
+        assert memory.held <= 4 * (32 + 4 * 11) * SIZE
+        del result, parts
+        memory.next_round()
+
+
+def test_what_somebody_holds_is_not_given_up_for_something_new() -> None:
+    memory = RoundMemory()
+    held, free = memory.take(4 * SIZE).fill_(5.0), memory.take(4 * SIZE)
+    memory.next_round()
+    del free
+    new = memory.take(10 * SIZE).fill_(1.0)
+    assert memory.held == 4 * 14 * SIZE
+    assert bool((held == 5.0).all()) and bool((new == 1.0).all())
+
+
+def test_memory_of_this_round_is_kept_for_the_rest_of_it() -> None:
+    memory = RoundMemory()
+    place = memory.take(4 * SIZE).data_ptr()
+    memory.take(10 * SIZE)
+    assert memory.take(4 * SIZE).data_ptr() == place

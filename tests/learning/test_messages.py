@@ -212,6 +212,15 @@ def test_a_certificate_or_record_with_such_numbers_does_not_decode_either() -> N
             unpack(type(part), pack(sound))
 
 
+@pytest.mark.parametrize("message", [EVERY[0], EVERY[3]], ids=["Ready", "Plan"])
+def test_a_layout_that_is_longer_than_any_of_ours_or_unprintable_does_not_decode(message: object) -> None:
+    sound = unpack(type(message), pack(message))
+    for layout, wrong in (("3, " * 100, "a layout of 300 characters"), ("3\x1b[2J", "control characters")):
+        object.__setattr__(sound, "layout", layout)
+        with pytest.raises(DecodeError, match=wrong):
+            unpack(type(message), pack(sound))
+
+
 def test_messages_are_told_apart_by_their_class() -> None:
     with pytest.raises(DecodeError):
         unpack(Accept, pack(EVERY[0]))

@@ -134,6 +134,40 @@ def test_a_result_may_be_written_to_the_tensors_that_were_given(play: Play) -> N
     assert len(found) == 4 and all(torch.equal(found[0], other) for other in found)
 
 
+def test_who_reduces_tensors_of_other_shapes_is_left_out_by_name_and_is_given_no_result(play: Play) -> None:
+    """Two tensors of the same total: the mean of a 3 and a 5 with a 5 and a 3 would be one of unlike things."""
+    found: dict[bytes, dict[int, Tensor]] = {}
+    odd: list[bytes] = []
+
+    def mine(peer: bytes) -> list[Tensor]:
+        return list(own(peer, 8).split([3, 5]))
+
+    async def script(peer: Peer) -> None:
+        results = found.setdefault(peer.id, {})
+        async for round in peer.rounds():
+            await train_a_step(peer)
+            given = mine(peer.id)
+            if round.index == 1 and peer.id in (*odd, peer.id)[:1]:
+                odd.append(peer.id)
+                given.reverse()
+            results[round.index] = torch.cat(await round.reduce(given))
+
+    world = play(script, peers=4, rounds=3)
+    (other,) = odd
+    assert {peer: sorted(results) for peer, results in found.items()} == {
+        peer: [2, 3] if peer == other else [1, 2, 3] for peer in found
+    }
+    by_peer = {member.run.me.key: member for member in world.live()}
+    report = next(member.run.reports[0] for peer, member in by_peer.items() if peer != other)
+    assert len(report.members) == 3 and PeerId(other).text not in report.members
+    assert "other tensors: 5, 3 instead of 3, 5" in report.reason
+    mean = mean_of(report.members, lambda peer: own(peer, 8))
+    assert all(torch.equal(results[1], mean) for peer, results in found.items() if peer != other)
+    told = [event.detail for event in by_peer[other].events]
+    assert "we reduced other tensors: 5, 3 instead of 3, 5" in told
+    assert len({tuple(results[3].tolist()) for results in found.values()}) == 1
+
+
 # -- several in flight -------------------------------------------------------------------------------------------------
 
 

@@ -118,7 +118,9 @@ def wrong_plans(scene: Scene) -> dict[str, Plan]:
             slices=tuple(Slice(n, n + 1, me) for n in range(101)), length=101
         ),
         "an owner that is no receiver": scene.plan(receivers=tuple(v for v in scene.voters if v != scene.leader)),
-        "we contribute nothing of that length and codec": scene.plan(length=64, slices=(Slice(0, 64, scene.leader),)),
+        "we contribute nothing of that length, codec and layout": scene.plan(
+            length=64, slices=(Slice(0, 64, scene.leader),)
+        ),
     }
 
 
@@ -439,7 +441,7 @@ def test_a_voter_takes_back_what_it_offered_before_and_after_the_plan(scene: Sce
     assert isinstance(again, Ready) and (again.contributes, again.why) == (False, "NaN at 3")
     assert scene.voter.withdraw(0.0, "once more") == []
     (answer,) = sent(scene.tell(scene.plan()))
-    assert isinstance(answer, Reject) and answer.reason == "we contribute nothing of that length and codec"
+    assert isinstance(answer, Reject) and answer.reason == "we contribute nothing of that length, codec and layout"
 
 
 def test_a_voter_takes_back_what_is_planned_already_but_not_what_is_frozen() -> None:

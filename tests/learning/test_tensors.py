@@ -54,6 +54,37 @@ def back(bundle: Bundle, vector: Tensor, way: Any = lane) -> Any:
     return target.given
 
 
+# -- which tensors they are --------------------------------------------------------------------------------------------
+
+
+def layout(*shapes: tuple[int, ...]) -> str:
+    return Bundle.of([torch.zeros(shape) for shape in shapes]).layout
+
+
+def test_a_layout_names_shapes_in_their_order_and_keys_of_a_dict() -> None:
+    assert layout((3,), (5,)) == "3, 5"
+    assert layout((5,), (3,)) == "5, 3"
+    assert layout((2, 3), (), (0, 4)) == "2x3, scalar, 0x4"
+    assert Bundle.of({"b": torch.zeros(2), "a": torch.zeros(1)}).layout == "'a' 1, 'b' 2"
+
+
+def test_a_layout_of_many_tensors_is_short_and_differs_where_only_the_last_one_does() -> None:
+    many = [(768, 768)] * 400
+    one, other = layout(*many, (3,), (5,)), layout(*many, (5,), (3,))
+    assert one != other
+    assert one.startswith("768x768, 768x768") and "402 tensors" in one
+    assert len(one) == len(other) <= 80
+    assert layout(*many, (3,), (5,)) == one
+    assert Bundle.of({"\n" * 90: torch.zeros(2)}).layout.isprintable()
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=2).map(tuple), min_size=1, max_size=40), st.randoms())
+def test_layouts_are_equal_exactly_where_shapes_are(shapes: list[tuple[int, ...]], random: Any) -> None:
+    shapes = [*shapes, (1,)]
+    shuffled = random.sample(shapes, len(shapes))
+    assert (layout(*shapes) == layout(*shuffled)) == (shapes == shuffled)
+
+
 # -- there and back ----------------------------------------------------------------------------------------------------
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)

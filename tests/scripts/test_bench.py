@@ -39,10 +39,42 @@ def test_allreduce_measures_shoal_and_gloo_and_writes_rows(tmp_path: Path) -> No
     done = bench("allreduce", "--peers", "2", "--mb", "1", "--runs", "2", "--warmup", "1", "--json", str(file))
     assert done.returncode == 0, done.stderr
     found = rows(file, "allreduce")
-    assert [row["system"] for row in found] == ["shoal", "shoal int8", "gloo"]
+    assert [row["system"] for row in found[:3]] == ["shoal", "shoal int8", "gloo"]
     assert found[1]["sent_bytes"] < 0.26 * found[0]["sent_bytes"] + 20_000
     assert all(row["case"] == {"peers": 2, "bytes": 1 << 20, "dtype": "float32"} for row in found)
     assert "× gloo" in done.stdout
+    measured = {row["system"] for row in found[3:]}
+    for system in ("torchft", "hivemind"):
+        # Where it is installed it is measured, elsewhere it is missed by name.
+        assert (system in measured) != (f"{system} is left out: No module named" in done.stdout)
+
+
+@pytest.mark.process
+def test_allreduce_leaves_out_by_name_what_no_interpreter_has(tmp_path: Path) -> None:
+    (tmp_path / "torchft").mkdir()
+    (tmp_path / "torchft" / "__init__.py").write_text("raise ImportError('no torchft here')\n")
+    (tmp_path / "hivemind.py").write_text("raise RuntimeError('a broken one')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    file = tmp_path / "rows.json"
+    arguments = ("--systems", "gloo,torchft,hivemind", "--peer-python", "/no/such/python", "--json", str(file))
+    done = bench("allreduce", "--peers", "2", "--mb", "1", "--runs", "1", "--warmup", "1", *arguments, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "torchft is left out: no torchft here; /no/such/python: No such file or directory" in done.stdout
+    assert "hivemind is left out:" in done.stdout
+    assert [row["system"] for row in rows(file, "allreduce")] == ["gloo"]
+
+
+@pytest.mark.process
+def test_memory_of_a_round_is_that_of_one_codec_and_within_bounds_for_two(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = bench("memory", "--peers", "2", "--mb", "16", "--runs", "2", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert [row["case"]["codec"] for row in found] == ["fp32", "int8"]
+    for row in found:
+        # 16 MiB: what a process holds beside its buffers weighs four times as much as at 64.
+        assert row["kept"] <= row["times"] <= row["bound"] + 0.75
+        assert row["runs"] == 2
 
 
 @pytest.mark.process

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import trio
 
 from shoal.learning.rounds.decisions import told
+from shoal.sim import cli
 from shoal.sim.determinism import run_virtual
 from shoal.sim.reduce_world import ReduceScenario, ReduceWorld, RoundResult, optimum, reduce_rounds
 
@@ -29,6 +31,27 @@ def test_unequal_uplinks_come_within_a_tenth_of_the_planners_optimum() -> None:
     assert planned.seconds < 0.9 * blind.seconds
     assert planned.shares[3] > 2 * planned.shares[0]
     assert "slices sized for" in planned.reason
+
+
+def lab(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = cli.main(["lab", "reduce", *arguments])
+    return code, " ".join(capsys.readouterr().out.split())
+
+
+def test_the_lab_says_that_few_bytes_are_bound_by_latency_and_does_not_judge_their_speed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, said = lab(capsys, "--peers", "4", "--mb", "0.01", "--rounds", "1")
+    assert code == 0
+    assert "bound by latency: messages alone take 0.40 s here, beside 0.01 s for the bytes" in said
+    assert "not as required" not in said
+
+
+def test_the_lab_judges_a_round_whose_bytes_take_long(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = lab(capsys, "--peers", "4", "--mb", "2", "--uplink", "2", "--rounds", "1", "--unequal", "1,4")
+    assert code == 1  # the first round knows nothing of the lines
+    assert "not as required: the last round has" in said
+    assert "bound by latency" not in said
 
 
 def rounds(scenario: ReduceScenario, before_second: object = None) -> tuple[ReduceWorld, list[RoundResult]]:

@@ -216,6 +216,7 @@ class Seat:
         voter, leader = self.voter, self.leader
         if voter.offer is not None and not voter.decided:
             found["suspect"] = voter._heard + voter._patience()
+            found["stall"] = voter._moved + voter._stall()
             if voter._phase_until is not None:
                 found["phase"] = voter._phase_until
             if voter.phase == "convene":
@@ -281,7 +282,7 @@ _CONSTANT = {
     "_identity", "_nonce", "_check", "_max_length", "_algorithms", "_terms",
 }  # fmt: skip
 _TEXT = {"reason", "_reason", "due"}
-_TIMES = {"_heard", "_resend", "_phase_until", "_grace_until", "_until", "_word", "_ticked"}
+_TIMES = {"_heard", "_moved", "_resend", "_phase_until", "_grace_until", "_until", "_word", "_ticked"}
 
 
 def _fields(core: object) -> tuple[tuple[str, bool], ...]:
