@@ -235,22 +235,24 @@ class FreeRider(Attack):
     def craft(self, known: Knowledge) -> Tensor:
         last = torch.zeros_like(known.own[0]) if known.before is None else known.before
         scale = self.noise * float(last.norm()) / len(last) ** 0.5
-        return last + scale * torch.randn(known.own.shape, generator=known.random)
+        noise: Tensor = scale * torch.randn(known.own.shape, generator=known.random)
+        return last + noise
 
 
 @attrs.frozen
 class Collude(Attack):
-    """Half of the liars send a moderate poison, the others lie between it and the honest mean and make it look usual."""
+    """Some send a poison, the others lie between it and the honest mean and make it look usual.
+
+    The poison: ``tau`` times the mean magnitude of a coordinate, against the sign of each.
+    """
 
     name = "collude"
     about = "some poison, the others make it look usual"
     tau: float = 3.0
 
     def craft(self, known: Knowledge) -> Tensor:
-        rows = known.mean + torch.linspace(1.0, 0.25, len(known.own))[
-            :, None
-        ] * self.tau * -known.mean.abs().mean() * torch.sign(known.mean)
-        return rows
+        poison = -self.tau * known.mean.abs().mean() * torch.sign(known.mean)
+        return known.mean + torch.linspace(1.0, 0.25, len(known.own))[:, None] * poison
 
 
 ATTACKS: Mapping[str, type[Attack]] = {
@@ -268,7 +270,7 @@ def resolve(text: str) -> Attack:
     kind = ATTACKS.get(name)
     if kind is None:
         raise ConfigError(f"there is no attack {name!r}; there are {', '.join(ATTACKS)}")
-    known = {field.name: field for field in attrs.fields(kind)}
+    known = {field.name: field for field in attrs.fields(kind)}  # type: ignore[arg-type]
     values: dict[str, float | int] = {}
     for item in rest.split(",") if rest else []:
         key, _, value = (part.strip() for part in item.partition("="))

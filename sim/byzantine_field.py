@@ -126,8 +126,11 @@ def run(case: Case) -> Outcome:
                 qualities.append((float(result.quality[~liar].mean()), float(result.quality[liar].mean())))
         before = result.vector
         model.step(field.rate * before)
-    quality = tuple(float(x) for x in np.mean(qualities, axis=0)) if qualities else None
-    return Outcome(model.accuracy(data.test_x, data.test_y), quality, skipped)  # type: ignore[arg-type]
+    quality: tuple[float, float] | None = None
+    if qualities:
+        honest_mean, liars_mean = np.mean(qualities, axis=0).tolist()
+        quality = honest_mean, liars_mean
+    return Outcome(model.accuracy(data.test_x, data.test_y), quality, skipped)
 
 
 def _applied(rule: Aggregator, before: Tensor | None, seed: int, peers: int) -> Rule:

@@ -94,6 +94,6 @@ async def test_a_member_with_another_codec_is_left_out_and_told() -> None:
         mean = expected("int8", group, members)
         for member in group.members:
             commit = member.instance.commit
-            assert commit is not None and "another length or codec" in commit.record.reason
+            assert commit is not None and "another codec: fp16 instead of int8" in commit.record.reason
             assert member.result is not None
             assert torch.equal(member.result, mean)
