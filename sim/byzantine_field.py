@@ -141,7 +141,7 @@ def _applied(rule: Aggregator, before: Tensor | None, seed: int, peers: int) -> 
 
 
 @functools.lru_cache(maxsize=64)
-def _parts(field: Field, seed: int) -> tuple[np.ndarray, ...]:  # type: ignore[type-arg]
+def _parts(field: Field, seed: int) -> tuple[np.ndarray, ...]:
     labels = load().train_y.numpy()
     if field.alpha is None:
         order = np.random.default_rng([seed, 0]).permutation(len(labels))
