@@ -42,6 +42,8 @@ class Results:
 
         A leader needs it to propose, everybody to accept, and it may be asked for ahead of time: it is computed once.
         """
+        # A task that begins when its round has just been closed comes this far, and the buffers are empty.
+        await trio.lowlevel.checkpoint_if_cancelled()
         result = self._buffers.result
         assert result is not None
         printed = self._printed
