@@ -38,6 +38,22 @@ Exits 0 only if everybody is in the last round and it takes at most the least ti
 of the slice planner, without latency) divided by 0.9, with unequal uplinks times 1.1.
 """
 
+BYZANTINE_EPILOG = """\
+examples:
+  shoal lab byzantine                                          all rules, all attacks, 3 liars of 15, 5 seeds: minutes
+  shoal lab byzantine --rules flag,multikrum --attacks alie    some of them
+  shoal lab byzantine --liars 1,3,5 --alpha 0.1                more liars; peers that miss most of the classes
+  shoal lab byzantine --json out.json --plot out.png           for programs, and as a heat-map
+
+Peers train one model on scikit-learn's digits, a gradient each step; liars know what everybody else sends, and the
+strongest attacks try the rule that they face. Rules that need to know how many liars there are, are told. A rule or an
+attack with parameters is written `multikrum:definition=byzfl` (with several parameters, separate the list by spaces).
+
+Exits 0 only if one rule loses at most 2 points under every attack, against the mean without attackers; every attack
+leaves some rule within 2 points; no rule costs more than 1 point without attackers; and flag beats the mean by 50
+points under gaussian and reverse.
+"""
+
 SIM_EPILOG = """\
 examples:
   shoal sim                                         8 peers train `digits`; one is killed, one joins late
@@ -135,6 +151,7 @@ def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     nat.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the matrix")
 
     _add_reduce(trials)
+    _add_byzantine(trials)
     dht = command(
         trials, "dht", "thousands of nodes of the DHT in virtual time, and whether lookups find what they should",
         ".lab_dht:dht", package=__package__, epilog=DHT_EPILOG,
@@ -184,6 +201,59 @@ def _add_reduce(trials: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     reduce.add_argument("--seed", type=count, default=0, metavar="S", help="of everything (0)")
     reduce.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     reduce.add_argument("--plot", type=Path, metavar="FILE.png", help="draw where the time goes")
+
+
+def _add_byzantine(trials: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = command(
+        trials, "byzantine", "rules of aggregation under attacks: which liars do how much harm to which rule",
+        ".lab_byzantine:byzantine", package=__package__, epilog=BYZANTINE_EPILOG,
+    )  # fmt: skip
+    parser.add_argument("--rules", type=_list, metavar="A,B", help="rules (a selection of all), without their f")
+    parser.add_argument("--attacks", type=_list, metavar="A,B", help="attacks (all)")
+    parser.add_argument("--liars", type=_counts, default=(3,), metavar="N,M", help="how many lie (3)")
+    parser.add_argument("--peers", type=positive, default=15, metavar="N", help="peers, liars included (15)")
+    parser.add_argument(
+        "--alpha", type=_alphas, default=(None, 0.3), metavar="A,B",
+        help="how classes are spread over peers: Dirichlet concentrations, `iid` (iid,0.3)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="runs of each case (5)")
+    parser.add_argument("--steps", type=positive, default=150, metavar="N", help="training steps of a run (150)")
+    parser.add_argument("--batch", type=positive, default=32, metavar="N", help="images of a peer in a step (32)")
+    parser.add_argument("--rate", type=_rate, default=1.0, metavar="R", help="learning rate (1)")
+    parser.add_argument(
+        "--hidden", type=count, default=0, metavar="N", help="width of two hidden layers (0: softmax regression)"
+    )
+    parser.add_argument("--momentum", type=_momentum, default=0.0, metavar="M", help="of each peer's gradients (0)")
+    parser.add_argument("--loss", type=_fraction, default=0.0, metavar="PART", help="contributions that get lost (0)")
+    parser.add_argument("--noise", type=_noise, default=0.0, metavar="S", help="noise added to training images (0)")
+    parser.add_argument("--processes", type=positive, metavar="N", help="runs at a time (one for each core)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw heat-maps")
+
+
+def _list(text: str) -> tuple[str, ...]:
+    """Parts may hold commas after a colon; then the list is separated by spaces."""
+    return tuple(part for part in (text.split() if " " in text.strip() else text.split(",")) if part)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(positive(part) for part in text.split(","))
+
+
+def _alphas(text: str) -> tuple[float | None, ...]:
+    return tuple(None if part == "iid" else _number(part, 0.001, 1e6, "concentration") for part in text.split(","))
+
+
+def _momentum(text: str) -> float:
+    return _number(text, 0.0, 0.999, "momentum, 0 to 0.999")
+
+
+def _rate(text: str) -> float:
+    return _number(text, 1e-6, 1e3, "learning rate")
+
+
+def _noise(text: str) -> float:
+    return _number(text, 0.0, 100.0, "standard deviation")
 
 
 def _size(text: str) -> float:
