@@ -185,7 +185,9 @@ class Exchange:
 
     def _begin(self, first: Reducing[Any]) -> None:
         whole = first._bundle.whole() if first._bundle.size == self._length else None
-        spoilt = self._round in self._run.faults.spoil
+        spoilt, disguise = self._round in self._run.faults.spoil, self._run.faults.disguise
+        if whole is not None and disguise is not None:
+            whole = disguise(self._round, whole)
         if whole is not None and not spoilt:
             vector, filling = whole, Filling(self._length)
         else:
@@ -223,6 +225,8 @@ class Exchange:
                         await self._looked_at(first)
                     try:
                         self._result = await self._run.agree(given)
+                        if self._run.faults.disguise is not None:
+                            self._run.faults.disguise.saw(self._result)
                     except ShoalError as error:
                         self._error = error
                     nursery.cancel_scope.cancel()
@@ -238,6 +242,8 @@ class Exchange:
     async def _looked_at(self, first: Reducing[Any]) -> None:
         given = self._contribution
         assert given is not None and given.vector is not None
+        if self._run.faults.disguise is not None:
+            return  # a liar does not look
         if first._copy is None:
             name_at = self._namer(first)
             wrong = await self._run.host.run_blocking(exact.check_finite, given.vector, name_at)

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import attrs
 from torch import Tensor
 
 from .state import bytes_view
+
+
+class Disguise(Protocol):
+    """What a liar sends instead of its work. One for each run."""
+
+    def __call__(self, round: int, work: Tensor) -> Tensor:
+        """Something of the shape of ``work``, float32 ``(n,)``; may hold NaN."""
+
+    def saw(self, result: Tensor) -> None:
+        """The result of the round, which is not to be changed."""
+
+
+#: Disguises that a process has, by name: whoever starts liars puts them here (``sim/liar.py``). Nodes have none.
+DISGUISES: dict[str, Callable[[], Disguise]] = {}
 
 
 @attrs.frozen
@@ -18,6 +35,8 @@ class Faults:
     spoil: tuple[int, ...] = ()
     #: Rounds at whose beginning a bit of the weights turns over in memory.
     flip: tuple[int, ...] = ()
+    #: Every contribution of ours is a lie.
+    disguise: Disguise | None = None
 
 
 def with_a_bit_turned(weights: Tensor, key: bytes) -> Tensor:

@@ -273,10 +273,10 @@ def parse_turn(text: str) -> TurnServer | None:
 
 
 def parse_faults(texts: list[str]) -> Faults:
-    """``hold:ROUND:PHASE``, ``spoil:ROUND`` and ``flip:ROUND``, for tests and the simulator."""
-    from ..learning.faults import Faults
+    """``hold:ROUND:PHASE``, ``spoil:ROUND``, ``flip:ROUND`` and ``lie:NAME``, for tests and the simulator."""
+    from ..learning.faults import DISGUISES, Faults
 
-    hold, spoil, flip = [], [], []
+    hold, spoil, flip, disguise = [], [], [], None
     for text in texts:
         kind, _, rest = text.partition(":")
         number, _, phase = rest.partition(":")
@@ -286,9 +286,11 @@ def parse_faults(texts: list[str]) -> Faults:
             spoil.append(int(number))
         elif kind == "flip" and number.isdigit():
             flip.append(int(number))
+        elif kind == "lie" and rest in DISGUISES:
+            disguise = DISGUISES[rest]()
         else:
             raise ConfigError(f"--fault {text!r}: expected hold:ROUND:PHASE, spoil:ROUND or flip:ROUND")
-    return Faults(tuple(hold), tuple(spoil), tuple(flip))
+    return Faults(tuple(hold), tuple(spoil), tuple(flip), disguise)
 
 
 def _load_torch(threads: int | None) -> None:

@@ -60,6 +60,7 @@ examples:
   shoal sim --peers 4 --task stdlib                 a small language model on Python's own source text
   shoal sim --strategy noloco --plot noloco.png     another strategy, with a picture
   shoal sim --kill 3 --rounds 30 --json out.json    more dying, and a report for programs
+  shoal sim --byzantine 2:reverse --aggregator multikrum:f=2    two of them lie, and a rule that stands it
   shoal sim --task my_task:MyTask                   a task of your own
 
 Exits 0 only if every claim held: all survivors finish with identical bits, each victim is dropped by name, the
@@ -115,6 +116,9 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--kill", type=count, metavar="N", help="peers killed between scatter and commit (1; 0 for few)"
     )
     parser.add_argument("--late", type=count, metavar="N", help="peers that join late (1)")
+    parser.add_argument(
+        "--byzantine", type=_liars, metavar="N:ATTACK", help="N peers lie in every round: 2:alie, 3:reverse (nobody)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw loss and metric over time per peer")
     parser.add_argument("--no-live", action="store_true", help="a line per round instead of a live view")
@@ -229,6 +233,13 @@ def _add_byzantine(trials: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--processes", type=positive, metavar="N", help="runs at a time (one for each core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw heat-maps")
+
+
+def _liars(text: str) -> tuple[int, str]:
+    number, _, attack = text.partition(":")
+    if not attack:
+        raise argparse.ArgumentTypeError(f"{text!r} is not how many and which attack: 2:alie")
+    return positive(number), attack
 
 
 def _list(text: str) -> tuple[str, ...]:

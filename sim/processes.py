@@ -59,15 +59,22 @@ class Plan:
     first: int
     kills: tuple[Kill, ...]
     late: tuple[Late, ...]
+    #: Names of those that lie, and the attack that all of them make.
+    liars: tuple[str, ...] = ()
+    attack: str = ""
 
 
-def make_plan(*, peers: int, kill: int, late: int, rounds: int, seed: int) -> Plan:
+def make_plan(*, peers: int, kill: int, late: int, rounds: int, seed: int, liars: int = 0, attack: str = "") -> Plan:
     """Draw victims, rounds and phases. Raises :class:`ConfigError` when the numbers leave no swarm."""
     first = peers - late
     if first < 1:
         raise ConfigError(f"--late {late} of --peers {peers} leaves nobody to begin the run")
     if kill >= first:
         raise ConfigError(f"--kill {kill} leaves none of the {first} peers that begin the run")
+    if liars and 2 * liars >= first - kill:
+        raise ConfigError(
+            f"--byzantine {liars} of {first - kill} peers that begin the run and live: at most a minority"
+        )
     if late and rounds < defaults.LATE_MARGIN + 1:
         raise ConfigError(
             f"--late needs at least {defaults.LATE_MARGIN + 1} rounds, so that the late peer can commit 3 of them"
@@ -80,9 +87,11 @@ def make_plan(*, peers: int, kill: int, late: int, rounds: int, seed: int) -> Pl
         Kill(name, draw.randint(2, max(2, rounds // 2)), draw.choice(KILL_PHASES))
         for name in sorted(draw.sample(names[:first], kill))
     )
+    # The last ones, and never the first, with whose weights training begins.
+    spared = [name for name in names[1:first] if name not in {each.name for each in kills}]
     latest = rounds - defaults.LATE_MARGIN
     joins = tuple(Late(name, draw.randint(1, max(1, min(latest, rounds // 3)))) for name in names[first:])
-    return Plan(names, first, kills, joins)
+    return Plan(names, first, kills, joins, tuple(spared[len(spared) - liars :]), attack)
 
 
 @attrs.frozen
@@ -115,10 +124,12 @@ class NodeProcess:
         """One torch thread each: the cores are shared by all nodes, and more threads change the bits."""
         return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
-    def launch(self, arguments: Sequence[str]) -> None:
+    def launch(self, arguments: Sequence[str], attack: str = "") -> None:
+        """Start it; ``attack``: the lie that it tells."""
+        module = ["shoal.sim.liar", attack] if attack else ["shoal.node.process"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "shoal.node.process", *arguments],
+                [sys.executable, "-m", *module, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -205,7 +216,8 @@ class Swarm:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._guard)
                 for number, name in enumerate(self.plan.names):
-                    self.nodes[name].launch(self._arguments(number, name))
+                    lie = self.plan.attack if name in self.plan.liars else ""
+                    self.nodes[name].launch(self._arguments(number, name), lie)
                     self.recorder.note(self.clock(), "start", name)
                 async with trio.open_nursery() as following:
                     for name in self.plan.names:

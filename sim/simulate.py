@@ -40,9 +40,17 @@ def simulate(options: argparse.Namespace) -> int:
         raise ConfigError("with --strategy local nothing is exchanged: nobody can be killed in a round or join late")
     rounds = options.rounds or known.rounds * defaults.MORE_ROUNDS.get(options.strategy, 1)
     few = options.peers < 4 or rounds <= defaults.LATE_MARGIN or lonely
+    liars, attack = options.byzantine or (0, "")
+    few = few or bool(liars)  # one thing at a time, unless it is asked for
     kill = options.kill if options.kill is not None else int(not few)
     late = options.late if options.late is not None else int(not few)
-    plan = make_plan(peers=options.peers, kill=kill, late=late, rounds=rounds, seed=options.seed)
+    if attack:
+        from .attacks import resolve  # brings torch
+
+        resolve(attack)
+    plan = make_plan(
+        peers=options.peers, kill=kill, late=late, rounds=rounds, seed=options.seed, liars=liars, attack=attack
+    )
     check_outputs(options.json, options.plot)
     folder = _folder(options.workdir)
     arguments = dict(options.strategy_args)
@@ -99,6 +107,8 @@ def _run(plan: Plan, settings: Settings, console: Console, *, live: bool, option
     recorder = Recorder(plan.names, [late.name for late in plan.late])
     began = time.monotonic()
     title = f"{len(plan.names)} peers, {settings.task}, {settings.strategy}, seed {settings.seed}"
+    if plan.liars:
+        title += f"; {', '.join(plan.liars)} lie: {plan.attack}"
     view = LiveView(
         console, recorder, rounds=settings.rounds, title=title, clock=lambda: time.monotonic() - began, live=live
     )
