@@ -43,6 +43,10 @@ ECONTROL_ETA = 0.05
 #: 0.1, or 10 when the machine is busy, and a round has a dozen such passes one after the other.
 INLINE = 1 << 20
 
+#: Elements that are coded, or decoded, at once where codes travel: a whole slice need not be in memory in its code. A
+#: multiple of CODEC_BLOCK; 512 KiB of int8.
+CODED_PIECE = 1 << 19
+
 #: Bytes under one AEGIS tag in a fingerprint. Fixed: it is part of what the fingerprint is.
 FINGERPRINT_PIECE = 4 << 20
 

@@ -37,7 +37,7 @@ from .identity import Identity, PeerId
 from .link import Link
 from .linktable import LinkTable
 from .network import ByteStream, Listener
-from .rpc import Answerer, Call, Handler, Method, Q, R, Reply, call, exchange
+from .rpc import Answerer, Body, Call, Handler, Method, Q, R, Reply, call, exchange
 from .secure import SecureChannel
 from .serving import RpcServer
 from .stream import LinkStream
@@ -340,7 +340,7 @@ class Endpoint:
         method: Method[Q, R],
         request: Q,
         *,
-        body: Sequence[Buffer] | None = None,
+        body: Sequence[Buffer] | Body | None = None,
         timeout: float | None = None,
     ) -> R:
         """Call ``method`` at ``peer``, connecting first if need be; ``body`` is uploaded behind the request.
@@ -392,7 +392,7 @@ class Endpoint:
                 yield reply
                 return
 
-    async def _way(self, peer: PeerId, body: Sequence[Buffer] | None, end: float | None) -> tuple[Link, float]:
+    async def _way(self, peer: PeerId, body: Sequence[Buffer] | Body | None, end: float | None) -> tuple[Link, float]:
         """The link for a call, and its seconds: until ``end``, or what its size calls for."""
         link = self.link(peer)
         if link is None:
@@ -400,6 +400,8 @@ class Endpoint:
         link.last_used = now = self.host.now()
         if end is not None:
             return link, max(0.0, end - now)
+        if isinstance(body, Body):
+            return link, body.patience + deadlines.call(link.rtt, link.lag, body.size, link.bandwidth)
         size = sum(memoryview(part).nbytes for part in body) if body else 0
         return link, deadlines.call(link.rtt, link.lag, size, link.bandwidth)
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from enum import IntEnum
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -88,6 +88,19 @@ class Head:
 class CallError:
     code: str
     message: str
+
+
+@attrs.frozen
+class Body:
+    """A body that is still being made when its call begins.
+
+    ``size``: bytes of all of it. ``parts``: begins it, once for each attempt; a part may change as soon as the next one
+    is asked for. ``patience``: seconds that the making may take beyond the sending.
+    """
+
+    size: int
+    parts: Callable[[], AsyncGenerator[Buffer, None]]
+    patience: float = 0.0
 
 
 class Call(Generic[Q]):
@@ -219,7 +232,7 @@ async def exchange(
     method: Method[Q, R],
     request: Q,
     *,
-    body: Sequence[Buffer] | None = None,
+    body: Sequence[Buffer] | Body | None = None,
     timeout: float,
 ) -> AsyncIterator[Reply[R]]:
     """One call over ``link``: sends ``request`` and ``body``, yields the :class:`Reply`.
@@ -228,7 +241,10 @@ async def exchange(
     side. Raises :class:`WaitExpired` when ``timeout`` seconds are over (also inside the block), :class:`LinkClosed`
     as soon as the link is lost, :class:`StreamReset`, :class:`RemoteRefused`, :class:`RemoteProtocolError`.
     """
-    views = [memoryview(part).cast("B") for part in body or ()]
+    made = body if isinstance(body, Body) else None
+    views = [memoryview(part).cast("B") for part in body or ()] if not isinstance(body, Body) else []
+    views = [view for view in views if len(view)]
+    size = sum(map(len, views)) if made is None else made.size
     message = pack(request)
     if len(message) > defaults.MAX_MESSAGE:
         raise ProtocolMisuse(f"a request of {len(message)} bytes for {method.name}: bulk travels in the body")
@@ -242,13 +258,15 @@ async def exchange(
         reply = Reply(stream, method)
         try:
             left = max(0.001, scope.deadline - trio.current_time())
-            head = pack(Head(method.name, left, sum(len(view) for view in views)))
+            head = pack(Head(method.name, left, size))
             try:
                 start = b"".join((LENGTH.pack(len(head)), head, LENGTH.pack(len(message)), message))
-                if not stream.post(start, end=not views):
+                if not stream.post(start, end=not size):
                     await stream.send_all(start)
                 for view in views:
                     await stream.send_all(view)
+                if made is not None:
+                    await _send_made(stream, made)
                 if not stream.ended:
                     await stream.send_eof()
             except StreamReset:
@@ -275,8 +293,21 @@ async def exchange(
         raise WaitExpired(f"answer to {method.name}", timeout, peer=peer)
 
 
+async def _send_made(stream: LinkStream, body: Body) -> None:
+    left = body.size
+    async with aclosing(body.parts()) as parts:
+        async for part in parts:
+            view = memoryview(part).cast("B")
+            left -= len(view)
+            if left < 0:
+                break
+            await stream.send_all(view)
+    if left:
+        raise ProtocolMisuse(f"a body that differs by {left} bytes from the {body.size} that were announced")
+
+
 async def call(
-    link: Link, method: Method[Q, R], request: Q, *, body: Sequence[Buffer] | None = None, timeout: float
+    link: Link, method: Method[Q, R], request: Q, *, body: Sequence[Buffer] | Body | None = None, timeout: float
 ) -> R:
     """One call without a body in its answer; see :func:`exchange` for errors and cancellation."""
     result: R

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
 
 import trio
 from torch import Tensor
@@ -13,8 +14,8 @@ from torch import Tensor
 from ...transport.endpoint import Endpoint
 from ...transport.errors import ProtocolMisuse, RemoteError, RemoteRefused
 from ...transport.identity import PeerId
-from ...transport.rpc import Call
-from .. import exact
+from ...transport.rpc import Body, Call
+from .. import defaults, exact
 from ..reduce.buffers import Buffers, Part
 from ..reduce.codecs import FP32, Codec, resolve
 from ..reduce.filling import Filling
@@ -104,17 +105,34 @@ class Traffic:
             return
         if self.buffers.own is None:
             return
-        size = 0 if self.buffers.coding.plain else action.stop - action.start
-        part = await self._passes.run(size, self.buffers.own_part, action.start, action.stop)
-        request = Scatter(self.key, action.start, action.stop, part.codec.name)
+        body: Body | list[memoryview]
+        codec, elements = self.buffers.coding.codec, action.stop - action.start
+        if self.buffers.coding.plain or not codec.elementwise or elements <= defaults.CODED_PIECE:
+            size = 0 if self.buffers.coding.plain else elements
+            body = [(await self._passes.run(size, self.buffers.own_part, action.start, action.stop)).data]
+        else:
+            body = Body(codec.wire_size(elements), partial(self._coded, action.start, action.stop))
+        request = Scatter(self.key, action.start, action.stop, codec.name)
         await self._post.leave_first()
         try:
-            await self._endpoint.call(action.owner, SCATTER, request, body=[part.data])
+            await self._endpoint.call(action.owner, SCATTER, request, body=body)
         except RemoteRefused as error:
             self.setting.note(Note("scatter", "refused", error.reason, action.owner))
         except RemoteError as error:
             log.debug("slice for %s: %s", action.owner.short, error)
             self._feed(lambda: self.voter.push_failed(self._host.now(), action.owner, action.start, action.stop))
+
+    async def _coded(self, start: int, stop: int) -> AsyncGenerator[memoryview, None]:
+        """Our contribution to a slice in its code, piece by piece in the same memory: it is never there as a whole."""
+        coding, code = self.buffers.coding, memoryview(b"")
+        for at in range(start, stop, defaults.CODED_PIECE):
+            end = min(at + defaults.CODED_PIECE, stop)
+            if self.buffers.own is None:
+                raise RemoteError("the round is over")
+            code = code or self.buffers.part(end - at, coding.codec).data
+            piece = code[: coding.codec.wire_size(end - at)]
+            await self._passes.run(end - at, coding.encode, self.buffers.own[at:end], at, piece)
+            yield piece
 
     async def on_scatter(self, call: Call[Scatter]) -> Ack:
         """Take a contributor's part of a slice; NaN and infinities are refused and the contributor is told."""
@@ -172,9 +190,12 @@ class Traffic:
         if sender not in self.voters:
             raise RemoteRefused("not-a-voter", f"{sender.short} is no voter of round {self.round}")
         codec, target, place = resolve(request.codec), self._target(request, sender), _place(request)
-        if target is not None and codec is FP32:
+        if target is not None and (codec is FP32 or codec.elementwise):
             with self._land(place):
-                await call.read_into(bytes_view(target))
+                if codec is FP32:
+                    await call.read_into(bytes_view(target))
+                else:
+                    await self._read_decoded(call, codec, target)
                 if self._target(request, sender) is not None:
                     self.buffers.filled[request.index] = None
         else:
@@ -188,8 +209,24 @@ class Traffic:
         )
         return Ack()
 
+    async def _read_decoded(self, call: Call[Shared], codec: Codec, target: Tensor) -> None:
+        """Read a combined slice piece by piece: its code is never there as a whole."""
+        code = self.buffers.part(min(defaults.CODED_PIECE, len(target)), codec).data
+        for at in range(0, len(target), defaults.CODED_PIECE):
+            end = min(at + defaults.CODED_PIECE, len(target))
+            piece = code[: codec.wire_size(end - at)]
+            await call.read_into(piece)
+            wrong = await self._passes.run(end - at, codec.fault, piece, end - at)
+            if wrong is not None:
+                self._refuse_combined(call.peer, wrong)
+            await self._passes.run(end - at, codec.decode, piece, target[at:end])
+
+    def _refuse_combined(self, sender: PeerId, wrong: str) -> NoReturn:
+        self.setting.note(Note("gather", "not-finite", wrong, sender))
+        raise RemoteRefused("not-finite", f"your combined slice of round {self.round} is refused: {wrong}")
+
     async def _share_elsewhere(self, call: Call[Shared], codec: Codec) -> None:
-        """It has no place in a result yet, or has to be decoded."""
+        """It has no place in a result yet, or can only be decoded as a whole."""
         request, sender, elements = call.request, call.peer, call.request.stop - call.request.start
         part = self.buffers.room_early(sender, request.start, request.stop, codec)
         if part is None:
@@ -197,8 +234,7 @@ class Traffic:
         await call.read_into(part.data)
         wrong = await self._passes.run(elements, fault, part, elements)
         if wrong is not None:
-            self.setting.note(Note("gather", "not-finite", wrong, sender))
-            raise RemoteRefused("not-finite", f"your combined slice of round {self.round} is refused: {wrong}")
+            self._refuse_combined(sender, wrong)
         target = self._target(request, sender)
         if target is None:
             piece = Slice(request.start, request.stop, sender)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 
 import attrs
@@ -23,7 +23,7 @@ from shoal.transport.errors import (
 )
 from shoal.transport.frames import ResetCode
 from shoal.transport.link import Link, Priority
-from shoal.transport.rpc import PROTOCOL, Call, CallError, Head, Method, Part, call, exchange
+from shoal.transport.rpc import PROTOCOL, Body, Call, CallError, Head, Method, Part, call, exchange
 from shoal.transport.serving import RpcServer
 from shoal.transport.stream import LinkStream
 from shoal.transport.wire import pack
@@ -111,6 +111,71 @@ async def test_a_body_is_uploaded_into_the_servers_buffer(size: int) -> None:
         body = [memoryview(data)[:half], memoryview(data)[half:]]
         assert await call(b.link, UPLOAD, Size(len(data)), body=body, timeout=20) == Size(0)
     assert got == data
+
+
+async def test_a_body_is_sent_while_it_is_made_in_memory_that_is_used_again() -> None:
+    pieces, size = 40, 50_000
+    got, piece = bytearray(pieces * size), bytearray(size)
+
+    async def upload(call: Call[Size]) -> Size:
+        await call.read_into(memoryview(got))
+        return Size(call.body_left)
+
+    async def parts() -> AsyncGenerator[bytearray, None]:
+        for number in range(pieces):
+            await trio.sleep(0.1)
+            piece[:] = bytes([number]) * size
+            yield piece
+
+    async with bench() as b:
+        b.server.serve(UPLOAD, upload)
+        body = Body(len(got), parts)
+        assert await call(b.link, UPLOAD, Size(0), body=body, timeout=20) == Size(0)
+    assert got == b"".join(bytes([number]) * size for number in range(pieces))
+
+
+@pytest.mark.parametrize(("made", "by"), [(2, 300), (5, -300)])
+async def test_a_made_body_of_another_size_than_announced_is_the_callers_fault_and_cancels_the_call(
+    made: int, by: int
+) -> None:
+    ended: list[str] = []
+
+    async def upload(call: Call[Size]) -> Size:
+        try:
+            await call.read_into(memoryview(bytearray(call.body_left)))
+        except BaseException as error:
+            ended.append(type(error).__name__)
+            raise
+        return Size(0)
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        for _ in range(made):
+            yield bytes(300)
+
+    async with bench() as b:
+        b.server.serve(UPLOAD, upload)
+        with pytest.raises(ProtocolMisuse, match="differs by"):
+            await call(b.link, UPLOAD, Size(0), body=Body(made * 300 + by, parts), timeout=20)
+        if by > 0:
+            await trio.sleep(1)
+            assert ended
+        assert await call(b.link, UPLOAD, Size(0), body=[bytes(10)], timeout=20) == Size(0)
+
+
+async def test_who_fails_to_make_a_body_gets_its_own_error_and_the_link_lives() -> None:
+    async def upload(call: Call[Size]) -> Size:
+        await call.read_into(memoryview(bytearray(call.body_left)))
+        return Size(7)
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        yield bytes(100)
+        raise KeyError("lost")
+
+    async with bench() as b:
+        b.server.serve(UPLOAD, upload)
+        with pytest.raises(KeyError):
+            await call(b.link, UPLOAD, Size(0), body=Body(1000, parts), timeout=20)
+        assert await call(b.link, UPLOAD, Size(0), body=[bytes(10)], timeout=20) == Size(7)
 
 
 async def test_a_body_is_downloaded_before_the_result() -> None:
