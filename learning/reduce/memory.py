@@ -8,6 +8,7 @@ and CPython's count of references tells when the last one is gone.
 from __future__ import annotations
 
 import sys
+import threading
 
 import attrs
 import numpy as np
@@ -26,8 +27,8 @@ class _Base:
 
 
 class RoundMemory:
-    """Hands out fp32 vectors of any content. For one thread; keeps what two rounds in a row made use of, but never
-    adds to it as long as something else is free to be given up instead.
+    """Hands out fp32 vectors of any content. Keeps what two rounds in a row made use of, but never adds to it as long
+    as something else is free to be given up instead. Passes over numbers in threads may ask too.
 
     Sizes differ from round to round, and others choose some of them: what does not fit any more must not pile up.
     """
@@ -35,33 +36,38 @@ class RoundMemory:
     def __init__(self) -> None:
         self._bases: list[_Base] = []
         self._round = 0
+        # Between a look at what is free and a view of it nobody else may look: both would get it.
+        self._lock = threading.Lock()
 
     def take(self, elements: int) -> Tensor:
         """A 1-D float32 CPU tensor of ``elements``, uninitialised: yours as long as you hold it or a view of it."""
         if elements < defaults.SMALL_BUFFER:
             return torch.from_numpy(np.empty(elements, dtype=np.float32))
-        best = -1
-        for index in range(len(self._bases)):
-            size = self._bases[index].array.size
-            # Twice as much as needed would be wasted for long; the smallest that fits leaves the others for others.
-            smaller = best < 0 or size < self._bases[best].array.size
-            if elements <= size <= 2 * elements and smaller and self._free(index):
-                best = index
-        if best < 0:
-            self._trade(elements)
-            # numpy asks the kernel for huge pages, torch does not: 32 MiB take 3 ms to touch instead of 17.
-            self._bases.append(_Base(np.empty(elements, dtype=np.float32), self._round))
-        self._bases[best].round = self._round
-        return torch.from_numpy(self._bases[best].array[:elements])
+        with self._lock:
+            best = -1
+            for index in range(len(self._bases)):
+                size = self._bases[index].array.size
+                # Twice as much as needed would be wasted for long; the smallest that fits leaves the others for others.
+                smaller = best < 0 or size < self._bases[best].array.size
+                if elements <= size <= 2 * elements and smaller and self._free(index):
+                    best = index
+            if best < 0:
+                self._trade(elements)
+                # numpy asks the kernel for huge pages, torch does not: 32 MiB take 3 ms to touch instead of 17.
+                self._bases.append(_Base(np.empty(elements, dtype=np.float32), self._round))
+            self._bases[best].round = self._round
+            return torch.from_numpy(self._bases[best].array[:elements])
 
     def next_round(self) -> None:
         """A round is over: what neither it nor the one before took is given up (or goes with its last view)."""
-        self._bases = [base for base in self._bases if base.round >= self._round - 1]
-        self._round += 1
+        with self._lock:
+            self._bases = [base for base in self._bases if base.round >= self._round - 1]
+            self._round += 1
 
     def release(self) -> None:
         """Give what nobody looks at back to the system, and forget the rest: it goes with its last view."""
-        self._bases.clear()
+        with self._lock:
+            self._bases.clear()
 
     @property
     def held(self) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import torch
 
 from shoal.learning import defaults
@@ -102,3 +105,37 @@ def test_memory_of_this_round_is_kept_for_the_rest_of_it() -> None:
     place = memory.take(4 * SIZE).data_ptr()
     memory.take(10 * SIZE)
     assert memory.take(4 * SIZE).data_ptr() == place
+
+
+class Hesitant(RoundMemory):
+    """Lets other threads run after every look at what is free."""
+
+    def _free(self, index: int) -> bool:
+        free = super()._free(index)
+        time.sleep(1e-4)
+        return free
+
+
+def test_threads_that_ask_at_the_same_time_never_get_the_same_memory() -> None:
+    """They did: two slices were then coded into one place, and all peers agreed on a wrong mean."""
+    memory, wrong, gate = Hesitant(), list[int](), threading.Barrier(4)
+    for held in [memory.take(SIZE) for _ in range(8)]:
+        held.zero_()
+    del held
+
+    def work(name: int) -> None:
+        gate.wait()
+        for _ in range(20):
+            mine = memory.take(SIZE).numpy()
+            mine[0] = name
+            time.sleep(1e-3)
+            if mine[0] != name:
+                wrong.append(name)
+            del mine
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
