@@ -37,6 +37,10 @@ UNDER_ATTACK, UNATTACKED = 2.0, 1.0
 FLAG_GAIN, BY_LENGTH = 50.0, ("gaussian", "reverse")
 
 
+#: Seconds between two words of progress where no terminal shows it.
+TELL_EVERY = 60.0
+
+
 @attrs.frozen
 class Cell:
     """Accuracies of one rule under one attack, one for each seed, in points (0 … 100)."""
@@ -275,10 +279,16 @@ def _run_all(cases: Sequence[Case], processes: int, console: Console | None) -> 
     with Progress(*columns, console=console, disable=console is None or not console.is_terminal) as progress:
         task = progress.add_task("training", total=len(cases))
         found: dict[Case, Outcome] = {}
+        began = told = time.monotonic()
 
         def note(case: Case, outcome: Outcome) -> None:
+            nonlocal told
             found[case] = outcome
             progress.advance(task)
+            now = time.monotonic()
+            if console is not None and not console.is_terminal and now - told > TELL_EVERY:
+                told, left = now, (now - began) * (len(cases) / len(found) - 1.0)
+                console.print(f"{len(found)} of {len(cases)} runs; about {left / 60:.0f} minutes left")
 
         if processes == 1:
             for case in cases:
