@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Protocol
 
 import attrs
@@ -32,6 +33,8 @@ class Coding:
 
     codec: Codec = FP32
     feedback: Feedback | None = None
+    #: Slices are coded in several threads, and what a feedback keeps is for one at a time.
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
 
     @classmethod
     def of(cls, name: str, feedback: Feedback | None = None) -> Coding:
@@ -49,7 +52,8 @@ class Coding:
     def encode(self, part: Tensor, start: int, out: Buffer) -> None:
         """Code ``part``, elements ``start …`` of the contribution. Blocking."""
         if self.feedback is not None:
-            self.feedback.encode(part, start, out)
+            with self._lock:
+                self.feedback.encode(part, start, out)
         else:
             self.codec.encode(part, out)
 

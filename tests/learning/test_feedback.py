@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from fractions import Fraction
 
 import pytest
@@ -24,6 +26,7 @@ from shoal.learning.reduce.codecs import (
     combine,
     encode_compensated,
 )
+from shoal.learning.reduce.coding import Coding
 from shoal.transport.errors import ProtocolMisuse
 
 CODECS: list[Codec] = [FP32, FP16, BF16, INT8, E3M0, TopK(Fraction(1, 10))]
@@ -307,3 +310,30 @@ def test_members_of_econtrol_apply_the_same_bits() -> None:
 def test_steps_of_no_sense_are_refused(eta: float) -> None:
     with pytest.raises(ProtocolMisuse, match="EControl with eta"):
         EControl(TOP5, 50, eta)
+
+
+def test_a_feedback_codes_for_one_thread_at_a_time() -> None:
+    """The slices of one contribution are coded in several threads."""
+
+    class Watched:
+        codec = INT8
+        inside = most = 0
+
+        def encode(self, part: torch.Tensor, start: int, out: object) -> None:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            time.sleep(1e-3)
+            self.inside -= 1
+
+        def commit(self) -> None: ...
+
+        def rollback(self) -> None: ...
+
+    feedback = Watched()
+    coding = Coding.of("int8", feedback)
+    threads = [threading.Thread(target=coding.encode, args=(torch.zeros(8), 0, bytearray(12))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert feedback.most == 1
