@@ -94,11 +94,9 @@ class SignedSpec:
             raise DecodeError("run spec with a wrong signature", peer=spec.founder.short)
         if spec.mode not in MODES:
             raise BadSpec(f"run spec with unknown mode {spec.mode[:32]!r}", peer=spec.founder.short)
-        if not (0 < len(spec.codec) <= MAX_CODEC_NAME and spec.codec.isascii() and spec.codec.isprintable()):
+        if not _is_plain(spec.codec, MAX_CODEC_NAME):
             raise BadSpec(f"run spec with the codec {spec.codec[:MAX_CODEC_NAME]!r}", peer=spec.founder.short)
-        if not (
-            0 < len(spec.aggregator) <= MAX_AGGREGATOR and spec.aggregator.isascii() and spec.aggregator.isprintable()
-        ):
+        if not _is_plain(spec.aggregator, MAX_AGGREGATOR):
             raise BadSpec(f"run spec with the aggregator {spec.aggregator[:MAX_CODEC_NAME]!r}", peer=spec.founder.short)
         if any(c in spec.task for c in ":./\\"):
             # A spec only ever carries a display name. A name that looks importable is refused outright.
@@ -111,6 +109,10 @@ class SignedSpec:
         if not (spec.min_peers >= 0 and spec.rounds >= 0 and spec.group >= 0):
             raise BadSpec("run spec with a negative number of peers or rounds", peer=spec.founder.short)
         return spec
+
+
+def _is_plain(text: str, limit: int) -> bool:
+    return 0 < len(text) <= limit and text.isascii() and text.isprintable()
 
 
 def is_task_name(name: str) -> bool:
