@@ -17,7 +17,7 @@ from .. import defaults
 from ..aggregate.aggregator import Aggregator, Decision
 from ..aggregate.linear import fault
 from ..aggregate.mean import Mean
-from ..aggregate.products import add_triangles, pack_triangle, triangle_fault, unpack_triangle
+from ..aggregate.products import add_triangles, pack_triangle, triangle_fault, triangle_size, unpack_triangle
 from .messages import Decided, Plan
 
 #: What a run does that names no other rule.
@@ -94,8 +94,8 @@ def decided_fault(message: Decided, plan: Plan, me: PeerId, own: bytes, count: i
 
     ``own``: the products that ``me`` has sent, empty if none.
     """
-    owners, size = owners_of(plan), len(message.parts[0]) if message.parts else 0
-    full = told_in_full(len(owners), size)
+    owners = owners_of(plan)
+    full = told_in_full(len(owners), triangle_size(count))
     if len(message.parts) != (len(owners) if full else 1):
         return f"the inner products of {len(message.parts)} of {len(owners)} owners"
     if me not in owners or not count:
