@@ -49,4 +49,5 @@ def triangle_fault(data: bytes, p: int, elements: int) -> str | None:
         return str(error)
     if float(np.diag(gram).max()) > elements * _SQUARE:
         return f"a square beyond that of any {elements} numbers"
-    return fault(gram, p)
+    with np.errstate(all="ignore"):
+        return fault(gram, p)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from ...transport.errors import ConfigError
 from ...transport.identity import PeerId
 from .. import defaults
@@ -58,7 +60,8 @@ def part_fault(plan: Plan, owner: PeerId, data: bytes, count: int) -> str | None
 
 def heaviest(parts: Mapping[PeerId, bytes], count: int) -> tuple[PeerId, str] | None:
     """When parts that look well add up to what is no Gram matrix: whose is the largest, and what is wrong."""
-    wrong = fault(add_triangles(list(parts.values()), count), count)
+    with np.errstate(all="ignore"):
+        wrong = fault(add_triangles(list(parts.values()), count), count)
     if wrong is None:
         return None
     return max(parts, key=lambda owner: float(unpack_triangle(parts[owner], count).trace())), wrong
@@ -84,7 +87,8 @@ def seed_of(key: bytes) -> int:
 def decide(rule: Aggregator, key: bytes, parts: Sequence[bytes], count: int) -> tuple[bytes, str | None]:
     """What the leader decides for ``count`` members from the ``parts``; why it cannot. Blocking."""
     try:
-        return rule.decide(add_triangles(parts, count), count, seed_of(key)).data, None
+        with np.errstate(all="ignore"):  # of absurd products; what comes of them is looked at
+            return rule.decide(add_triangles(parts, count), count, seed_of(key)).data, None
     except (ConfigError, ValueError) as error:  # of linear algebra that does not converge, too
         return b"", str(error)
 
@@ -116,12 +120,13 @@ def judge(
     The quality, 0 … 1, is empty where the rule has none. Blocking.
     """
     try:
-        gram = add_triangles(parts, count)
-        wrong = fault(gram, count)
-        if wrong is not None:
-            return (), f"the sum of the inner products is none: {wrong}"
-        own = rule.decide(gram, count, seed_of(key))
-        differs = Decision.read(data, count).differs(own, gram)
+        with np.errstate(all="ignore"):
+            gram = add_triangles(parts, count)
+            wrong = fault(gram, count)
+            if wrong is not None:
+                return (), f"the sum of the inner products is none: {wrong}"
+            own = rule.decide(gram, count, seed_of(key))
+            differs = Decision.read(data, count).differs(own, gram)
     except (ConfigError, ValueError) as error:
         return (), str(error)
     return () if own.quality is None else tuple(own.quality.tolist()), differs
