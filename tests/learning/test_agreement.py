@@ -12,6 +12,7 @@ import pytest
 
 from shoal.learning.aggregate import resolve
 from shoal.learning.rounds import leader as leader_module
+from shoal.learning.rounds import proposer as proposer_module
 from shoal.learning.rounds import terms as terms_module
 from shoal.learning.rounds import voter as voter_module
 from shoal.learning.rounds.messages import Propose, quorum
@@ -227,7 +228,7 @@ def broken_within(start: Table, ways: int, what: str = "two values") -> Found:
 
 
 def test_a_majority_that_is_one_too_small_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (leader_module, terms_module):
+    for module in (proposer_module, terms_module):
         monkeypatch.setattr(module, "accepts_needed", lambda voters, gossip: quorum(voters) - 1)
     found = broken_within(round_of(3), 200, "a certificate of")
     assert len(found.trace) <= 20
