@@ -292,3 +292,7 @@ GRAM_SLACK = 1e-9
 #: How far a result may lie from what one's own coefficients say, in its lengths; and how much larger coefficients may
 #: be.
 COEFFICIENT_TOLERANCE, COEFFICIENT_GROWTH = 1e-6, 100.0
+
+#: Bytes of all owners' inner products up to which the leader sends them all to everybody, so that each owner sees its
+#: own in the sum: up to 24 members. Beyond it only the sum, or the leader's line would carry megabytes.
+PRODUCTS_IN_FULL = 64 << 10

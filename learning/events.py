@@ -34,7 +34,8 @@ class RoundReport:
     ``retries``: attempts and epochs beyond the first. ``reason``: why members were chosen or dropped.
     ``t``: seconds since the run began here; ``wall_s``: from the end of training to the commit.
     ``loss``: mean training loss of this peer in this round; ``metric``: of the task's main metric on
-    held-out data, evaluated after this round, or None when this round was not evaluated.
+    held-out data, evaluated after this round, or None when this round was not evaluated. ``quality``: of the
+    ``members``, how far the run's aggregator took each seriously, 0 … 1; empty where it does not say.
     """
 
     round: int
@@ -49,6 +50,7 @@ class RoundReport:
     loss: float | None
     metric: float | None
     digest: str
+    quality: tuple[float, ...] = ()
 
 
 @attrs.frozen

@@ -4,14 +4,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..transport.errors import ConfigError
 from . import defaults
+from .aggregate.aggregator import Aggregator
+from .aggregate.names import resolve
 from .rounds.messages import Accepted
 from .rounds.pace import pace
 from .rounds.setting import Setting
+from .rounds.weighing import unfit
+from .spec import RunSpec
 from .store import Vote
+from .strategies.base import Strategy
 
 if TYPE_CHECKING:
     from .run import Run
+
+
+def rule_of(spec: RunSpec, strategy: Strategy) -> Aggregator:
+    """The aggregator of a run. Raises :class:`ConfigError` for a text that names none, and for one that can never stand
+    in rounds of this run: too few peers, a strategy whose groups have whom they happen to have."""
+    rule = resolve(spec.aggregator)
+    if rule.is_mean:
+        return rule
+    if not strategy.replicated:
+        raise ConfigError(
+            f"strategy {spec.strategy} exchanges weights in groups of whoever is there, of which a rule tolerates no "
+            f"liar: its aggregator is mean, not {spec.aggregator}"
+        )
+    wrong = unfit(rule, spec.min_peers)
+    if wrong is not None:
+        raise ConfigError(f"aggregator {spec.aggregator}: {wrong}")
+    return rule
 
 
 def setting_of(run: Run, worked: float, state: int) -> Setting:
@@ -38,4 +61,5 @@ def setting_of(run: Run, worked: float, state: int) -> Setting:
         stored=(vote.promised, vote.accepted) if vote is not None else None,
         note=run.note,
         hold=lambda phase: (place.round, phase) in run.faults.hold,
+        rule=run.rule,
     )

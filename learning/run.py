@@ -27,7 +27,7 @@ from .faults import Faults, with_a_bit_turned
 from .gossip import Gossip
 from .membership import Membership
 from .peer import OutOfStep, Peer, Round, Tally, Trainer
-from .placing import setting_of
+from .placing import rule_of, setting_of
 from .rounds.actions import Note
 from .rounds.decisions import told
 from .rounds.hub import Hub
@@ -79,6 +79,7 @@ class Run:
         self.task, self.store, self.time_budget, self.bootstrap = task, store, time_budget, bootstrap
         self.faults, self.origin = faults or Faults(), origin
         self.strategy = resolve_strategy(self.spec.strategy, dict(self.spec.strategy_args))
+        self.rule = rule_of(self.spec, self.strategy)
         self._on_event, self._evaluate_every = on_event, evaluate_every
         self._start = self.host.now()
         alone = Shard(self.spec.seed, self.me.key, 0, 0, 1)
@@ -352,6 +353,7 @@ class Run:
             samples=sum(record.samples),
             reason=record.reason,
             roster=record.roster,
+            quality=instance.scales.quality_of(record),
         )
 
     def _report(
@@ -363,6 +365,7 @@ class Run:
         samples: int,
         reason: str,
         roster: tuple[PeerId, ...] | None = None,
+        quality: tuple[float, ...] = (),
     ) -> None:
         after = voters if roster is None else roster
         self.round = self.membership.round
@@ -375,7 +378,6 @@ class Run:
             self.emit("commit", "dropped", PeerId.parse(peer), reason)
         for peer in joined:
             self.emit("commit", "joined", PeerId.parse(peer))
-
         self._pending_report = RoundReport(
             round=round,
             t=now - self._start,
@@ -389,6 +391,7 @@ class Run:
             loss=loss,
             metric=None,
             digest="",
+            quality=quality,
         )
 
     def _close_instance(self) -> None:
@@ -433,7 +436,7 @@ class Run:
             mode=self.spec.mode,
             round=self.round,
             phase=voter.phase if voter is not None and exchanging else self.phase,
-            reason=self._why(reason),
+            reason=(self.membership.reason if head is not None else "") or reason,
             leader=voter.leader().text if voter is not None else "",
             members=tuple(peer.text for peer in self.membership.members()) if head is not None else (),
             samples=(self._given or self._peer.tally).samples,
@@ -445,9 +448,6 @@ class Run:
             branch=record.branch if record is not None else 0,
             finished=self.finished.is_set(),
         )
-
-    def _why(self, otherwise: str) -> str:
-        return (self.membership.reason if hasattr(self, "membership") else "") or otherwise
 
     def companions(self) -> tuple[PeerId, ...]:
         """Those who may still need us after the last round: who did it with us, ourselves perhaps among them."""

@@ -19,6 +19,9 @@ MAX_TASK_NAME = 64
 #: Characters of a codec's name. Whether there is such a codec is seen where one is needed: this module loads no torch.
 MAX_CODEC_NAME = 64
 
+#: Characters of an aggregator's text, likewise.
+MAX_AGGREGATOR = 256
+
 
 class BadSpec(DecodeError):
     """A spec that its founder has signed and nobody can follow: asking somebody else for it does not help."""
@@ -45,6 +48,7 @@ class RunSpec:
     reduce, 0 for all of them. ``min_peers``: rounds begin once the roster has this many. ``rounds``: 0
     for endless. ``created``: Unix seconds. ``origin``: digest of the state that it begins with, empty for the founder's
     fresh model. ``codec``: how contributions and results of rounds travel, where a strategy says nothing else.
+    ``aggregator``: the rule that combines contributions, see docs/aggregation.md.
     """
 
     task: str
@@ -61,6 +65,7 @@ class RunSpec:
     created: float
     origin: bytes = b""
     codec: str = "fp32"
+    aggregator: str = "mean"
 
 
 @attrs.frozen
@@ -89,8 +94,10 @@ class SignedSpec:
             raise DecodeError("run spec with a wrong signature", peer=spec.founder.short)
         if spec.mode not in MODES:
             raise BadSpec(f"run spec with unknown mode {spec.mode[:32]!r}", peer=spec.founder.short)
-        if not (0 < len(spec.codec) <= MAX_CODEC_NAME and spec.codec.isascii() and spec.codec.isprintable()):
+        if not _is_plain(spec.codec, MAX_CODEC_NAME):
             raise BadSpec(f"run spec with the codec {spec.codec[:MAX_CODEC_NAME]!r}", peer=spec.founder.short)
+        if not _is_plain(spec.aggregator, MAX_AGGREGATOR):
+            raise BadSpec(f"run spec with the aggregator {spec.aggregator[:MAX_CODEC_NAME]!r}", peer=spec.founder.short)
         if any(c in spec.task for c in ":./\\"):
             # A spec only ever carries a display name. A name that looks importable is refused outright.
             raise BadSpec(
@@ -102,6 +109,10 @@ class SignedSpec:
         if not (spec.min_peers >= 0 and spec.rounds >= 0 and spec.group >= 0):
             raise BadSpec("run spec with a negative number of peers or rounds", peer=spec.founder.short)
         return spec
+
+
+def _is_plain(text: str, limit: int) -> bool:
+    return 0 < len(text) <= limit and text.isascii() and text.isprintable()
 
 
 def is_task_name(name: str) -> bool:

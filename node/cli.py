@@ -256,6 +256,11 @@ def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="how what is exchanged travels: fp32 (default), fp16, bf16, int8 (a quarter of the bytes), e3m0 (an "
         "eighth), topk:SHARE",
     )  # fmt: skip
+    run.add_argument(
+        "--aggregator", metavar="RULE",
+        help="how contributions are combined: mean (default), or a rule that tolerates f liars, for instance "
+        "multikrum:f=1, trimmed_mean:f=2, nnm+median:f=1, flag",
+    )  # fmt: skip
     run.add_argument("--seed", type=count, metavar="N", help="seed of the split of the data (default 0)")
     run.add_argument(
         "--private", metavar="KEYFILE", nargs="?", const="",

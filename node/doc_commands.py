@@ -171,6 +171,7 @@ def _render_spec(content: Content, run: bytes) -> str:
         ("rounds", str(spec.rounds or "until stopped")),
         ("peers", f"at least {spec.min_peers}" + (f", in groups of {spec.group}" if spec.group else "")),
         ("codec", spec.codec),
+        ("aggregator", spec.aggregator),
         ("seed", str(spec.seed)),
         ("founder", spec.founder.text),
         ("founded", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(spec.created))),

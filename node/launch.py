@@ -173,6 +173,7 @@ def conflicts(options: argparse.Namespace, spec: RunSpec, record: NodeRecord) ->
         ("--min-peers", options.min_peers, spec.min_peers),
         ("--group", options.group, spec.group),
         ("--codec", options.codec, spec.codec),
+        ("--aggregator", options.aggregator, spec.aggregator),
         ("--seed", options.seed, spec.seed),
     ]
     args = dict(spec.strategy_args)
@@ -214,6 +215,7 @@ def _run(
             mode=options.mode or "available",
             group=options.group or 0,
             codec=options.codec or "fp32",
+            aggregator=options.aggregator or "mean",
             min_peers=options.min_peers or 1,
             rounds=options.rounds or 0,
             seed=options.seed or 0,

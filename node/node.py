@@ -15,6 +15,7 @@ from ..learning.checkpoints import Keeping, read_model
 from ..learning.events import Event, RoundReport, RunStatus
 from ..learning.faults import Faults
 from ..learning.peer import Trainer
+from ..learning.placing import rule_of
 from ..learning.reduce.codecs import resolve as resolve_codec
 from ..learning.run import Run
 from ..learning.rundocs import RunDocuments
@@ -53,6 +54,7 @@ class Founding:
     rounds: int = 0
     seed: int = 0
     codec: str = "fp32"
+    aggregator: str = "mean"
 
 
 @attrs.frozen
@@ -246,7 +248,7 @@ class Node:
         task = await self._load_task(None)
         arguments = {**task.recommended.get(founding.strategy, {}), **dict(founding.strategy_args)}
         # Wrong arguments fail here, before anything is signed.
-        resolve_strategy(founding.strategy, arguments)
+        strategy = resolve_strategy(founding.strategy, arguments)
         resolve_codec(founding.codec)
         model = self._trainer.model if self._trainer is not None else await self.host.run_blocking(task.model)
         name = title(task)
@@ -272,7 +274,9 @@ class Node:
             created=self.host.wall(),
             origin=origin,
             codec=founding.codec,
+            aggregator=founding.aggregator,
         )
+        rule_of(spec, strategy)
         return SignedSpec.sign(self.identity, spec)
 
     async def _fetch_spec(self, ticket: Ticket) -> SignedSpec:

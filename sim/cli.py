@@ -109,6 +109,7 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--set", metavar="NAME=VALUE", action="append", default=[], dest="strategy_args", type=cli.assignment,
         help="an argument of the strategy; may be repeated",
     )  # fmt: skip
+    parser.add_argument("--aggregator", default="mean", metavar="RULE", help="how contributions are combined (mean)")
     parser.add_argument("--mode", choices=("available", "strict"), default="available", help="of rounds (available)")
     parser.add_argument("--rounds", type=positive, metavar="R", help="rounds to train (default: the task's)")
     parser.add_argument("--seed", type=count, default=0, metavar="S", help="of data, victims, rounds and phases (0)")

@@ -101,6 +101,7 @@ class Settings:
     task: str
     strategy: str
     strategy_args: tuple[str, ...]
+    aggregator: str
     mode: str
     rounds: int
     seed: int
@@ -237,6 +238,7 @@ class Swarm:
         if number == 0:
             arguments += ["--strategy", settings.strategy, "--mode", settings.mode, "--rounds", str(settings.rounds)]
             arguments += ["--min-peers", str(self.plan.first), "--seed", str(settings.seed)]
+            arguments += ["--aggregator", settings.aggregator]
             for assignment in settings.strategy_args:
                 arguments += ["--set", assignment]
         elif settings.custom:

@@ -58,6 +58,7 @@ def simulate(options: argparse.Namespace) -> int:
         task=options.task,
         strategy=options.strategy,
         strategy_args=tuple(f"{name}={value:g}" for name, value in sorted(arguments.items())),
+        aggregator=options.aggregator,
         mode=options.mode,
         rounds=rounds,
         seed=options.seed,

@@ -13,6 +13,7 @@ from ...transport.errors import ProtocolMisuse
 from .. import defaults
 from .base import Before, CoordinateRule, Floats, GramRule
 from .linear import linear_combination, mixed
+from .mean import Mean
 
 
 @attrs.frozen(eq=False)
@@ -90,6 +91,11 @@ class Aggregator:
     def needs_reference(self) -> bool:
         """Whether the last result, where there is one, stands behind the contributions as one more row."""
         return isinstance(self.rule, GramRule) and self.rule.reference
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether this is the mean and nothing else: the one rule to which weights matter."""
+        return not self.before and isinstance(self.rule, Mean)
 
     def check(self, n: int) -> None:
         """Raises :class:`~shoal.transport.errors.ConfigError` when ``n`` contributions are too few."""

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from ...transport.identity import PeerId
 from .. import exact
+from ..aggregate.aggregator import Aggregator, Decision
+from ..aggregate.base import Floats
 from ..state import bytes_view
 from .codecs import FP32, Codec, combine, resolve
 from .coding import PLAIN, Coding
 from .memory import RoundMemory
+from .robust import Given, combine_by, products_of
 from .slices import Slice
 
 #: Parts of slices that one contributor may send in a round: a slice is re-cut only when owners are lost.
@@ -30,6 +33,10 @@ class Part:
     codec: Codec
     data: memoryview
     vector: Tensor | None = None
+
+    @property
+    def given(self) -> Given:
+        return (self.codec, self.data) if self.vector is None else self.vector
 
 
 class Buffers:
@@ -102,8 +109,12 @@ class Buffers:
         weights: Sequence[int],
         ranges: Sequence[tuple[int, int]],
         codec: Codec = FP32,
+        rule: Aggregator | None = None,
+        decision: Decision | None = None,
     ) -> Callable[[], list[Part]]:
         """What writes the weighted mean of exactly ``members``, in this order, into the present result. Blocking.
+
+        Or what ``rule`` makes of them, with what was decided for it.
 
         Returns each range in the code of ``codec``; the result then holds what that decodes to, as it does everywhere.
         It holds what it needs: the round may end while it runs in a thread.
@@ -125,6 +136,8 @@ class Buffers:
             for parts, out, part in work:
                 if not parts:
                     out.zero_()
+                elif rule is not None and not rule.is_mean:
+                    combine_by(rule, [part.given for part in parts], decision, factors, out)
                 elif codec is FP32:
                     exact.weighted_mean([part.vector for part in parts if part.vector is not None], factors, out=out)
                 else:
@@ -138,6 +151,17 @@ class Buffers:
             return coded
 
         return compute
+
+    def products(
+        self, members: Sequence[PeerId], ranges: Sequence[tuple[int, int]], codec: Codec = FP32
+    ) -> Callable[[], Floats]:
+        """What computes the inner products of ``members``, in this order, over ``ranges``. Blocking; holds what it
+        needs."""
+        slices = [
+            ([self.parts[member, start, stop, codec.name].given for member in members], stop - start)
+            for start, stop in ranges
+        ]
+        return lambda: products_of(slices)
 
     def room_early(self, sender: PeerId, start: int, stop: int, codec: Codec = FP32) -> Part | None:
         """Memory for a combined slice that came before its plan, bounded for each sender."""

@@ -27,13 +27,48 @@ class Push:
 
 @attrs.frozen
 class Combine:
-    """Combine exactly ``members`` with ``weights``, in this order, for the slices ``indices`` that we own."""
+    """Combine exactly ``members`` with ``weights``, in this order, for the slices ``indices`` that we own.
+
+    ``decision``: the coefficients that the leader has sent, for rules that have any.
+    """
 
     attempt: int
     epoch: int
     members: tuple[PeerId, ...]
     weights: tuple[int, ...]
     indices: tuple[int, ...]
+    decision: bytes = b""
+
+
+@attrs.frozen
+class Measure:
+    """Compute the inner products of ``members``, in this order, over the slices ``indices`` that we own."""
+
+    attempt: int
+    epoch: int
+    members: tuple[PeerId, ...]
+    indices: tuple[int, ...]
+
+
+@attrs.frozen
+class Weigh:
+    """Decide from the owners' inner products ``parts`` of so many members (leader)."""
+
+    attempt: int
+    epoch: int
+    members: int
+    parts: tuple[bytes, ...]
+
+
+@attrs.frozen
+class Check:
+    """Compare what the leader decided, ``decision``, with what we decide from the same ``parts``."""
+
+    attempt: int
+    epoch: int
+    members: int
+    parts: tuple[bytes, ...]
+    decision: bytes
 
 
 @attrs.frozen
@@ -118,7 +153,23 @@ class Note:
     peer: PeerId | None = None
 
 
-Action = Send | Push | Combine | Share | Pull | Fingerprint | Prepare | Verify | Persist | Promise | Done | Note
+Action = (
+    Send
+    | Push
+    | Combine
+    | Measure
+    | Weigh
+    | Check
+    | Share
+    | Pull
+    | Fingerprint
+    | Prepare
+    | Verify
+    | Persist
+    | Promise
+    | Done
+    | Note
+)
 
 
 @attrs.frozen

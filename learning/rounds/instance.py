@@ -23,9 +23,11 @@ from ..reduce.measured import measured
 from ..reduce.memory import RoundMemory
 from .actions import (
     Action,
+    Check,
     Combine,
     Done,
     Fingerprint,
+    Measure,
     Note,
     Persist,
     Prepare,
@@ -35,6 +37,7 @@ from .actions import (
     Send,
     Share,
     Verify,
+    Weigh,
 )
 from .decisions import candidates, resume_at
 from .leader import Leader
@@ -49,6 +52,7 @@ from .messages import (
 from .passes import Passes
 from .post import Post
 from .results import Results
+from .scales import Scales
 from .setting import Setting
 from .terms import accepts_needed
 from .traffic import Traffic
@@ -94,6 +98,7 @@ class Instance:
             check=setting.check,
             max_length=setting.max_length,
             algorithms=local_fingerprints(),
+            rule=setting.rule,
             promised=promised,
             accepted=accepted,
         )
@@ -105,6 +110,7 @@ class Instance:
         self.traffic = Traffic(
             endpoint, setting, self.voter, self.buffers, self.results, passes, post, self._feed, self._open_generation
         )
+        self.scales = Scales(self._host, setting, self.voter, self.buffers, passes, self._feed)
         #: Called when this round begins to collect its result: bytes that it takes.
         self.on_open: Callable[[int], None] = lambda size: None
         self._steps: deque[Callable[[], Sequence[Action]]] = deque()
@@ -302,6 +308,7 @@ class Instance:
             now=self._host.now(),
             lost=self.voter.lost,
             unfit=lambda record: self.setting.check(record) or self.voter.refused.get(record.digest),
+            rule=self.setting.rule,
         )
         self.leader.spare = self.voter.spare
 
@@ -315,6 +322,12 @@ class Instance:
                 self._post.send(action.to, action.message)
             case Push() | Combine() | Share() | Pull():
                 self.traffic.start(self._nursery, action)
+            case Measure():
+                self._nursery.start_soon(self.scales.measure, action)
+            case Weigh():
+                self._nursery.start_soon(self._weigh, action)
+            case Check():
+                self._nursery.start_soon(self.scales.check, action)
             case Fingerprint():
                 self._nursery.start_soon(self._seal, action)
             case Prepare():
@@ -341,6 +354,17 @@ class Instance:
             self.buffers.open((plan.attempt, plan.epoch), plan.length)
         if plan is not None and self.buffers.generation == (plan.attempt, plan.epoch):
             self.buffers.take_early(plan.slices, plan.codec)
+
+    async def _weigh(self, action: Weigh) -> None:
+        leader = self.leader
+        data, wrong = await self.scales.weigh(action)
+
+        def step() -> list[Action]:
+            if leader is None or self.leader is not leader:
+                return []
+            return leader.weighed(self._host.now(), action, data, wrong)
+
+        self._feed(step)
 
     # -- the result ---------------------------------------------------------------------------------
 

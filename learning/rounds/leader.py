@@ -10,17 +10,19 @@ Theory of operation::
 A lost contributor costs nothing before the freeze (it falls out of the intersection of what owners hold)
 and nothing after it (it stays in). A lost owner costs its ranges; if a live receiver holds its combined
 slice, the others fetch it there. The leader is replaced like anybody: see :mod:`.voter`.
+
+Rules on inner products have one phase more, ``weigh``, between scatter and gather: all owners send Products, the leader
+decides and tells all receivers. An owner lost there costs its ranges, as in scatter. Where fewer contribute than a rule
+needs, the attempt is given up; one that is not the first ends the round without contributions instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import attrs
 
-from ...transport.identity import Identity, PeerId
+from ...transport.identity import PeerId
 from ..digest import choose_fingerprint
-from .actions import Action, Fingerprint, Note, Pace, Promise, Send
+from .actions import Action, Fingerprint, Note, Send, Weigh
 from .decisions import (
     holders_of,
     may_abandon,
@@ -35,75 +37,28 @@ from .decisions import (
 from .messages import (
     Accept,
     Ask,
-    Certificate,
-    Commit,
-    CommitRecord,
-    Convene,
+    Decided,
     Fetch,
     Freeze,
     Held,
+    Message,
     Plan,
+    Products,
     Progress,
     Propose,
     Ready,
     Reject,
     Seal,
-    Signed,
-    Waiting,
-    accept_bytes,
     held_bytes,
+    members_hash,
 )  # fmt: skip
-from .planning import first_plan, freeze, left_out, mending, next_plan, overdue
-from .terms import Terms, accepts_needed
-
-#: Holders of a result that a proposal names: who lacks it asks one after the other. All of 64 would be 2 KB for each.
-MAX_HOLDERS = 8
+from .planning import first_plan, freeze, left_out, mending, next_plan, overdue, without_result
+from .proposer import Proposer
+from .weighing import heaviest, owners_of, part_fault, parts_to_tell, too_few
 
 
-class Leader:
+class Leader(Proposer):
     """Leads one attempt. Every method takes ``now`` (seconds) and returns actions, in order."""
-
-    def __init__(
-        self,
-        *,
-        key: bytes,
-        round: int,
-        voters: tuple[PeerId, ...],
-        attempt: int,
-        identity: Identity,
-        pace: Pace,
-        terms: Terms,
-        now: float,
-        lost: dict[PeerId, str],
-        unfit: Callable[[CommitRecord], str | None] = lambda record: None,
-    ) -> None:
-        """``unfit``: why we ourselves would refuse a record that somebody accepted; None when we would not."""
-        self.key, self.round, self.voters, self.attempt = key, round, voters, attempt
-        self.me, self._identity, self.pace, self._terms = identity.peer_id, identity, pace, terms
-        self._unfit, self.spare = unfit, 0.0  # spare: see Voter
-        self.needed = accepts_needed(len(voters), terms.gossip)
-        self.lost: dict[PeerId, str] = dict(lost)
-        self.phase = "convene"
-        self.plan: Plan | None = None
-        self.record: CommitRecord | None = None
-        self.certificate: Certificate | None = None
-        self._ready: dict[PeerId, Ready] = {}
-        self._grace_until: float | None = None
-        self._ticked = now
-        self._holders: tuple[PeerId, ...] = ()
-        self._held: dict[PeerId, tuple[PeerId, ...]] = {}
-        self._frozen: tuple[PeerId, ...] = ()
-        self._progress: dict[PeerId, Progress] = {}
-        self._asked: dict[PeerId, None] = {}
-        self._fetching: dict[tuple[PeerId, int], list[PeerId]] = {}
-        self._accepts: dict[PeerId, Accept] = {}
-        self._refusals: dict[PeerId, str] = {}
-        self._until: float | None = None
-        self._word: float = now + pace.suspect / 4
-        self._reason = ""
-        self._late: dict[PeerId, str] = {}  # not waited for, and in which phase
-        self._overdue = False
-        self._branch: int | None = None
 
     # -- what peers say -----------------------------------------------------------------------------
 
@@ -117,6 +72,8 @@ class Leader:
                 return self._on_ready(now, sender, message)
             case Held():
                 return self._on_held(now, sender, message)
+            case Products():
+                return self._on_products(now, sender, message)
             case Progress():
                 return self._on_progress(now, sender, message)
             case Accept():
@@ -125,10 +82,6 @@ class Leader:
                 return self._on_reject(now, sender, message)
             case _:
                 return []
-
-    def peer_alive(self, peer: PeerId) -> None:
-        """``peer`` can be reached again: it is told of this attempt with the next word to those who wait."""
-        self.lost.pop(peer, None)
 
     def peer_lost(self, now: float, peer: PeerId, why: str) -> list[Action]:
         """No way to ``peer`` at the moment."""
@@ -142,6 +95,8 @@ class Leader:
                 if self._owns(peer):
                     return self._replan(now, (peer,), f"owner {peer.short} is lost")
                 return self._maybe_freeze(now)
+            case "weigh" if self._owns(peer):
+                return self._replan(now, (peer,), f"owner {peer.short} is lost")
             case "gather":
                 if self._owns(peer):
                     return self._ask(now, f"owner {peer.short} is lost")
@@ -173,12 +128,12 @@ class Leader:
         if self._until is None or now < self._until:
             return actions
         match self.phase:
-            case "scatter":
+            case "scatter" | "weigh":
                 assert self.plan is not None
-                owners = dict.fromkeys(piece.owner for piece in self.plan.slices)
-                silent = tuple(o for o in owners if o not in self._held)
+                said = self._held if self.phase == "scatter" else self._products
+                silent = tuple(o for o in owners_of(self.plan) if o not in said)
                 if silent:
-                    self._late.update(dict.fromkeys(silent, "scatter"))
+                    self._late.update(dict.fromkeys(silent, self.phase))
                     return actions + self._replan(now, silent, f"owners silent: {short(silent)}")
                 self._until = None
             case "gather":
@@ -219,7 +174,7 @@ class Leader:
         if self.phase == "propose" and new:
             assert self.record is not None
             return [Send(sender, Propose(self.key, self.attempt, self.record, tuple(self._accepts) or (self.me,)))]
-        if self.phase in ("scatter", "gather") and not new:
+        if self.phase in ("scatter", "weigh", "gather") and not new:
             # It has no plan of ours: that was lost, or the peer restarted and holds nothing of what it said before.
             self._held.pop(sender, None)
             self._progress.pop(sender, None)
@@ -268,12 +223,19 @@ class Leader:
         self._reason = reason = again + reason
         if not go:
             return []
-        plan = first_plan(self.key, self.attempt, self._ready, self.me, self.needed, reason)
+        plan = first_plan(self.key, self.attempt, self._ready, self.me, self.needed, reason, self.rule)
+        few = too_few(self.rule, len(plan.members))
+        if few is not None:
+            self._reason = again + few
+            if until is not None and now < until:
+                return []  # the lost may come back
+            plan = without_result(plan, f"{few}; {plan.reason}")
         return [Note("convene", "members", plan.reason), *self._publish(now, plan)]
 
     def _publish(self, now: float, plan: Plan) -> list[Action]:
         self.plan, self.phase = plan, "scatter"
         self._held, self._progress, self._frozen, self._asked, self._fetching = {}, {}, (), {}, {}
+        self._products, self._decided = {}, None
         self._overdue = False
         # Owners give up on contributors first.
         self._until = now + plan.phase(self.pace.scatter) * 1.5 + self.spare
@@ -305,7 +267,9 @@ class Leader:
             return self._replan(now, slow, why)
         if plan.members and not frozen:
             return self._abort(now, "no contribution reached all owners")
-        self._frozen, self.phase = frozen, "gather"
+        if (few := too_few(self.rule, len(frozen))) is not None:
+            return self._give_up(now, (), f"{few}, and no more reached all owners")
+        self._frozen, self.phase = frozen, "weigh" if self.rule.needs_gram and frozen else "gather"
         self._until = now + plan.phase(self.pace.gather) * 1.5
         message = Freeze(self.key, plan.attempt, plan.epoch, frozen)
         left = [m for m in plan.members if m not in frozen]
@@ -319,7 +283,57 @@ class Leader:
         after = next_plan(self.plan, gone, self.lost, self._frozen, why)
         if after is None:
             return self._abort(now, f"{why}; no owner is left")
+        if (few := too_few(self.rule, len(after.members))) is not None:
+            return self._give_up(now, gone, f"{why}; {few}")
         return [Note("scatter", "epoch", after.reason), *self._publish(now, after)]
+
+    def _give_up(self, now: float, gone: tuple[PeerId, ...], why: str) -> list[Action]:
+        """What is there cannot be combined by the run's rule. Begun anew once; it may be no better then."""
+        assert self.plan is not None
+        after = None
+        if self.attempt:
+            after = next_plan(without_result(self.plan, why), gone, self.lost, (), why)
+        if after is None:
+            return self._abort(now, why)
+        return [Note("scatter", "epoch", after.reason), *self._publish(now, after)]
+
+    # -- weigh --------------------------------------------------------------------------------------
+
+    def _on_products(self, now: float, sender: PeerId, message: Products) -> list[Action]:
+        plan, count = self.plan, len(self._frozen)
+        if self.phase != "weigh" or plan is None or (message.attempt, message.epoch) != (plan.attempt, plan.epoch):
+            return []
+        if not self._owns(sender) or sender in self._products or message.members != members_hash(self._frozen):
+            return []
+        wrong = part_fault(plan, sender, message.data, count)
+        if wrong is not None:
+            return self._refuse_products(now, sender, wrong)
+        self._products[sender] = message.data
+        owners = owners_of(plan)
+        if any(owner not in self._products for owner in owners):
+            return []
+        found = heaviest({owner: self._products[owner] for owner in owners}, count)
+        if found is not None:
+            return self._refuse_products(now, *found)
+        self._until = None  # it is we who are computing
+        parts = parts_to_tell([self._products[owner] for owner in owners], count)
+        return [Weigh(plan.attempt, plan.epoch, count, parts)]
+
+    def _refuse_products(self, now: float, owner: PeerId, wrong: str) -> list[Action]:
+        why = f"the inner products of {owner.short} are refused: {wrong}"
+        return [Note("combine", "refused", why, owner), *self._replan(now, (owner,), why)]
+
+    def weighed(self, now: float, action: Weigh, data: bytes, wrong: str | None) -> list[Action]:
+        """What ``action`` asked for: ``data`` is what we decide, ``wrong`` why nothing can be decided."""
+        plan = self.plan
+        if self.phase != "weigh" or plan is None or (action.attempt, action.epoch) != (plan.attempt, plan.epoch):
+            return []
+        if wrong is not None:
+            return self._give_up(now, (), f"{self.rule} decides nothing: {wrong}")
+        self.phase, self._until = "gather", now + plan.phase(self.pace.gather) * 1.5
+        hashed = members_hash(self._frozen)
+        self._decided = Decided(self.key, plan.attempt, plan.epoch, hashed, action.parts, data)
+        return [Send(r, self._decided) for r in plan.receivers if r not in self.lost]
 
     # -- gather -------------------------------------------------------------------------------------
 
@@ -340,8 +354,12 @@ class Leader:
         """Plan or freeze may not have reached ``receiver``. What it knows it ignores."""
         if (plan := self.plan) is None or receiver not in plan.receivers or receiver in self.lost:
             return []
-        told = (plan, Freeze(self.key, plan.attempt, plan.epoch, self._frozen))
-        return [Send(receiver, message) for message in (told if self.phase == "gather" else told[:1])]
+        told: list[Message] = [plan]
+        if self.phase in ("weigh", "gather"):
+            told.append(Freeze(self.key, plan.attempt, plan.epoch, self._frozen))
+        if self._decided is not None:
+            told.append(self._decided)
+        return [Send(receiver, message) for message in told]
 
     def _on_progress(self, now: float, sender: PeerId, message: Progress) -> list[Action]:
         plan = self.plan
@@ -398,48 +416,6 @@ class Leader:
 
     # -- commit -------------------------------------------------------------------------------------
 
-    def _propose(self, now: float, holders: tuple[PeerId, ...]) -> list[Action]:
-        assert self.record is not None
-        self.phase, self._until = "propose", now + self.pace.gather
-        self._holders = holders
-        message = Propose(self.key, self.attempt, self.record, holders[:MAX_HOLDERS])
-        return [Promise(self.attempt), *(Send(voter, message) for voter in self.voters if voter not in self.lost)]
-
-    def _on_accept(self, now: float, sender: PeerId, message: Accept) -> list[Action]:
-        if self.phase != "propose" or self.record is None or message.attempt != self.attempt:
-            return []
-        digest = self.record.digest
-        if message.digest != digest or not sender.verify(
-            accept_bytes(self.key, self.attempt, digest), message.signature
-        ):
-            return []
-        self._accepts[sender] = message
-        return self._maybe_commit(now)
-
-    def _maybe_commit(self, now: float, *, late: bool = False) -> list[Action]:
-        assert self.record is not None
-        if len(self._accepts) < self.needed:
-            if late:
-                if all(peer in self.lost or peer in self._refusals for peer in (*self._holders, *self._accepts)):
-                    # Nobody can check the value any more (holders may be back without it): it may be given up now.
-                    return self._abort(now, "nobody that can be reached holds the proposed result")
-                self._until = now + self.pace.gather
-                message = Propose(self.key, self.attempt, self.record, tuple(self._accepts) or (self.me,))
-                return [Send(v, message) for v in self.voters if v not in self.lost and v not in self._accepts]
-            return []
-        expected = self.plan.receivers if self.plan is not None else tuple(self._ready)
-        pending = [v for v in expected if v not in self.lost and v not in self._accepts and v not in self._refusals]
-        if pending and not late:
-            self._until = min(self._until or now + self.pace.accept, now + self.pace.accept)
-            return []
-        accepts = tuple(Signed(peer, self._accepts[peer].signature) for peer in sorted(self._accepts))
-        self.certificate = Certificate(self.key, self.attempt, accepts)
-        self.phase, self._until = "done", None
-        commit = Commit(self.key, self.record, self.certificate)
-        others = [v for v in (*self.voters, *self.record.roster) if v != self.me]
-        # Ourselves last: whoever acts on our commit finds it already on its way to the others.
-        return [Send(peer, commit) for peer in (*dict.fromkeys(others), self.me)]
-
     def _on_reject(self, now: float, sender: PeerId, message: Reject) -> list[Action]:
         if message.promised > self.attempt:
             # Our own voter sees the same message and moves on; nothing more to lead here.
@@ -451,49 +427,13 @@ class Leader:
             if len(self.voters) - against < self.needed:
                 return [note, *self._abort(now, f"too many refuse: {message.reason}")]
             return [note, *self._maybe_commit(now)]
+        against, exchanging = len(self._refusals), self.phase in ("scatter", "weigh", "gather")
+        if self.rule.needs_gram and exchanging and len(self.voters) - against < self.needed:
+            # It is we who are wrong, or taken to be.
+            return [note, *self._abort(now, f"too many refuse: {message.reason}")]
         gives = self.phase == "scatter" and self.plan is not None and sender in self.plan.members
-        if gives or (self._owns(sender) and self.phase in ("scatter", "gather")):
+        if gives or (self._owns(sender) and exchanging):
             return [note, *self._replan(now, (sender,), f"{sender.short} refuses: {message.reason}")]
         return [note]
 
-    def follow(self, now: float, attempt: int) -> list[Action]:
-        """Our own voter is at ``attempt``. Past ours, we lead no more: whoever still listens here is sent there.
-
-        Without this the few that follow us and the few that left would wait for each other for ever.
-        """
-        if attempt <= self.attempt or self.phase in ("done", "aborted"):
-            return []
-        return self._abort(now, f"attempt {attempt} has begun", attempt)
-
-    def _abort(self, now: float, why: str, attempt: int | None = None) -> list[Action]:
-        self.phase, self._until = "aborted", None
-        convene = Convene(self.key, self.round, self.attempt + 1 if attempt is None else attempt)
-        note = Note("convene", "abort", why)
-        return [note, *(Send(voter, convene) for voter in self.voters if voter not in self.lost)]
-
     # -- word to those who wait ---------------------------------------------------------------------
-
-    def _waiting(self, now: float, to: PeerId) -> Action:
-        missing = tuple(v for v in self.voters if v not in self._ready)
-        reason = f"{self._reason or 'convening'} (leader {self.me.short}, {self.phase})"
-        until = self._grace_until if self.phase == "convene" else self._until
-        left = 0 if until is None else max(0, int(1e3 * (until - now)))
-        return Send(to, Waiting(self.key, self.attempt, missing, reason, left))
-
-    def _say_waiting(self, now: float) -> list[Action]:
-        self._word = now + self.pace.suspect / 4
-        if self.plan is not None and self.phase in ("scatter", "gather"):
-            live = [r for r in self.plan.receivers if r not in self.lost]
-            if len(live) < self.needed:
-                # This plan leads nowhere, whoever comes back. Silent, we are left for an attempt that can begin anew.
-                return []
-        to = {**self._ready, **(dict.fromkeys(self.voters) if self._grace_until is not None else {})}
-        actions: list[Action] = [self._waiting(now, peer) for peer in to if peer not in self.lost]
-        if self.phase == "convene" and self._ready and (self.attempt > 0 or self.me in self._ready):
-            # Who has committed already answers this with the commit.
-            actions += self._call_in()
-        return actions
-
-    def _call_in(self) -> list[Action]:
-        convene = Convene(self.key, self.round, self.attempt)
-        return [Send(v, convene) for v in self.voters if v not in self.lost and v not in self._ready]

@@ -224,6 +224,36 @@ class Freeze(Bounded):
 
 
 @attrs.frozen
+class Products(Bounded):
+    """An owner's inner products of all pairs of frozen members, over its slices: see :mod:`..aggregate.products`.
+
+    ``members``: the hash of the frozen members, in whose order ``data`` is.
+    """
+
+    key: bytes
+    attempt: int
+    epoch: int
+    members: bytes
+    data: bytes
+
+
+@attrs.frozen
+class Decided(Bounded):
+    """What a rule on the Gram matrix decides, for all receivers to check, and for owners to combine with.
+
+    ``parts``: the products of all owners, in the order of their slices, or where that is too much their sum alone.
+    ``data``: the coefficients, see :attr:`..aggregate.aggregator.Decision.data`.
+    """
+
+    key: bytes
+    attempt: int
+    epoch: int
+    members: bytes
+    parts: tuple[bytes, ...]
+    data: bytes
+
+
+@attrs.frozen
 class Ask(Bounded):
     """The leader asks which combined slices a receiver holds."""
 
@@ -318,6 +348,8 @@ Message = (
     | Plan
     | Held
     | Freeze
+    | Products
+    | Decided
     | Ask
     | Progress
     | Fetch
@@ -334,6 +366,8 @@ MESSAGES: tuple[type, ...] = (
     Plan,
     Held,
     Freeze,
+    Products,
+    Decided,
     Ask,
     Progress,
     Fetch,
@@ -345,7 +379,7 @@ MESSAGES: tuple[type, ...] = (
 )
 
 #: What a voter says to a leader. A Reject is for the leader's own voter too: it may name a later attempt.
-TO_LEADER = (Ready, Held, Progress, Accept, Reject)
+TO_LEADER = (Ready, Held, Products, Progress, Accept, Reject)
 
 #: What a peer that knows the commit answers with it: the sender does not know it yet. Also what a leader says that was
 #: left and has not noticed: nobody would answer it anything else any more.

@@ -9,24 +9,36 @@ import attrs
 from ...transport import deadlines
 from ...transport.identity import PeerId
 from .. import defaults
+from ..aggregate.aggregator import Aggregator
 from ..reduce import topology
 from ..reduce.codecs import resolve
 from ..reduce.slices import covers, reassign
 from .actions import Pace
 from .decisions import contributors, kind_of, shares, short
 from .messages import Plan, Progress, Ready
+from .weighing import MEAN, too_few
 
 
-def first_plan(key: bytes, attempt: int, ready: Mapping[PeerId, Ready], me: PeerId, needed: int, reason: str) -> Plan:
+def first_plan(
+    key: bytes,
+    attempt: int,
+    ready: Mapping[PeerId, Ready],
+    me: PeerId,
+    needed: int,
+    reason: str,
+    rule: Aggregator = MEAN,
+) -> Plan:
     """Who contributes, who receives and who owns what, for those that are ``ready``; ``me`` leads.
 
-    Members whose line is known to be far too slow are left out at once, as long as ``needed`` contribute: see
-    :func:`topology.laggards`. They receive the result like all others.
+    Members whose line is known to be far too slow are left out at once, as long as ``needed`` contribute, and as many
+    as ``rule`` needs: see :func:`topology.laggards`. They receive the result like all others.
     """
     members, (length, name, layout), without = contributors(ready)
     codec = resolve(name)
     rates = {peer: each.rates for peer, each in ready.items()}
     late, why = topology.laggards(members, rates, needed)
+    if late and too_few(rule, len(members) - len(late)) is not None:
+        late, why = (), ""
     members = tuple(member for member in members if member not in late)
     receivers = tuple(sorted({*ready, me}))
     chosen = topology.plan(members, receivers, length, rates, codec)
@@ -45,6 +57,11 @@ def first_plan(key: bytes, attempt: int, ready: Mapping[PeerId, Ready], me: Peer
         codec=codec.name,
         layout=layout,
     )
+
+
+def without_result(plan: Plan, why: str) -> Plan:
+    """``plan`` for a round without contributions, since ``why``: nothing weaker than the run's rule will do."""
+    return attrs.evolve(plan, members=(), samples=(), weights=(), reason=f"no contribution is combined: {why}")
 
 
 def _milliseconds(chosen: topology.Topology) -> int:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import attrs
 
 from ...transport.identity import PeerId
+from ..aggregate.aggregator import Aggregator
 from .actions import Note, Pace
 from .messages import Accepted, CommitRecord
 from .terms import Terms
+from .weighing import MEAN
 
 
 @attrs.frozen
@@ -17,6 +19,7 @@ class Setting:
     """What an instance is about and what it may use.
 
     ``save``: store (promised, accepted) durably; blocking. ``stored``: what an earlier life saved, None: nothing.
+    ``rule``: what contributions are combined by.
     """
 
     key: bytes
@@ -31,3 +34,4 @@ class Setting:
     stored: tuple[int, Accepted | None] | None
     note: Callable[[Note], None]
     hold: Callable[[str], bool]
+    rule: Aggregator = MEAN

@@ -16,6 +16,7 @@ from ...transport.errors import ProtocolMisuse, RemoteError, RemoteRefused
 from ...transport.identity import PeerId
 from ...transport.rpc import Body, Call
 from .. import defaults, exact
+from ..aggregate.aggregator import Decision
 from ..reduce.buffers import Buffers, Part
 from ..reduce.codecs import FP32, Codec, resolve
 from ..reduce.filling import Filling
@@ -158,7 +159,9 @@ class Traffic:
         if plan is None or self.buffers.generation != (action.attempt, action.epoch):
             return
         ranges = [plan.slices[index].range for index in action.indices]
-        combine = self.buffers.combination(action.members, action.weights, ranges, resolve(plan.codec))
+        decision = Decision.read(action.decision, len(action.members)) if action.decision else None
+        codec, rule = resolve(plan.codec), self.setting.rule
+        combine = self.buffers.combination(action.members, action.weights, ranges, codec, rule, decision)
         try:
             coded = await self._passes.run(sum(stop - start for start, stop in ranges) * len(action.members), combine)
         except ProtocolMisuse as error:

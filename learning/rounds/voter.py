@@ -3,7 +3,7 @@
 Theory of operation. A voter follows one attempt at a time, led by ``candidates[attempt % n]``::
 
     training --begin--> ready --Plan--> scattering --Freeze--> gathering --all slices--> full
-       |                  |                                                                |
+       |                  |                         (rules on inner products: Products, Decided first)
        +------------------+------- Propose: verify fingerprint, persist, Accept <---------+
                                    Commit (from anyone, proven by its certificate): done
 
@@ -19,20 +19,38 @@ from collections.abc import Callable
 import attrs
 
 from ...transport.identity import Identity, PeerId
-from .actions import Action, Combine, Done, Note, Pace, Persist, Prepare, Pull, Push, Send, Share, Verify
-from .decisions import candidates, shares
+from ..aggregate.aggregator import Aggregator
+from .actions import (
+    Action,
+    Check,
+    Combine,
+    Done,
+    Measure,
+    Note,
+    Pace,
+    Persist,
+    Prepare,
+    Pull,
+    Push,
+    Send,
+    Share,
+    Verify,
+)
+from .ballots import Ballots
+from .decisions import shares
 from .messages import (
     Accepted,
     Ask,
     Commit,
     CommitRecord,
     Convene,
+    Decided,
     Fetch,
     Freeze,
     Plan,
+    Products,
     Progress,
     Propose,
-    Ready,
     Reject,
     Seal,
     Waiting,
@@ -41,16 +59,14 @@ from .messages import (
     sign_accept,
     sign_held,
 )  # fmt: skip
-from .planning import freeze_fault, plan_fault, step_time
-
-#: Attempts by which one message may move a voter ahead. One that slept through a whole round is some tens behind.
-MAX_LEAP = 1000
+from .planning import freeze_fault, plan_fault
+from .weighing import MEAN, decided_fault, too_few
 
 #: Refused records that are remembered: one for each attempt of a round that goes very badly.
 MAX_REFUSED = 64
 
 
-class Voter:
+class Voter(Ballots):
     """One peer's part in one instance. Every method takes ``now`` (seconds) and returns actions, in order."""
 
     def __init__(
@@ -66,58 +82,37 @@ class Voter:
         check: Callable[[CommitRecord], str | None],
         max_length: int,
         algorithms: tuple[str, ...] = (),
+        rule: Aggregator = MEAN,
         promised: int = 0,
         accepted: Accepted | None = None,
     ) -> None:
-        self.key, self.round, self.voters, self.pace = key, round, voters, pace
-        self.me, self._identity = identity.peer_id, identity
-        self.order = candidates(prev, round, voters)
+        super().__init__(
+            key=key,
+            round=round,
+            prev=prev,
+            voters=voters,
+            identity=identity,
+            pace=pace,
+            promised=promised,
+            accepted=accepted,
+        )
         self._nonce, self._check, self._max_length = nonce, check, max_length
-        self._algorithms = algorithms
-        self.promised, self.accepted = promised, accepted
-        self._kept = -1  # a promise that is surely stored: who leads while it trains has stored none yet
-        self._holds_accepted = False  # what was accepted in an earlier life is a promise without its bytes
-        #: Seconds that a scatter may take longer, since contributions are still being computed when it begins.
-        self.spare = 0.0
-        self.attempt = promised
-        self.layout = ""  # of what we bring into the round; see Ready
-        self.offer: Ready | None = None  # our Ready, less attempt and accepted; None while training
-        self.plan: Plan | None = None
-        self.frozen: Freeze | None = None
-        self.phase = "train"
-        self.reason = "training"
+        self._algorithms, self.rule = algorithms, rule
         self.due: float | None = None  # when the leader goes on without those who are late, as it says itself
-        self.decided = False
         self.full = False
-        self.lost: dict[PeerId, str] = {}
         #: Why we found no result with the fingerprint of a proposed record, by its digest: we would refuse it again.
         self.refused: dict[bytes, str] = {}
-        self._refused_at = -1  # the attempt whose proposal we refused
+        self._refused_at = -1  # the attempt whose proposal, or decision, we refused
         self._holds: dict[tuple[int, int, str], dict[PeerId, None]] = {}
         self._pushed: dict[tuple[PeerId, int, int], None] = {}
         self._combined: dict[int, None] = {}
         self._early: dict[tuple[PeerId, int, int, int], bytes] = {}
         self._reported: tuple[PeerId, ...] | None = None
-        self._heard = 0.0
-        self._moved = 0.0  # the last step of this attempt; word of waiting is none
-        self._resend = 0.0
-        self._phase_until: float | None = None
-        self._verifying: tuple[int, bytes] | None = None
+        self._products = b""  # our inner products, of the frozen members
+        self._decision: Decided | None = None  # what the leader makes of all owners'
+        self._agreed = False  # to that, having computed it as well
 
     # -- what happens at this peer ------------------------------------------------------------------
-
-    def leader(self, attempt: int | None = None) -> PeerId:
-        return self.order[(self.attempt if attempt is None else attempt) % len(self.order)]
-
-    def begin(self, now: float, offer: Ready) -> list[Action]:
-        """Training is over; ``offer`` says what we contribute (attempt, accepted and layout are ours to fill)."""
-        self.offer = attrs.evolve(offer, layout=offer.layout or self.layout)
-        if self.decided:
-            return []
-        self.phase, self.reason = "convene", "ready"
-        if self.leader() in self.lost:
-            return [Note("convene", "begin"), *self._advance(now, "the leader is lost")]
-        return [Note("convene", "begin"), *self._ready(now)]
 
     def withdraw(self, now: float, why: str) -> list[Action]:
         """We offered a contribution that we do not have after all; what owners hold of it is of no use to them."""
@@ -154,6 +149,25 @@ class Voter:
             if receiver != self.me:
                 actions.extend(Share(receiver, attempt, epoch, index) for index in indices)
         return actions + self._check_full(now)
+
+    def measured(self, now: float, attempt: int, epoch: int, data: bytes) -> list[Action]:
+        """We computed the inner products of the frozen members over our slices."""
+        plan, frozen = self.plan, self.frozen
+        if plan is None or frozen is None or (attempt, epoch) != (plan.attempt, plan.epoch):
+            return []
+        self._products = data
+        return self._tell_products(plan, frozen)
+
+    def weighed(self, now: float, attempt: int, epoch: int, wrong: str | None) -> list[Action]:
+        """We computed what the leader decided: ``wrong`` is None when it is the same."""
+        plan, frozen, decision = self.plan, self.frozen, self._decision
+        if plan is None or frozen is None or decision is None or (attempt, epoch) != (plan.attempt, plan.epoch):
+            return []
+        if wrong is not None:
+            return self._dispute(wrong) if attempt == self.attempt else []
+        self._agreed, self.phase = True, "gather"
+        self.reason = f"combining {len(frozen.members)} contributions"
+        return [*self._combine(plan, frozen, decision.data), *self._check_full(now)]
 
     def combined_received(
         self, now: float, sender: PeerId, attempt: int, epoch: int, index: int, members: bytes, *, pulled: bool = False
@@ -210,11 +224,6 @@ class Voter:
             actions.append(Send(self.leader(), self._progress(self.plan)))
         return actions
 
-    def peer_alive(self, now: float, peer: PeerId) -> list[Action]:
-        """``peer`` can be reached again."""
-        self.lost.pop(peer, None)
-        return []
-
     # -- what peers say -----------------------------------------------------------------------------
 
     def receive(self, now: float, sender: PeerId, message: object) -> list[Action]:
@@ -239,6 +248,8 @@ class Voter:
                 return self._on_plan(now, sender, message)
             case Freeze():
                 return self._on_freeze(now, sender, message)
+            case Decided():
+                return self._on_decided(now, sender, message)
             case Ask():
                 return [Send(sender, self._progress(plan))] if (plan := self._current(message)) else []
             case Fetch():
@@ -270,7 +281,7 @@ class Voter:
                 actions += self._report_held(now, force=True)
             elif self.plan is not None and not self.full:
                 self._phase_until = now + self.plan.phase(self.pace.gather)
-                actions.append(Send(self.leader(), self._progress(self.plan)))
+                actions += [*self._tell_products(self.plan, self.frozen), self._tell_progress(self.plan)]
             else:
                 self._phase_until = None
         if now >= self._heard + self._patience():
@@ -294,69 +305,6 @@ class Voter:
 
     # -- inside -------------------------------------------------------------------------------------
 
-    def _patience(self) -> float:
-        # Doubles with every full turn of candidates, so that slow swarms settle.
-        return self.pace.suspect * float(2 ** min(4, self.attempt // len(self.order)))
-
-    def _stall(self) -> float:
-        """Seconds within which the attempt must come a step on, whatever its leader says meanwhile."""
-        plan = self.plan if self.plan is not None and self.plan.attempt == self.attempt else None
-        step = step_time(self.pace, plan, self.frozen is not None, self.spare)
-        return self._patience() * (1.0 + step / self.pace.suspect)
-
-    def _ready(self, now: float, *, again: bool = False) -> list[Action]:
-        assert self.offer is not None
-        if not again:
-            self._heard = self._moved = now
-        self._resend = now + self.pace.suspect / 2
-        holds = self._holds_accepted
-        message = attrs.evolve(self.offer, attempt=self.attempt, accepted=self.accepted, holds=holds)
-        # Whoever promised nothing comes back as it was. A leader must know that it led, or it could propose twice.
-        nothing = not self.promised and self.accepted is None and self.leader() != self.me
-        if again or nothing:
-            return [Send(self.leader(), message)]
-        self._kept = self.promised
-        return [Persist(self.promised, self.accepted), Send(self.leader(), message)]
-
-    def _advance(self, now: float, why: str) -> list[Action]:
-        """Leave the present leader for the next candidate that is not lost (in the end: ourselves)."""
-        attempt = self.attempt + 1
-        while self.leader(attempt) in self.lost and self.leader(attempt) != self.me:
-            attempt += 1
-        return self._move(now, attempt, why)
-
-    def promise(self, attempt: int) -> list[Action]:
-        """We are about to propose at ``attempt`` ourselves."""
-        if attempt < self.promised or attempt <= self._kept:
-            return []
-        self.promised = self.attempt = self._kept = attempt
-        return [Persist(self.promised, self.accepted)]
-
-    def _far(self, attempt: int) -> bool:
-        # Attempts grow one by one. Nobody may push them out of all bounds with a single message.
-        return attempt > self.attempt + MAX_LEAP
-
-    def _move(self, now: float, attempt: int, why: str) -> list[Action]:
-        self.attempt = self.promised = attempt
-        self._verifying = None
-        self._phase_until = None
-        self.reason = why
-        if self.offer is None:
-            return []
-        self.phase = "convene"
-        return [Note("convene", "attempt", f"attempt {attempt}: {why}", self.leader()), *self._ready(now)]
-
-    def _on_convene(self, now: float, sender: PeerId, message: Convene) -> list[Action]:
-        if message.attempt < self.promised and self.offer is not None:
-            # A candidate that was overtaken follows us; it may not be able to learn of it in another way.
-            return [Send(sender, Reject(self.key, message.attempt, self.promised, "promised a later attempt"))]
-        # A leader that gives up its own attempt is believed; anybody else only by those with nothing to do.
-        idle = self.plan is None or self.plan.attempt < self.attempt or now - self._heard > self._patience() / 2
-        idle = idle or sender == self.leader()
-        if message.attempt <= self.attempt or self._far(message.attempt) or self.offer is None or not idle:
-            return []
-        return self._move(now, message.attempt, "another candidate convenes")
-
     def _on_plan(self, now: float, sender: PeerId, plan: Plan) -> list[Action]:
         if plan.attempt < self.promised:
             return [Send(sender, Reject(self.key, plan.attempt, self.promised, "promised a later attempt"))]
@@ -373,6 +321,7 @@ class Voter:
             actions.append(Persist(self.promised, self.accepted))
         self.plan, self.frozen, self.full = plan, None, False
         self._combined, self._reported, self._verifying = {}, None, None
+        self._products, self._decision, self._agreed = b"", None, False
         self._heard = self._moved = now
         self._phase_until = now + self.scatter_time()
         self.due = self._phase_until
@@ -413,7 +362,7 @@ class Voter:
         if (message.attempt, message.epoch) != (plan.attempt, plan.epoch) or plan.attempt != self.attempt:
             return []
         mine = self._my_slices(plan)
-        wrong = freeze_fault(plan, message.members, mine, self._holds)
+        wrong = freeze_fault(plan, message.members, mine, self._holds) or too_few(self.rule, len(message.members))
         if wrong is not None:
             return [Send(sender, Reject(self.key, plan.attempt, self.promised, wrong))]
         self.frozen, self._moved = message, now
@@ -422,24 +371,63 @@ class Voter:
         actions: list[Action] = [Note("combine", "begin", self.reason)]
         if self.me in plan.members and self.me not in message.members:
             actions.append(Note("gather", "left-out", "our slices did not reach all owners in time", self.me))
-        if mine:
-            weights = shares(plan, message.members)[1]
-            actions.append(Combine(plan.attempt, plan.epoch, message.members, weights, mine))
-        self.phase = "gather"
+        if self._weighs(message):
+            self.reason = f"comparing {len(message.members)} contributions"
+            if mine:
+                actions.append(Measure(plan.attempt, plan.epoch, message.members, mine))
+        else:
+            actions += self._combine(plan, message)
+            self.phase = "gather"
         actions.append(Note("gather", "begin"))
         early, self._early = self._early, {}
         for (owner, attempt, epoch, index), members in early.items():
             actions += self.combined_received(now, owner, attempt, epoch, index, members)
         return actions
 
-    def scatter_time(self) -> float:
-        """Seconds that contributions of the present plan have to reach their owners."""
-        return (self.pace.scatter if self.plan is None else self.plan.phase(self.pace.scatter)) + self.spare
-
-    def _current(self, message: Ask | Fetch | Seal) -> Plan | None:
+    def _current(self, message: Ask | Fetch | Seal | Decided) -> Plan | None:
         """The plan that it is about, if we follow it."""
         plan = self.plan
         return plan if plan is not None and (message.attempt, message.epoch) == (plan.attempt, plan.epoch) else None
+
+    def _weighs(self, frozen: Freeze) -> bool:
+        """Whether ``frozen`` members are combined by what their inner products say."""
+        return self.rule.needs_gram and bool(frozen.members)
+
+    def _combine(self, plan: Plan, frozen: Freeze, decision: bytes = b"") -> list[Action]:
+        mine = self._my_slices(plan)
+        if not mine:
+            return []
+        weights = shares(plan, frozen.members)[1]
+        return [Combine(plan.attempt, plan.epoch, frozen.members, weights, mine, decision)]
+
+    def _tell_products(self, plan: Plan, frozen: Freeze) -> list[Action]:
+        if not self._products or self._decision is not None or plan.attempt != self.attempt:
+            return []
+        hashed = members_hash(frozen.members)
+        return [Send(self.leader(), Products(self.key, plan.attempt, plan.epoch, hashed, self._products))]
+
+    def _on_decided(self, now: float, sender: PeerId, message: Decided) -> list[Action]:
+        plan, frozen = self._current(message), self.frozen
+        if plan is None or frozen is None or self._decision is not None or sender != self.leader(message.attempt):
+            return []
+        if plan.attempt != self.attempt or not self._weighs(frozen) or message.members != members_hash(frozen.members):
+            return []
+        self._decision, self._moved = message, now
+        self._phase_until = self.due = now + plan.phase(self.pace.gather)
+        count = len(frozen.members)
+        wrong = decided_fault(message, plan, self.me, self._products, count)
+        if wrong is not None:
+            return self._dispute(wrong)
+        return [Check(plan.attempt, plan.epoch, count, message.parts, message.data)]
+
+    def _dispute(self, wrong: str) -> list[Action]:
+        """The leader's decision is not ours: nothing of ours is combined with it."""
+        self._refused_at, leader = self.attempt, self.leader()
+        self.reason = f"the decision of leader {leader.short} is refused: {wrong}"
+        return [
+            Note("combine", "refused", self.reason, leader),
+            Send(leader, Reject(self.key, self.attempt, self.promised, self.reason[:200])),
+        ]
 
     def _misses(self, plan: Plan, owner: PeerId) -> bool:
         return any(p.owner == owner and i not in self._combined for i, p in enumerate(plan.slices))
@@ -449,10 +437,13 @@ class Voter:
         have = tuple(sorted(self._combined))
         return Progress(self.key, plan.attempt, plan.epoch, have, nonce, self._algorithms)
 
+    def _tell_progress(self, plan: Plan) -> Send:
+        return Send(self.leader(), self._progress(plan))
+
     def _check_full(self, now: float) -> list[Action]:
-        plan = self.plan
-        assert plan is not None
-        if self.full or len(self._combined) < len(plan.slices):
+        plan, frozen = self.plan, self.frozen
+        assert plan is not None and frozen is not None
+        if self.full or len(self._combined) < len(plan.slices) or (self._weighs(frozen) and not self._agreed):
             return []
         self.full = True
         self.phase, self.reason = "commit", "holding the result, waiting for the commit"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 
 from shoal.dht.blobs.bits import Bits
 from shoal.dht.blobs.files import header, read_header
@@ -29,6 +30,9 @@ from shoal.dht.documents.replica import Replica
 from shoal.dht.kademlia.keys import node_key
 from shoal.dht.kademlia.records import VALIDATORS, Announcement, SignedRecord, digest, owned_key
 from shoal.dht.kademlia.store import Store
+from shoal.learning.aggregate import resolve as resolve_aggregator
+from shoal.learning.aggregate.products import pack_triangle, triangle_fault, triangle_size
+from shoal.learning.rounds.weighing import decide, judge
 from shoal.learning.spec import SignedSpec
 from shoal.learning.store import Head, RunStore, Vote
 from shoal.node import control, swarm_key
@@ -57,6 +61,8 @@ from .samples import IDENTITIES, WALL, sample
 
 #: What hostile bytes may cause: the peer's fault, or (for what a user types and what lies on disk) a named setting.
 TYPED = (RemoteError, ConfigError)
+
+RULE = resolve_aggregator("nnm+multikrum:f=1,definition=byzfl")
 
 ALICE, BOB = IDENTITIES[:2]
 
@@ -132,6 +138,25 @@ def _spec(rng: random.Random) -> bytes:
 
 def _open_spec(data: bytes) -> Any:
     return unpack(SignedSpec, data).open()
+
+
+def _products(rng: random.Random) -> bytes:
+    """An owner's inner products of four members, and the coefficients that follow from them."""
+    vectors = np.random.default_rng(rng.randrange(1 << 32)).standard_normal((4, 9))
+    part = pack_triangle(vectors @ vectors.T)
+    return part + decide(RULE, b"key", (part, part), 4)[0]
+
+
+def _weigh(data: bytes) -> Any:
+    """What a leader sees of an owner, and a member of a leader."""
+    part, coefficients = data[: triangle_size(4)], data[triangle_size(4) :]
+    _, wrong = judge(RULE, b"key", (part, part), coefficients, 4)
+    if wrong is None:
+        assert np.isfinite(np.frombuffer(coefficients, "<f8")).all()
+    if triangle_fault(part, 4, 9) is None:
+        made, why = decide(RULE, b"key", (part, part), 4)
+        assert why is not None or judge(RULE, b"key", (part, part), made, 4)[1] is None
+    return wrong
 
 
 # --- the secure channel ------------------------------------------------------------------------------------------
@@ -667,6 +692,7 @@ def decoders() -> dict[str, Decoder]:
         Decoder("document evidence", _evidence, _accuse),
         Decoder("document spec", lambda rng: pack(sample(DocumentSpec, rng)), unpack_spec),
         _file("marks", _write_marks, _read_marks, "marks"),
+        Decoder("inner products", _products, _weigh),
         Decoder("run spec", _spec, _open_spec, sealed=True),
         _secure(True, None), _secure(False, None), _secure(True, psk), _secure(False, psk),
         _hello(True), _hello(False),

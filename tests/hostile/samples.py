@@ -47,6 +47,8 @@ _TEXTS = (
 )
 
 
+_NAMED = {"codec": NAMES, "aggregator": ("mean", "flag", "nnm+median:f=1", "x+y")}
+
 #: Values by their type that mean something where a message is going: rounds, keys, peers.
 Known = Mapping[Any, Sequence[Any]]
 
@@ -106,9 +108,9 @@ def _instance(kind: type, rng: random.Random, tame: bool, known: Known | None, d
         try:
             return kind(
                 **{
-                    # Few texts are the name of a codec.
-                    field.alias: rng.choice(NAMES)
-                    if field.name == "codec" and (careful or rng.random() < 0.8)
+                    # Few texts are the name of a codec, or of a rule.
+                    field.alias: rng.choice(_NAMED[field.name])
+                    if field.name in _NAMED and (careful or rng.random() < 0.8)
                     else sample(field.type, rng, tame=careful, known=known, depth=depth + 1)
                     for field in attrs.fields(kind)
                     if field.init

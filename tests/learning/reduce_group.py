@@ -25,6 +25,7 @@ from shoal.learning.rounds.post import Post
 from shoal.learning.rounds.presence import Presence
 from shoal.learning.rounds.setting import Setting
 from shoal.learning.rounds.terms import Terms, fill
+from shoal.learning.rounds.weighing import MEAN
 from shoal.sim.virtual import VirtualHost
 from shoal.transport.address import Address
 from shoal.transport.aead import NOMINAL_CIPHERS
@@ -84,6 +85,8 @@ class Group:
         #: How everybody's contribution travels.
         self.coding = PLAIN
         self.codings: dict[str, Coding] = {}
+        #: What everybody combines by.
+        self.rule = MEAN
 
     @property
     def leader(self) -> Member:
@@ -131,6 +134,7 @@ class Group:
                 stored=member.votes.get(key),
                 note=note,
                 hold=lambda phase: member.dead,
+                rule=self.rule,
             ),
             member.presence.lost,
             member.hub.memory,

@@ -8,12 +8,18 @@ import random
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
+from shoal.learning.aggregate import Aggregator, Decision
+from shoal.learning.aggregate.products import pack_triangle
+from shoal.learning.reduce.robust import combine_by, products_of
 from shoal.learning.rounds.actions import (
     Action,
+    Check,
     Combine,
     Done,
     Fingerprint,
+    Measure,
     Note,
     Pace,
     Persist,
@@ -24,6 +30,7 @@ from shoal.learning.rounds.actions import (
     Send,
     Share,
     Verify,
+    Weigh,
 )
 from shoal.learning.rounds.decisions import candidates, resume_at
 from shoal.learning.rounds.leader import Leader
@@ -43,6 +50,7 @@ from shoal.learning.rounds.messages import (
 )
 from shoal.learning.rounds.terms import Terms, accepts_needed
 from shoal.learning.rounds.voter import Voter
+from shoal.learning.rounds.weighing import MEAN, decide, judge
 from shoal.transport.identity import Identity, PeerId
 
 PACE = Pace(grace=3.0, suspect=5.0, scatter=4.0, gather=4.0, accept=0.25)
@@ -75,6 +83,7 @@ class Seat:
             nonce=lambda attempt, epoch: self.me.key[:14] + bytes([attempt % 256, epoch % 256]),
             check=self.check,
             max_length=10_000,
+            rule=table.rule,
             promised=promised,
             accepted=accepted,
         )
@@ -107,6 +116,12 @@ class Seat:
                 for index in action.indices:
                     start, stop = plan.slices[index].range
                     value = np.zeros(stop - start, np.float32)
+                    if action.members and not table.rule.is_mean:
+                        parts = [torch.from_numpy(self.parts[member, start, stop]) for member in action.members]
+                        decision = Decision.read(action.decision, len(parts)) if action.decision else None
+                        combine_by(table.rule, parts, decision, action.weights, torch.from_numpy(value))
+                        out[index] = value
+                        continue
                     for member, weight in zip(action.members, action.weights, strict=True):
                         value += self.parts[member, start, stop] * np.float32(weight)
                     out[index] = value / total if action.members else value
@@ -114,6 +129,32 @@ class Seat:
                     self.me,
                     self.me,
                     lambda seat: seat.do(seat.voter.combined(table.now, action.attempt, action.epoch, action.indices)),
+                )
+            case Measure():
+                plan = self.voter.plan
+                assert plan is not None
+                ranges = [plan.slices[index].range for index in action.indices]
+                data = pack_triangle(
+                    products_of(
+                        [([torch.from_numpy(self.parts[m, a, b]) for m in action.members], b - a) for a, b in ranges]
+                    )
+                )
+                table.post(
+                    self.me,
+                    self.me,
+                    lambda seat: seat.do(seat.voter.measured(table.now, action.attempt, action.epoch, data)),
+                )
+            case Weigh():
+                leader = self.leader
+                assert leader is not None
+                decided = table.decides(self, *decide(table.rule, table.key, action.parts, action.members))
+                table.post(self.me, self.me, lambda seat: seat.do(leader.weighed(table.now, action, *decided)))
+            case Check():
+                wrong = judge(table.rule, table.key, action.parts, action.decision, action.members)[1]
+                table.post(
+                    self.me,
+                    self.me,
+                    lambda seat: seat.do(seat.voter.weighed(table.now, action.attempt, action.epoch, wrong)),
                 )
             case Share():
                 self._offer(action.receiver, action.attempt, action.epoch, action.index, pulled=False)
@@ -276,6 +317,7 @@ class Seat:
             now=self.table.now,
             lost=self.voter.lost,
             unfit=self.check,
+            rule=self.table.rule,
         )
 
     def follow(self) -> None:
@@ -297,8 +339,21 @@ class Table:
     """Runs one round of ``n`` peers to its end. ``hook`` sees every action before it is carried out."""
 
     def __init__(
-        self, n: int, *, seed: int = 0, length: int = 100, gossip: bool = False, weighted: bool = False
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        length: int = 100,
+        gossip: bool = False,
+        weighted: bool = False,
+        rule: Aggregator = MEAN,
     ) -> None:
+        self.rule = rule
+        #: What a leader makes of its decision before it tells it.
+        self.decides: Callable[[Seat, bytes, str | None], tuple[bytes, str | None]] = lambda seat, data, wrong: (
+            data,
+            wrong,
+        )
         self.random, self.length, self.gossip = random.Random(seed), length, gossip
         self.now, self._counter = 0.0, itertools.count()
         self.weighted = weighted

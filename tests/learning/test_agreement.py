@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from shoal.learning.aggregate import resolve
 from shoal.learning.rounds import leader as leader_module
+from shoal.learning.rounds import proposer as proposer_module
 from shoal.learning.rounds import terms as terms_module
 from shoal.learning.rounds import voter as voter_module
 from shoal.learning.rounds.messages import Propose, quorum
@@ -108,6 +110,15 @@ def test_on_ways_with_many_faults_no_round_splits_and_every_round_ends(mode: str
 def test_the_same_holds_with_real_signatures_and_peers_that_still_train() -> None:
     walks("real signatures", round_of(3, real=True, idle=(1,), length=33), range(60))
     walks("a leader that still trains", round_of(3, idle=(2,)), range(100))
+
+
+@pytest.mark.parametrize(("count", "length", "rule"), [(3, 1, "geometric_median"), (4, 33, "nnm+median:f=1")])
+def test_the_same_holds_where_a_decision_comes_before_the_result(count: int, length: int, rule: str) -> None:
+    """The second rule can spare one of its members, not two, so that many a round has too few."""
+    start = Table(Shape(count, length=length, rule=resolve(rule)))
+    walks(f"{rule}, {count} members", start, range(80))
+    check(f"{rule}, one timer", explore(start, Budget(timer=1), ordered=True, every=200))
+    check(f"{rule}, one crash", explore(start, Budget(crash=1), ordered=True, every=500, limit=3000), whole=False)
 
 
 @pytest.mark.slow
@@ -217,7 +228,7 @@ def broken_within(start: Table, ways: int, what: str = "two values") -> Found:
 
 
 def test_a_majority_that_is_one_too_small_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (leader_module, terms_module):
+    for module in (proposer_module, terms_module):
         monkeypatch.setattr(module, "accepts_needed", lambda voters, gossip: quorum(voters) - 1)
     found = broken_within(round_of(3), 200, "a certificate of")
     assert len(found.trace) <= 20

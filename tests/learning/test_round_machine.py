@@ -9,12 +9,27 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from shoal.learning.aggregate import aggregate
 from shoal.learning.rounds.actions import Action, Send
-from shoal.learning.rounds.messages import Accept, Commit, Freeze, Held, Plan, Progress, Propose, Ready, quorum
+from shoal.learning.rounds.messages import (
+    Accept,
+    Commit,
+    CommitRecord,
+    Freeze,
+    Held,
+    Plan,
+    Progress,
+    Propose,
+    Ready,
+    quorum,
+)
+from shoal.learning.rounds.weighing import seed_of
 from shoal.transport.identity import PeerId
 
 from .round_table import Seat, Table
@@ -36,10 +51,26 @@ def check_safe(table: Table) -> None:
         record = commit.record
         assert record.digest in table.chosen()
         assert list(record.members) == sorted(record.members)
+        if not table.rule.is_mean:
+            check_rule(table, record)
+            continue
         mean = expected(table, record.members, record.weights)
         for seat in (*table.seats.values(), *table.dead):
             if seat.commit is not None and seat.final is not None:
                 assert seat.final.tobytes() == mean.tobytes(), (record.reason, record.members)
+
+
+def check_rule(table: Table, record: CommitRecord) -> None:
+    """Everybody who ends the round holds the same bits, and they are what the rule makes of the record's members."""
+    wanted = torch.zeros(table.length)
+    if record.members:
+        vectors = [torch.from_numpy(table.seats[member].vector) for member in record.members]
+        wanted = aggregate(vectors, table.rule, seed=seed_of(table.key)).vector
+    ends = [seat for seat in (*table.seats.values(), *table.dead) if seat.commit is not None and seat.final is not None]
+    for seat in ends:
+        assert seat.final is not None and ends[0].final is not None
+        assert seat.final.tobytes() == ends[0].final.tobytes(), record.reason
+        assert np.linalg.norm(seat.final - wanted.numpy()) <= 1e-5 * float(wanted.norm()), record.reason
 
 
 def check_done(table: Table, within: float) -> None:
@@ -50,7 +81,7 @@ def check_done(table: Table, within: float) -> None:
     assert table.now <= within
 
 
-def actions_of(n: int, seed: int, **options: bool) -> int:
+def actions_of(n: int, seed: int, **options: Any) -> int:
     """How many actions a round without faults has."""
     count = itertools.count()
     table = Table(n, seed=seed, **options)
@@ -60,7 +91,7 @@ def actions_of(n: int, seed: int, **options: bool) -> int:
     return next(count)
 
 
-def run_with_kills(n: int, seed: int, kills: tuple[int, ...], limit: float = 120.0, **options: bool) -> Table:
+def run_with_kills(n: int, seed: int, kills: tuple[int, ...], limit: float = 120.0, **options: Any) -> Table:
     """A round in which whoever is about to carry out action number k is killed, for every k in ``kills``."""
     table, count = Table(n, seed=seed, **options), itertools.count()
 

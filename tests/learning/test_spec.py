@@ -75,5 +75,11 @@ def test_a_codec_that_is_no_short_printable_name_is_refused(codec: str) -> None:
         SignedSpec.sign(FOUNDER, attrs.evolve(SPEC, codec=codec)).open()
 
 
+@pytest.mark.parametrize("aggregator", ["", "x" * 257, "\x1b[2Jmean", "mean\n", "ｍｅａｎ"])
+def test_an_aggregator_that_is_no_short_printable_text_is_refused(aggregator: str) -> None:
+    with pytest.raises(DecodeError, match="run spec with the aggregator"):
+        SignedSpec.sign(FOUNDER, attrs.evolve(SPEC, aggregator=aggregator)).open()
+
+
 def test_a_parameter_is_shown_with_its_shape_and_type() -> None:
     assert [str(parameter) for parameter in SPEC.parameters] == ["layer.weight 10x64 float32", "scale scalar float32"]

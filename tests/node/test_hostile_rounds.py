@@ -26,10 +26,12 @@ from shoal.learning.rounds.messages import (
     Commit,
     CommitRecord,
     Convene,
+    Decided,
     Fetch,
     Freeze,
     Held,
     Plan,
+    Products,
     Progress,
     Propose,
     Ready,
@@ -94,6 +96,8 @@ def everything(key: bytes, record: CommitRecord, me: PeerId) -> list[object]:
         Plan(key, 0, 0, (me,), (1,), (1,), (me,), owner, tiny.SIZE, "mine"),
         Held(key, 0, 0, (me,), b"s" * 64),
         Freeze(key, 0, 0, (me,)),
+        Products(key, 0, 0, members_hash((me,)), bytes(8)),
+        Decided(key, 0, 0, members_hash((me,)), (bytes(8),), bytes(8)),
         Ask(key, 0, 0),
         Progress(key, 0, 0, (0,), b"n" * 16, ()),
         Fetch(key, 0, 0, 0, me),
@@ -141,7 +145,7 @@ def test_strangers_have_no_say_in_a_round() -> None:
                 nursery.start_soon(say, f"Commit with {name} names", SAY[Commit], Commit(key, record, certificate))
 
     world = simulate(scenario(3, 6), script)
-    assert len(told) == 12 + 2 + 3
+    assert len(told) == 14 + 2 + 3
     for name, (code, reason) in told.items():
         if name.startswith("Commit"):
             assert code == "bad-certificate"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shoal.learning.rounds import messages as messages_module
+from shoal.learning.rounds.actions import Combine, Measure
 from shoal.learning.rounds.messages import Accept, Commit, CommitRecord, Propose, Ready
 
 from .seats import Seat, View
@@ -35,6 +36,18 @@ def check_said(table: Table, seat: Seat, message: Any) -> None:
         if (key, attempt) == at[:2] and digest != message.digest and seat.place in others:
             raise Broken(f"{seat.place} accepts two values at attempt {attempt}")
     table.accepts = {**table.accepts, at: tuple(sorted((*who, seat.place)))}
+
+
+def check_held(seat: Seat, action: Combine | Measure) -> None:
+    """Nobody combines or compares what it does not hold, or combines without the decision that its rule needs."""
+    plan, rule = seat.voter.plan, seat.shape.rule
+    assert plan is not None
+    for index in action.indices:
+        start, stop = plan.slices[index].range
+        if any((member, start, stop) not in seat.parts for member in action.members):
+            raise Broken(f"{seat.place} takes a contribution that it does not hold")
+    if isinstance(action, Combine) and bool(action.decision) != (rule.needs_gram and bool(action.members)):
+        raise Broken(f"{seat.place} combines {'with' if action.decision else 'without'} a decision")
 
 
 def check_commit(table: Table, seat: Seat, commit: Commit) -> None:

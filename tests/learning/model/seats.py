@@ -16,6 +16,7 @@ from typing import Any
 
 import attrs
 
+from shoal.learning.aggregate import Aggregator
 from shoal.learning.chain import Chain
 from shoal.learning.membership import Placement
 from shoal.learning.rounds import leader as leader_module
@@ -34,6 +35,7 @@ from shoal.learning.rounds.messages import (
 )
 from shoal.learning.rounds.terms import Terms
 from shoal.learning.rounds.voter import Voter
+from shoal.learning.rounds.weighing import MEAN
 from shoal.learning.store import Head
 from shoal.transport.identity import Identity, PeerId
 
@@ -73,7 +75,7 @@ class Shape:
 
     ``rosters``: for every peer the indices of those that it takes for voters (itself among them). ``length``: elements
     of the vector, 16 a slice, so that 1 gives one owner. ``strict``: the mode. ``real``: sign with Ed25519. ``idle``:
-    peers that still train when it begins.
+    peers that still train when it begins. ``rule``: what they combine by.
     """
 
     count: int
@@ -82,6 +84,7 @@ class Shape:
     rosters: tuple[tuple[int, ...], ...] = ()
     real: bool = False
     idle: tuple[int, ...] = ()
+    rule: Aggregator = MEAN
 
     @functools.cached_property
     def identities(self) -> tuple[Identity, ...]:
@@ -177,6 +180,7 @@ class Seat:
             nonce=lambda attempt, epoch: name + bytes([attempt % 256, epoch % 256]),
             check=view.check,
             max_length=10_000,
+            rule=shape.rule,
             promised=self.first,
             accepted=accepted,
         )
@@ -195,6 +199,7 @@ class Seat:
             terms=view.terms,
             now=self.clock,
             lost=self.voter.lost,
+            rule=self.shape.rule,
         )
 
     def crash(self) -> None:
@@ -279,7 +284,7 @@ class Seat:
 #: Of the cores: what never changes, what is a moment in time, and what only people read.
 _CONSTANT = {
     "key", "round", "voters", "pace", "me", "order", "needed",
-    "_identity", "_nonce", "_check", "_max_length", "_algorithms", "_terms",
+    "_identity", "_nonce", "_check", "_max_length", "_algorithms", "_terms", "rule",
 }  # fmt: skip
 _TEXT = {"reason", "_reason", "due"}
 _TIMES = {"_heard", "_moved", "_resend", "_phase_until", "_grace_until", "_until", "_word", "_ticked"}

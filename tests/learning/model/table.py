@@ -15,9 +15,11 @@ from typing import Any
 from shoal.learning.rounds import terms as terms_module
 from shoal.learning.rounds.actions import (
     Action,
+    Check,
     Combine,
     Done,
     Fingerprint,
+    Measure,
     Note,
     Persist,
     Prepare,
@@ -27,6 +29,7 @@ from shoal.learning.rounds.actions import (
     Send,
     Share,
     Verify,
+    Weigh,
 )
 from shoal.learning.rounds.messages import (
     ANSWERED,
@@ -40,8 +43,9 @@ from shoal.learning.rounds.messages import (
     verify_certificate,
 )
 
-from .laws import check_commit, check_said
+from .laws import check_commit, check_held, check_said
 from .seats import Seat, Shape, Value, hash_of
+from .weights import weighed
 from .words import Broken, Budget, Pair, Step, brief, printed
 
 
@@ -314,15 +318,13 @@ class Table:
                 value = action.members, action.weights
                 plan = seat.voter.plan
                 assert plan is not None
-                held = seat.parts
+                check_held(seat, action)
                 for index in action.indices:
-                    start, stop = plan.slices[index].range
-                    missing = [m for m in action.members if (m, start, stop) not in held]
-                    if missing:
-                        raise Broken(f"{place} combines a contribution it does not hold")
                     seat.values.setdefault((action.attempt, action.epoch), {})[index] = value
                 again = action.attempt, action.epoch, action.indices
                 work.append((place, lambda: self.seats[place].voter.combined(self.seats[place].clock, *again)))
+            case Measure() | Weigh() | Check():
+                work.append((place, weighed(self, seat, action)))
             case Share():
                 self._offer(seat, action, work, shape.index[action.receiver], pulled=False)
             case Pull():

@@ -1,0 +1,66 @@
+"""Inner products and decisions of one round on one peer: computed off the event loop, told to voter and leader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ...transport.host import Host
+from ...transport.identity import PeerId
+from ..aggregate.products import pack_triangle
+from ..reduce.buffers import Buffers
+from ..reduce.codecs import resolve
+from .actions import Action, Check, Measure, Weigh
+from .messages import CommitRecord
+from .passes import Passes
+from .setting import Setting
+from .voter import Voter
+from .weighing import decide, judge
+
+
+class Scales:
+    """``quality``: how far the run's rule took the members of the present plan seriously, as we decided ourselves."""
+
+    def __init__(
+        self,
+        host: Host,
+        setting: Setting,
+        voter: Voter,
+        buffers: Buffers,
+        passes: Passes,
+        feed: Callable[[Callable[[], Sequence[Action]]], None],
+    ) -> None:
+        self._host, self._setting, self._voter, self._buffers = host, setting, voter, buffers
+        self._passes, self._feed = passes, feed
+        self._quality: tuple[tuple[PeerId, ...], tuple[float, ...]] = (), ()
+
+    def quality_of(self, record: CommitRecord) -> tuple[float, ...]:
+        """Of the members of ``record``, in their order, 0 … 1; empty where the rule has none, or we did not decide."""
+        members, quality = self._quality
+        return quality if members == record.members else ()
+
+    async def measure(self, action: Measure) -> None:
+        """Compute our part of the inner products."""
+        plan = self._voter.plan
+        if plan is None or self._buffers.generation != (action.attempt, action.epoch):
+            return
+        ranges = [plan.slices[index].range for index in action.indices]
+        elements = sum(stop - start for start, stop in ranges)
+        products = self._buffers.products(action.members, ranges, resolve(plan.codec))
+        data = pack_triangle(await self._passes.run(elements * len(action.members), products))
+        self._feed(lambda: self._voter.measured(self._host.now(), action.attempt, action.epoch, data))
+
+    async def weigh(self, action: Weigh) -> tuple[bytes, str | None]:
+        """What the leader decides; some rules search for seconds."""
+        return await self._host.run_blocking(
+            decide, self._setting.rule, self._setting.key, action.parts, action.members
+        )
+
+    async def check(self, action: Check) -> None:
+        """Decide as the leader should have, and compare."""
+        frozen = self._voter.frozen
+        quality, wrong = await self._host.run_blocking(
+            judge, self._setting.rule, self._setting.key, action.parts, action.decision, action.members
+        )
+        if frozen is not None and wrong is None:
+            self._quality = frozen.members, quality
+        self._feed(lambda: self._voter.weighed(self._host.now(), action.attempt, action.epoch, wrong))
