@@ -193,8 +193,8 @@ class Round:
         All members must give tensors of the same sizes in the same order, with the same codec. Waits for the commit.
         Tensors that are not finite are not sent; the mean is then over the others. Where the run has another rule than
         the mean (docs/aggregation.md), it is that rule's result. Nobody's contribution, or fewer than the rule needs,
-        give zeros. Cancelled, the round goes on without the result. Raises :class:`ConfigError` for what cannot be reduced, :class:`OutOfStep` when the result cannot be
-        had any more.
+        give zeros. Cancelled, the round goes on without the result. Raises :class:`ConfigError` for what cannot be
+        reduced, :class:`OutOfStep` when the result cannot be had any more.
         """
         handle = self.reduce_async(tensors, out=out, codec=codec, feedback=feedback)
         try:

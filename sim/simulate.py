@@ -247,7 +247,8 @@ def _expectation(plan: Plan, settings: Settings, answer: Answer) -> Expectation:
         late=len(plan.late),
         identical=answer.replicated,
         higher_is_better=answer.higher_is_better,
-        at_least=known.at_least if long_enough and answer.replicated else None,
+        # With the data of liars lost, nothing is promised but that it is worth while to take part.
+        at_least=known.at_least if long_enough and answer.replicated and not plan.liars else None,
         above_isolated=known.above_isolated if long_enough and len(plan.names) >= 4 else None,
         beats_reference=known.ngram and long_enough,
     )
