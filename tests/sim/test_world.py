@@ -46,16 +46,16 @@ def outcomes(*runs: tuple[Sequence[int], str]) -> list[dict[str, Any]]:
 
 @pytest.mark.process
 def test_fifty_nodes_in_groups_of_eight_do_the_same_in_every_process() -> None:
-    one, again = outcomes(([50, 20, 5, 0], "1"), ([50, 20, 5, 0], "4711"))
+    one, again = outcomes(([50, 8, 5, 0], "1"), ([50, 8, 5, 0], "4711"))
     assert one["weights"] == again["weights"]
     assert one["trace"] == again["trace"]
     assert one["events"] == again["events"] > 50_000
-    assert one["rounds"] == [20]
+    assert one["rounds"] == [8]
     # 50 peers are 7 groups: one of 8, six of 7, all complete at the first attempt.
     assert one["groups"] == [7, 8]
     assert one["retries"] == 0
     # Ten classes: who guesses has 2.3.
-    assert max(one["losses"]) < 1.0
+    assert max(one["losses"]) < 1.5
 
 
 @pytest.mark.process
