@@ -306,15 +306,14 @@ class Leader(Proposer):
         if not self._owns(sender) or sender in self._products or message.members != members_hash(self._frozen):
             return []
         wrong = part_fault(plan, sender, message.data, count)
+        if wrong is not None and self.attempt:
+            return self._give_up(now, (), f"{self.rule} decides nothing: {wrong}")
         if wrong is not None:
             return self._refuse_products(now, sender, wrong)
         self._products[sender] = message.data
         owners = owners_of(plan)
         if any(owner not in self._products for owner in owners):
             return []
-        found = heaviest({owner: self._products[owner] for owner in owners}, count)
-        if found is not None:
-            return self._refuse_products(now, *found)
         self._until = None  # it is we who are computing
         parts = parts_to_tell([self._products[owner] for owner in owners], count)
         return [Weigh(plan.attempt, plan.epoch, count, parts)]
@@ -329,7 +328,7 @@ class Leader(Proposer):
         if self.phase != "weigh" or plan is None or (action.attempt, action.epoch) != (plan.attempt, plan.epoch):
             return []
         if wrong is not None:
-            return self._give_up(now, (), f"{self.rule} decides nothing: {wrong}")
+            return self._refuse_products(now, heaviest(self._products, action.members), f"in the sum, {wrong}")
         self.phase, self._until = "gather", now + plan.phase(self.pace.gather) * 1.5
         hashed = members_hash(self._frozen)
         self._decided = Decided(self.key, plan.attempt, plan.epoch, hashed, action.parts, data)
