@@ -306,8 +306,6 @@ class Leader(Proposer):
         if not self._owns(sender) or sender in self._products or message.members != members_hash(self._frozen):
             return []
         wrong = part_fault(plan, sender, message.data, count)
-        if wrong is not None and self.attempt:
-            return self._give_up(now, (), f"{self.rule} decides nothing: {wrong}")
         if wrong is not None:
             return self._refuse_products(now, sender, wrong)
         self._products[sender] = message.data
@@ -327,6 +325,8 @@ class Leader(Proposer):
         plan = self.plan
         if self.phase != "weigh" or plan is None or (action.attempt, action.epoch) != (plan.attempt, plan.epoch):
             return []
+        if wrong is not None and self.attempt:
+            return self._give_up(now, (), f"{self.rule} decides nothing: {wrong}")
         if wrong is not None:
             return self._refuse_products(now, heaviest(self._products, action.members), f"in the sum, {wrong}")
         self.phase, self._until = "gather", now + plan.phase(self.pace.gather) * 1.5
