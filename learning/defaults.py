@@ -293,6 +293,10 @@ GRAM_SLACK = 1e-9
 #: be.
 COEFFICIENT_TOLERANCE, COEFFICIENT_GROWTH = 1e-6, 100.0
 
+#: Members up to which a leader looks at the eigenvalues of every owner's products, on the event loop: half a ms for 64,
+#: 16 for 128. Those of the sum are looked at for any number, off the loop.
+PARTS_SPECTRUM = 64
+
 #: Bytes of all owners' inner products up to which the leader sends them all to everybody, so that each owner sees its
 #: own in the sum: up to 24 members. Beyond it only the sum, or the leader's line would carry megabytes.
 PRODUCTS_IN_FULL = 64 << 10

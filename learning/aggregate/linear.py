@@ -64,8 +64,11 @@ def mixed(slices: Sequence[Tensor], matrix: Floats) -> Iterator[tuple[slice, lis
         yield where, rows
 
 
-def fault(gram: Floats, p: int) -> str | None:
-    """Why ``gram`` is no Gram matrix of ``p`` finite vectors, or None: for sums of what others computed."""
+def fault(gram: Floats, p: int, *, spectrum: bool = True) -> str | None:
+    """Why ``gram`` is no Gram matrix of ``p`` finite vectors, or None: for sums of what others computed.
+
+    Without ``spectrum`` it takes no look at the eigenvalues, which cost p^3.
+    """
     if gram.shape != (p, p):
         return f"shape {gram.shape} instead of ({p}, {p})"
     if not np.isfinite(gram).all():
@@ -78,6 +81,8 @@ def fault(gram: Floats, p: int) -> str | None:
     lengths = np.sqrt(sizes)
     if (np.abs(gram) > np.outer(lengths, lengths) * (1 + defaults.GRAM_SLACK)).any():
         return "an inner product is larger than the lengths allow"
+    if not spectrum:
+        return None
     least = float(np.linalg.eigvalsh(gram)[0])
     if least < -defaults.GRAM_SLACK * sizes.sum():
         return f"a negative eigenvalue, {least:.3g}"

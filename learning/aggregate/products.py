@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .. import defaults
 from .base import Floats
 from .linear import fault
 
@@ -50,4 +51,4 @@ def triangle_fault(data: bytes, p: int, elements: int) -> str | None:
     if float(np.diag(gram).max()) > elements * _SQUARE:
         return f"a square beyond that of any {elements} numbers"
     with np.errstate(all="ignore"):
-        return fault(gram, p)
+        return fault(gram, p, spectrum=p <= defaults.PARTS_SPECTRUM)

@@ -312,9 +312,6 @@ class Leader(Proposer):
         owners = owners_of(plan)
         if any(owner not in self._products for owner in owners):
             return []
-        found = heaviest({owner: self._products[owner] for owner in owners}, count)
-        if found is not None:
-            return self._refuse_products(now, *found)
         self._until = None  # it is we who are computing
         parts = parts_to_tell([self._products[owner] for owner in owners], count)
         return [Weigh(plan.attempt, plan.epoch, count, parts)]
@@ -328,8 +325,10 @@ class Leader(Proposer):
         plan = self.plan
         if self.phase != "weigh" or plan is None or (action.attempt, action.epoch) != (plan.attempt, plan.epoch):
             return []
-        if wrong is not None:
+        if wrong is not None and self.attempt:
             return self._give_up(now, (), f"{self.rule} decides nothing: {wrong}")
+        if wrong is not None:
+            return self._refuse_products(now, heaviest(self._products, action.members), f"in the sum, {wrong}")
         self.phase, self._until = "gather", now + plan.phase(self.pace.gather) * 1.5
         hashed = members_hash(self._frozen)
         self._decided = Decided(self.key, plan.attempt, plan.epoch, hashed, action.parts, data)

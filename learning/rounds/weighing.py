@@ -58,13 +58,9 @@ def part_fault(plan: Plan, owner: PeerId, data: bytes, count: int) -> str | None
     return triangle_fault(data, count, sum(p.stop - p.start for p in plan.slices if p.owner == owner))
 
 
-def heaviest(parts: Mapping[PeerId, bytes], count: int) -> tuple[PeerId, str] | None:
-    """When parts that look well add up to what is no Gram matrix: whose is the largest, and what is wrong."""
-    with np.errstate(all="ignore"):
-        wrong = fault(add_triangles(list(parts.values()), count), count)
-    if wrong is None:
-        return None
-    return max(parts, key=lambda owner: float(unpack_triangle(parts[owner], count).trace())), wrong
+def heaviest(parts: Mapping[PeerId, bytes], count: int) -> PeerId:
+    """Whose part is the largest: who pays when parts that look well add up to what nothing can be decided from."""
+    return max(parts, key=lambda owner: float(unpack_triangle(parts[owner], count).trace()))
 
 
 def told_in_full(owners: int, size: int) -> bool:
@@ -88,7 +84,9 @@ def decide(rule: Aggregator, key: bytes, parts: Sequence[bytes], count: int) -> 
     """What the leader decides for ``count`` members from the ``parts``; why it cannot. Blocking."""
     try:
         with np.errstate(all="ignore"):  # of absurd products; what comes of them is looked at
-            return rule.decide(add_triangles(parts, count), count, seed_of(key)).data, None
+            gram = add_triangles(parts, count)
+            wrong = fault(gram, count)
+            return (b"", wrong) if wrong is not None else (rule.decide(gram, count, seed_of(key)).data, None)
     except (ConfigError, ValueError) as error:  # of linear algebra that does not converge, too
         return b"", str(error)
 

@@ -172,6 +172,30 @@ def test_coefficients_that_are_off_by_less_than_is_promised_are_taken_and_are_th
     assert table.commits()[0].certificate.attempt == 0
 
 
+@pytest.mark.parametrize("always", [False, True])
+def test_an_owner_with_the_largest_products_pays_when_nothing_can_be_decided_from_the_sum(always: bool) -> None:
+    table, times = Table(5, seed=3, rule=resolve("geometric_median")), []
+
+    def undecided(seat: Seat, data: bytes, wrong: str | None) -> tuple[bytes, str | None]:
+        times.append(seat.me)
+        return (b"", "it does not converge") if always or len(times) == 1 else (data, wrong)
+
+    table.decides = undecided
+    table.run()
+    check_done(table, within=60.0)
+    record = table.commits()[0].record
+    assert ("decides nothing" if always else "are refused: in the sum, it does not converge") in record.reason
+    assert len(record.members) == (0 if always else 4), record.reason
+    assert len(times) < 20
+
+
+def test_sixty_four_members_decide_together() -> None:
+    table = Table(64, seed=1, length=3000, rule=resolve("multikrum:f=3"))
+    table.run()
+    check_done(table, within=5.0)
+    assert table.commits()[0].record.members == table.voters
+
+
 def weighing_round() -> tuple[Table, Seat, Seat]:
     """A round that waits for the products of one owner: (table, its leader's seat, that owner's)."""
     table = Table(4, seed=1, rule=resolve("geometric_median"))
