@@ -12,8 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from shoal.sim import defaults
+from shoal.sim.attacks import resolve
+from shoal.sim.liar import Lie
 from shoal.sim.processes import KILL_PHASES, make_plan
 from shoal.transport.errors import ConfigError
 
@@ -75,11 +78,48 @@ def test_seeds_differ_in_victim_round_and_phase() -> None:
         ({"peers": 3, "kill": 3, "late": 0, "rounds": 20}, "--kill 3 leaves none of the 3 peers"),
         ({"peers": 3, "kill": 0, "late": 1, "rounds": 4}, "--late needs at least"),
         ({"peers": 3, "kill": 1, "late": 0, "rounds": 2}, "--kill needs at least 3 rounds"),
+        ({"peers": 5, "kill": 1, "late": 0, "rounds": 9, "liars": 2}, "--byzantine 2 of 4 peers"),
     ],
 )
 def test_numbers_that_leave_no_swarm_are_refused(numbers: dict[str, int], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         make_plan(**numbers, seed=0)
+
+
+def test_liars_are_neither_the_founder_nor_killed_nor_late() -> None:
+    for seed in range(20):
+        plan = make_plan(peers=9, kill=2, late=1, rounds=20, seed=seed, liars=2, attack="alie")
+        assert len(plan.liars) == 2
+        assert not {*plan.liars} & {plan.names[0], *(kill.name for kill in plan.kills), *plan.names[plan.first :]}
+
+
+def test_a_lie_is_the_attack_on_what_its_node_knows() -> None:
+    lie, work = Lie(resolve("replay:factor=2")), torch.tensor([1.0, -2.0])
+    assert torch.equal(lie(1, work), torch.tensor([-2.0, 4.0]))  # no result yet
+    lie.saw(torch.tensor([5.0, 5.0]))
+    assert torch.equal(lie(2, work), torch.tensor([-10.0, -10.0]))
+    noise = Lie(resolve("gaussian"))
+    assert torch.equal(noise(3, work), Lie(resolve("gaussian"))(3, work))
+    assert not torch.equal(noise(3, work), noise(4, work))
+    assert torch.equal(work, torch.tensor([1.0, -2.0]))
+
+
+@pytest.mark.process
+def test_one_liar_ruins_the_mean_and_not_a_robust_rule(tmp_path: Path) -> None:
+    errors = {}
+    for rule in ("mean", "median"):
+        folder = tmp_path / rule
+        folder.mkdir()
+        arguments = ["--task", "line_task:Line", "--peers", "4", "--byzantine", "1:gaussian", "--aggregator", rule]
+        arguments += ["--rounds", "10", "--set", "inner_steps=100", "--json", str(folder / "report.json")]
+        with shoal_sim(folder, *arguments) as child:
+            output, _ = child.communicate(timeout=110)
+        assert "node-3 lie: gaussian" in output
+        report = json.loads((folder / "report.json").read_text())
+        assert [peer["status"] for peer in report["peers"]] == ["finished"] * 4
+        assert len({peer["digest"] for peer in report["peers"]}) == 1
+        errors[rule] = report["swarm"]
+    assert errors["median"] < errors["mean"] / 3, errors
 
 
 # --- whole swarms -----------------------------------------------------------------------------------------------------
