@@ -290,11 +290,11 @@ class Leader(Proposer):
     def _give_up(self, now: float, gone: tuple[PeerId, ...], why: str) -> list[Action]:
         """What is there cannot be combined by the run's rule. Begun anew once; it may be no better then."""
         assert self.plan is not None
-        after = None
-        if self.attempt:
-            after = next_plan(without_result(self.plan, why), gone, self.lost, (), why)
+        without = without_result(self.plan, why)
+        after = next_plan(without, gone, self.lost, (), why) if self.attempt else None
         if after is None:
             return self._abort(now, why)
+        after = attrs.evolve(after, reason=without.reason)
         return [Note("scatter", "epoch", after.reason), *self._publish(now, after)]
 
     # -- weigh --------------------------------------------------------------------------------------

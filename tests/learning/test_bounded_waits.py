@@ -30,13 +30,12 @@ ANYWHERE = {
     "self._host.run_blocking": "arithmetic or a write of this machine: no peer is waited for",
     "self._run.host.run_blocking": "arithmetic of this machine",
     "trio.lowlevel.checkpoint": "no wait: the others get their turn",
+    "trio.lowlevel.checkpoint_if_cancelled": "no wait",
     "self._endpoint.call": "Endpoint.call: deadlines.call, by the link's round trip, lag, bandwidth and the body",
     "self._endpoint.connect": "Endpoint.connect: deadlines.connect",
     "endpoint.stream": "download gives it the deadline of all its pieces",
-    "self._endpoint.stream": "Endpoint.stream: deadlines.call",
     "call.read_into": "serving.py: the time that the caller gave its call",
     "call.write": "serving.py: the time that the caller gave its call",
-    "reply.read_into": "within the block of a stream, whose deadline is that of the whole",
     "reply.result": "within the block of a stream, whose deadline is that of the whole",
 }
 #: Single waits: (module, function, text) → what ends it.

@@ -190,7 +190,7 @@ def test_a_running_node_is_asked_and_watched(tmp_path: Path) -> None:
             while "yes" not in (said := run("doc", "show", "roster")).stdout:
                 assert time.monotonic() < deadline, said
             assert "no node is running" not in said.stdout
-            assert "signature  good" in run("doc", "show", "spec").stdout
+            assert "signature   good" in run("doc", "show", "spec").stdout
             watch = [sys.executable, "-m", "shoal.node.process", "doc", "watch", "--data-dir", str(tmp_path / "node")]
             with subprocess.Popen(watch, stdout=subprocess.PIPE, text=True) as watching:
                 assert watching.stdout is not None
