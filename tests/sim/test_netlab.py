@@ -85,6 +85,12 @@ class World:
 
     def reaches(self, host: LabHost, address: str, port: int) -> bool:
         """Whether a TCP connection opens; other failures than silence are errors."""
+        try:
+            return self._connects(host, address, port, PATIENCE)
+        except OSError as error:
+            # Neighbours of IPv6 ask each other first, and give up soon on a machine that is too busy to answer.
+            if error.errno != errno.EHOSTUNREACH or ":" not in address:
+                raise
         return self._connects(host, address, port, PATIENCE)
 
     def drops(self, host: LabHost, address: str, port: int) -> bool:

@@ -210,14 +210,17 @@ def test_a_direct_path_much_slower_than_that_of_the_signals_is_given_longer_atte
 def test_a_go_that_is_late_is_made_good(late: float, resets: bool) -> None:
     with two("cone", "cone", delay=DELAY, resets=resets) as (a, b):
         a.late["punch-go"] = late
-        try:
-            stream, seconds = a.call(a.punch)
-        except PeerUnreachable:
-            # Seen once in some forty runs, on a busy machine whose timers were late as well. Nodes try again too.
-            b.punched.clear()
-            b.accepted.clear()
-            time.sleep(5.0)
-            stream, seconds = a.call(a.punch)
+        for attempts_left in (2, 1, 0):
+            try:
+                stream, seconds = a.call(a.punch)
+                break
+            except PeerUnreachable:
+                # Seen once in some forty runs, on a busy machine whose timers were late as well. Nodes try again too.
+                if not attempts_left:
+                    raise
+                b.punched.clear()
+                b.accepted.clear()
+                time.sleep(5.0)
         assert stream is not None
         print(f"late {late}, resets {resets}: {seconds * 1e3:.0f} ms")
         check(a, b, stream)
