@@ -223,12 +223,8 @@ class Exchange:
                     # What is there at once is looked at before anybody is told of it.
                     if first._copy is None or first._bundle.size <= defaults.BUCKET // 4:
                         await self._looked_at(first)
-                    try:
-                        self._result = await self._run.agree(given)
-                        if self._run.faults.disguise is not None:
-                            self._run.faults.disguise.saw(self._result)
-                    except ShoalError as error:
-                        self._error = error
+                    if not self._closed:  # the peer may have left meanwhile, and has no round any more
+                        await self._agree(given)
                     nursery.cancel_scope.cancel()
         finally:
             self._decided.set()
@@ -238,6 +234,15 @@ class Exchange:
                 self.close(str(self._error))
             elif self._result is None:
                 self.close("it was given up")
+
+    async def _agree(self, given: Contribution) -> None:
+        try:
+            self._result = await self._run.agree(given)
+        except ShoalError as error:
+            self._error = error
+            return
+        if self._run.faults.disguise is not None:
+            self._run.faults.disguise.saw(self._result)
 
     async def _looked_at(self, first: Reducing[Any]) -> None:
         given = self._contribution
@@ -256,6 +261,8 @@ class Exchange:
         """Copy what the reduces bring, in their order, and look at it."""
         given = self._contribution
         assert given is not None
+        if self._closed:
+            return
         patience = self._run.patience
         while not given.filling.full and not given.why:
             handle: Reducing[Any] | None = None

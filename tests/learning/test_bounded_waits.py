@@ -56,7 +56,7 @@ HERE = {
     ("exchange.py", "Exchange.settle", "self._decided.wait"): "Exchange._drive, which sets it however it ends",
     ("exchange.py", "Exchange._deliver", "self._decided.wait"): "Exchange._drive, which sets it however it ends",
     ("exchange.py", "Exchange._looked_at", "given.filling.wait"): "Exchange._fill, after the run's patience",
-    ("exchange.py", "Exchange._drive", "self._run.agree"): "Instance.outcome and Membership.guard",
+    ("exchange.py", "Exchange._agree", "self._run.agree"): "Instance.outcome and Membership.guard",
 }
 
 

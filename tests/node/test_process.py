@@ -267,13 +267,21 @@ def test_a_second_ctrl_c_ends_at_once(shoal: Shoal) -> None:
 def test_a_node_on_a_leash_ends_with_whoever_started_it(shoal: Shoal) -> None:
     arguments = [sys.executable, "-m", "shoal.node.process", *START, "--leash", "--data-dir", str(shoal.folder / "a")]
     with subprocess.Popen(
-        arguments, cwd=shoal.folder, env=shoal.environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        arguments,
+        cwd=shoal.folder,
+        env=shoal.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as child:
         try:
             shoal.rounds("a", 1)
             assert child.stdin is not None
             child.stdin.close()
-            assert child.wait(10.0) == 0
+            code = child.wait(10.0)
+            assert child.stderr is not None
+            assert code == 0, child.stderr.read()
         finally:
             child.kill()
 
