@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import json
 import multiprocessing
 import os
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -294,17 +295,29 @@ def _run_all(cases: Sequence[Case], processes: int, console: Console | None) -> 
             for case in cases:
                 note(case, run(case))
             return found
-        # Not forked: torch's threads do not survive that.
+        # Not forked: torch's threads do not survive that. Leaving the block ends all of them, whatever they do.
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(min(processes, len(cases)), mp_context=context) as pool:
-            try:
-                waiting = {pool.submit(run, case): case for case in cases}
-                for future in concurrent.futures.as_completed(waiting):
-                    note(waiting[future], future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        with context.Pool(min(processes, len(cases)), _end_with_the_parent) as pool:
+            for case, outcome in pool.imap_unordered(_run_one, cases):
+                note(case, outcome)
         return found
+
+
+def _run_one(case: Case) -> tuple[Case, Outcome]:
+    return case, run(case)
+
+
+def _end_with_the_parent() -> None:
+    """In a process of the pool: Ctrl-C is for the parent alone, and when that is gone, nobody waits for us."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def table(sweep: Sweep, block: Block) -> Table:

@@ -50,5 +50,8 @@ def triangle_fault(data: bytes, p: int, elements: int) -> str | None:
         return str(error)
     if float(np.diag(gram).max()) > elements * _SQUARE:
         return f"a square beyond that of any {elements} numbers"
-    with np.errstate(all="ignore"):
-        return fault(gram, p, spectrum=p <= defaults.PARTS_SPECTRUM)
+    try:
+        with np.errstate(all="ignore"):
+            return fault(gram, p, spectrum=p <= defaults.PARTS_SPECTRUM)
+    except ValueError as error:  # of linear algebra that does not converge: these are a stranger's numbers
+        return str(error)

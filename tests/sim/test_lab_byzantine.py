@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import attrs
@@ -133,3 +137,36 @@ def test_wrong_arguments_are_named_before_anything_runs(
         code = int(error.code or 0)
     assert code == 2
     assert words in capsys.readouterr().err
+
+
+def children_of(pid: int) -> set[int]:
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue
+            if int(stat.rpartition(")")[2].split()[1]) == pid:
+                found.add(int(entry.name))
+    return found
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_that_is_broken_off_leaves_no_process_and_no_traceback(number: int) -> None:
+    command = [sys.executable, "-m", "shoal.sim.cli", "lab", "byzantine", "--processes", "2", "--seeds", "3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        give_up = time.monotonic() + 60
+        while len(started := children_of(child.pid)) < 2:
+            assert time.monotonic() < give_up
+            time.sleep(0.1)
+        time.sleep(4.0)  # they have imported torch, and train
+        started |= children_of(child.pid)
+        child.send_signal(number)
+        output, _ = child.communicate(timeout=30)
+    assert child.returncode != 0
+    assert "Traceback" not in output, output
+    while any(Path(f"/proc/{pid}").exists() for pid in started):
+        assert time.monotonic() < give_up + 30, "a process of the pool is left"
+        time.sleep(0.1)
