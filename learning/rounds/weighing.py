@@ -41,11 +41,13 @@ def unfit(rule: Aggregator, min_peers: int) -> str | None:
     """Why rounds cannot use ``rule`` in a run that begins with ``min_peers``; None when they can."""
     if rule.needs_reference:
         return f"{rule.rule.name} needs the last result, which newcomers do not have: it is not in rounds yet"
-    try:
-        rule.check(max(min_peers, 1))
-    except ConfigError as error:
-        return f"{error}; rounds begin with {max(min_peers, 1)} (min_peers)"
-    return None
+    peers = max(min_peers, 1)
+    wrong = too_few(rule, peers)
+    if wrong is None:
+        return None
+    enough = next((count for count in range(peers, defaults.MAX_ROSTER + 1) if too_few(rule, count) is None), None)
+    hint = f"--min-peers {enough} is enough" if enough is not None else "no number of peers is enough"
+    return f"{wrong}; rounds begin with {peers} (min_peers): {hint}"
 
 
 def owners_of(plan: Plan) -> tuple[PeerId, ...]:
