@@ -79,7 +79,8 @@ class PairResult:
     """How ``dialler`` fared with ``answerer``. Seconds count from the dialler's first move; None: it never came.
 
     ``first``, ``first_way``: when the first byte came back, and how. ``best``, ``way``: when the last change of the way
-    was, and to which. ``rate``: bytes per second over the final way. ``error``: why there is no link.
+    was, and to which. ``rate``: bytes per second over the final way. ``error``: why there is no link. ``earlier``: what
+    it got at a first try that was not enough; this is the second then.
     """
 
     dialler: str
@@ -91,6 +92,7 @@ class PairResult:
     changes: tuple[tuple[float, str], ...] = ()
     rate: float | None = None
     error: str = ""
+    earlier: str = ""
 
     @property
     def requirement(self) -> Requirement:
@@ -102,8 +104,15 @@ class PairResult:
 
     def complaint(self) -> str:
         needed = self.requirement
-        got = f"has {self.way}" if self.first is not None else f"has no link ({_short(self.error)})"
-        return f"{self.dialler} → {self.answerer} {got}; required {' or '.join(needed.ways)}: {needed.reason}"
+        before = f", and at the first try {self.earlier}" if self.earlier else ""
+        ways = " or ".join(needed.ways)
+        return f"{self.dialler} → {self.answerer} has {self.got()}{before}; required {ways}: {needed.reason}"
+
+    def second_try(self) -> str:
+        return f"{self.dialler} → {self.answerer} has {self.got()}, at the first try {self.earlier}"
+
+    def got(self) -> str:
+        return self.way if self.first is not None else f"no link ({_short(self.error)})"
 
 
 @attrs.frozen

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 from rich.console import Console
@@ -150,6 +151,10 @@ def test_a_pair_that_is_not_connected_as_required_is_explained() -> None:
     assert "symmetric → cone has no link (nobody answers); required relay" in complaint
     worse = PairResult("cone", "cone", 0.05, "relay", 0.05, "relay")
     assert "cone → cone has relay; required punch" in worse.complaint()
+    twice = attrs.evolve(worse, earlier="no link (nobody answers)")
+    assert "cone → cone has relay, and at the first try no link (nobody answers); required punch" in twice.complaint()
+    better = attrs.evolve(twice, way="punch")
+    assert better.ok and better.second_try() == "cone → cone has punch, at the first try no link (nobody answers)"
 
 
 def test_the_table_shows_way_and_times_of_every_pair() -> None:
@@ -189,17 +194,11 @@ def test_every_pair_of_kinds_connects_as_required(tmp_path: Path, capsys: pytest
     code = cli.main(["lab", "nat", "--json", str(out), "--plot", str(tmp_path / "nat.png")])
     shown = capsys.readouterr().out
     report = json.loads(out.read_text())
-    assert (code == 0) is report["ok"], shown
-    missed = [pair for pair in report["pairs"] if not pair["ok"]]
-    # Ten pairs at once on two cores, beside other tests: a hole that is punched too late is tried again after seconds.
-    # What does not connect by itself either has no such excuse.
-    assert len(missed) <= 3, shown
-    for pair in missed:
-        kinds = ",".join(dict.fromkeys((pair["dialler"], pair["answerer"])))
-        code = cli.main(["lab", "nat", "--kinds", kinds])
-        assert code == 0, capsys.readouterr().out
+    assert code == 0 and report["ok"], shown
+    # Ten pairs at once on two cores, beside other tests: a hole may be punched too late, but not often.
+    assert sum(bool(pair["earlier"]) for pair in report["pairs"]) <= 10, shown
     ways = {(pair["dialler"], pair["answerer"]): pair["way"] for pair in report["pairs"]}
-    assert missed or ways["cone", "cone"] == "punch"
+    assert ways["cone", "cone"] == "punch"
     assert ways["symmetric", "symmetric"] in ("relay", "webrtc")
     assert ways["ipv6", "cone"] == ways["cone", "ipv6"] == "relay"
     assert all(pair["first"] < 10 and pair["rate"] > 0 for pair in report["pairs"]), shown
