@@ -22,8 +22,6 @@ from ...transport.identity import Identity, PeerId
 from ..aggregate.aggregator import Aggregator
 from .actions import (
     Action,
-    Check,
-    Combine,
     Done,
     Measure,
     Note,
@@ -36,8 +34,7 @@ from .actions import (
     Share,
     Verify,
 )
-from .ballots import Ballots
-from .decisions import shares
+from .deciding import Deciding
 from .messages import (
     Accepted,
     Ask,
@@ -48,7 +45,6 @@ from .messages import (
     Fetch,
     Freeze,
     Plan,
-    Products,
     Progress,
     Propose,
     Reject,
@@ -60,13 +56,13 @@ from .messages import (
     sign_held,
 )  # fmt: skip
 from .planning import freeze_fault, plan_fault
-from .weighing import MEAN, decided_fault, too_few
+from .weighing import MEAN, too_few
 
 #: Refused records that are remembered: one for each attempt of a round that goes very badly.
 MAX_REFUSED = 64
 
 
-class Voter(Ballots):
+class Voter(Deciding):
     """One peer's part in one instance. Every method takes ``now`` (seconds) and returns actions, in order."""
 
     def __init__(
@@ -108,9 +104,7 @@ class Voter(Ballots):
         self._combined: dict[int, None] = {}
         self._early: dict[tuple[PeerId, int, int, int], bytes] = {}
         self._reported: tuple[PeerId, ...] | None = None
-        self._products = b""  # our inner products, of the frozen members
-        self._decision: Decided | None = None  # what the leader makes of all owners'
-        self._agreed = False  # to that, having computed it as well
+        self._reset_decision()
 
     # -- what happens at this peer ------------------------------------------------------------------
 
@@ -149,25 +143,6 @@ class Voter(Ballots):
             if receiver != self.me:
                 actions.extend(Share(receiver, attempt, epoch, index) for index in indices)
         return actions + self._check_full(now)
-
-    def measured(self, now: float, attempt: int, epoch: int, data: bytes) -> list[Action]:
-        """We computed the inner products of the frozen members over our slices."""
-        plan, frozen = self.plan, self.frozen
-        if plan is None or frozen is None or (attempt, epoch) != (plan.attempt, plan.epoch):
-            return []
-        self._products = data
-        return self._tell_products(plan, frozen)
-
-    def weighed(self, now: float, attempt: int, epoch: int, wrong: str | None) -> list[Action]:
-        """We computed what the leader decided: ``wrong`` is None when it is the same."""
-        plan, frozen, decision = self.plan, self.frozen, self._decision
-        if plan is None or frozen is None or decision is None or (attempt, epoch) != (plan.attempt, plan.epoch):
-            return []
-        if wrong is not None:
-            return self._dispute(wrong) if attempt == self.attempt else []
-        self._agreed, self.phase = True, "gather"
-        self.reason = f"combining {len(frozen.members)} contributions"
-        return [*self._combine(plan, frozen, decision.data), *self._check_full(now)]
 
     def combined_received(
         self, now: float, sender: PeerId, attempt: int, epoch: int, index: int, members: bytes, *, pulled: bool = False
@@ -321,7 +296,7 @@ class Voter(Ballots):
             actions.append(Persist(self.promised, self.accepted))
         self.plan, self.frozen, self.full = plan, None, False
         self._combined, self._reported, self._verifying = {}, None, None
-        self._products, self._decision, self._agreed = b"", None, False
+        self._reset_decision()
         self._heard = self._moved = now
         self._phase_until = now + self.scatter_time()
         self.due = self._phase_until
@@ -334,9 +309,6 @@ class Voter(Ballots):
                     self._pushed[item] = None
                     actions.append(Push(*item))
         return actions + self._report_held(now, force=False)
-
-    def _my_slices(self, plan: Plan) -> tuple[int, ...]:
-        return tuple(i for i, piece in enumerate(plan.slices) if piece.owner == self.me)
 
     def _report_held(self, now: float, *, force: bool) -> list[Action]:
         plan = self.plan
@@ -383,51 +355,6 @@ class Voter(Ballots):
         for (owner, attempt, epoch, index), members in early.items():
             actions += self.combined_received(now, owner, attempt, epoch, index, members)
         return actions
-
-    def _current(self, message: Ask | Fetch | Seal | Decided) -> Plan | None:
-        """The plan that it is about, if we follow it."""
-        plan = self.plan
-        return plan if plan is not None and (message.attempt, message.epoch) == (plan.attempt, plan.epoch) else None
-
-    def _weighs(self, frozen: Freeze) -> bool:
-        """Whether ``frozen`` members are combined by what their inner products say."""
-        return self.rule.needs_gram and bool(frozen.members)
-
-    def _combine(self, plan: Plan, frozen: Freeze, decision: bytes = b"") -> list[Action]:
-        mine = self._my_slices(plan)
-        if not mine:
-            return []
-        weights = shares(plan, frozen.members)[1]
-        return [Combine(plan.attempt, plan.epoch, frozen.members, weights, mine, decision)]
-
-    def _tell_products(self, plan: Plan, frozen: Freeze) -> list[Action]:
-        if not self._products or self._decision is not None or plan.attempt != self.attempt:
-            return []
-        hashed = members_hash(frozen.members)
-        return [Send(self.leader(), Products(self.key, plan.attempt, plan.epoch, hashed, self._products))]
-
-    def _on_decided(self, now: float, sender: PeerId, message: Decided) -> list[Action]:
-        plan, frozen = self._current(message), self.frozen
-        if plan is None or frozen is None or self._decision is not None or sender != self.leader(message.attempt):
-            return []
-        if plan.attempt != self.attempt or not self._weighs(frozen) or message.members != members_hash(frozen.members):
-            return []
-        self._decision, self._moved = message, now
-        self._phase_until = self.due = now + plan.phase(self.pace.gather)
-        count = len(frozen.members)
-        wrong = decided_fault(message, plan, self.me, self._products, count)
-        if wrong is not None:
-            return self._dispute(wrong)
-        return [Check(plan.attempt, plan.epoch, count, message.parts, message.data)]
-
-    def _dispute(self, wrong: str) -> list[Action]:
-        """The leader's decision is not ours: nothing of ours is combined with it."""
-        self._refused_at, leader = self.attempt, self.leader()
-        self.reason = f"the decision of leader {leader.short} is refused: {wrong}"
-        return [
-            Note("combine", "refused", self.reason, leader),
-            Send(leader, Reject(self.key, self.attempt, self.promised, self.reason[:200])),
-        ]
 
     def _misses(self, plan: Plan, owner: PeerId) -> bool:
         return any(p.owner == owner and i not in self._combined for i, p in enumerate(plan.slices))
