@@ -300,3 +300,29 @@ PARTS_SPECTRUM = 64
 #: Bytes of all owners' inner products up to which the leader sends them all to everybody, so that each owner sees its
 #: own in the sum: up to 24 members. Beyond it only the sum, or the leader's line would carry megabytes.
 PRODUCTS_IN_FULL = 64 << 10
+
+# --- audits of slice owners ----------------------------------------------------------------------------------------
+
+#: Slices that each peer looks at in a round, in the mean, where the run's rule is one against liars. With one look by
+#: everybody an owner that lies in its whole slice is seen in 1 - (1 - 1/(n-1))^(n-1) of rounds: 63 % or more.
+AUDIT_RATE = 1.0
+
+#: Parts of a slice of which one look takes one: a look costs a sixteenth of the vector, where a round costs each peer
+#: twice the vector.
+AUDIT_PARTS = 16
+
+#: Leaves that a slice should have, so that a part is several of them, and elements below which a leaf is not cut for it
+#: (1 KiB: its hash is 3 % of it).
+AUDIT_LEAVES, AUDIT_LEAF = 64, 256
+
+#: Bytes of all voters' leaves in one proof; with their paths it fits into one envelope of a document (MAX_UPDATE).
+AUDIT_PROOF = 64 << 10
+
+#: Bytes of a proof that an owner lied.
+MAX_LIE = 112 << 10
+
+#: Relative difference of inner products above which an owner's are no rounding: float64 sums of at most 2^32 products.
+AUDIT_PRODUCTS = 1e-6
+
+#: Accusations of one peer that turned out false, after which its further ones are not looked into.
+MAX_FALSE_ACCUSATIONS = 2

@@ -19,6 +19,9 @@ MAX_TASK_NAME = 64
 #: Characters of a codec's name. Whether there is such a codec is seen where one is needed: this module loads no torch.
 MAX_CODEC_NAME = 64
 
+#: Slices at which each peer looks in a round, at most.
+MAX_AUDIT = 16.0
+
 #: Characters of an aggregator's text, likewise.
 MAX_AGGREGATOR = 256
 
@@ -48,7 +51,8 @@ class RunSpec:
     reduce, 0 for all of them. ``min_peers``: rounds begin once the roster has this many. ``rounds``: 0
     for endless. ``created``: Unix seconds. ``origin``: digest of the state that it begins with, empty for the founder's
     fresh model. ``codec``: how contributions and results of rounds travel, where a strategy says nothing else.
-    ``aggregator``: the rule that combines contributions, see docs/aggregation.md.
+    ``aggregator``: the rule that combines contributions, see docs/aggregation.md. ``audit``: slices at which each peer
+    looks in a round, in the mean, see docs/audits.md; 0: none, and nothing is signed.
     """
 
     task: str
@@ -66,6 +70,7 @@ class RunSpec:
     origin: bytes = b""
     codec: str = "fp32"
     aggregator: str = "mean"
+    audit: float = 0.0
 
 
 @attrs.frozen
@@ -106,6 +111,8 @@ class SignedSpec:
             )
         if not is_task_name(spec.task):
             raise BadSpec(f"run spec with the task name {spec.task[:MAX_TASK_NAME]!r}", peer=spec.founder.short)
+        if not 0 <= spec.audit <= MAX_AUDIT:
+            raise BadSpec(f"run spec with {spec.audit} audits of each peer in a round", peer=spec.founder.short)
         if not (spec.min_peers >= 0 and spec.rounds >= 0 and spec.group >= 0):
             raise BadSpec("run spec with a negative number of peers or rounds", peer=spec.founder.short)
         return spec

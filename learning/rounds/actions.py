@@ -92,6 +92,25 @@ class Pull:
 
 
 @attrs.frozen
+class Examine:
+    """The result is here: look at what its owners have signed, and at some of what they combined."""
+
+    attempt: int
+    epoch: int
+
+
+@attrs.frozen
+class Look:
+    """Look at part ``number`` of slice ``index``, where ``accuser`` says that its owner lied."""
+
+    attempt: int
+    epoch: int
+    index: int
+    number: int
+    accuser: PeerId
+
+
+@attrs.frozen
 class Fingerprint:
     """Compute the result's fingerprint with ``algorithm`` under a key from ``nonces`` (leader)."""
 
@@ -162,6 +181,8 @@ Action = (
     | Check
     | Share
     | Pull
+    | Examine
+    | Look
     | Fingerprint
     | Prepare
     | Verify

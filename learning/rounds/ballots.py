@@ -46,6 +46,8 @@ class Ballots:
         self.reason = "training"
         self.decided = False
         self.lost: dict[PeerId, str] = {}
+        #: Owners that lied in this round, as we saw ourselves, and in what.
+        self.convicted: dict[PeerId, str] = {}
         self._heard = 0.0
         self._moved = 0.0  # the last step of this attempt; word of waiting is none
         self._resend = 0.0

@@ -24,6 +24,16 @@ class Deciding(Ballots):
         self._decision: Decided | None = None  # what the leader makes of all owners'
         self._agreed = False  # to that, having computed it as well
 
+    @property
+    def decision(self) -> bytes:
+        """The leader's coefficients for the present members, once we have them; empty where the rule has none."""
+        return self._decision.data if self._decision is not None else b""
+
+    @property
+    def parts(self) -> tuple[bytes, ...]:
+        """The inner products that the leader has told, see :class:`.messages.Decided`."""
+        return self._decision.parts if self._decision is not None else ()
+
     def _check_full(self, now: float) -> list[Action]:
         raise NotImplementedError
 

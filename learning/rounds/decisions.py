@@ -135,15 +135,19 @@ def next_roster(
     leaving: Collection[PeerId],
     wishes: Sequence[PeerId],
     limit: int,
+    liars: Collection[PeerId] = (),
 ) -> tuple[tuple[PeerId, ...], str]:
     """The voters of the next round: who is present and stays, then who wishes to join, up to ``limit``."""
-    stay = [voter for voter in voters if voter in present and voter not in leaving]
+    stay = [voter for voter in voters if voter in present and voter not in leaving and voter not in liars]
     gone = [voter for voter in voters if voter not in stay]
     room = max(0, limit - len(stay))
-    new = [peer for peer in sorted(wishes) if peer not in stay and peer not in leaving][:room]
+    new = [peer for peer in sorted(wishes) if peer not in stay and peer not in leaving and peer not in liars][:room]
     parts = []
-    left = [peer for peer in gone if peer in leaving]
-    silent = [peer for peer in gone if peer not in leaving]
+    expelled = [peer for peer in gone if peer in liars]
+    left = [peer for peer in gone if peer in leaving and peer not in liars]
+    silent = [peer for peer in gone if peer not in leaving and peer not in liars]
+    if expelled:
+        parts.append("expelled: " + short(expelled))
     if left:
         parts.append("left: " + short(left))
     if silent:

@@ -18,7 +18,7 @@ from ..reduce.memory import RoundMemory
 from .early import Early
 from .instance import Instance
 from .messages import ANSWERED, MESSAGES, Commit
-from .methods import SAY, SCATTER, SHARE, WANT, Ack, Given, Scatter, Shared, Want
+from .methods import PART, SAY, SCATTER, SHARE, WANT, Ack, AskPart, Given, Opened, Scatter, Shared, Want
 from .post import Post
 
 
@@ -41,6 +41,7 @@ class Hub:
         endpoint.serve(SCATTER, self._on_scatter)
         endpoint.serve(SHARE, self._on_share)
         endpoint.serve(WANT, self._on_want)
+        endpoint.serve(PART, self._on_part)
 
     def add(self, instance: Instance) -> None:
         """Begin to route to ``instance``."""
@@ -118,6 +119,9 @@ class Hub:
 
     async def _on_share(self, call: Call[Shared]) -> Ack:
         return await (await self._await(call.request.key)).traffic.on_share(call)
+
+    async def _on_part(self, call: Call[AskPart]) -> Opened:
+        return await (await self._await(call.request.key)).auditor.on_part(call)
 
     async def _on_want(self, call: Call[Want]) -> Given:
         handler: Callable[[Call[Want]], Awaitable[Given]] = (await self._await(call.request.key)).traffic.on_want

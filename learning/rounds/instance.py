@@ -26,7 +26,9 @@ from .actions import (
     Check,
     Combine,
     Done,
+    Examine,
     Fingerprint,
+    Look,
     Measure,
     Note,
     Persist,
@@ -39,6 +41,7 @@ from .actions import (
     Verify,
     Weigh,
 )
+from .audits import Auditor
 from .decisions import candidates, resume_at
 from .leader import Leader
 from .messages import (
@@ -99,6 +102,7 @@ class Instance:
             max_length=setting.max_length,
             algorithms=local_fingerprints(),
             rule=setting.rule,
+            audits=setting.audit > 0,
             promised=promised,
             accepted=accepted,
         )
@@ -107,10 +111,12 @@ class Instance:
         self.leader: Leader | None = None
         passes = Passes(self._host)
         self.results = Results(endpoint, setting, self.voter, self.buffers, passes)
+        self.auditor = Auditor(endpoint, setting, self.voter, self.buffers, passes, self._feed, self._convict)
         self.traffic = Traffic(
-            endpoint, setting, self.voter, self.buffers, self.results, passes, post, self._feed, self._open_generation
-        )
-        self.scales = Scales(self._host, setting, self.voter, self.buffers, passes, self._feed)
+            endpoint, setting, self.voter, self.buffers, self.results, passes, post, self._feed, self._open_generation,
+            self.auditor,
+        )  # fmt: skip
+        self.scales = Scales(self._host, setting, self.voter, self.buffers, passes, self._feed, self.auditor)
         #: Called when this round begins to collect its result: bytes that it takes.
         self.on_open: Callable[[int], None] = lambda size: None
         self._steps: deque[Callable[[], Sequence[Action]]] = deque()
@@ -147,6 +153,7 @@ class Instance:
         """End everything of this round. Nothing is sent any more, the buffers are free."""
         self._scope.cancel()
         # The tasks that end now hold us, and the next round wants the memory at once.
+        self.auditor.ledger.drop()
         self.buffers.drop()
         self.results.drop()
 
@@ -191,6 +198,7 @@ class Instance:
             return None
         holders = tuple(accept.peer for accept in self.commit.certificate.accepts if accept.peer != self.me)
         if await self.results.obtain(record, holders) is None:
+            self.auditor.ledger.drop()
             self.buffers.drop_inputs()
             return self.results.final
         return None
@@ -309,8 +317,17 @@ class Instance:
             lost=self.voter.lost,
             unfit=lambda record: self.setting.check(record) or self.voter.refused.get(record.digest),
             rule=self.setting.rule,
+            convicted={**self.setting.expelled(), **self.voter.convicted},
         )
         self.leader.spare = self.voter.spare
+
+    def _convict(self, owner: PeerId, why: str) -> list[Action]:
+        """We have seen that ``owner`` lied."""
+        now = self._host.now()
+        actions = self.voter.convict(now, owner, why)
+        if self.leader is not None:
+            actions += self.leader.convict(now, owner, why)
+        return actions
 
     def _carry_out(self, action: Action) -> None:
         assert self._nursery is not None
@@ -328,6 +345,10 @@ class Instance:
                 self._nursery.start_soon(self._weigh, action)
             case Check():
                 self._nursery.start_soon(self.scales.check, action)
+            case Examine():
+                self._nursery.start_soon(self.auditor.examine, action)
+            case Look():
+                self._nursery.start_soon(self.auditor.look, action)
             case Fingerprint():
                 self._nursery.start_soon(self._seal, action)
             case Prepare():

@@ -65,7 +65,7 @@ class Leader(Proposer):
     def receive(self, now: float, sender: PeerId, message: object) -> list[Action]:
         """Handle a message addressed to the leader of this attempt."""
         # Who is lost is not for a message to say: it may have been under way since before its sender was.
-        if sender not in self.voters or self.phase in ("done", "aborted"):
+        if sender not in self.voters or sender in self.convicted or self.phase in ("done", "aborted"):
             return []
         match message:
             case Ready():
@@ -103,6 +103,22 @@ class Leader(Proposer):
                 return self._maybe_propose(now)
             case "propose":
                 return self._maybe_commit(now)
+            case _:
+                return []
+
+    def convict(self, now: float, peer: PeerId, why: str) -> list[Action]:
+        """We have seen ourselves that ``peer`` lied as an owner: nothing of this round is its any more."""
+        if peer in self.convicted or peer == self.me or self.phase in ("done", "aborted"):
+            return []
+        self.convicted[peer] = self.lost[peer] = why
+        self._ready.pop(peer, None)
+        match self.phase:
+            case "convene":
+                return self._maybe_begin(now)
+            case "scatter" | "weigh" | "gather" if self._owns(peer):
+                return self._replan(now, (peer,), f"owner {peer.short} lied: {why}")
+            case "seal" | "propose" if self._owns(peer):
+                return self._abort(now, f"owner {peer.short} lied: {why}")
             case _:
                 return []
 
@@ -402,7 +418,9 @@ class Leader(Proposer):
             return self._ask(now, "the result is incomplete") if pending and (late or lost_owner) else []
         present = {v: None for v in self.voters if v not in self.lost}
         room = roster_room(len(full), self._terms.roster_limit)
-        roster, why = next_roster(self.voters, present, self._terms.leaving(), self._terms.wishes(), room)
+        roster, why = next_roster(
+            self.voters, present, self._terms.leaving(), self._terms.wishes(), room, self.convicted
+        )
         members, nonces = self._frozen, tuple(self._progress[r].nonce for r in sorted(full))
         why = f"{plan.reason}{left_out(members, self._late)}; roster {why}"
         record = self._terms.draft(members, *shares(plan, members), roster, nonces, why)

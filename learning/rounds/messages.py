@@ -341,6 +341,18 @@ class Commit(Bounded):
     certificate: Certificate
 
 
+@attrs.frozen
+class Accuse(Bounded):
+    """The sender has found that the owner of slice ``index`` did not combine what it was given, in part ``number`` of
+    it. Whoever hears this looks there itself, and believes nobody."""
+
+    key: bytes
+    attempt: int
+    epoch: int
+    index: int
+    number: int
+
+
 Message = (
     Ready
     | Waiting
@@ -358,6 +370,7 @@ Message = (
     | Accept
     | Reject
     | Commit
+    | Accuse
 )
 MESSAGES: tuple[type, ...] = (
     Ready,
@@ -376,6 +389,7 @@ MESSAGES: tuple[type, ...] = (
     Accept,
     Reject,
     Commit,
+    Accuse,
 )
 
 #: What a voter says to a leader. A Reject is for the leader's own voter too: it may name a later attempt.

@@ -7,6 +7,7 @@ import attrs
 from ...transport.mux import Priority
 from ...transport.rpc import Method
 from .messages import MESSAGES, check_codec
+from .statements import UNMARKED, Combined, Mark
 
 
 @attrs.frozen
@@ -22,6 +23,7 @@ class Scatter:
     start: int
     stop: int
     codec: str = "fp32"
+    mark: Mark = UNMARKED
 
     def __attrs_post_init__(self) -> None:
         check_codec(self.codec)
@@ -32,6 +34,7 @@ class Shared:
     """Combined slice ``index`` (elements ``start..stop``) of (attempt, epoch, hash of members).
 
     The body is its code by ``codec``: its owner encodes it once, and all, the owner too, decode the same bytes.
+    ``signed``: by the owner, where a run has audits.
     """
 
     key: bytes
@@ -42,6 +45,7 @@ class Shared:
     stop: int
     members: bytes
     codec: str = "fp32"
+    signed: Combined | None = None
 
     def __attrs_post_init__(self) -> None:
         check_codec(self.codec)
@@ -61,9 +65,35 @@ class Want:
 
 @attrs.frozen
 class Given:
-    """The body held what was asked for, of this hash of members."""
+    """The body held what was asked for, of this hash of members. ``signed``: as in :class:`Shared`, of a slice."""
 
     members: bytes
+    signed: Combined | None = None
+
+
+@attrs.frozen
+class AskPart:
+    """Part ``number`` of elements ``start..stop`` as its owner got it from all members or, with ``own``, as the one
+    that is asked sent it itself."""
+
+    key: bytes
+    attempt: int
+    epoch: int
+    start: int
+    stop: int
+    number: int
+    own: bool
+
+
+@attrs.frozen
+class Opened:
+    """The body held what was asked for, member by member, and behind it the owner's inner products, part by part.
+
+    ``marks``: what each has signed of its whole slice; ``paths``: the siblings on the way from the part to that root.
+    """
+
+    marks: tuple[Mark, ...]
+    paths: tuple[tuple[bytes, ...], ...]
 
 
 #: One unary call per message class: ``round.ready``, ``round.plan`` …
@@ -73,3 +103,4 @@ SAY: dict[type, Method] = {  # type: ignore[type-arg]
 SCATTER = Method("round.scatter", Scatter, Ack, Priority.BULK)
 SHARE = Method("round.share", Shared, Ack, Priority.BULK)
 WANT = Method("round.want", Want, Given, Priority.BULK)
+PART = Method("round.part", AskPart, Opened, Priority.BULK)

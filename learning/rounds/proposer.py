@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ...transport.identity import Identity, PeerId
 from ..aggregate.aggregator import Aggregator
@@ -46,14 +46,17 @@ class Proposer:
         lost: dict[PeerId, str],
         unfit: Callable[[CommitRecord], str | None] = lambda record: None,
         rule: Aggregator = MEAN,
+        convicted: Mapping[PeerId, str] | None = None,
     ) -> None:
-        """``unfit``: why we ourselves would refuse a record that somebody accepted; None when we would not."""
+        """``unfit``: why we ourselves would refuse a record that somebody accepted; None when we would not.
+        ``convicted``: who lied, and in what; they are led no more, and are in no roster that we propose."""
         self.key, self.round, self.voters, self.attempt = key, round, voters, attempt
         self.me, self._identity, self.pace, self._terms = identity.peer_id, identity, pace, terms
         self._unfit, self.spare = unfit, 0.0  # spare: see Voter
         self.rule = rule
         self.needed = accepts_needed(len(voters), terms.gossip)
-        self.lost: dict[PeerId, str] = dict(lost)
+        self.convicted = dict(convicted or {})
+        self.lost: dict[PeerId, str] = {**lost, **self.convicted}
         self.phase = "convene"
         self.plan: Plan | None = None
         self.record: CommitRecord | None = None
@@ -80,7 +83,8 @@ class Proposer:
 
     def peer_alive(self, peer: PeerId) -> None:
         """``peer`` can be reached again: it is told of this attempt with the next word to those who wait."""
-        self.lost.pop(peer, None)
+        if peer not in self.convicted:
+            self.lost.pop(peer, None)
 
     def follow(self, now: float, attempt: int) -> list[Action]:
         """Our own voter is at ``attempt``. Past ours, we lead no more: whoever still listens here is sent there.

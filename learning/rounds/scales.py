@@ -10,6 +10,7 @@ from ..aggregate.products import pack_triangle
 from ..reduce.buffers import Buffers
 from ..reduce.codecs import resolve
 from .actions import Action, Check, Measure, Weigh
+from .audits import Auditor
 from .messages import CommitRecord
 from .passes import Passes
 from .setting import Setting
@@ -28,7 +29,9 @@ class Scales:
         buffers: Buffers,
         passes: Passes,
         feed: Callable[[Callable[[], Sequence[Action]]], None],
+        auditor: Auditor,
     ) -> None:
+        self._auditor = auditor
         self._host, self._setting, self._voter, self._buffers = host, setting, voter, buffers
         self._passes, self._feed = passes, feed
         self._quality: tuple[tuple[PeerId, ...], tuple[float, ...]] = (), ()
@@ -46,7 +49,10 @@ class Scales:
         ranges = [plan.slices[index].range for index in action.indices]
         elements = sum(stop - start for start, stop in ranges)
         products = self._buffers.products(action.members, ranges, resolve(plan.codec))
-        data = pack_triangle(await self._passes.run(elements * len(action.members), products))
+        if self._auditor.audits(resolve(plan.codec)):
+            data = await self._passes.run(elements * len(action.members), self._auditor.products(action, plan))
+        else:
+            data = pack_triangle(await self._passes.run(elements * len(action.members), products))
         self._feed(lambda: self._voter.measured(self._host.now(), action.attempt, action.epoch, data))
 
     async def weigh(self, action: Weigh) -> tuple[bytes, str | None]:

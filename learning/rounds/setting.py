@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import attrs
+from torch import Tensor
 
 from ...transport.identity import PeerId
 from ..aggregate.aggregator import Aggregator
 from .actions import Note, Pace
+from .lies import Lie
 from .messages import Accepted, CommitRecord
 from .terms import Terms
 from .weighing import MEAN
@@ -19,7 +21,10 @@ class Setting:
     """What an instance is about and what it may use.
 
     ``save``: store (promised, accepted) durably; blocking. ``stored``: what an earlier life saved, None: nothing.
-    ``rule``: what contributions are combined by.
+    ``rule``: what contributions are combined by. ``audit``: slices at which each peer looks in a round, in the mean; 0:
+    nothing is signed. ``audited``: told whom a look was at, or who accused somebody, and the verdict. ``proven``: told
+    of a proof against an owner. ``expelled``: who lied in earlier rounds, and in what. ``distort``: fault injection,
+    what an owner that lies does to its combined slices.
     """
 
     key: bytes
@@ -35,3 +40,9 @@ class Setting:
     note: Callable[[Note], None]
     hold: Callable[[str], bool]
     rule: Aggregator = MEAN
+    run: bytes = b""
+    audit: float = 0.0
+    audited: Callable[[PeerId, str], None] = lambda peer, verdict: None
+    proven: Callable[[Lie], None] = lambda lie: None
+    expelled: Callable[[], Mapping[PeerId, str]] = dict
+    distort: Callable[[Tensor], None] | None = None

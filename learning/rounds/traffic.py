@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
 import trio
 from torch import Tensor
 
@@ -27,9 +28,11 @@ from .downloads import download
 from .messages import members_hash
 from .methods import SCATTER, SHARE, Ack, Given, Scatter, Shared, Want
 from .setting import Setting
+from .statements import UNMARKED
 from .voter import Voter
 
 if TYPE_CHECKING:
+    from .audits import Auditor
     from .passes import Passes
     from .post import Post
     from .results import Results
@@ -51,7 +54,9 @@ class Traffic:
         post: Post,
         feed: Callable[[Callable[[], Sequence[Action]]], None],
         generation_due: Callable[[], None],
+        auditor: Auditor,
     ) -> None:
+        self._auditor = auditor
         self._endpoint, self._host, self.setting, self.voter = endpoint, endpoint.host, setting, voter
         self.me, self.key, self.round, self.voters = endpoint.peer_id, setting.key, setting.round, setting.voters
         self.buffers, self.results = buffers, results
@@ -108,12 +113,16 @@ class Traffic:
             return
         body: Body | list[memoryview]
         codec, elements = self.buffers.coding.codec, action.stop - action.start
-        if self.buffers.coding.plain or not codec.elementwise or elements <= defaults.CODED_PIECE:
+        audited, mark = self._auditor.audits(codec), UNMARKED
+        whole = audited or not codec.elementwise or elements <= defaults.CODED_PIECE
+        if self.buffers.coding.plain or whole:
             size = 0 if self.buffers.coding.plain else elements
-            body = [(await self._passes.run(size, self.buffers.own_part, action.start, action.stop)).data]
+            part = await self._passes.run(size, self.buffers.own_part, action.start, action.stop)
+            mark = await self._auditor.mark(action.start, action.stop, part)
+            body = [part.data]
         else:
             body = Body(codec.wire_size(elements), partial(self._coded, action.start, action.stop))
-        request = Scatter(self.key, action.start, action.stop, codec.name)
+        request = Scatter(self.key, action.start, action.stop, codec.name, mark)
         await self._post.leave_first()
         try:
             await self._endpoint.call(action.owner, SCATTER, request, body=body)
@@ -151,6 +160,10 @@ class Traffic:
             self.refused[sender] = wrong
             self.setting.note(Note("scatter", "not-finite", wrong, sender))
             raise RemoteRefused("not-finite", why)
+        wrong = await self._auditor.take(sender, request.start, request.stop, part, request.mark)
+        if wrong is not None:
+            self.setting.note(Note("scatter", "unsigned", wrong, sender))
+            raise RemoteRefused("unsigned", f"your contribution of round {self.round} is refused: {wrong}")
         self._received(sender, request.start, request.stop, part)
         return Ack()
 
@@ -168,6 +181,10 @@ class Traffic:
             # Numbers that are finite may have a mean that is not, which a codec cannot say.
             self.setting.note(Note("combine", "failed", str(error), self.me))
             return
+        if self.setting.distort is not None and self.buffers.result is not None:
+            for start, stop in ranges:
+                self.setting.distort(self.buffers.result[start:stop])
+        await self._auditor.sign(plan, action.members, action.decision, action.indices)
         if self.buffers.generation != (action.attempt, action.epoch):
             return
         for index, part in zip(action.indices, coded, strict=True):
@@ -181,7 +198,10 @@ class Traffic:
             return
         start, stop = plan.slices[action.index].range
         members = members_hash(frozen.members)
-        request = Shared(self.key, action.attempt, action.epoch, action.index, start, stop, members, part.codec.name)
+        signed = self._auditor.signed(action.index)
+        request = Shared(
+            self.key, action.attempt, action.epoch, action.index, start, stop, members, part.codec.name, signed
+        )
         try:
             await self._endpoint.call(action.receiver, SHARE, request, body=[part.data])
         except RemoteError as error:
@@ -199,6 +219,7 @@ class Traffic:
                     await call.read_into(bytes_view(target))
                 else:
                     await self._read_decoded(call, codec, target)
+                await self._check_signed(request, sender, target, codec)
                 if self._target(request, sender) is not None:
                     self.buffers.filled[request.index] = None
         else:
@@ -224,6 +245,14 @@ class Traffic:
                 self._refuse_combined(call.peer, wrong)
             await self._passes.run(end - at, codec.decode, piece, target[at:end])
 
+    async def _check_signed(self, request: Shared, sender: PeerId, result: Tensor, codec: Codec) -> None:
+        """Raises :class:`RemoteRefused` for a combined slice that is not what its owner has signed."""
+        place = request.attempt, request.epoch, request.start, request.stop
+        wrong = await self._auditor.check(*place, sender, result, codec, request.signed)
+        if wrong is not None:
+            self.setting.note(Note("gather", "unsigned", wrong, sender))
+            raise RemoteRefused("unsigned", f"your combined slice of round {self.round} is refused: {wrong}")
+
     def _refuse_combined(self, sender: PeerId, wrong: str) -> NoReturn:
         self.setting.note(Note("gather", "not-finite", wrong, sender))
         raise RemoteRefused("not-finite", f"your combined slice of round {self.round} is refused: {wrong}")
@@ -239,6 +268,10 @@ class Traffic:
         if wrong is not None:
             self._refuse_combined(sender, wrong)
         target = self._target(request, sender)
+        if target is None and self._auditor.audits(codec):
+            decoded = await self._passes.run(elements, _decoded, part, elements)
+            await self._check_signed(request, sender, decoded, codec)
+            target = self._target(request, sender)
         if target is None:
             piece = Slice(request.start, request.stop, sender)
             self.buffers.keep_early(request.attempt, request.epoch, request.index, piece, part)
@@ -246,6 +279,7 @@ class Traffic:
             return
         with self._land(_place(request)):
             await self._passes.run(elements, codec.decode, part.data, target)
+            await self._check_signed(request, sender, target, codec)
             if self._target(request, sender) is not None:
                 self.buffers.filled[request.index] = None
 
@@ -291,6 +325,11 @@ class Traffic:
         except RemoteError as error:
             log.debug("combined slice from %s: %s", action.holder.short, error)
             return
+        codec, owner = resolve(plan.codec), plan.slices[action.index].owner
+        wrong = await self._auditor.check(action.attempt, action.epoch, start, stop, owner, pulled, codec, given.signed)
+        if wrong is not None:
+            self.setting.note(Note("gather", "unsigned", wrong, action.holder))
+            return
         place = action.attempt, action.epoch, action.index
         while place in self._landing:
             self._landing[place].cancel()
@@ -315,6 +354,7 @@ class Traffic:
     async def on_want(self, call: Call[Want]) -> Given:
         """Give a combined slice of the present generation, or part of the result of a record."""
         request, frozen, plan = call.request, self.voter.frozen, self.voter.plan
+        indices: list[int] = []
         if request.digest:
             source = self.results.final if request.digest == self.results.final_digest else None
             if source is None:
@@ -327,12 +367,22 @@ class Traffic:
                 raise RemoteRefused("not-held", f"round {self.round}: that slice is not here")
         if not 0 <= request.start < request.stop <= source.numel():
             raise RemoteRefused("bad-range", f"elements {request.start}..{request.stop} of {source.numel()}")
+        signed = None if request.digest else self._auditor.signed(indices[0])
         await call.write(bytes_view(source[request.start : request.stop]))
-        return Given(members_hash(frozen.members) if frozen is not None else b"")
+        return Given(members_hash(frozen.members) if frozen is not None else b"", signed)
 
 
 def _place(request: Shared) -> tuple[int, int, int]:
     return request.attempt, request.epoch, request.index
+
+
+def _decoded(part: Part, elements: int) -> Tensor:
+    """Blocking."""
+    if part.vector is not None:
+        return part.vector
+    out = torch.empty(elements)
+    part.codec.decode(part.data, out)
+    return out
 
 
 def fault(part: Part, elements: int) -> str | None:

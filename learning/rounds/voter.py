@@ -34,9 +34,10 @@ from .actions import (
     Share,
     Verify,
 )
-from .deciding import Deciding
+from .convicting import Convicting
 from .messages import (
     Accepted,
+    Accuse,
     Ask,
     Commit,
     CommitRecord,
@@ -62,7 +63,7 @@ from .weighing import MEAN, too_few
 MAX_REFUSED = 64
 
 
-class Voter(Deciding):
+class Voter(Convicting):
     """One peer's part in one instance. Every method takes ``now`` (seconds) and returns actions, in order."""
 
     def __init__(
@@ -79,6 +80,7 @@ class Voter(Deciding):
         max_length: int,
         algorithms: tuple[str, ...] = (),
         rule: Aggregator = MEAN,
+        audits: bool = False,
         promised: int = 0,
         accepted: Accepted | None = None,
     ) -> None:
@@ -93,7 +95,7 @@ class Voter(Deciding):
             accepted=accepted,
         )
         self._nonce, self._check, self._max_length = nonce, check, max_length
-        self._algorithms, self.rule = algorithms, rule
+        self._algorithms, self.rule, self.audits = algorithms, rule, audits
         self.due: float | None = None  # when the leader goes on without those who are late, as it says itself
         self.full = False
         #: Why we found no result with the fingerprint of a proposed record, by its digest: we would refuse it again.
@@ -105,6 +107,7 @@ class Voter(Deciding):
         self._early: dict[tuple[PeerId, int, int, int], bytes] = {}
         self._reported: tuple[PeerId, ...] | None = None
         self._reset_decision()
+        self._reset_audits()
 
     # -- what happens at this peer ------------------------------------------------------------------
 
@@ -159,7 +162,7 @@ class Voter(Deciding):
         if members != members_hash(frozen.members) or not (pulled or plan.slices[index].owner == sender):
             return []
         self._combined[index] = None
-        return self._check_full(now)
+        return [*self._look(plan, index), *self._check_full(now)]
 
     def verified(self, now: float, attempt: int, record: CommitRecord, wrong: str | None) -> list[Action]:
         """The driver compared our result with the record's fingerprint: ``wrong`` is None when equal."""
@@ -225,6 +228,8 @@ class Voter(Deciding):
                 return self._on_freeze(now, sender, message)
             case Decided():
                 return self._on_decided(now, sender, message)
+            case Accuse():
+                return self._on_accuse(sender, message)
             case Ask():
                 return [Send(sender, self._progress(plan))] if (plan := self._current(message)) else []
             case Fetch():
@@ -288,6 +293,8 @@ class Voter(Deciding):
         if self.plan is not None and (plan.attempt, plan.epoch) <= (self.plan.attempt, self.plan.epoch):
             return []
         wrong = plan_fault(plan, self.voters, self._max_length, self.me, self.offer)
+        if liars := self._tainted(plan):
+            wrong = f"owner {liars[0].short} lied in this round: {self.convicted[liars[0]]}"[:200]
         if wrong is not None:
             return [Send(sender, Reject(self.key, plan.attempt, self.promised, wrong))]
         actions: list[Action] = []
@@ -297,6 +304,7 @@ class Voter(Deciding):
         self.plan, self.frozen, self.full = plan, None, False
         self._combined, self._reported, self._verifying = {}, None, None
         self._reset_decision()
+        self._reset_audits()
         self._heard = self._moved = now
         self._phase_until = now + self.scatter_time()
         self.due = self._phase_until
@@ -372,6 +380,8 @@ class Voter(Deciding):
         assert plan is not None and frozen is not None
         if self.full or len(self._combined) < len(plan.slices) or (self._weighs(frozen) and not self._agreed):
             return []
+        if (due := self._examine(plan)) is not None:
+            return due
         self.full = True
         self.phase, self.reason = "commit", "holding the result, waiting for the commit"
         self._phase_until = None
@@ -385,6 +395,8 @@ class Voter(Deciding):
         if sender != self.leader(message.attempt) or self._far(message.attempt):
             return []
         wrong = self._check(message.record)
+        if self.plan is not None and self.plan.attempt == message.attempt and (liars := self._tainted(self.plan)):
+            wrong = f"owner {liars[0].short} lied: {self.convicted[liars[0]]}"
         if self.accepted is not None and message.attempt == self.accepted.attempt:
             # Never two values at one ballot: a later leader could not tell which of them may be decided.
             same = message.record.digest == self.accepted.record.digest

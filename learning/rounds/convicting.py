@@ -1,0 +1,100 @@
+"""What a voter does about owners that lie, sans-IO: examines a result before it counts it as held, accuses, looks."""
+
+from __future__ import annotations
+
+from ...transport.identity import PeerId
+from .actions import Action, Examine, Look, Note, Send
+from .deciding import Deciding
+from .messages import Accuse, Plan
+
+
+class Convicting(Deciding):
+    """A base of :class:`.voter.Voter`, whose theory of operation tells the whole.
+
+    Nobody is believed: who is accused is looked at by everybody, and convicted here for what was seen here. A result
+    with a slice of somebody convicted is never held in full, and no proposal of it is accepted.
+    """
+
+    audits = False
+    full: bool
+    _combined: dict[int, None]
+
+    def _reset_audits(self) -> None:
+        """A new plan: nothing is examined, nobody has accused anybody."""
+        self._examining = self._examined = False
+        self._accusers: dict[PeerId, Accuse] = {}
+
+    def examined(self, now: float, attempt: int, epoch: int, unsigned: tuple[int, ...]) -> list[Action]:
+        """We looked at the result; the slices ``unsigned`` are not what their owners have signed for this plan."""
+        plan = self.plan
+        if plan is None or (attempt, epoch) != (plan.attempt, plan.epoch) or not self._examining:
+            return []
+        self._examining = False
+        if unsigned:
+            for index in unsigned:
+                self._combined.pop(index, None)
+            return [self._tell_progress(plan)]
+        self._examined = True
+        return self._check_full(now)
+
+    def accuse(self, now: float, attempt: int, epoch: int, index: int, number: int, why: str) -> list[Action]:
+        """We found that the owner of slice ``index`` lied: all others are told where to look."""
+        plan = self.plan
+        if plan is None or (attempt, epoch) != (plan.attempt, plan.epoch) or self.decided:
+            return []
+        owner = plan.slices[index].owner
+        message = Accuse(self.key, attempt, epoch, index, number)
+        told: list[Action] = [Send(voter, message) for voter in self.voters if voter not in (self.me, owner)]
+        return [*told, *self.convict(now, owner, why)]
+
+    def convict(self, now: float, owner: PeerId, why: str) -> list[Action]:
+        """We have seen that ``owner`` lied."""
+        if owner in self.convicted or owner == self.me or self.decided:
+            return []
+        self.convicted[owner] = why
+        note = Note("gather", "convicted", why, owner)
+        if self.offer is not None and owner == self.leader():
+            return [note, *self._advance(now, f"the leader {owner.short} lied: {why}")]
+        if self.plan is not None and self._tainted(self.plan):
+            self.full, self.reason = False, f"{owner.short} lied: {why}"
+        return [note]
+
+    def _tainted(self, plan: Plan) -> tuple[PeerId, ...]:
+        """Owners of ``plan`` that we have convicted."""
+        return tuple(dict.fromkeys(piece.owner for piece in plan.slices if piece.owner in self.convicted))
+
+    def _on_accuse(self, sender: PeerId, message: Accuse) -> list[Action]:
+        plan = self.plan
+        if plan is None or (message.attempt, message.epoch) != (plan.attempt, plan.epoch) or not self.audits:
+            return []
+        if sender in self._accusers or not message.index < len(plan.slices):
+            return []
+        owner = plan.slices[message.index].owner
+        if owner in (self.me, sender) or owner in self.convicted:
+            return []
+        self._accusers[sender] = message
+        return self._look(plan, message.index)
+
+    def _look(self, plan: Plan, index: int) -> list[Action]:
+        """Look at accusations about slice ``index``, once that is here."""
+        if index not in self._combined:
+            return []
+        return [
+            Look(plan.attempt, plan.epoch, index, message.number, accuser)
+            for accuser, message in self._accusers.items()
+            if message.index == index
+        ]
+
+    def _examine(self, plan: Plan) -> list[Action] | None:
+        """What is to be done before a result that is here counts as held; None when that is done."""
+        if self._tainted(plan):
+            return []
+        if not self.audits or self._examined:
+            return None
+        if self._examining:
+            return []
+        self._examining = True
+        return [Examine(plan.attempt, plan.epoch)]
+
+    def _tell_progress(self, plan: Plan) -> Send:
+        raise NotImplementedError
