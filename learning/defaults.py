@@ -318,8 +318,8 @@ AUDIT_LEAVES, AUDIT_LEAF = 64, 256
 #: Bytes of all voters' leaves in one proof; with their paths it fits into one envelope of a document (MAX_UPDATE).
 AUDIT_PROOF = 64 << 10
 
-#: Bytes of a proof that an owner lied.
-MAX_LIE = 112 << 10
+#: Bytes of a proof that an owner lied: of 64 voters and slices of 1 GiB. An envelope (MAX_UPDATE) holds it.
+MAX_LIE = 124 << 10
 
 #: Relative difference of inner products above which an owner's are no rounding: float64 sums of at most 2^32 products.
 AUDIT_PRODUCTS = 1e-6

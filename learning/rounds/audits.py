@@ -52,7 +52,8 @@ from .voter import Voter
 
 
 class Auditor:
-    """``feed`` tells the voter, ``convict`` everybody here, of what was found. Everything may be cancelled."""
+    """``feed`` tells the voter of what was found, ``convict`` voter and leader of a liar, ``doubt`` both of an owner
+    that does not show a part (plan, index of the slice, number, why). Everything may be cancelled."""
 
     def __init__(
         self,
@@ -63,12 +64,12 @@ class Auditor:
         passes: Passes,
         feed: Callable[[Callable[[], Sequence[Action]]], None],
         convict: Callable[[PeerId, str], Sequence[Action]],
+        doubt: Callable[[Plan, int, int, str], Sequence[Action]],
     ) -> None:
         self._endpoint, self._host, self._setting, self._voter = endpoint, endpoint.host, setting, voter
-        self._buffers, self._passes, self._feed, self._convict = buffers, passes, feed, convict
+        self._buffers, self._passes, self._feed, self._convict, self._doubt = buffers, passes, feed, convict, doubt
         self.me = endpoint.peer_id
         self.ledger = Ledger(endpoint.identity, setting.key, len(setting.voters))
-        self.over = False
 
     def audits(self, codec: Codec) -> bool:
         """Whether what travels in ``codec`` is signed: a part of a slice must be a part of its code."""
@@ -164,10 +165,9 @@ class Auditor:
                 self._setting.note(Note("gather", "unsigned", "not what its owner signed for this plan", owner))
                 self._buffers.filled.pop(index, None)
         if self.audits(codec) and not unsigned and frozen.members and others:
-            with trio.move_on_after(plan.phase(self._setting.pace.gather) / 2):
-                async with trio.open_nursery() as nursery:
-                    for index in self._drawn(others):
-                        nursery.start_soon(self._look, plan, frozen, index, None, None)
+            async with trio.open_nursery() as nursery:
+                for index in self._drawn(others):
+                    nursery.start_soon(self._look, plan, frozen, index, None, None)
         self._feed(lambda: self._voter.examined(self._host.now(), action.attempt, action.epoch, unsigned))
 
     def _drawn(self, others: Sequence[int]) -> list[int]:
@@ -180,20 +180,26 @@ class Auditor:
         """What nobody else can know, or guess from what they have seen of us."""
         return Random(self._host.entropy(16))
 
-    async def look(self, action: Look) -> None:
-        """Somebody accuses an owner: look there ourselves."""
+    async def look(self, action: Look) -> tuple[PeerId | None, str]:
+        """Somebody accuses an owner: look there ourselves. Returns the owner if it does not show its work, and why."""
         plan, frozen = self._voter.plan, self._voter.frozen
         if plan is None or frozen is None or (plan.attempt, plan.epoch) != (action.attempt, action.epoch):
-            return
-        with trio.move_on_after(plan.phase(self._setting.pace.gather) / 2):
-            await self._look(plan, frozen, action.index, action.number, action.accuser)
+            return None, ""
+        found = await self._look(plan, frozen, action.index, action.number, action.accuser)
+        if found is None or found.verdict is not Verdict.UNANSWERED:
+            return None, ""
+        return plan.slices[action.index].owner, found.why
 
-    async def _look(self, plan: Plan, frozen: Freeze, index: int, number: int | None, accuser: PeerId | None) -> None:
+    async def _look(
+        self, plan: Plan, frozen: Freeze, index: int, number: int | None, accuser: PeerId | None
+    ) -> Finding | None:
         """``number``: of the part; None: it is drawn."""
         case = self._case(plan, frozen, index, number)
         if case is None:
-            return
-        owner, found = case.owner, await self._find(case)
+            return None
+        owner, found = case.owner, Finding(Verdict.UNANSWERED, f"{case.owner.short} does not show its work in time")
+        with trio.move_on_after(plan.phase(self._setting.pace.gather) / 2):
+            found = await self._find(case)
         told = self._setting.audited
         if accuser is None or found.verdict is Verdict.LIED:
             told(owner, found.verdict.value)
@@ -214,6 +220,9 @@ class Auditor:
                 self._setting.audited(accuser, "false-accusation")
             case Verdict.UNANSWERED:
                 self._setting.note(Note("gather", "unanswered", found.why, owner))
+                if accuser is None:
+                    self._feed(lambda: self._doubt(plan, index, case.number, found.why))
+        return found
 
     def _case(self, plan: Plan, frozen: Freeze, index: int, number: int | None) -> Case | None:
         """None where the owner has not signed for this plan, or there is no such part."""
@@ -261,7 +270,7 @@ class Auditor:
         count = len(case.frozen.members)
         size = triangle_size(count) * parts_owned(case.plan, case.owner, len(self._setting.voters)) if products else 0
         try:
-            evidence = await self._ask(case, case.owner, count, size)
+            evidence = await self._ask(case, case.owner, count, size, own=False)
         except RemoteError as error:
             return None, f"{case.owner.short} does not show what it combined: {error}"
         return self._checked(
@@ -283,7 +292,7 @@ class Auditor:
 
         async def ask(member: PeerId) -> None:
             try:
-                evidence = self._own(case) if member == self.me else await self._ask(case, member, 1, 0)
+                evidence = self._own(case) if member == self.me else await self._ask(case, member, 1, 0, own=True)
             except RemoteError as error:
                 silent.append(f"{member.short} does not show what it sent: {error}")
                 return
@@ -307,13 +316,11 @@ class Auditor:
         )
         return self._checked(case, case.frozen.members, evidence, "what its contributors show is not what it signed")
 
-    async def _ask(self, case: Case, holder: PeerId, count: int, products: int) -> Evidence:
+    async def _ask(self, case: Case, holder: PeerId, count: int, products: int, *, own: bool) -> Evidence:
         first, last = case.bounds
         size = case.codec.wire_size(last) - case.codec.wire_size(first)
         body = memoryview(bytearray(count * size + products))
-        request = AskPart(
-            self._setting.key, case.plan.attempt, case.plan.epoch, *case.range, case.number, own=holder != case.owner
-        )
+        request = AskPart(self._setting.key, case.plan.attempt, case.plan.epoch, *case.range, case.number, own=own)
         link = self._endpoint.link(holder)
         rtt, lag = (0.0, 0.0) if link is None else (link.rtt, link.lag)
         async with self._endpoint.stream(holder, PART, request, timeout=deadlines.call(rtt, lag, len(body))) as reply:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ...transport.identity import PeerId
 from .actions import Action, Examine, Look, Note, Send
 from .deciding import Deciding
@@ -16,6 +18,8 @@ class Convicting(Deciding):
     """
 
     audits = False
+    #: Whether we look where somebody accuses: not where it did so falsely again and again.
+    heeds: Callable[[PeerId], bool] = staticmethod(lambda peer: True)
     full: bool
     _combined: dict[int, None]
 
@@ -36,6 +40,16 @@ class Convicting(Deciding):
             return [self._tell_progress(plan)]
         self._examined = True
         return self._check_full(now)
+
+    def doubt(self, now: float, attempt: int, epoch: int, index: int, number: int) -> list[Action]:
+        """The owner of slice ``index`` does not show us what it combined: the leader is told where to look."""
+        plan = self.plan
+        if plan is None or (attempt, epoch) != (plan.attempt, plan.epoch) or self.decided:
+            return []
+        leader = self.leader(attempt)
+        if leader in (self.me, plan.slices[index].owner):
+            return []
+        return [Send(leader, Accuse(self.key, attempt, epoch, index, number))]
 
     def accuse(self, now: float, attempt: int, epoch: int, index: int, number: int, why: str) -> list[Action]:
         """We found that the owner of slice ``index`` lied: all others are told where to look."""
@@ -70,7 +84,7 @@ class Convicting(Deciding):
         if sender in self._accusers or not message.index < len(plan.slices):
             return []
         owner = plan.slices[message.index].owner
-        if owner in (self.me, sender) or owner in self.convicted:
+        if owner in (self.me, sender) or owner in self.convicted or not self.heeds(sender):
             return []
         self._accusers[sender] = message
         return self._look(plan, message.index)

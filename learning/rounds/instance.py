@@ -48,6 +48,7 @@ from .messages import (
     ANSWERED,
     TO_LEADER,
     Commit,
+    Plan,
     Ready,
     Reject,
     verify_certificate,
@@ -106,12 +107,15 @@ class Instance:
             promised=promised,
             accepted=accepted,
         )
+        self.voter.heeds = setting.heeded
         self._first = promised
         self.voter.lost.update({p: w for p, w in lost.items() if p in self.voters})
         self.leader: Leader | None = None
         passes = Passes(self._host)
         self.results = Results(endpoint, setting, self.voter, self.buffers, passes)
-        self.auditor = Auditor(endpoint, setting, self.voter, self.buffers, passes, self._feed, self._convict)
+        self.auditor = Auditor(
+            endpoint, setting, self.voter, self.buffers, passes, self._feed, self._convict, self._doubt
+        )
         self.traffic = Traffic(
             endpoint, setting, self.voter, self.buffers, self.results, passes, post, self._feed, self._open_generation,
             self.auditor,
@@ -329,6 +333,27 @@ class Instance:
             actions += self.leader.convict(now, owner, why)
         return actions
 
+    def _doubt(self, plan: Plan, index: int, number: int, why: str) -> list[Action]:
+        """The owner of slice ``index`` does not show its work: its slices go to others, if the leader sees the same."""
+        now, place = self._host.now(), (plan.attempt, plan.epoch)
+        if self.leader is not None and self.leader.attempt == plan.attempt:
+            self.leader.looking()
+            return self.leader.looked(now, *place, plan.slices[index].owner, why)
+        return self.voter.doubt(now, *place, index, number)
+
+    async def _look(self, action: Look) -> None:
+        leader = self.leader
+        if leader is not None:
+            leader.looking()
+        doubted, why = await self.auditor.look(action)
+
+        def step() -> list[Action]:
+            if leader is None or self.leader is not leader:
+                return []
+            return leader.looked(self._host.now(), action.attempt, action.epoch, doubted, why)
+
+        self._feed(step)
+
     def _carry_out(self, action: Action) -> None:
         assert self._nursery is not None
         match action:
@@ -348,7 +373,7 @@ class Instance:
             case Examine():
                 self._nursery.start_soon(self.auditor.examine, action)
             case Look():
-                self._nursery.start_soon(self.auditor.look, action)
+                self._nursery.start_soon(self._look, action)
             case Fingerprint():
                 self._nursery.start_soon(self._seal, action)
             case Prepare():

@@ -122,6 +122,21 @@ class Leader(Proposer):
             case _:
                 return []
 
+    def looking(self) -> None:
+        """We look at an owner that somebody accuses: nothing is proposed before we know."""
+        self._looking += 1
+
+    def looked(self, now: float, attempt: int, epoch: int, doubted: PeerId | None, why: str) -> list[Action]:
+        """A look has ended. ``doubted``: an owner that does not show what it combined; nobody can say whether it lied,
+        and its slices go to others."""
+        self._looking -= 1
+        plan = self.plan
+        if plan is None or (attempt, epoch) != (plan.attempt, plan.epoch) or self.phase != "gather":
+            return []
+        if doubted is not None and self._owns(doubted) and doubted != self.me:
+            return [Note("gather", "doubted", why, doubted), *self._replan(now, (doubted,), why[:200])]
+        return self._maybe_propose(now)
+
     def fingerprint(self, now: float, attempt: int, epoch: int, value: bytes, algorithm: str) -> list[Action]:
         """Our result's fingerprint under the revealed nonces: now there is a value to propose."""
         if self.phase != "seal" or self.plan is None or (attempt, epoch) != (self.plan.attempt, self.plan.epoch):
@@ -409,6 +424,8 @@ class Leader(Proposer):
         assert plan is not None
         full = [r for r in plan.receivers if r in self._progress and self._progress[r].nonce]
         pending = [r for r in plan.receivers if r not in full and r not in self.lost]
+        if self._looking:
+            return []  # a look ends in time, and then this is asked again
         enough = len(full) >= self.needed and self.me in full
         # Who was late in scatter is late here as well; it gets the result from the others.
         if not late and any(not enough or r not in self._late for r in pending):

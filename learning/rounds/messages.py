@@ -343,8 +343,8 @@ class Commit(Bounded):
 
 @attrs.frozen
 class Accuse(Bounded):
-    """The sender has found that the owner of slice ``index`` did not combine what it was given, in part ``number`` of
-    it. Whoever hears this looks there itself, and believes nobody."""
+    """The sender has found that the owner of slice ``index`` did not combine what it was given in part ``number`` of
+    it, or does not show it. Whoever hears this looks there itself, and believes nobody."""
 
     key: bytes
     attempt: int

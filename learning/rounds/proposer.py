@@ -80,6 +80,7 @@ class Proposer:
         self._late: dict[PeerId, str] = {}  # not waited for, and in which phase
         self._overdue = False
         self._branch: int | None = None
+        self._looking = 0  # looks at accused owners that are under way here
 
     def peer_alive(self, peer: PeerId) -> None:
         """``peer`` can be reached again: it is told of this attempt with the next word to those who wait."""

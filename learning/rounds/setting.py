@@ -23,8 +23,8 @@ class Setting:
     ``save``: store (promised, accepted) durably; blocking. ``stored``: what an earlier life saved, None: nothing.
     ``rule``: what contributions are combined by. ``audit``: slices at which each peer looks in a round, in the mean; 0:
     nothing is signed. ``audited``: told whom a look was at, or who accused somebody, and the verdict. ``proven``: told
-    of a proof against an owner. ``expelled``: who lied in earlier rounds, and in what. ``distort``: fault injection,
-    what an owner that lies does to its combined slices.
+    of a proof against an owner. ``expelled``: who lied in earlier rounds, and in what. ``heeded``: whether
+    accusations of a peer are looked into. ``distort``: fault injection, what an owner that lies does to its slices.
     """
 
     key: bytes
@@ -45,4 +45,5 @@ class Setting:
     audited: Callable[[PeerId, str], None] = lambda peer, verdict: None
     proven: Callable[[Lie], None] = lambda lie: None
     expelled: Callable[[], Mapping[PeerId, str]] = dict
+    heeded: Callable[[PeerId], bool] = lambda peer: True
     distort: Callable[[Tensor], None] | None = None

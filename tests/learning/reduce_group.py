@@ -19,6 +19,7 @@ from shoal.learning.rounds.actions import Note
 from shoal.learning.rounds.decisions import candidates
 from shoal.learning.rounds.hub import Hub
 from shoal.learning.rounds.instance import Instance
+from shoal.learning.rounds.lies import Lie
 from shoal.learning.rounds.messages import Accepted, CommitRecord, instance_key
 from shoal.learning.rounds.pace import pace
 from shoal.learning.rounds.post import Post
@@ -48,6 +49,11 @@ class Member:
     notes: list[tuple[float, Note]] = attrs.field(factory=list)
     lost: list[tuple[float, PeerId]] = attrs.field(factory=list)
     votes: dict[bytes, tuple[int, Accepted | None]] = attrs.field(factory=dict)
+    #: What its looks found, and the proofs it got, in all rounds.
+    verdicts: list[tuple[PeerId, str]] = attrs.field(factory=list)
+    lies: list[Lie] = attrs.field(factory=list)
+    #: What it does to slices that it combines, if it lies.
+    distort: Callable[[Tensor], None] | None = None
     nursery: trio.Nursery = attrs.field(init=False)
     post: Post = attrs.field(init=False)
     presence: Presence = attrs.field(init=False)
@@ -87,6 +93,8 @@ class Group:
         self.codings: dict[str, Coding] = {}
         #: What everybody combines by.
         self.rule = MEAN
+        #: Looks of each peer in a round.
+        self.audit = 0.0
 
     @property
     def leader(self) -> Member:
@@ -135,6 +143,11 @@ class Group:
                 note=note,
                 hold=lambda phase: member.dead,
                 rule=self.rule,
+                run=RUN,
+                audit=self.audit,
+                audited=lambda peer, verdict: member.verdicts.append((peer, verdict)),
+                proven=member.lies.append,
+                distort=member.distort,
             ),
             member.presence.lost,
             member.hub.memory,
