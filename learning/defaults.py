@@ -255,6 +255,8 @@ POINTS_KEPT = 256
 MAX_EVIDENCE, MAX_DOCUMENT_TEXT = 4096, 128
 #: Bans of one author that are read: about what fits.
 MAX_BANS = 1024
+#: Proofs of lies in rounds of one author that are read, a few ms each; its part of a document holds two large ones.
+MAX_LIES = 4
 #: Proofs remembered as checked, right or wrong: what 40 members who do nothing else can write. A check takes 70 µs.
 PROOFS_CHECKED = 16384
 #: Seconds between two looks at a document that changes all the time: an author of many pieces takes 50 ms to read.

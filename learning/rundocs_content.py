@@ -9,7 +9,7 @@ spec      founder     the signed spec of the run
 roster    members     since when it is here, when it was last, in which round, with which version
 commits   members     the last rounds that fell to it to write down: digest, members, samples, hash of the certificate
 metrics   members     its loss and metric by round; old points are thinned out
-bans      members     whom it has a proof against, with the proof
+bans      members     whom it has a proof against, with the proof: of two histories of a document, or of a lie in a round
 ========  ==========  ==================================================================================================
 
 A reader believes nothing: what has not the right shape is left out, a ban counts only with a proof that verifies.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -31,6 +31,9 @@ from ..transport.identity import PeerId
 from ..transport.wire import pack, printable, unpack
 from . import defaults
 from .spec import SignedSpec
+
+if TYPE_CHECKING:
+    from .rounds.lies import Lie
 
 #: What a document says: author → root types by name.
 Content = Mapping[PeerId, Mapping[str, Any]]
@@ -284,56 +287,80 @@ class Ban:
     """A peer against whom there is a proof, checked. ``by``: who wrote it down, in ascending order."""
 
     peer: PeerId
-    evidence: Evidence
+    reason: str
     by: tuple[PeerId, ...]
 
-    @property
-    def reason(self) -> str:
-        first, second = self.evidence.first, self.evidence.second
-        return (
-            f"signed two histories: envelopes {first.counter} ({first.id.hex()[:8]}) and {second.counter} "
-            f"({second.id.hex()[:8]}) contradict each other"
-        )
+
+def ban_entry(proof: Evidence | Lie) -> bytes:
+    return pack(proof)
 
 
-def ban_entry(evidence: Evidence) -> bytes:
-    return pack(evidence)
+def _forked(evidence: Evidence) -> str:
+    first, second = evidence.first, evidence.second
+    return (
+        f"signed two histories: envelopes {first.counter} ({first.id.hex()[:8]}) and {second.counter} "
+        f"({second.id.hex()[:8]}) contradict each other"
+    )
+
+
+#: Where an author writes its proofs of forks, and of lies.
+FORKS, LIES = "bans", "lies"
 
 
 class BanReader:
-    """Reads bans and checks each proof once. ``documents``: ids of those whose forks count."""
+    """Reads bans and checks each proof once. ``documents``: ids of those whose forks count.
 
-    def __init__(self, documents: Sequence[bytes]) -> None:
-        self._documents = dict.fromkeys(documents)
-        self._checked: dict[bytes, Evidence | None] = {}
+    ``run``, ``aggregator``: of the run whose rounds are lied about. Proofs of forks are small and come first, so that
+    nobody pays for more than :data:`defaults.MAX_LIES` others of one author.
+    """
 
-    def _check(self, data: bytes) -> Evidence | None:
-        key = hashlib.blake2b(data, digest_size=32).digest()
+    def __init__(self, documents: Sequence[bytes], run: bytes = b"", aggregator: str = "mean") -> None:
+        self._documents, self._run, self._aggregator = dict.fromkeys(documents), run, aggregator
+        self._checked: dict[bytes, tuple[PeerId, str] | None] = {}
+
+    def _check(self, root: str, data: bytes) -> tuple[PeerId, str] | None:
+        key = hashlib.blake2b(data, digest_size=32, person=root.encode()).digest()
         if key not in self._checked:
-            evidence: Evidence | None
             try:
-                evidence = unpack(Evidence, data, limit=defaults.MAX_EVIDENCE)
-                if evidence.first.document not in self._documents:
-                    raise DecodeError("evidence about a document of another run")
-                evidence.check()
+                self._checked[key] = self._fork(data) if root == FORKS else self._lie(data)
             except DecodeError:
-                evidence = None
-            self._checked[key] = evidence
+                self._checked[key] = None
             if len(self._checked) > defaults.PROOFS_CHECKED:
                 del self._checked[next(iter(self._checked))]
         return self._checked[key]
+
+    def _fork(self, data: bytes) -> tuple[PeerId, str]:
+        evidence = unpack(Evidence, data, limit=defaults.MAX_EVIDENCE)
+        if evidence.first.document not in self._documents:
+            raise DecodeError("evidence about a document of another run")
+        evidence.check()
+        return evidence.author, _forked(evidence)
+
+    def _lie(self, data: bytes) -> tuple[PeerId, str]:
+        from .aggregate.names import resolve  # these load torch, and there is rarely a lie
+        from .rounds.lies import Lie
+
+        lie = unpack(Lie, data, limit=defaults.MAX_LIE)
+        try:
+            lie.check(self._run, resolve(self._aggregator))
+        except ConfigError as error:
+            raise DecodeError(str(error)) from None
+        return lie.owner, lie.reason
 
     def read(self, content: Content) -> list[Ban]:
         """The bans that count, by peer."""
         found: dict[PeerId, Ban] = {}
         for author in sorted(content):
-            entries = _dict(content[author].get("bans"))
-            for name in sorted(entries)[: defaults.MAX_BANS]:
-                data, peer = entries[name], _peer(name)
-                evidence = self._check(data) if isinstance(data, bytes) and peer is not None else None
-                if evidence is None or evidence.author != peer:
-                    continue
-                before = found.get(peer)
-                by = (author,) if before is None else (*before.by, author)
-                found[peer] = Ban(peer, evidence if before is None else before.evidence, by)
+            for root, most in ((FORKS, defaults.MAX_BANS), (LIES, defaults.MAX_LIES)):
+                entries = _dict(content[author].get(root))
+                for name in sorted(entries)[:most]:
+                    data, peer = entries[name], _peer(name)
+                    proven = self._check(root, data) if isinstance(data, bytes) and peer is not None else None
+                    if proven is None or proven[0] != peer:
+                        continue
+                    before = found.get(peer)
+                    if before is None:
+                        found[peer] = Ban(peer, proven[1], (author,))
+                    elif author not in before.by:
+                        found[peer] = attrs.evolve(before, by=(*before.by, author))
         return [found[peer] for peer in sorted(found)]
