@@ -91,7 +91,7 @@ class Run:
         self.layout, self.gossip = Layout.of(self.trainer.model), not self.strategy.replicated
         self.blobs = Blobs(endpoint, dht, store.blobs)
         self._snapshots = Snapshots(self.blobs)
-        self.standings = Standings(self.host, store, self.me)
+        self.standings = Standings(self.me)
         self._keeper = Keeper(self.host, store, self.run_id, keeping or Keeping(), self.emit)
         self.restored: dict[str, Tensor] = {}
         self.reports: list[RoundReport] = []
@@ -126,7 +126,7 @@ class Run:
                 self.membership: Membership = Gossip(self) if self.gossip else Chain(self)
                 self.presence.on_link = self.membership.found
                 await self.host.run_blocking(self.store.save_spec, self.signed)
-                await self.nursery.start(self.standings.run)
+                await self.nursery.start(self.standings.run, self.host, self.store)
                 self.nursery.start_soon(self._announce)
                 self.nursery.start_soon(self.blobs.run)
                 self.nursery.start_soon(self.membership.scout)

@@ -87,8 +87,8 @@ class Standings:
     ``me``: our own id, of whom nothing is kept.
     """
 
-    def __init__(self, host: Host, store: RunStore, me: PeerId) -> None:
-        self._host, self._store, self._me = host, store, me
+    def __init__(self, me: PeerId) -> None:
+        self._me = me
         self._known: dict[PeerId, Standing] = {}  # who was seen last stands last
         self._version = self._saved = 0
         self._changed = trio.Event()
@@ -162,14 +162,16 @@ class Standings:
 
     # -- on disk ------------------------------------------------------------------------------------
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Read what an earlier life saw (then it is started), and write down what is new every
+    async def run(
+        self, host: Host, store: RunStore, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Read what an earlier life saw from ``store`` (then it is started), and write down what is new every
         :data:`defaults.STANDINGS_EVERY` seconds, until cancelled; then once more, bounded like any goodbye.
 
         A file that is damaged, or cannot be written, is told of in the log and costs the history, never the run.
         """
         try:
-            self._take(await self._host.run_blocking(self._store.load_standings))
+            self.restore(await host.run_blocking(store.load_standings))
         except ConfigError as error:
             log.warning("what was known of other peers is left aside: %s", error)
         task_status.started()
@@ -177,13 +179,13 @@ class Standings:
             while True:
                 await self._changed.wait()
                 await trio.sleep(defaults.STANDINGS_EVERY)
-                await self._save()
+                await self._save(host, store)
         finally:
             with trio.move_on_after(deadlines.goodbye(), shield=True):
-                await self._save()
+                await self._save(host, store)
 
-    def _take(self, found: Sequence[Standing]) -> None:
-        """Begin with what was stored, as :meth:`all` gave it."""
+    def restore(self, found: Sequence[Standing]) -> None:
+        """Begin with what :meth:`all` gave in an earlier life. Raises :class:`ConfigError` for what cannot be."""
         if len(found) > defaults.MAX_STANDINGS:
             raise ConfigError(f"{len(found)} peers, at most {defaults.MAX_STANDINGS} can be")
         for standing in found:
@@ -193,12 +195,12 @@ class Standings:
         for standing in reversed(found):
             self._known.setdefault(PeerId.parse(standing.peer), standing)
 
-    async def _save(self) -> None:
+    async def _save(self, host: Host, store: RunStore) -> None:
         if self._version == self._saved:
             return
         version, self._changed = self._version, trio.Event()
         try:
-            await self._host.run_blocking(self._store.save_standings, self.all())
+            await host.run_blocking(store.save_standings, self.all())
         except ConfigError as error:
             log.warning("what is known of other peers is not kept: %s", error)
         else:
