@@ -103,10 +103,11 @@ class Standings:
         none, or did not decide here."""
         if not members:
             return
-        said = dict(zip(members, quality, strict=True)) if quality else {}
+        said: dict[PeerId, float | None] = dict.fromkeys(members)
+        said.update(zip(members, quality, strict=True) if quality else ())
         for peer in voters:
             if peer != self._me:
-                self._put(peer, witnessed(self._of(peer), round, peer in members, said.get(peer)))
+                self._put(peer, witnessed(self._of(peer), round, peer in said, said.get(peer)))
         self._settle()
 
     def audited(self, peer: PeerId, verdict: Verdict) -> None:
