@@ -271,6 +271,20 @@ BAN_JITTER = 3.0
 #: Seconds for the last word of a member that leaves.
 LAST_WORD = 0.4
 
+# --- standing -------------------------------------------------------------------------------------------------------
+
+#: Values that "lately" is about: rounds, qualities. A peer that turns bad shows within a few; one round moves it 5 %.
+STANDING_WINDOW = 20
+
+#: Peers of whom something is remembered: as many as a view has, four times a roster. 200 kB on disk.
+MAX_STANDINGS = 1024
+
+#: Every count ends here: what JSON numbers hold exactly.
+MAX_STANDING_COUNT = 1 << 53
+
+#: Seconds between two writes of what is known of others. Power loss costs that much; a write of 1024 peers is 200 kB.
+STANDINGS_EVERY = 10.0
+
 # --- aggregators ------------------------------------------------------------------------------------------------------
 
 #: Elements of all rows together that are checked and combined at a time: 1 MiB of float32, half of a second cache.

@@ -71,6 +71,32 @@ class Checkpoint:
 
 
 @attrs.frozen
+class Standing:
+    """What one peer has itself seen of another in a run (:mod:`.standing`).
+
+    ``peer``: text id. ``round``: the last one of which it was a voter, 0 before any. Of the ``rounds`` that it was a
+    voter of and that combined something, ``contributed`` hold its contribution: a share of ``lately`` in the last ones.
+    ``quality``: how far the run's aggregator took its contributions seriously, 0 … 1: mean of the ``measured`` ones,
+    and lately; None where the aggregator does not say. Audits of slices it owned: ``passed``, ``lied`` (proven),
+    ``unanswered``. ``false_accusations``: that it made. *Lately*: the mean of the first
+    :data:`defaults.STANDING_WINDOW` values; from then on each new one counts 1 / STANDING_WINDOW, older ones less.
+    """
+
+    peer: str
+    round: int = 0
+    rounds: int = 0
+    contributed: int = 0
+    lately: float | None = None
+    measured: int = 0
+    quality: float | None = None
+    quality_lately: float | None = None
+    passed: int = 0
+    lied: int = 0
+    unanswered: int = 0
+    false_accusations: int = 0
+
+
+@attrs.frozen
 class RunStatus:
     """The moment, for ``shoal status``. ``reason``: why the run is in this phase (a pure decision's reason)."""
 

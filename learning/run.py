@@ -37,6 +37,7 @@ from .rounds.presence import Presence
 from .shard import Shard
 from .snapshots import Snapshot, Snapshots
 from .spec import SignedSpec
+from .standing import Standings
 from .state import Layout
 from .store import Head, RunStore
 from .strategies import resolve as resolve_strategy
@@ -87,15 +88,15 @@ class Run:
         wrong = compare_signatures(signature(self.trainer.model), self.spec.parameters)
         if wrong is not None:
             raise ConfigError(f"the model does not match the run's: {wrong}")
-        self.layout = Layout.of(self.trainer.model)
-        self.gossip = not self.strategy.replicated
+        self.layout, self.gossip = Layout.of(self.trainer.model), not self.strategy.replicated
         self.blobs = Blobs(endpoint, dht, store.blobs)
         self._snapshots = Snapshots(self.blobs)
+        self.standings = Standings(self.me)
         self._keeper = Keeper(self.host, store, self.run_id, keeping or Keeping(), self.emit)
         self.restored: dict[str, Tensor] = {}
         self.reports: list[RoundReport] = []
         self.finished = trio.Event()
-        self.round = 0
+        self.round = self.round_now = 0
         self.phase, self.reason = "join", "starting"
         self._peer = Peer(self, self.trainer)
         self._instance: Instance | None = None
@@ -108,8 +109,7 @@ class Run:
         self._metric_name = metric_name(task, {})
         self._loss: float | None = None
         self._round_began = self._trained = self._worked = 0.0
-        self._saved_at = -math.inf
-        self._saving = trio.Lock()
+        self._saved_at, self._saving = -math.inf, trio.Lock()
         self._pending_report: RoundReport | None = None
 
     # -- life ---------------------------------------------------------------------------------------
@@ -126,6 +126,7 @@ class Run:
                 self.membership: Membership = Gossip(self) if self.gossip else Chain(self)
                 self.presence.on_link = self.membership.found
                 await self.host.run_blocking(self.store.save_spec, self.signed)
+                await self.nursery.start(self.standings.run, self.host, self.store)
                 self.nursery.start_soon(self._announce)
                 self.nursery.start_soon(self.blobs.run)
                 self.nursery.start_soon(self.membership.scout)
@@ -370,8 +371,7 @@ class Run:
         after = voters if roster is None else roster
         self.round = self.membership.round
         now, loss, round = self.host.now(), self._loss, self.round
-        # A round is what its voters trained, so its time runs from the end of training here to the commit.
-        wall = now - self._trained
+        self.standings.committed(round, voters, members, quality)
         dropped = tuple(peer.text for peer in voters if peer not in after)
         joined = tuple(peer.text for peer in after if peer not in voters)
         for peer in dropped:
@@ -381,7 +381,8 @@ class Run:
         self._pending_report = RoundReport(
             round=round,
             t=now - self._start,
-            wall_s=wall,
+            # A round is what its voters trained, so its time runs from the end of training here to the commit.
+            wall_s=now - self._trained,
             members=tuple(peer.text for peer in members),
             retries=retries,
             dropped=dropped,
@@ -492,8 +493,6 @@ class Run:
         self.emit(note.phase, note.what, note.peer, note.detail)
         if note.what == "begin" and (self.round_now, note.phase) in self.faults.hold:
             self.emit(note.phase, "hold", self.me)
-
-    round_now = 0
 
     def _presence_changed(self, peer: PeerId, why: str | None) -> None:
         self.emit("run", "lost" if why is not None else "found", peer, why or "")

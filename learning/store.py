@@ -1,4 +1,4 @@
-"""What a peer must not forget of a run: the spec, its votes, its last commit, and the state after it."""
+"""What a peer keeps of a run: the spec, its votes, its last commit, the state after it, what it saw of others."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..dht.durable import sync_folder
 from ..transport.errors import ConfigError, DecodeError
 from ..transport.identity import PeerId
 from ..transport.wire import pack, unpack
+from .events import Standing
 from .files import load_state, save_state
 from .rounds.messages import Accepted, Certificate, CommitRecord
 from .spec import SignedSpec
@@ -38,6 +39,13 @@ class Head:
     record: CommitRecord
     certificate: Certificate
     voters: tuple[PeerId, ...]
+
+
+@attrs.frozen
+class Witness:
+    """What was seen of other peers, the one seen last first."""
+
+    peers: tuple[Standing, ...]
 
 
 class RunStore:
@@ -104,6 +112,16 @@ class RunStore:
             links.append(self._unpack(Head, "trust", data[4:size]))
             data = data[size:]
         return tuple(links)
+
+    def save_standings(self, peers: tuple[Standing, ...]) -> None:
+        """What is known of other peers (:mod:`.standing`). Blocking."""
+        self._write("standings", pack(Witness(peers)))
+
+    def load_standings(self) -> tuple[Standing, ...]:
+        """What :meth:`save_standings` wrote; nothing has been checked but types. Raises :class:`ConfigError` naming a
+        damaged file."""
+        data = self._read("standings")
+        return () if data is None else self._unpack(Witness, "standings", data).peers
 
     def save_state(self, vectors: dict[str, Tensor], head: Head) -> None:
         """The state after ``head.record.round``: fp32 vectors by name. Blocking."""

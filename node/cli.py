@@ -72,6 +72,19 @@ examples:
   shoal join - < ticket.txt                        the ticket from a file: it does not show in the list of processes
 """
 
+PEERS_EPILOG = """\
+columns, besides those of the link:
+  ROUND          member: takes part in the present round
+  CONTRIBUTED    17/20: of the 20 rounds it was to take part in, 17 hold its contribution
+  QUALITY        how far the run's aggregator took its contributions seriously, 0 to 1; only where the aggregator says
+                 so (flag, multikrum, …: see docs/aggregation.md)
+  AUDITS         of slices that it had combined: 5 ok, 1 lied (proven), 2 unanswered; and false
+                 accusations that it made
+
+The last three are this node's own view, kept over restarts; another node has seen other things. "lately" is added when
+the last 20 or so rounds were different from all. A column without anything in it is left out. --json has all numbers.
+"""
+
 RELAY_EPILOG = """\
 examples:
   shoal relay                                      an open relay at port 4001; prints the address to give out
@@ -386,7 +399,10 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _add_peers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = command(commands, "peers", "the peers the running node has a link to", ".commands:peers")
+    parser = command(
+        commands, "peers", "the peers the running node has a link to, and what it has seen of them in the run",
+        ".commands:peers", epilog=PEERS_EPILOG,
+    )  # fmt: skip
     _add_data_dir(parser)
     _add_json(parser)
 

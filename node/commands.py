@@ -11,9 +11,10 @@ from pathlib import Path
 
 import attrs
 
+from ..learning.events import Standing
 from ..transport.errors import ConfigError
 from . import defaults
-from .control import ControlClient, NodeStatus
+from .control import ControlClient, NodeStatus, PeerList
 from .datadir import DataDir
 
 #: Said wherever the ticket of a private swarm is shown, and where only its key is.
@@ -34,18 +35,8 @@ def peers(options: argparse.Namespace) -> int:
     found = ControlClient(DataDir(options.data_dir)).peers()
     if options.json:
         _say(json.dumps(attrs.asdict(found), indent=2))
-    elif not found.peers:
-        _say("no links: this node is alone so far (`shoal status` shows its ticket)")
     else:
-        rows = [("PEER", "ADDRESS", "WAY", "LINK", "CIPHER", "RTT", "SENT", "RECEIVED", "ROUND")]
-        rows += [
-            (
-                peer.peer[:8], peer.address, peer.way, peer.direction, peer.cipher, f"{peer.rtt_ms:.1f} ms",
-                size(peer.bytes_sent), size(peer.bytes_received), "member" if peer.member else "-",
-            )
-            for peer in found.peers
-        ]  # fmt: skip
-        _say(table(rows))
+        _say(render_peers(found))
     return 0
 
 
@@ -117,6 +108,67 @@ def render_status(found: NodeStatus) -> str:
         rows.append(("join with", f"shoal join {found.ticket}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def render_peers(found: PeerList) -> str:
+    """The live links; then whom this node has seen in the run and has no link to, the last ones and who was caught."""
+    known = {standing.peer: standing for standing in found.standings}
+    linked = {peer.peer for peer in found.peers}
+    text = "no links: this node is alone so far (`shoal status` shows its ticket)"
+    if found.peers:
+        heads, seen = _seen([known.get(peer.peer) for peer in found.peers])
+        rows = [("PEER", "ADDRESS", "WAY", "LINK", "CIPHER", "RTT", "SENT", "RECEIVED", "ROUND", *heads)]
+        rows += [
+            (
+                peer.peer[:8], peer.address, peer.way, peer.direction, peer.cipher, f"{peer.rtt_ms:.1f} ms",
+                size(peer.bytes_sent), size(peer.bytes_received), "member" if peer.member else "-", *cells,
+            )
+            for peer, cells in zip(found.peers, seen, strict=True)
+        ]  # fmt: skip
+        text = table(rows)
+    gone = [standing for standing in found.standings if standing.peer not in linked]
+    shown = [s for at, s in enumerate(gone) if at < defaults.SHOWN_WITHOUT_LINK or s.lied or s.false_accusations]
+    if shown:
+        heads, seen = _seen(shown)
+        last = (str(standing.round) if standing.round else "-" for standing in shown)
+        rows = [("PEER", "LAST ROUND", *heads)]
+        rows += [(s.peer[:8], round, *cells) for s, round, cells in zip(shown, last, seen, strict=True)]
+        more = f"\nand {len(gone) - len(shown)} more: --json names them all" if len(gone) > len(shown) else ""
+        text += f"\n\nseen in this run, no link now:\n{table(rows)}{more}"
+    return text
+
+
+def _seen(standings: Sequence[Standing | None]) -> tuple[list[str], list[list[str]]]:
+    """Heads of columns, and a row for each standing: the columns in which there is anything."""
+    rows = [("", "", "") if s is None else (_rounds(s), _quality(s), _audits(s)) for s in standings]
+    used = [at for at in range(3) if any(row[at] for row in rows)]
+    heads = ("CONTRIBUTED", "QUALITY", "AUDITS")
+    return [heads[at] for at in used], [[row[at] or "-" for at in used] for row in rows]
+
+
+def _rounds(seen: Standing) -> str:
+    if not seen.rounds:
+        return ""
+    lately = "" if seen.lately is None else f"{100 * seen.lately:.0f} %"
+    return _and_lately(f"{seen.contributed}/{seen.rounds}", seen.contributed / seen.rounds, seen.lately, lately)
+
+
+def _quality(seen: Standing) -> str:
+    if seen.quality is None:
+        return ""
+    return _and_lately(f"{seen.quality:.2f}", seen.quality, seen.quality_lately, f"{seen.quality_lately or 0:.2f}")
+
+
+def _and_lately(text: str, mean: float, lately: float | None, words: str) -> str:
+    return text if lately is None or abs(lately - mean) < defaults.CHANGED_LATELY else f"{text}, lately {words}"
+
+
+def _audits(seen: Standing) -> str:
+    false = "false accusation" if seen.false_accusations == 1 else "false accusations"
+    counts = (
+        (seen.passed, "ok"), (seen.lied, "lied"), (seen.unanswered, "unanswered"), (seen.false_accusations, false),
+    )  # fmt: skip
+    return ", ".join(f"{count} {word}" for count, word in counts if count)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

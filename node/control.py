@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
-from ..learning.events import Checkpoint, Event, RoundReport, RunStatus
+from ..learning.events import Checkpoint, Event, RoundReport, RunStatus, Standing
 from ..transport.errors import ConfigError, DecodeError, LocalError, ShoalError
 from ..transport.wire import pack, unpack
 from . import defaults, doc_messages, local_socket
@@ -154,7 +154,10 @@ class PeerInfo:
 
 @attrs.frozen
 class PeerList:
+    """``peers``: live links. ``standings``: of all peers of the run, with a link or not, the one seen last first."""
+
     peers: tuple[PeerInfo, ...]
+    standings: tuple[Standing, ...] = ()
 
 
 @attrs.frozen
@@ -200,18 +203,17 @@ class Ended:
     status: NodeStatus
 
 
-MESSAGES: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (
-        GetStatus, GetPeers, GetHealth, Stop, Export, GetCheckpoints, RestoreCheckpoint, PinCheckpoint, Watch,
-        NodeStatus, NodeHealth, PeerList, CheckpointList, Done, Refused, EventFrame, RoundFrame, Ended, *DHT_MESSAGES,
-        *doc_messages.MESSAGES,
-    )
-}  # fmt: skip
 REQUESTS = (
     GetStatus, GetPeers, GetHealth, Stop, Export, GetCheckpoints, RestoreCheckpoint, PinCheckpoint, Watch,
     *DHT_REQUESTS, *doc_messages.REQUESTS,
 )  # fmt: skip
+MESSAGES: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (
+        *REQUESTS, NodeStatus, NodeHealth, PeerList, CheckpointList, Done, Refused, EventFrame, RoundFrame, Ended,
+        *DHT_MESSAGES, *doc_messages.MESSAGES,
+    )
+}  # fmt: skip
 
 
 @attrs.frozen

@@ -203,7 +203,7 @@ class Daemon:
             case GetStatus():
                 return self.status()
             case GetPeers():
-                return PeerList(self.node.peers())
+                return PeerList(self.node.peers(), self.node.standings())
             case GetHealth():
                 return health_of(self.node.endpoint, self.node.port)
             case Stop():

@@ -32,6 +32,12 @@ GOODBYE = 1.0
 #: Events that a slow watcher of the control socket may fall behind before it is cut off.
 EVENT_BUFFER = 4096
 
+#: Peers without a link that `shoal peers` names: who was just here, and fits on a screen.
+SHOWN_WITHOUT_LINK = 16
+
+#: How far what a peer did lately lies from what it did on the whole, for `shoal peers` to say so: 2 of 20 rounds.
+CHANGED_LATELY = 0.1
+
 #: Connections to the control socket at one time; more are closed at once.
 MAX_CONTROL_CONNECTIONS = 32
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..dht.kademlia.node import Dht
 from ..learning.checkpoints import Keeping, read_model
-from ..learning.events import Event, RoundReport, RunStatus
+from ..learning.events import Event, RoundReport, RunStatus, Standing
 from ..learning.faults import Faults
 from ..learning.peer import Trainer
 from ..learning.placing import rule_of
@@ -411,6 +411,10 @@ class Node:
         """The live links, by peer."""
         status = self.status()
         return peer_infos(self.endpoint, () if status is None else status.members)
+
+    def standings(self) -> tuple[Standing, ...]:
+        """What this node has seen of all peers of the run, the one seen last first."""
+        return () if self.run_here is None else self.run_here.standings.all()
 
     def _event(self, event: Event) -> None:
         self._on_event(event)

@@ -32,8 +32,10 @@ from shoal.dht.kademlia.records import VALIDATORS, Announcement, SignedRecord, d
 from shoal.dht.kademlia.store import Store
 from shoal.learning.aggregate import resolve as resolve_aggregator
 from shoal.learning.aggregate.products import pack_triangle, triangle_fault, triangle_size
+from shoal.learning.events import Standing
 from shoal.learning.rounds.weighing import decide, judge
 from shoal.learning.spec import SignedSpec
+from shoal.learning.standing import Standings, fault
 from shoal.learning.store import Head, RunStore, Vote
 from shoal.node import control, swarm_key
 from shoal.node.datadir import DataDir, NodeRecord
@@ -678,6 +680,26 @@ def _punch(data: bytes) -> Any:
     return None
 
 
+def _standings(rng: random.Random) -> tuple[Standing, ...]:
+    """What a peer may have seen."""
+    standings, peers = Standings(ALICE.peer_id), [each.peer_id for each in IDENTITIES]
+    for round in range(rng.randrange(6)):
+        standings.committed(round, peers, rng.sample(peers, 2), (rng.random(), 1.0))
+        standings.audited(rng.choice(peers), rng.choice(("passed", "lied", "unanswered")))
+    return standings.all()
+
+
+def _standings_of(folder: Path) -> Any:
+    """What is believed of what was read goes on within its bounds."""
+    standings = Standings(ALICE.peer_id)
+    standings.restore(RunStore(folder).load_standings())
+    for peer in [each.peer_id for each in IDENTITIES]:
+        standings.committed(1, [peer], [peer], (0.5,))
+        standings.audited(peer, "lied")
+    assert all(fault(found) is None for found in standings.all())
+    return None
+
+
 def decoders() -> dict[str, Decoder]:
     """All of them by name."""
     psk = bytes(32)
@@ -713,6 +735,8 @@ def decoders() -> dict[str, Decoder]:
               lambda folder: RunStore(folder).load_vote(bytes(32)), "vote"),
         _file("trust", lambda folder, rng: RunStore(folder).save_trust(sample(tuple[Head, ...], rng)),
               lambda folder: RunStore(folder).load_trust(), "trust"),
+        _file("standings", lambda folder, rng: RunStore(folder).save_standings(_standings(rng)), _standings_of,
+              "standings"),
         Decoder("blob outline", lambda rng: pack(_TREE.outline), _outline, sealed=True),
         Decoder("blob bitmap", _bitmap_seed, _bitmap),
         Decoder("blob file", lambda rng: header(_tree(rng).outline, {"note": "x"}), _blob_file),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shoal.learning.events import Standing
 from shoal.learning.rounds.messages import Accepted, Certificate, CommitRecord, Signed
 from shoal.learning.spec import SignedSpec
 from shoal.learning.store import Head, RunStore, Vote
@@ -21,6 +22,7 @@ RECORD = CommitRecord(
 )
 HEAD = Head(RECORD, Certificate(b"k" * 32, 2, (Signed(PEER, b"s" * 64),)), (PEER,))
 VOTE = Vote(b"k" * 32, 7, Accepted(6, RECORD))
+SEEN = (Standing(PEER.text, 3, 3, 2, 2 / 3, 1, 0.5, 0.5, 1, 2, 3, 4), Standing(PEER.text))
 SPEC = SignedSpec(b"spec", b"signature")
 VECTORS = {"weights": torch.arange(5, dtype=torch.float32), "outer.momentum": torch.ones(5)}
 
@@ -40,6 +42,7 @@ def test_an_empty_store_holds_nothing(store: RunStore) -> None:
     assert store.load_vote(b"k" * 32) is None
     assert store.load_state() is None
     assert store.load_trust() == ()
+    assert store.load_standings() == ()
 
 
 def test_everything_comes_back_in_the_next_life(store: RunStore) -> None:
@@ -47,10 +50,12 @@ def test_everything_comes_back_in_the_next_life(store: RunStore) -> None:
     store.save_vote(VOTE)
     store.save_state(VECTORS, HEAD)
     store.save_trust((HEAD, HEAD))
+    store.save_standings(SEEN)
     store = again(store)
     assert store.load_spec() == SPEC
     assert store.load_vote(VOTE.key) == VOTE
     assert store.load_trust() == (HEAD, HEAD)
+    assert store.load_standings() == SEEN
     found = store.load_state()
     assert found is not None
     vectors, head = found
@@ -88,6 +93,7 @@ def full(folder: Path) -> RunStore:
     store.save_vote(VOTE)
     store.save_state(VECTORS, HEAD)
     store.save_trust((HEAD,))
+    store.save_standings(SEEN)
     return store
 
 
@@ -95,10 +101,11 @@ def load_all(store: RunStore) -> None:
     store.load_spec()
     store.load_vote(VOTE.key)
     store.load_trust()
+    store.load_standings()
     store.load_state()
 
 
-@pytest.mark.parametrize("name", ["spec", "vote", "trust", "state.safetensors"])
+@pytest.mark.parametrize("name", ["spec", "vote", "trust", "standings", "state.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "flip"])
 def test_a_damaged_file_is_named_and_nothing_worse_happens(tmp_path: Path, name: str, damage: str) -> None:
     store, path = full(tmp_path), tmp_path / name

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trio
 
-from shoal.learning.events import Event, RoundReport, RunStatus
+from shoal.learning.events import Event, RoundReport, RunStatus, Standing
 from shoal.node import control, defaults, local_socket
 from shoal.node.control import (
     ControlClient,
@@ -44,7 +44,10 @@ RUN = RunStatus(
     None, "d1", 0, False,
 )  # fmt: skip
 STATUS = NodeStatus(7, "/d", "peer", "shoal1x", 1.5, ("tcp://127.0.0.1:1",), "all", 2, 10, 20, 3, RUN)
-PEERS = PeerList((PeerInfo("a", "tcp://127.0.0.1:2", "out", "aegis256", 0.25, 1, 2, True),))
+PEERS = PeerList(
+    (PeerInfo("a", "tcp://127.0.0.1:2", "out", "aegis256", 0.25, 1, 2, True),),
+    (Standing("a", 20, 20, 17, 0.85, 17, 0.93, 0.9, 5, 1, 2, 3), Standing("b")),
+)
 REPORT = RoundReport(3, 2.0, 0.1, ("a",), 0, (), (), "all came", 64, 0.5, None, "d1")
 EVENT = Event(0.5, 3, "scatter", "begin")
 

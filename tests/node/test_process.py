@@ -144,10 +144,15 @@ def test_start_join_look_export_stop_and_resume(shoal: Shoal) -> None:
     for word in ("Line, diloco, available mode", "members", "2: ", "error", f"pid {joiner.pid}", "join with"):
         assert word in text
     assert json.loads(shoal.run("status", "--json", data="a").stdout)["run"]["task"] == "Line"
-    peers = json.loads(shoal.run("peers", "--json", data="a").stdout)["peers"]
-    assert [peer["peer"] for peer in peers] == [shoal.client("b").status().peer]
+    found = json.loads(shoal.run("peers", "--json", data="a").stdout)
+    peers, (seen,) = found["peers"], found["standings"]
+    assert [peer["peer"] for peer in peers] == [shoal.client("b").status().peer] == [seen["peer"]]
     assert peers[0]["member"]
-    assert shoal.run("peers", data="b").stdout.splitlines()[0].split()[:2] == ["PEER", "ADDRESS"]
+    assert 0 < seen["contributed"] <= seen["rounds"]
+    assert (seen["lied"], seen["quality"]) == (0, None), "nothing is audited, the mean takes all alike"
+    head, row = (line.split() for line in shoal.run("peers", data="b").stdout.splitlines())
+    assert (head[:2], head[-2:]) == (["PEER", "ADDRESS"], ["ROUND", "CONTRIBUTED"])
+    assert re.fullmatch(r"\d+/\d+", row[-1])
     # weights of a running node
     target = shoal.folder / "running.safetensors"
     assert shoal.run("export", str(target), data="b").returncode == 0
@@ -161,6 +166,10 @@ def test_start_join_look_export_stop_and_resume(shoal: Shoal) -> None:
     assert "saying goodbye" in shoal.log("b").read_text()
     # SIGTERM likewise, then both come back as who they were
     round_before = shoal.until("a", lambda s: members(s) == 1, "the founder to go on alone").rounds
+    (seen,) = shoal.client("a").peers().standings
+    alone = shoal.run("peers", data="a").stdout
+    assert "no links: this node is alone so far" in alone
+    assert f"{seen.peer[:8]}  {seen.round} " in alone and f" {seen.contributed}/{seen.rounds}" in alone
     founder.send_signal(signal.SIGTERM)
     assert founder.wait(PATIENCE) == 0
     exported = shoal.run("export", str(shoal.folder / "saved.safetensors"), data="a")
@@ -177,6 +186,7 @@ def test_start_join_look_export_stop_and_resume(shoal: Shoal) -> None:
     assert again.run.run == first.run.run
     assert again.run.round > saved_round
     assert again.addresses == first.addresses
+    assert shoal.client("a").peers().standings == (seen,), "what it saw in its first life"
     shoal.spawn("join", first.ticket, *JOIN, data="b")
     shoal.until("b", lambda s: members(s) == 2 and s.rounds >= 1, "the joiner to be back")
     assert shoal.run("stop", data="b").returncode == 0
