@@ -24,6 +24,9 @@ class Disguise(Protocol):
 #: Disguises that a process has, by name: whoever starts liars puts them here (``sim/liar.py``). Nodes have none.
 DISGUISES: dict[str, Callable[[], Disguise]] = {}
 
+#: What a process does to slices that it owns, by name, likewise.
+DISTORTIONS: dict[str, Callable[[Tensor], None]] = {}
+
 
 @attrs.frozen
 class Faults:
@@ -37,6 +40,8 @@ class Faults:
     flip: tuple[int, ...] = ()
     #: Every contribution of ours is a lie.
     disguise: Disguise | None = None
+    #: What we do to the slices that we combine, before we sign them.
+    distort: Callable[[Tensor], None] | None = None
 
 
 def with_a_bit_turned(weights: Tensor, key: bytes) -> Tensor:

@@ -181,6 +181,9 @@ class Membership(ABC):
         async def tell(peer: PeerId) -> None:
             try:
                 await self.endpoint.call(peer, WISH, message, timeout=defaults.ASK_HEADS)
+            except RemoteRefused as error:
+                if error.code == "expelled":
+                    self.refused(peer, error.reason)
             except RemoteError:
                 return
 
@@ -224,12 +227,19 @@ class Membership(ABC):
             self.endpoint.learn(call.request.contact)
         except DecodeError as error:
             raise RemoteRefused("bad-contact", str(error)) from None
+        if (why := self.run.liars.reasons.get(call.peer)) is not None:
+            raise RemoteRefused("expelled", f"you are expelled from this run: {why}")
         if len(self.wishes()) >= defaults.MAX_WISHES and call.peer not in self._wishes:
             raise RemoteRefused("busy", "too many peers wish to join at once")
         self._leaving.pop(call.peer, None)
         self._wishes[call.peer] = self.host.now() + defaults.WISH_LIFETIME
         self.wished(call.peer)
         return Ack()
+
+    def refused(self, peer: PeerId, why: str) -> None:
+        """``peer`` takes us for a liar, and will never take us in."""
+        self.reason = f"{peer.short}: {why}"
+        self.run.emit("run", "unwelcome", peer, why)
 
     @abstractmethod
     def wished(self, peer: PeerId) -> None:

@@ -8,11 +8,12 @@ from ..transport.errors import ConfigError
 from . import defaults
 from .aggregate.aggregator import Aggregator
 from .aggregate.names import resolve
+from .reduce import codecs
 from .rounds.messages import Accepted
 from .rounds.pace import pace
 from .rounds.setting import Setting
 from .rounds.weighing import unfit
-from .spec import RunSpec
+from .spec import MAX_AUDIT, RunSpec
 from .store import Vote
 from .strategies.base import Strategy
 
@@ -35,6 +36,19 @@ def rule_of(spec: RunSpec, strategy: Strategy) -> Aggregator:
     if wrong is not None:
         raise ConfigError(f"aggregator {spec.aggregator}: {wrong}")
     return rule
+
+
+def audit_of(asked: float | None, aggregator: str, codec: str) -> float:
+    """Looks of each peer in a round of a run to be founded. Raises :class:`ConfigError` for a number that cannot be."""
+    possible = codecs.resolve(codec).elementwise
+    if asked is None:
+        # With the mean a liar need not own a slice: its contribution alone moves the result wherever it likes.
+        return defaults.AUDIT_RATE if possible and not resolve(aggregator).is_mean else 0.0
+    if not 0 <= asked <= MAX_AUDIT:
+        raise ConfigError(f"{asked:g} looks of each peer in a round; it is 0 to {MAX_AUDIT:g}")
+    if asked and not possible:
+        raise ConfigError(f"codec {codec} codes whole slices, so that no part of one can be looked at: audit must be 0")
+    return asked
 
 
 def setting_of(run: Run, worked: float, state: int) -> Setting:
@@ -62,4 +76,12 @@ def setting_of(run: Run, worked: float, state: int) -> Setting:
         note=run.note,
         hold=lambda phase: (place.round, phase) in run.faults.hold,
         rule=run.rule,
+        run=run.run_id,
+        audit=run.spec.audit,
+        audited=run.liars.audited,
+        slandered=run.standings.accused_falsely,
+        proven=run.liars.proven,
+        expelled=lambda: run.liars.reasons,
+        heeded=run.liars.heeds,
+        distort=run.faults.distort,
     )

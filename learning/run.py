@@ -25,6 +25,7 @@ from .events import Event, RoundReport, RunStatus
 from .exchange import Contribution, Exchange
 from .faults import Faults, with_a_bit_turned
 from .gossip import Gossip
+from .liars import Liars
 from .membership import Membership
 from .peer import OutOfStep, Peer, Round, Tally, Trainer
 from .placing import rule_of, setting_of
@@ -91,7 +92,7 @@ class Run:
         self.layout, self.gossip = Layout.of(self.trainer.model), not self.strategy.replicated
         self.blobs = Blobs(endpoint, dht, store.blobs)
         self._snapshots = Snapshots(self.blobs)
-        self.standings = Standings(self.me)
+        self.standings, self.liars = Standings(self.me), Liars(self)
         self._keeper = Keeper(self.host, store, self.run_id, keeping or Keeping(), self.emit)
         self.restored: dict[str, Tensor] = {}
         self.reports: list[RoundReport] = []

@@ -20,6 +20,8 @@ from ..transport.wire import pack
 from . import defaults
 from .events import Event, RoundReport
 from .rundocs_content import (
+    FORKS,
+    LIES,
     Ban,
     BanReader,
     CommitNote,
@@ -36,6 +38,7 @@ from .rundocs_content import (
 if TYPE_CHECKING:
     import pycrdt
 
+    from .rounds.lies import Lie
     from .run import Run
 
 log = logging.getLogger(__name__)
@@ -68,7 +71,7 @@ class RunDocuments:
         self.documents: Documents | None = None
         self.specs = run_documents(run.run_id, run.spec.founder)
         self._open: dict[str, Document] = {}
-        self._bans = BanReader([spec.id for spec in self.specs.values()])
+        self._bans = BanReader([spec.id for spec in self.specs.values()], run.run_id, run.spec.aggregator)
         #: Whose words count: ``True`` where we have seen it take part ourselves.
         self._former: dict[PeerId, bool] = {run.spec.founder: True}
         self._vouched: dict[PeerId, int] = {}  # member → how many it has named whom we have not seen
@@ -101,6 +104,9 @@ class RunDocuments:
                 self._nursery.start_soon(self._follow_bans)
                 self._nursery.start_soon(self._follow_commits)
                 self._nursery.start_soon(self._prove_again)
+                self.run_here.liars.on_proof = self._lied
+                for lie in self.run_here.liars.proofs.values():
+                    self._lied(lie)
                 self._nursery.start_soon(self._speak)
                 task_status.started()
         finally:
@@ -345,7 +351,8 @@ class RunDocuments:
                 "become a new peer"
             )
         elif self._nursery is not None:
-            self._nursery.start_soon(self._write_ban, evidence)
+            why = "signed two histories of one document"
+            self._nursery.start_soon(self._write_ban, evidence.author, why, FORKS, evidence)
 
     async def _prove_again(self) -> None:
         """What was proven before this node was restarted."""
@@ -355,11 +362,15 @@ class RunDocuments:
                 if evidence is not None:
                     self._proven(document, evidence)
 
-    async def _write_ban(self, evidence: Evidence) -> None:
+    def _lied(self, lie: Lie) -> None:
+        """A proof that an owner lied in a round, made here."""
+        if self._nursery is not None:
+            self._nursery.start_soon(self._write_ban, lie.owner, lie.reason, LIES, lie)
+
+    async def _write_ban(self, author: PeerId, why: str, root: str, proof: Evidence | Lie) -> None:
         assert self.documents is not None
-        author = evidence.author
-        await self.documents.ban(self.run_here.run_id, author, "signed two histories of one document")
-        self.run_here.emit("run", "banned", author, "signed two histories of one document")
+        await self.documents.ban(self.run_here.run_id, author, why)
+        self.run_here.emit("run", "banned", author, why)
         await trio.sleep(defaults.BAN_JITTER * self.documents.random.random())
         while not self._may_speak():
             wake = self._wake
@@ -368,7 +379,7 @@ class RunDocuments:
         if any(ban.peer == author for ban in self.bans()):
             return
         try:
-            await self._open["bans"].write(lambda doc: _set(doc, "bans", {author.text: ban_entry(evidence)}))
+            await self._open["bans"].write(lambda doc: _set(doc, root, {author.text: ban_entry(proof)}))
         except ConfigError as error:
             log.warning("the ban of %s could not be written: %s", author.short, error)
 
@@ -387,6 +398,8 @@ class RunDocuments:
             if ban.peer != self.me and ban.peer not in known:
                 await self.documents.ban(self.run_here.run_id, ban.peer, ban.reason)
                 self.run_here.emit("run", "banned", ban.peer, ban.reason)
+            if ban.lied:
+                self.run_here.liars.expel(ban.peer, ban.reason)
 
 
 def _finite(value: float | None) -> float | None:

@@ -9,7 +9,7 @@ spec      founder     the signed spec of the run
 roster    members     since when it is here, when it was last, in which round, with which version
 commits   members     the last rounds that fell to it to write down: digest, members, samples, hash of the certificate
 metrics   members     its loss and metric by round; old points are thinned out
-bans      members     whom it has a proof against, with the proof: of two histories of a document, or of a lie in a round
+bans      members     whom it has a proof against, with the proof: two histories of a document, a lie in a round
 ========  ==========  ==================================================================================================
 
 A reader believes nothing: what has not the right shape is left out, a ban counts only with a proof that verifies.
@@ -284,11 +284,13 @@ def read_metrics(content: Content) -> list[History]:
 
 @attrs.frozen
 class Ban:
-    """A peer against whom there is a proof, checked. ``by``: who wrote it down, in ascending order."""
+    """A peer against whom there is a proof, checked. ``by``: who wrote it down, in ascending order. ``lied``: as an
+    owner of a slice in a round, for which it also loses its membership."""
 
     peer: PeerId
     reason: str
     by: tuple[PeerId, ...]
+    lied: bool = False
 
 
 def ban_entry(proof: Evidence | Lie) -> bytes:
@@ -360,7 +362,8 @@ class BanReader:
                         continue
                     before = found.get(peer)
                     if before is None:
-                        found[peer] = Ban(peer, proven[1], (author,))
-                    elif author not in before.by:
-                        found[peer] = attrs.evolve(before, by=(*before.by, author))
+                        found[peer] = Ban(peer, proven[1], (author,), root == LIES)
+                    else:
+                        by = before.by if author in before.by else (*before.by, author)
+                        found[peer] = attrs.evolve(before, by=by, lied=before.lied or root == LIES)
         return [found[peer] for peer in sorted(found)]

@@ -1,6 +1,7 @@
 """What this peer has itself seen of every other peer in a run: rounds, quality, audits; kept over restarts.
 
-It is nobody's hearsay and nobody is told: each peer has seen something else, and no decision of a round hangs on it.
+It is nobody's hearsay and nobody is told: each peer has seen something else, and no decision of a round hangs on it,
+but for one: who accused others falsely again and again is not heeded any more (:mod:`.liars`).
 """
 
 from __future__ import annotations

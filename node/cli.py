@@ -270,6 +270,11 @@ def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "eighth), topk:SHARE",
     )  # fmt: skip
     run.add_argument(
+        "--audit", type=float, metavar="N",
+        help="combined slices of others at which each peer looks in a round, in the mean, before the result counts "
+        "(default: 1 with any rule but the mean, else 0); see docs/audits.md",
+    )  # fmt: skip
+    run.add_argument(
         "--aggregator", metavar="RULE",
         help="how contributions are combined: mean (default), or a rule that tolerates f liars, for instance "
         "multikrum:f=1, trimmed_mean:f=2, nnm+median:f=1, flag",

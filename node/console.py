@@ -22,6 +22,8 @@ GOODBYE = "said goodbye"  # as learning/rounds/presence.py says it; not imported
 #: Events of a run that a person wants to see between two rounds, and how they are said.
 _SHOWN: dict[str, Callable[[Event], str]] = {
     "joined": lambda e: f"+ {e.peer[:8]} joins",
+    "unwelcome": lambda e: f"! {e.peer[:8]} does not take this node in: {e.detail}",
+    "expelled": lambda e: f"- {e.peer[:8]} lied and is expelled: {e.detail}",
     "dropped": lambda e: f"- {e.peer[:8]} is dropped: {e.detail}",
     "refused": lambda e: f"! contribution of {e.peer[:8]} refused: {e.detail}",
     "branch": lambda e: f"! going on as a branch: {e.detail}",

@@ -11,7 +11,7 @@ import trio
 
 from ..dht.documents.policy import DocumentSpec
 from ..dht.documents.replica import Replica
-from ..learning.rundocs_content import run_document, run_documents
+from ..learning.rundocs_content import read_spec, run_document, run_documents
 from ..transport.errors import ConfigError
 from ..transport.identity import PeerId
 from . import defaults
@@ -44,11 +44,11 @@ def _list(run: bytes, me: PeerId, wall: float, replicas: Mapping[str, Replica]) 
     return DocumentList(run.hex(), me.text, wall, digest, rows)
 
 
-def _state(run: bytes, founder: PeerId, me: PeerId, wall: float, replica: Replica) -> DocumentState:
+def _state(run: bytes, founder: PeerId, me: PeerId, wall: float, replica: Replica, aggregator: str) -> DocumentState:
     # Half of a message: JSON in msgpack grows by its quotes.
     content, omitted = to_json(replica.read(), defaults.MAX_CONTROL_MESSAGE // 2)
     ids = tuple(spec.id.hex() for spec in run_documents(run, founder).values())
-    return DocumentState(run.hex(), me.text, wall, _row(replica), content, ids, omitted)
+    return DocumentState(run.hex(), me.text, wall, _row(replica), content, ids, omitted, aggregator)
 
 
 async def answer(documents: RunDocuments | None, request: GetDocuments | GetDocument) -> DocumentList | DocumentState:
@@ -65,7 +65,8 @@ async def answer(documents: RunDocuments | None, request: GetDocuments | GetDocu
 
     def now() -> DocumentList | DocumentState:
         if isinstance(request, GetDocument):
-            return _state(run, documents.run_here.spec.founder, me, host.wall(), replicas[request.name])
+            spec = documents.run_here.spec
+            return _state(run, spec.founder, me, host.wall(), replicas[request.name], spec.aggregator)
         return _list(run, me, host.wall(), replicas)
 
     def digest(found: DocumentList | DocumentState) -> str:
@@ -102,7 +103,7 @@ def stored(data: DataDir, name: str, wall: float) -> DocumentList | DocumentStat
     ticket = Ticket.parse(record.ticket)
     specs = run_documents(ticket.run_id, ticket.founder)
     if name:
-        specs = {name: run_document(name, ticket.run_id, ticket.founder)}
+        specs = {each: run_document(each, ticket.run_id, ticket.founder) for each in (name, "spec")}
     with data.locked():
         me = data.identity(_no_key).peer_id
         store = DocumentStore(data.documents_path)
@@ -113,7 +114,9 @@ def stored(data: DataDir, name: str, wall: float) -> DocumentList | DocumentStat
         finally:
             store.close()
     if name:
-        return _state(ticket.run_id, ticket.founder, me, wall, replicas[name])
+        signed = read_spec(replicas["spec"].read(), ticket.run_id)
+        aggregator = signed.open().aggregator if signed is not None else "mean"
+        return _state(ticket.run_id, ticket.founder, me, wall, replicas[name], aggregator)
     return _list(ticket.run_id, me, wall, replicas)
 
 

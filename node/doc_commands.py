@@ -154,7 +154,7 @@ def render(found: DocumentState, last: int, *, clock: bool = False) -> str:
         case "metrics":
             text = _render_metrics(content)
         case _:
-            text = _render_bans(content, found.ids)
+            text = _render_bans(content, found)
     return text + (f"\n{found.omitted} authors are left out: they wrote too much" if found.omitted else "")
 
 
@@ -172,6 +172,7 @@ def _render_spec(content: Content, run: bytes) -> str:
         ("peers", f"at least {spec.min_peers}" + (f", in groups of {spec.group}" if spec.group else "")),
         ("codec", spec.codec),
         ("aggregator", spec.aggregator),
+        ("audits", f"each peer looks at {spec.audit:g} slices a round" if spec.audit else "none"),
         ("seed", str(spec.seed)),
         ("founder", spec.founder.text),
         ("founded", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(spec.created))),
@@ -253,8 +254,9 @@ def bars(values: Sequence[float], width: int = 32) -> str:
     return "".join(_BARS[round((mean - low) / (high - low) * steps) if high > low else 0] for mean in means)
 
 
-def _render_bans(content: Content, ids: Sequence[str]) -> str:
-    bans = BanReader([bytes.fromhex(id) for id in ids]).read(content)
+def _render_bans(content: Content, found: DocumentState) -> str:
+    ids = [bytes.fromhex(id) for id in found.ids]
+    bans = BanReader(ids, bytes.fromhex(found.run), found.aggregator).read(content)
     if not bans:
         return "nobody is banned"
     rows = [("PEER", "PROOF (checked here)", "WRITTEN DOWN BY")]

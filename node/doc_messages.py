@@ -61,7 +61,8 @@ class DocumentList:
 class DocumentState:
     """What a document says. ``content``: JSON, author → root types by name. ``omitted``: authors that did not fit.
 
-    ``ids``: of all documents of the run, as hex: a ban counts with a proof about one of them.
+    ``ids``: of all documents of the run, as hex: a ban counts with a proof about one of them, or about a round, whose
+    rule is ``aggregator``.
     """
 
     run: str
@@ -71,6 +72,7 @@ class DocumentState:
     content: str
     ids: tuple[str, ...]
     omitted: int = 0
+    aggregator: str = "mean"
 
 
 REQUESTS = (GetDocuments, GetDocument)

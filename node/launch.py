@@ -174,6 +174,7 @@ def conflicts(options: argparse.Namespace, spec: RunSpec, record: NodeRecord) ->
         ("--group", options.group, spec.group),
         ("--codec", options.codec, spec.codec),
         ("--aggregator", options.aggregator, spec.aggregator),
+        ("--audit", options.audit, spec.audit),
         ("--seed", options.seed, spec.seed),
     ]
     args = dict(spec.strategy_args)
@@ -216,6 +217,7 @@ def _run(
             group=options.group or 0,
             codec=options.codec or "fp32",
             aggregator=options.aggregator or "mean",
+            audit=options.audit,
             min_peers=options.min_peers or 1,
             rounds=options.rounds or 0,
             seed=options.seed or 0,
@@ -275,10 +277,10 @@ def parse_turn(text: str) -> TurnServer | None:
 
 
 def parse_faults(texts: list[str]) -> Faults:
-    """``hold:ROUND:PHASE``, ``spoil:ROUND``, ``flip:ROUND`` and ``lie:NAME``, for tests and the simulator."""
-    from ..learning.faults import DISGUISES, Faults
+    """``hold:ROUND:PHASE``, ``spoil:ROUND``, ``flip:ROUND``, ``lie:NAME``, ``distort:NAME``: for tests, simulations."""
+    from ..learning.faults import DISGUISES, DISTORTIONS, Faults
 
-    hold, spoil, flip, disguise = [], [], [], None
+    hold, spoil, flip, disguise, distort = [], [], [], None, None
     for text in texts:
         kind, _, rest = text.partition(":")
         number, _, phase = rest.partition(":")
@@ -290,9 +292,11 @@ def parse_faults(texts: list[str]) -> Faults:
             flip.append(int(number))
         elif kind == "lie" and rest in DISGUISES:
             disguise = DISGUISES[rest]()
+        elif kind == "distort" and rest in DISTORTIONS:
+            distort = DISTORTIONS[rest]
         else:
             raise ConfigError(f"--fault {text!r}: expected hold:ROUND:PHASE, spoil:ROUND or flip:ROUND")
-    return Faults(tuple(hold), tuple(spoil), tuple(flip), disguise)
+    return Faults(tuple(hold), tuple(spoil), tuple(flip), disguise, distort)
 
 
 def _load_torch(threads: int | None) -> None:

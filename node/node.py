@@ -15,7 +15,7 @@ from ..learning.checkpoints import Keeping, read_model
 from ..learning.events import Event, RoundReport, RunStatus, Standing
 from ..learning.faults import Faults
 from ..learning.peer import Trainer
-from ..learning.placing import rule_of
+from ..learning.placing import audit_of, rule_of
 from ..learning.reduce.codecs import resolve as resolve_codec
 from ..learning.run import Run
 from ..learning.rundocs import RunDocuments
@@ -44,7 +44,10 @@ log = logging.getLogger(__name__)
 
 @attrs.frozen
 class Founding:
-    """The run to found, as far as the task does not say it. See :class:`shoal.learning.spec.RunSpec`."""
+    """The run to found, as far as the task does not say it. See :class:`shoal.learning.spec.RunSpec`.
+
+    ``audit``: None for :data:`shoal.learning.defaults.AUDIT_RATE` with any rule but the mean, and none with that.
+    """
 
     strategy: str = "diloco"
     strategy_args: tuple[tuple[str, float], ...] = ()
@@ -55,6 +58,7 @@ class Founding:
     seed: int = 0
     codec: str = "fp32"
     aggregator: str = "mean"
+    audit: float | None = None
 
 
 @attrs.frozen
@@ -275,6 +279,7 @@ class Node:
             origin=origin,
             codec=founding.codec,
             aggregator=founding.aggregator,
+            audit=audit_of(founding.audit, founding.aggregator, founding.codec),
         )
         rule_of(spec, strategy)
         return SignedSpec.sign(self.identity, spec)

@@ -117,6 +117,7 @@ class Swarm:
         strategy: str = "diloco",
         strategy_args: Mapping[str, float] | None = None,
         aggregator: str = "mean",
+        audit: float | None = None,
         mode: str = "available",
         rounds: int = 0,
         min_peers: int = 1,
@@ -135,13 +136,15 @@ class Swarm:
 
         ``strategy``: one that exchanges weights (diloco, noloco, local); ``strategy_args`` for instance
         ``{"inner_steps": 50}``. ``aggregator``: how contributions are combined, for instance ``multikrum:f=1``
-        (docs/aggregation.md). ``rounds``: 0 for until stopped. ``private``: only who has the ticket gets in, which is
+        (docs/aggregation.md). ``audit``: looks of each peer at combined slices in a round, None: 1 with any rule but
+        the mean (docs/audits.md). ``rounds``: 0 for until stopped. ``private``: only who has the ticket gets in, which is
         a secret then; a path: the file with the swarm's key, made if there is none. Others as for :meth:`join`.
         """
         founding = Founding(
             strategy=strategy,
             strategy_args=tuple(sorted((name, float(value)) for name, value in (strategy_args or {}).items())),
             aggregator=aggregator,
+            audit=audit,
             mode=mode,
             rounds=rounds,
             min_peers=min_peers,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..transport.errors import ConfigError
+from .attack_names import LYING_DIGEST, LYING_OWNER
 
 #: What a rule makes of rows (n, d): (d,).
 Rule = Callable[[Tensor], Tensor]
@@ -262,6 +263,16 @@ ATTACKS: Mapping[str, type[Attack]] = {
         *(OptimalInnerProduct, OptimalLittleIsEnough, Mimic, LabelFlip, NotFinite, Replay, FreeRider, Collude),
     )
 }
+
+
+def check(text: str) -> None:
+    """Raises :class:`ConfigError` for what no liar in a process of its own can do."""
+    if text not in (LYING_OWNER, LYING_DIGEST):
+        try:
+            resolve(text)
+        except ConfigError as error:
+            more = f", {LYING_OWNER}, {LYING_DIGEST}" if "there are" in str(error) else ""
+            raise ConfigError(f"{error}{more}") from None
 
 
 def resolve(text: str) -> Attack:

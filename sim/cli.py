@@ -61,6 +61,7 @@ examples:
   shoal sim --strategy noloco --plot noloco.png     another strategy, with a picture
   shoal sim --kill 3 --rounds 30 --json out.json    more dying, and a report for programs
   shoal sim --byzantine 2:reverse --aggregator multikrum:f=2    two of them lie, and a rule that stands it
+  shoal sim --byzantine 1:lying_owner --aggregator median       one returns wrong combinations, and is found out
   shoal sim --task my_task:MyTask                   a task of your own
 
 Exits 0 only if every claim held: all survivors finish with identical bits, each victim is dropped by name, the
@@ -110,6 +111,10 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="an argument of the strategy; may be repeated",
     )  # fmt: skip
     parser.add_argument("--aggregator", default="mean", metavar="RULE", help="how contributions are combined (mean)")
+    parser.add_argument(
+        "--audit", type=float, metavar="N",
+        help="slices at which each peer looks in a round (1 with any rule but the mean, else 0)",
+    )  # fmt: skip
     parser.add_argument("--mode", choices=("available", "strict"), default="available", help="of rounds (available)")
     parser.add_argument("--rounds", type=positive, metavar="R", help="rounds to train (default: the task's)")
     parser.add_argument("--seed", type=count, default=0, metavar="S", help="of data, victims, rounds and phases (0)")
@@ -118,7 +123,10 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("--late", type=count, metavar="N", help="peers that join late (1)")
     parser.add_argument(
-        "--byzantine", type=_liars, metavar="N:ATTACK", help="N peers lie in every round: 2:alie, 3:reverse (nobody)"
+        "--byzantine",
+        type=_liars,
+        metavar="N:ATTACK",
+        help="N peers lie in every round: 2:alie, 3:reverse, 1:lying_owner (nobody)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw loss and metric over time per peer")

@@ -16,7 +16,7 @@ from .recorder import PeerTrace, Recorder
 from .report import Report
 
 _COLOURS = {
-    "starting": "dim", "waiting": "dim", "training": "cyan", "finished": "green", "killed": "red",
+    "starting": "dim", "waiting": "dim", "training": "cyan", "finished": "green", "killed": "red", "expelled": "red",
     "failed": "bold red", "left": "yellow",
 }  # fmt: skip
 

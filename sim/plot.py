@@ -10,7 +10,12 @@ from .recorder import PeerTrace
 from .report import Report, SimEvent
 
 #: What is marked, and how: colour and word.
-_MARKS = {"kill": ("tab:red", "killed"), "late": ("tab:green", "joins late"), "failed": ("tab:red", "failed")}
+_MARKS = {
+    "expelled": ("tab:red", "expelled"),
+    "kill": ("tab:red", "killed"),
+    "late": ("tab:green", "joins late"),
+    "failed": ("tab:red", "failed"),
+}
 
 
 def plot(report: Report, traces: Sequence[PeerTrace], path: Path) -> None:

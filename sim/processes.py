@@ -102,6 +102,7 @@ class Settings:
     strategy: str
     strategy_args: tuple[str, ...]
     aggregator: str
+    audit: float | None
     mode: str
     rounds: int
     seed: int
@@ -194,6 +195,8 @@ class Swarm:
         self.plan = plan
         self.settings = settings
         self.recorder = recorder
+        #: Liars that an honest node has expelled.
+        self.expelled: dict[str, None] = {}
         self.problems: list[str] = []
         self.nodes = {name: NodeProcess(name, settings.folder) for name in plan.names}
         self._kills = {kill.name: kill for kill in plan.kills}
@@ -239,6 +242,8 @@ class Swarm:
             arguments += ["--strategy", settings.strategy, "--mode", settings.mode, "--rounds", str(settings.rounds)]
             arguments += ["--min-peers", str(self.plan.first), "--seed", str(settings.seed)]
             arguments += ["--aggregator", settings.aggregator]
+            if settings.audit is not None:
+                arguments += ["--audit", f"{settings.audit:g}"]
             for assignment in settings.strategy_args:
                 arguments += ["--set", assignment]
         elif settings.custom:
@@ -341,6 +346,8 @@ class Swarm:
         if event.what == "hold":
             self._kill(node, trace, event, t)
             return
+        if event.what == "expelled":
+            self._expel(node, event, t)
         self.recorder.event(node.name, t, event)
 
     def _kill(self, node: NodeProcess, trace: PeerTrace, event: Event, t: float) -> None:
@@ -350,6 +357,24 @@ class Swarm:
         trace.round, trace.phase = event.round, event.phase
         self.recorder.note(t, "kill", trace.peer, round=event.round, phase=event.phase)
         self._say(f"SIGKILL {trace.label} ({node.name}) in round {event.round}, in phase {event.phase}")
+
+    def _expel(self, node: NodeProcess, event: Event, t: float) -> None:
+        """``node`` says that somebody lied as an owner, and who."""
+        for name in self.plan.liars:
+            trace = self.recorder.traces[name]
+            if trace.peer == event.peer and name not in self.expelled:
+                self.expelled[name] = None
+                self.recorder.note(t, "expelled", trace.peer, round=event.round)
+                self._say(f"round {event.round}: {node.name} expels {trace.label} ({name}): {event.detail}")
+
+    def _dismiss(self) -> None:
+        """Those who were expelled ask to be let in for ever. Once all others have ended, they may go."""
+        traces = self.recorder.traces
+        if all(trace.status for name, trace in traces.items() if name not in self.expelled):
+            for name in self.expelled:
+                if not traces[name].status:
+                    traces[name].status = "expelled"
+                    self.nodes[name].signal(signal.SIGTERM)
 
     def _on_report(self, trace: PeerTrace, report: RoundReport, samples: int, sent: int, received: int) -> None:
         before = self.recorder.last_round
@@ -361,10 +386,11 @@ class Swarm:
         t = self.clock()
         if ended is not None:
             trace.bytes_sent, trace.bytes_received = ended.status.bytes_sent, ended.status.bytes_received
-        if trace.status == "killed":
+        if trace.status in ("killed", "expelled"):
             return
         trace.status = ended.outcome if ended is not None and code == 0 else "failed"
         self.recorder.note(t, trace.status, trace.peer, round=trace.round)
+        self._dismiss()
         if trace.status == "failed" and not self._ticket and code == USAGE:
             # What it was told is what we were told: its complaint is ours.
             raise ConfigError(node.complaint())

@@ -13,7 +13,7 @@ import attrs
 from .outputs import write_text
 
 #: What can become of a peer.
-STATUSES = ("finished", "killed", "left", "failed")
+STATUSES = ("finished", "killed", "expelled", "left", "failed")
 #: The phases of a round between scatter and commit: where a kill is meant to hurt.
 KILL_PHASES = ("scatter", "combine", "gather")
 
@@ -93,6 +93,7 @@ class Expectation:
     above_isolated: float | None = None
     beats_reference: bool = False
     late_rounds: int = 3
+    expelled: int = 0
 
 
 @attrs.frozen
@@ -133,7 +134,7 @@ def judge(report: Report, expected: Expectation, problems: Sequence[str] = ()) -
 def check(report: Report, expected: Expectation) -> list[Claim]:
     """Every claim of ``expected``, with the evidence."""
     finished = [peer for peer in report.peers if peer.status == "finished"]
-    survivors = len(report.peers) - expected.kills
+    survivors = len(report.peers) - expected.kills - expected.expelled
     last = max((r.round for r in report.rounds), default=0)
     claims = [
         Claim(
@@ -153,6 +154,8 @@ def check(report: Report, expected: Expectation) -> list[Claim]:
         )
     if expected.kills:
         claims.append(_check_kills(report, expected.kills))
+    if expected.expelled:
+        claims.append(_check_expelled(report, expected.expelled))
     if expected.late:
         late = [peer for peer in report.peers if peer.late]
         rounds = min((peer.rounds for peer in late), default=0)
@@ -180,6 +183,18 @@ def _check_kills(report: Report, kills: int) -> Claim:
         len(killed) == kills and not unnamed and not misplaced,
         found,
     )
+
+
+def _check_expelled(report: Report, liars: int) -> Claim:
+    first = {event.peer: event for event in reversed(report.events) if event.what == "expelled"}
+    expelled = list(first.values())
+    gone = {peer for r in report.rounds for peer in r.dropped}
+    kept = [event.peer[:8] for event in expelled if event.peer not in gone]
+    found = ", ".join(f"{e.peer[:8]} expelled in round {e.round}" for e in expelled) or "nobody was expelled"
+    if kept:
+        found += f"; no round drops {' '.join(kept)} from the roster"
+    claim = "an owner that lies is found out and expelled, and the run goes on"
+    return Claim(claim, len(expelled) == liars and not kept, found)
 
 
 def _check_metric(report: Report, expected: Expectation) -> list[Claim]:

@@ -24,6 +24,7 @@ from ..node.cli import FAILED, OK
 from ..transport.errors import ConfigError
 from ..transport.identity import PeerId
 from . import defaults
+from .attack_names import LYING_OWNER
 from .baseline import Answer, Part, Question
 from .live import LiveView, closing
 from .outputs import check_outputs
@@ -45,9 +46,9 @@ def simulate(options: argparse.Namespace) -> int:
     kill = options.kill if options.kill is not None else int(not few)
     late = options.late if options.late is not None else int(not few)
     if attack:
-        from .attacks import resolve  # brings torch
+        from .attacks import check  # brings torch
 
-        resolve(attack)
+        check(attack)
     plan = make_plan(
         peers=options.peers, kill=kill, late=late, rounds=rounds, seed=options.seed, liars=liars, attack=attack
     )
@@ -59,6 +60,7 @@ def simulate(options: argparse.Namespace) -> int:
         strategy=options.strategy,
         strategy_args=tuple(f"{name}={value:g}" for name, value in sorted(arguments.items())),
         aggregator=options.aggregator,
+        audit=options.audit,
         mode=options.mode,
         rounds=rounds,
         seed=options.seed,
@@ -109,7 +111,7 @@ def _run(plan: Plan, settings: Settings, console: Console, *, live: bool, option
     began = time.monotonic()
     title = f"{len(plan.names)} peers, {settings.task}, {settings.strategy}, seed {settings.seed}"
     if plan.liars:
-        title += f"; {', '.join(plan.liars)} lie: {plan.attack}"
+        title += f"; {', '.join(plan.liars)} {'lies' if len(plan.liars) == 1 else 'lie'}: {plan.attack}"
     view = LiveView(
         console, recorder, rounds=settings.rounds, title=title, clock=lambda: time.monotonic() - began, live=live
     )
@@ -245,6 +247,7 @@ def _expectation(plan: Plan, settings: Settings, answer: Answer) -> Expectation:
         rounds=settings.rounds,
         kills=len(plan.kills),
         late=len(plan.late),
+        expelled=len(plan.liars) if plan.attack == LYING_OWNER else 0,
         identical=answer.replicated,
         higher_is_better=answer.higher_is_better,
         # With the data of liars lost, nothing is promised but that it is worth while to take part.

@@ -31,7 +31,6 @@ from .cases import (
     Cut,
     Evidence,
     Finding,
-    Verdict,
     bytes_of,
     cut_of,
     evidence_fault,
@@ -186,7 +185,7 @@ class Auditor:
         if plan is None or frozen is None or (plan.attempt, plan.epoch) != (action.attempt, action.epoch):
             return None, ""
         found = await self._look(plan, frozen, action.index, action.number, action.accuser)
-        if found is None or found.verdict is not Verdict.UNANSWERED:
+        if found is None or found.verdict != "unanswered":
             return None, ""
         return plan.slices[action.index].owner, found.why
 
@@ -197,14 +196,13 @@ class Auditor:
         case = self._case(plan, frozen, index, number)
         if case is None:
             return None
-        owner, found = case.owner, Finding(Verdict.UNANSWERED, f"{case.owner.short} does not show its work in time")
+        owner, found = case.owner, Finding("unanswered", f"{case.owner.short} does not show its work in time")
         with trio.move_on_after(plan.phase(self._setting.pace.gather) / 2):
             found = await self._find(case)
-        told = self._setting.audited
-        if accuser is None or found.verdict is Verdict.LIED:
-            told(owner, found.verdict.value)
+        if accuser is None or found.verdict == "lied":
+            self._setting.audited(owner, found.verdict, found.why)
         match found.verdict:
-            case Verdict.LIED:
+            case "lied":
                 if found.lie is not None:
                     self._setting.proven(found.lie)
                 if accuser is None:
@@ -214,11 +212,11 @@ class Auditor:
                         )
                     )
                 self._feed(lambda: self._convict(owner, found.why))
-            case Verdict.RIGHT if accuser is not None:
+            case "passed" if accuser is not None:
                 why = f"says falsely that {owner.short} lied in slice {index}"
                 self._setting.note(Note("gather", "false-accusation", why, accuser))
-                self._setting.audited(accuser, "false-accusation")
-            case Verdict.UNANSWERED:
+                self._setting.slandered(accuser)
+            case "unanswered":
                 self._setting.note(Note("gather", "unanswered", found.why, owner))
                 if accuser is None:
                     self._feed(lambda: self._doubt(plan, index, case.number, found.why))
@@ -251,18 +249,18 @@ class Auditor:
             evidence, silent = await self._from_members(case)
             why = f"{why}; {silent}"
         if evidence is None:
-            return Finding(Verdict.UNANSWERED, why)
+            return Finding("unanswered", why)
         first, last = case.bounds
         result = self._buffers.result
         if result is None or (case.plan.attempt, case.plan.epoch) != self._buffers.generation:
-            return Finding(Verdict.UNANSWERED, "the round went on")
+            return Finding("unanswered", "the round went on")
         start, _ = case.range
         theirs = bytes(bytes_view(result[start + first : start + last]))
         work = (last - first) * len(evidence.parts)
         found = await self._passes.run(work, judge, self._setting, case, evidence, theirs, self._voter.parts)
         shown = not case.signed.products or products_name(evidence.products) == case.signed.products
-        if found.verdict is Verdict.RIGHT and not shown:
-            return Finding(Verdict.UNANSWERED, why or f"{case.owner.short} does not show its inner products")
+        if found.verdict == "passed" and not shown:
+            return Finding("unanswered", why or f"{case.owner.short} does not show its inner products")
         return found
 
     async def _from_owner(self, case: Case) -> tuple[Evidence | None, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
 
 import attrs
 import numpy as np
@@ -17,6 +16,7 @@ from ..reduce.buffers import Part
 from ..reduce.codecs import FP32, Codec, resolve
 from ..reduce.leaves import Tree, bounds, build, leaf_count, leaf_elements, root_from, sample_level
 from ..reduce.robust import Given, products_of
+from ..standing import Verdict
 from .ledger import Marked
 from .lies import Lie, recombine
 from .messages import Freeze, Plan
@@ -26,17 +26,9 @@ from .statements import products_of as products_name
 from .weighing import owners_of, told_in_full
 
 
-class Verdict(Enum):
-    """What a look found."""
-
-    RIGHT = "right"
-    LIED = "lied"
-    UNANSWERED = "unanswered"
-
-
 @attrs.frozen
 class Finding:
-    """``why`` is for people; ``lie``: proof for others, where there is one."""
+    """What a look found. ``why`` is for people; ``lie``: proof for others, where there is one."""
 
     verdict: Verdict
     why: str = ""
@@ -140,11 +132,11 @@ def judge(setting: Setting, case: Case, evidence: Evidence, theirs: bytes, told:
     try:
         own = recombine(rule, case.codec, evidence.parts, case.weights, case.decision, last - first)
     except (ConfigError, ProtocolMisuse, ValueError) as error:
-        return Finding(Verdict.UNANSWERED, f"nothing can be combined: {error}")
+        return Finding("unanswered", f"nothing can be combined: {error}")
     if own != theirs:
         return _lied(setting, case, evidence, own, theirs)
     wrong = _products_fault(setting, case, evidence, told)
-    return Finding(Verdict.LIED, wrong) if wrong is not None else Finding(Verdict.RIGHT)
+    return Finding("lied", wrong) if wrong is not None else Finding("passed")
 
 
 def _products_fault(setting: Setting, case: Case, evidence: Evidence, parts: Sequence[bytes]) -> str | None:
@@ -191,7 +183,7 @@ def _lied(setting: Setting, case: Case, evidence: Evidence, own: bytes, theirs: 
         result=theirs[4 * (low - first) : 4 * (high - first)], result_path=case.tree.path(0, leaf),
     )  # fmt: skip
     why = f"element {start + first + wrong} is not what {len(evidence.parts)} contributions combine to"
-    return Finding(Verdict.LIED, why, lie)
+    return Finding("lied", why, lie)
 
 
 def bytes_of(part: Part, first: int, last: int) -> memoryview:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...transport.identity import PeerId
 from ..aggregate.aggregator import Aggregator
+from ..standing import Verdict
 from .actions import Note, Pace
 from .lies import Lie
 from .messages import Accepted, CommitRecord
@@ -21,9 +22,11 @@ class Setting:
     """What an instance is about and what it may use.
 
     ``save``: store (promised, accepted) durably; blocking. ``stored``: what an earlier life saved, None: nothing.
-    ``rule``: what contributions are combined by. ``audit``: slices at which each peer looks in a round, in the mean; 0:
-    nothing is signed. ``audited``: told whom a look was at, or who accused somebody, and the verdict. ``proven``: told
-    of a proof against an owner. ``expelled``: who lied in earlier rounds, and in what. ``heeded``: whether
+    ``rule``: what contributions are combined by.
+
+    ``audit``: slices at which each peer looks in a round, in the mean; 0: nothing is signed. ``audited``: told whom a
+    look was at, the verdict and why. ``slandered``: told who accused somebody falsely. ``proven``: told of a proof
+    against an owner of a round of ``run``. ``expelled``: who lied in earlier rounds, and in what. ``heeded``: whether
     accusations of a peer are looked into. ``distort``: fault injection, what an owner that lies does to its slices.
     """
 
@@ -42,7 +45,8 @@ class Setting:
     rule: Aggregator = MEAN
     run: bytes = b""
     audit: float = 0.0
-    audited: Callable[[PeerId, str], None] = lambda peer, verdict: None
+    audited: Callable[[PeerId, Verdict, str], None] = lambda peer, verdict, why: None
+    slandered: Callable[[PeerId], None] = lambda peer: None
     proven: Callable[[Lie], None] = lambda lie: None
     expelled: Callable[[], Mapping[PeerId, str]] = dict
     heeded: Callable[[PeerId], bool] = lambda peer: True

@@ -52,7 +52,7 @@ async def test_honest_owners_are_found_right_with_every_rule(codec: str, unequal
             await group.reduce(limit=30.0)
             results = [member.result for member in group.members]
             assert all(result is not None and torch.equal(result, results[0]) for result in results)  # type: ignore[arg-type]
-            assert verdicts(group) == {"right": 5 * 4}, text
+            assert verdicts(group) == {"passed": 5 * 4}, text
             for member in group.members:
                 member.verdicts.clear()
             group.advance()
