@@ -137,8 +137,8 @@ class Swarm:
         ``strategy``: one that exchanges weights (diloco, noloco, local); ``strategy_args`` for instance
         ``{"inner_steps": 50}``. ``aggregator``: how contributions are combined, for instance ``multikrum:f=1``
         (docs/aggregation.md). ``audit``: looks of each peer at combined slices in a round, None: 1 with any rule but
-        the mean (docs/audits.md). ``rounds``: 0 for until stopped. ``private``: only who has the ticket gets in, which is
-        a secret then; a path: the file with the swarm's key, made if there is none. Others as for :meth:`join`.
+        the mean (docs/audits.md). ``rounds``: 0 for until stopped. ``private``: only who has the ticket gets in, which
+        is a secret then; a path: the file with the swarm's key, made if there is none. Others as for :meth:`join`.
         """
         founding = Founding(
             strategy=strategy,
