@@ -1,8 +1,8 @@
 """A node that lies, in a process of its own: ``python -m shoal.sim.liar ATTACK start …``, else as ``shoal start …``.
 
-It does all that a node does, honestly, but for its contributions; with ``lying_owner`` and ``lying_digest`` but for what
-it combines, or its fingerprints. It knows what an honest peer knows: its own work and
-the results of earlier rounds, not what others send before it sends. Liars of one simulation draw the same numbers.
+It does all that a node does, honestly, but for its contributions; with ``lying_owner`` and ``lying_digest`` but for
+what it combines, or its fingerprints. It knows what an honest peer knows: its own work and the results of earlier
+rounds, not what others send before it sends. Liars of one simulation draw the same numbers.
 """
 
 from __future__ import annotations
