@@ -42,10 +42,10 @@ from .cases import (
 from .decisions import shares
 from .ledger import Ledger
 from .messages import Freeze, Plan
-from .methods import PART, AskPart, Opened
+from .methods import PART, AskPart, Opened, Scatter
 from .passes import Passes
 from .setting import Setting
-from .statements import UNMARKED, Combined, Mark, context_of, inputs_of
+from .statements import UNMARKED, Combined, Mark, context_of, inputs_of, receipt_bytes
 from .statements import products_of as products_name
 from .voter import Voter
 
@@ -68,6 +68,7 @@ class Auditor:
         self._endpoint, self._host, self._setting, self._voter = endpoint, endpoint.host, setting, voter
         self._buffers, self._passes, self._feed, self._convict, self._doubt = buffers, passes, feed, convict, doubt
         self.me = endpoint.peer_id
+        self._caught: dict[PeerId, None] = {}  # seen to have lied in this round
         self.ledger = Ledger(endpoint.identity, setting.key, len(setting.voters))
 
     def audits(self, codec: Codec) -> bool:
@@ -87,6 +88,14 @@ class Auditor:
         if not self.audits(part.codec):
             return None
         return await self._passes.run(stop - start, self.ledger.take, contributor, start, stop, part, mark)
+
+    def receipt(self, contributor: PeerId, request: Scatter) -> bytes:
+        """Our signature that we have a part; empty where nothing is signed."""
+        if not self.audits(resolve(request.codec)):
+            return b""
+        place = request.start, request.stop, request.codec
+        data = receipt_bytes(self._setting.key, *place, contributor, request.mark.root)
+        return self._endpoint.identity.sign(data)
 
     async def sign(self, plan: Plan, members: Sequence[PeerId], decision: bytes, indices: Sequence[int]) -> None:
         """Sign what we have combined."""
@@ -199,7 +208,10 @@ class Auditor:
         owner, found = case.owner, Finding("unanswered", f"{case.owner.short} does not show its work in time")
         with trio.move_on_after(plan.phase(self._setting.pace.gather) / 2):
             found = await self._find(case)
-        if accuser is None or found.verdict == "lied":
+        first = owner not in self._caught
+        if found.verdict == "lied":
+            self._caught[owner] = None
+        if first and (accuser is None or found.verdict == "lied"):
             self._setting.audited(owner, found.verdict, found.why)
         match found.verdict:
             case "lied":

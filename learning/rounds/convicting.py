@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from ...transport.identity import PeerId
 from .actions import Action, Examine, Look, Note, Send
+from .claims import Accuse, Missing, Receipt, Receipts
 from .deciding import Deciding
-from .messages import Accuse, Plan
+from .messages import Plan
 
 
 class Convicting(Deciding):
@@ -27,6 +28,8 @@ class Convicting(Deciding):
         """A new plan: nothing is examined, nobody has accused anybody."""
         self._examining = self._examined = False
         self._accusers: dict[PeerId, Accuse] = {}
+
+    _receipts: dict[tuple[PeerId, int, int, str], Receipt]
 
     def examined(self, now: float, attempt: int, epoch: int, unsigned: tuple[int, ...]) -> list[Action]:
         """We looked at the result; the slices ``unsigned`` are not what their owners have signed for this plan."""
@@ -98,6 +101,23 @@ class Convicting(Deciding):
             for accuser, message in self._accusers.items()
             if message.index == index
         ]
+
+    def receipted(self, owner: PeerId, receipt: Receipt) -> list[Action]:
+        """``owner`` has signed that it has a part of ours."""
+        self._receipts[owner, receipt.start, receipt.stop, receipt.codec] = receipt
+        return []
+
+    def _show(self, sender: PeerId, message: Missing) -> list[Action]:
+        """The leader wants to see what an owner has signed for."""
+        plan = self.plan
+        if plan is None or (message.attempt, message.epoch) != (plan.attempt, plan.epoch):
+            return []
+        if sender != self.leader(message.attempt):
+            return []
+        places = [(piece.start, piece.stop, plan.codec) for piece in plan.slices if piece.owner == message.owner]
+        found = [self._receipts.get((message.owner, *place)) for place in places]
+        shown = tuple(receipt for receipt in found if receipt is not None)
+        return [Send(sender, Receipts(self.key, plan.attempt, plan.epoch, message.owner, shown))]
 
     def _examine(self, plan: Plan) -> list[Action] | None:
         """What is to be done before a result that is here counts as held; None when that is done."""

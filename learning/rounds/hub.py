@@ -18,7 +18,23 @@ from ..reduce.memory import RoundMemory
 from .early import Early
 from .instance import Instance
 from .messages import ANSWERED, MESSAGES, Commit
-from .methods import PART, SAY, SCATTER, SHARE, WANT, Ack, AskPart, Given, Opened, Scatter, Shared, Want
+from .methods import (
+    FORWARD,
+    PART,
+    SAY,
+    SCATTER,
+    SHARE,
+    WANT,
+    Ack,
+    AskPart,
+    Forward,
+    Given,
+    Opened,
+    Scatter,
+    Shared,
+    Taken,
+    Want,
+)
 from .post import Post
 
 
@@ -42,6 +58,7 @@ class Hub:
         endpoint.serve(SHARE, self._on_share)
         endpoint.serve(WANT, self._on_want)
         endpoint.serve(PART, self._on_part)
+        endpoint.serve(FORWARD, self._on_forward)
 
     def add(self, instance: Instance) -> None:
         """Begin to route to ``instance``."""
@@ -114,11 +131,14 @@ class Hub:
                 raise RemoteRefused("unknown-round", "no such round is open here")
         return self._live[key]
 
-    async def _on_scatter(self, call: Call[Scatter]) -> Ack:
+    async def _on_scatter(self, call: Call[Scatter]) -> Taken:
         return await (await self._await(call.request.key)).traffic.on_scatter(call)
 
     async def _on_share(self, call: Call[Shared]) -> Ack:
         return await (await self._await(call.request.key)).traffic.on_share(call)
+
+    async def _on_forward(self, call: Call[Forward]) -> Taken:
+        return await (await self._await(call.request.key)).traffic.delivery.on_forward(call)
 
     async def _on_part(self, call: Call[AskPart]) -> Opened:
         return await (await self._await(call.request.key)).auditor.on_part(call)

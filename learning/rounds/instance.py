@@ -322,6 +322,7 @@ class Instance:
             unfit=lambda record: self.setting.check(record) or self.voter.refused.get(record.digest),
             rule=self.setting.rule,
             convicted={**self.setting.expelled(), **self.voter.convicted},
+            audits=self.setting.audit > 0,
         )
         self.leader.spare = self.voter.spare
 

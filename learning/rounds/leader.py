@@ -23,6 +23,8 @@ import attrs
 from ...transport.identity import PeerId
 from ..digest import choose_fingerprint
 from .actions import Action, Fingerprint, Note, Send, Weigh
+from .challenges import Challenges
+from .claims import Denied, Receipts
 from .decisions import (
     holders_of,
     may_abandon,
@@ -34,6 +36,7 @@ from .decisions import (
     shares,
     short,
 )  # fmt: skip
+from .judging import Judging
 from .messages import (
     Accept,
     Ask,
@@ -53,11 +56,10 @@ from .messages import (
     members_hash,
 )  # fmt: skip
 from .planning import first_plan, freeze, left_out, mending, next_plan, overdue, without_result
-from .proposer import Proposer
 from .weighing import heaviest, owners_of, part_fault, parts_to_tell, too_few
 
 
-class Leader(Proposer):
+class Leader(Judging):
     """Leads one attempt. Every method takes ``now`` (seconds) and returns actions, in order."""
 
     # -- what peers say -----------------------------------------------------------------------------
@@ -72,6 +74,8 @@ class Leader(Proposer):
                 return self._on_ready(now, sender, message)
             case Held():
                 return self._on_held(now, sender, message)
+            case Receipts() | Denied():
+                return self._on_claim(now, sender, message)
             case Products():
                 return self._on_products(now, sender, message)
             case Progress():
@@ -106,37 +110,6 @@ class Leader(Proposer):
             case _:
                 return []
 
-    def convict(self, now: float, peer: PeerId, why: str) -> list[Action]:
-        """We have seen ourselves that ``peer`` lied as an owner: nothing of this round is its any more."""
-        if peer in self.convicted or peer == self.me or self.phase in ("done", "aborted"):
-            return []
-        self.convicted[peer] = self.lost[peer] = why
-        self._ready.pop(peer, None)
-        match self.phase:
-            case "convene":
-                return self._maybe_begin(now)
-            case "scatter" | "weigh" | "gather" if self._owns(peer):
-                return self._replan(now, (peer,), f"owner {peer.short} lied: {why}")
-            case "seal" | "propose" if self._owns(peer):
-                return self._abort(now, f"owner {peer.short} lied: {why}")
-            case _:
-                return []
-
-    def looking(self) -> None:
-        """We look at an owner that somebody accuses: nothing is proposed before we know."""
-        self._looking += 1
-
-    def looked(self, now: float, attempt: int, epoch: int, doubted: PeerId | None, why: str) -> list[Action]:
-        """A look has ended. ``doubted``: an owner that does not show what it combined; nobody can say whether it lied,
-        and its slices go to others."""
-        self._looking -= 1
-        plan = self.plan
-        if plan is None or (attempt, epoch) != (plan.attempt, plan.epoch) or self.phase != "gather":
-            return []
-        if doubted is not None and self._owns(doubted) and doubted != self.me:
-            return [Note("gather", "doubted", why, doubted), *self._replan(now, (doubted,), why[:200])]
-        return self._maybe_propose(now)
-
     def fingerprint(self, now: float, attempt: int, epoch: int, value: bytes, algorithm: str) -> list[Action]:
         """Our result's fingerprint under the revealed nonces: now there is a value to propose."""
         if self.phase != "seal" or self.plan is None or (attempt, epoch) != (self.plan.attempt, self.plan.epoch):
@@ -167,6 +140,9 @@ class Leader(Proposer):
                     self._late.update(dict.fromkeys(silent, self.phase))
                     return actions + self._replan(now, silent, f"owners silent: {short(silent)}")
                 self._until = None
+                if self._challenges is not None and self.phase == "scatter":
+                    self._challenges.over = True
+                    return actions + self._maybe_freeze(now)
             case "gather":
                 assert self.plan is not None
                 self._asked = {}  # whoever says nothing is not waited for
@@ -268,6 +244,7 @@ class Leader(Proposer):
         self._held, self._progress, self._frozen, self._asked, self._fetching = {}, {}, (), {}, {}
         self._products, self._decided = {}, None
         self._overdue = False
+        self._challenges = Challenges(self.key, plan) if self.audits else None
         # Owners give up on contributors first.
         self._until = now + plan.phase(self.pace.scatter) * 1.5 + self.spare
         return [Send(receiver, plan) for receiver in plan.receivers if receiver not in self.lost]
@@ -292,6 +269,8 @@ class Leader(Proposer):
         owners = dict.fromkeys(piece.owner for piece in plan.slices)
         if any(owner not in self._held for owner in owners):
             return []
+        if self._challenges is not None and (challenged := self._challenge(now, self._challenges)) is not None:
+            return challenged
         frozen, slow, why = freeze(plan, self._held)
         if slow:
             self._late.update(dict.fromkeys(slow, "scatter"))

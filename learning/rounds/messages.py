@@ -17,30 +17,15 @@ from ...transport.wire import pack
 from ..reduce.codecs import resolve
 from ..reduce.rates import NOTHING, Rates
 from ..reduce.slices import Slice
+from .bounded import Bounded
+from .claims import Accuse, Denied, Missing, Receipts
 
 #: Samples, and weight in the mean, of one contribution at most: sums over a roster and over all rounds of a run stay
 #: below 2^63.
 MAX_SAMPLES = 1 << 40
 
-#: Characters of a reason: people read it, and records with theirs are kept.
-MAX_REASON = 2000
-
 #: Characters of a layout: words for the first tensors, a count, a digest of all; see reduce/tensors.py.
 MAX_LAYOUT = 120
-
-
-class Bounded:
-    """A message whose integers are all 0 ≤ n < 2⁶³, its texts short and fit for a terminal, whatever a peer sends."""
-
-    __slots__ = ()
-
-    def __attrs_post_init__(self) -> None:
-        for value in attrs.astuple(self, recurse=False):  # type: ignore[arg-type]
-            for item in value if isinstance(value, tuple) else (value,):
-                if isinstance(item, int) and not 0 <= item < 1 << 63:
-                    raise ValueError(f"{item} is out of range")
-                if isinstance(item, str) and not (len(item) <= MAX_REASON and item.isprintable()):
-                    raise ValueError("a text that is too long or holds control characters")
 
 
 def check_codec(name: str) -> None:
@@ -341,18 +326,6 @@ class Commit(Bounded):
     certificate: Certificate
 
 
-@attrs.frozen
-class Accuse(Bounded):
-    """The sender has found that the owner of slice ``index`` did not combine what it was given in part ``number`` of
-    it, or does not show it. Whoever hears this looks there itself, and believes nobody."""
-
-    key: bytes
-    attempt: int
-    epoch: int
-    index: int
-    number: int
-
-
 Message = (
     Ready
     | Waiting
@@ -371,6 +344,9 @@ Message = (
     | Reject
     | Commit
     | Accuse
+    | Missing
+    | Receipts
+    | Denied
 )
 MESSAGES: tuple[type, ...] = (
     Ready,
@@ -390,10 +366,13 @@ MESSAGES: tuple[type, ...] = (
     Reject,
     Commit,
     Accuse,
+    Missing,
+    Receipts,
+    Denied,
 )
 
 #: What a voter says to a leader. A Reject is for the leader's own voter too: it may name a later attempt.
-TO_LEADER = (Ready, Held, Products, Progress, Accept, Reject)
+TO_LEADER = (Ready, Held, Products, Progress, Accept, Reject, Receipts, Denied)
 
 #: What a peer that knows the commit answers with it: the sender does not know it yet. Also what a leader says that was
 #: left and has not noticed: nobody would answer it anything else any more.

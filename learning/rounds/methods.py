@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from ...transport.identity import PeerId
 from ...transport.mux import Priority
 from ...transport.rpc import Method
 from .messages import MESSAGES, check_codec
@@ -17,13 +18,39 @@ class Ack:
 
 @attrs.frozen
 class Scatter:
-    """A contributor's elements ``start..stop``; the body is their code by ``codec``, for fp32 their bytes."""
+    """A contributor's elements ``start..stop``; the body is their code by ``codec``, for fp32 their bytes.
+
+    ``mark``: what it signed of them, where a run has audits; ``contributor``: whose they are, if not the sender's own.
+    """
 
     key: bytes
     start: int
     stop: int
     codec: str = "fp32"
     mark: Mark = UNMARKED
+    contributor: PeerId | None = None
+
+    def __attrs_post_init__(self) -> None:
+        check_codec(self.codec)
+
+
+@attrs.frozen
+class Taken:
+    """The part is here. ``receipt``: the owner's signature for it, where a run has audits."""
+
+    receipt: bytes = b""
+
+
+@attrs.frozen
+class Forward:
+    """The sender's own part, for ``owner``, which does not take it from the sender itself. The body as in Scatter."""
+
+    key: bytes
+    owner: PeerId
+    start: int
+    stop: int
+    codec: str
+    mark: Mark
 
     def __attrs_post_init__(self) -> None:
         check_codec(self.codec)
@@ -100,7 +127,8 @@ class Opened:
 SAY: dict[type, Method] = {  # type: ignore[type-arg]
     kind: Method(f"round.{kind.__name__.lower()}", kind, Ack) for kind in MESSAGES
 }
-SCATTER = Method("round.scatter", Scatter, Ack, Priority.BULK)
+SCATTER = Method("round.scatter", Scatter, Taken, Priority.BULK)
+FORWARD = Method("round.forward", Forward, Taken, Priority.BULK)
 SHARE = Method("round.share", Shared, Ack, Priority.BULK)
 WANT = Method("round.want", Want, Given, Priority.BULK)
 PART = Method("round.part", AskPart, Opened, Priority.BULK)

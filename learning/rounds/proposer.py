@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from ...transport.identity import Identity, PeerId
 from ..aggregate.aggregator import Aggregator
 from .actions import Action, Note, Pace, Promise, Send
+from .challenges import Challenges
 from .messages import (
     Accept,
     Certificate,
@@ -47,6 +48,7 @@ class Proposer:
         unfit: Callable[[CommitRecord], str | None] = lambda record: None,
         rule: Aggregator = MEAN,
         convicted: Mapping[PeerId, str] | None = None,
+        audits: bool = False,
     ) -> None:
         """``unfit``: why we ourselves would refuse a record that somebody accepted; None when we would not.
         ``convicted``: who lied, and in what; they are led no more, and are in no roster that we propose."""
@@ -55,7 +57,8 @@ class Proposer:
         self._unfit, self.spare = unfit, 0.0  # spare: see Voter
         self.rule = rule
         self.needed = accepts_needed(len(voters), terms.gossip)
-        self.convicted = dict(convicted or {})
+        self.convicted, self.audits = dict(convicted or {}), audits
+        self._challenges: Challenges | None = None
         self.lost: dict[PeerId, str] = {**lost, **self.convicted}
         self.phase = "convene"
         self.plan: Plan | None = None

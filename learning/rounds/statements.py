@@ -16,6 +16,7 @@ from ...transport.identity import Identity, PeerId
 from ..reduce.leaves import HASH
 
 _PART = b"shoal part v1\0"
+_RECEIPT = b"shoal receipt v1\0"
 _COMBINED = b"shoal combined v1\0"
 _SIGNATURE = 64
 
@@ -113,3 +114,8 @@ def combined_fault(
     if not owner.verify(data, combined.signature):
         return f"it does not bear the signature of {owner.short}"
     return None
+
+
+def receipt_bytes(key: bytes, start: int, stop: int, codec: str, contributor: PeerId, root: bytes) -> bytes:
+    """The bytes that an owner signs when it has taken a part of ``contributor``'s."""
+    return _RECEIPT + _range(key, start, stop, codec) + contributor.key + root

@@ -24,11 +24,11 @@ from ..reduce.filling import Filling
 from ..reduce.slices import Slice
 from ..state import bytes_view
 from .actions import Action, Combine, Note, Pull, Push, Share
+from .delivery import Delivery
 from .downloads import download
 from .messages import members_hash
-from .methods import SCATTER, SHARE, Ack, Given, Scatter, Shared, Want
+from .methods import SCATTER, SHARE, Ack, Given, Scatter, Shared, Taken, Want
 from .setting import Setting
-from .statements import UNMARKED
 from .voter import Voter
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Traffic:
         auditor: Auditor,
     ) -> None:
         self._auditor = auditor
+        self.delivery = Delivery(endpoint, setting, voter, buffers, passes, auditor, feed, fault)
         self._endpoint, self._host, self.setting, self.voter = endpoint, endpoint.host, setting, voter
         self.me, self.key, self.round, self.voters = endpoint.peer_id, setting.key, setting.round, setting.voters
         self.buffers, self.results = buffers, results
@@ -113,16 +114,23 @@ class Traffic:
             return
         body: Body | list[memoryview]
         codec, elements = self.buffers.coding.codec, action.stop - action.start
-        audited, mark = self._auditor.audits(codec), UNMARKED
+        audited = self._auditor.audits(codec)
         whole = audited or not codec.elementwise or elements <= defaults.CODED_PIECE
         if self.buffers.coding.plain or whole:
             size = 0 if self.buffers.coding.plain else elements
             part = await self._passes.run(size, self.buffers.own_part, action.start, action.stop)
             mark = await self._auditor.mark(action.start, action.stop, part)
             body = [part.data]
+            if audited:
+                await self._post.leave_first()
+                signed = Scatter(self.key, action.start, action.stop, codec.name, mark)
+                if not await self.delivery.push(action.owner, signed, part):
+                    at = action.owner, action.start, action.stop
+                    self._feed(lambda: self.voter.push_failed(self._host.now(), *at))
+                return
         else:
             body = Body(codec.wire_size(elements), partial(self._coded, action.start, action.stop))
-        request = Scatter(self.key, action.start, action.stop, codec.name, mark)
+        request = Scatter(self.key, action.start, action.stop, codec.name)
         await self._post.leave_first()
         try:
             await self._endpoint.call(action.owner, SCATTER, request, body=body)
@@ -144,13 +152,16 @@ class Traffic:
             await self._passes.run(end - at, coding.encode, self.buffers.own[at:end], at, piece)
             yield piece
 
-    async def on_scatter(self, call: Call[Scatter]) -> Ack:
+    async def on_scatter(self, call: Call[Scatter]) -> Taken:
         """Take a contributor's part of a slice; NaN and infinities are refused and the contributor is told."""
-        request, sender = call.request, call.peer
-        if sender not in self.voters:
-            raise RemoteRefused("not-a-voter", f"{sender.short} is no voter of round {self.round}")
+        request, sender = call.request, call.request.contributor or call.peer
+        if sender not in self.voters or call.peer not in self.voters:
+            raise RemoteRefused("not-a-voter", f"{call.peer.short} is no voter of round {self.round}")
         codec, elements = resolve(request.codec), request.stop - request.start
-        part = self.buffers.room_for(sender, request.start, request.stop, codec)
+        if sender != call.peer and not self._auditor.audits(codec):
+            raise RemoteRefused("unsigned", "parts of others are taken where all are signed")
+        # Whoever carries a part answers for the room that it takes.
+        part = self.buffers.room_for(call.peer, request.start, request.stop, codec)
         if part is None:
             raise RemoteRefused("bad-range", f"elements {request.start}..{request.stop} are too many")
         await call.read_into(part.data)
@@ -165,7 +176,7 @@ class Traffic:
             self.setting.note(Note("scatter", "unsigned", wrong, sender))
             raise RemoteRefused("unsigned", f"your contribution of round {self.round} is refused: {wrong}")
         self._received(sender, request.start, request.stop, part)
-        return Ack()
+        return Taken(self._auditor.receipt(sender, request))
 
     async def _combine(self, action: Combine) -> None:
         plan = self.voter.plan

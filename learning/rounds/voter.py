@@ -34,10 +34,10 @@ from .actions import (
     Share,
     Verify,
 )
+from .claims import Accuse, Missing
 from .convicting import Convicting
 from .messages import (
     Accepted,
-    Accuse,
     Ask,
     Commit,
     CommitRecord,
@@ -106,6 +106,7 @@ class Voter(Convicting):
         self._combined: dict[int, None] = {}
         self._early: dict[tuple[PeerId, int, int, int], bytes] = {}
         self._reported: tuple[PeerId, ...] | None = None
+        self._receipts = {}
         self._reset_decision()
         self._reset_audits()
 
@@ -230,6 +231,8 @@ class Voter(Convicting):
                 return self._on_decided(now, sender, message)
             case Accuse():
                 return self._on_accuse(sender, message)
+            case Missing():
+                return self._show(sender, message)
             case Ask():
                 return [Send(sender, self._progress(plan))] if (plan := self._current(message)) else []
             case Fetch():

@@ -30,9 +30,15 @@ from shoal.dht.documents.replica import Replica
 from shoal.dht.kademlia.keys import node_key
 from shoal.dht.kademlia.records import VALIDATORS, Announcement, SignedRecord, digest, owned_key
 from shoal.dht.kademlia.store import Store
+from shoal.learning import defaults as learning_defaults
 from shoal.learning.aggregate import resolve as resolve_aggregator
 from shoal.learning.aggregate.products import pack_triangle, triangle_fault, triangle_size
 from shoal.learning.events import Standing
+from shoal.learning.reduce.codecs import resolve as resolve_codec
+from shoal.learning.reduce.leaves import bounds, build, leaf_elements
+from shoal.learning.rounds.lies import Lie
+from shoal.learning.rounds.messages import instance_key
+from shoal.learning.rounds.statements import Combined, combined_bytes, context_of, inputs_of
 from shoal.learning.rounds.weighing import decide, judge
 from shoal.learning.spec import SignedSpec
 from shoal.learning.standing import Standings, fault
@@ -700,6 +706,38 @@ def _standings_of(folder: Path) -> Any:
     return None
 
 
+def _lie(rng: random.Random) -> bytes:
+    """A true one, of three voters whose first owns a slice and signed that the median is something else."""
+    identities = sorted(IDENTITIES[:3], key=lambda identity: identity.peer_id)
+    voters = tuple(identity.peer_id for identity in identities)
+    elements, codec = rng.randrange(300, 1500), resolve_codec("fp32")
+    leaf = leaf_elements(elements, len(voters), codec)
+    rows = [np.random.default_rng(rng.randrange(99)).standard_normal(elements).astype("<f4") for _ in voters]
+    wrong = np.median(np.stack(rows), axis=0).astype("<f4") + np.float32(1)
+    trees = [build(row.tobytes(), elements, leaf, codec) for row in rows]
+    output = build(wrong.tobytes(), elements, leaf, codec)
+    key = instance_key(bytes(32), 3, bytes(32), voters)
+    context = context_of(voters, (1, 1, 1), b"")
+    inputs = inputs_of([tree.root for tree in trees])
+    signed = combined_bytes(key, 0, 0, 16, 16 + elements, "fp32", context, inputs, output.root, b"")
+    combined = Combined(context, inputs, output.root, b"", identities[0].sign(signed))
+    low, high = bounds(elements, leaf, 1)
+    lie = Lie(
+        run=bytes(32), round=3, prev=bytes(32), voters=voters, attempt=0, epoch=0, start=16, stop=16 + elements,
+        codec="fp32", owner=voters[0], members=voters, weights=(1, 1, 1), decision=b"", combined=combined,
+        roots=tuple(tree.root for tree in trees), leaf=1, parts=tuple(row[low:high].tobytes() for row in rows),
+        paths=tuple(tree.path(0, 1) for tree in trees), result=wrong[low:high].tobytes(),
+        result_path=output.path(0, 1),
+    )  # fmt: skip
+    return pack(lie)
+
+
+def _convict(data: bytes) -> Any:
+    lie = unpack(Lie, data, limit=learning_defaults.MAX_LIE)
+    lie.check(bytes(32), resolve_aggregator("median"))
+    return lie
+
+
 def decoders() -> dict[str, Decoder]:
     """All of them by name."""
     psk = bytes(32)
@@ -715,6 +753,7 @@ def decoders() -> dict[str, Decoder]:
         Decoder("document spec", lambda rng: pack(sample(DocumentSpec, rng)), unpack_spec),
         _file("marks", _write_marks, _read_marks, "marks"),
         Decoder("inner products", _products, _weigh),
+        Decoder("lie of an owner", _lie, _convict, sealed=True),
         Decoder("run spec", _spec, _open_spec, sealed=True),
         _secure(True, None), _secure(False, None), _secure(True, psk), _secure(False, psk),
         _hello(True), _hello(False),

@@ -17,6 +17,7 @@ import msgpack
 from shoal.dht.documents.messages import Accused, Advert, Node, Want
 from shoal.dht.documents.policy import DocumentSpec, Listed, Members, Owner
 from shoal.learning.reduce.codecs import NAMES
+from shoal.learning.rounds.statements import Combined
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.identity import Identity, PeerId
 from shoal.transport.webrtc_signal import Description, IceCandidate
@@ -47,7 +48,11 @@ _TEXTS = (
 )
 
 
-_NAMED = {"codec": NAMES, "aggregator": ("mean", "flag", "nnm+median:f=1", "x+y")}
+_NAMED = {
+    "codec": NAMES,
+    "aggregator": ("mean", "flag", "nnm+median:f=1", "x+y"),
+    "audit": (0.0, 0.5, 1.0, 16.0),
+}
 
 #: Values by their type that mean something where a message is going: rounds, keys, peers.
 Known = Mapping[Any, Sequence[Any]]
@@ -121,6 +126,11 @@ def _instance(kind: type, rng: random.Random, tame: bool, known: Known | None, d
     raise TypeError(f"no sample of {kind.__name__} passes its own checks: teach tests/hostile/samples.py")
 
 
+def _combined(rng: random.Random) -> Combined:
+    context, inputs, output = (rng.randbytes(32) for _ in range(3))
+    return Combined(context, inputs, output, rng.choice((b"", rng.randbytes(32))), rng.randbytes(64))
+
+
 def _address(rng: random.Random) -> Address:
     kind, host = rng.choice(
         (("tcp", "127.0.0.1"), ("tcp", "192.0.2.255"), ("tcp", "2001:db8::7"), ("tcp", "fe80::1%eth0"), ("mem", "n7"))
@@ -166,6 +176,7 @@ def _named(kind: Any) -> Callable[[random.Random], Any]:
 
 
 _SPECIAL: dict[Any, Callable[[random.Random], Any]] = {
+    Combined: _combined,
     **{kind: _named(kind) for kind in (Advert, Node, Want, Accused)},
     PeerId: lambda rng: rng.choice(IDENTITIES).peer_id,
     Address: _address,

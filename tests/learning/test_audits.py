@@ -15,9 +15,9 @@ from shoal.learning.aggregate import resolve
 from shoal.learning.aggregate.products import pack_triangle, unpack_triangle
 from shoal.learning.reduce.coding import Coding
 from shoal.learning.rounds import audits as audits_module
+from shoal.learning.rounds.claims import Accuse
 from shoal.learning.rounds.ledger import Ledger
 from shoal.learning.rounds.lies import Lie
-from shoal.learning.rounds.messages import Accuse
 from shoal.learning.rounds.methods import PART
 from shoal.transport.errors import DecodeError, RemoteRefused
 from shoal.transport.identity import Identity

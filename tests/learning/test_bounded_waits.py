@@ -52,6 +52,13 @@ HERE = {
     ("rounds/hub.py", "Hub._on_want", "handler"): "Traffic.on_want, followed there",
     ("reduce/filling.py", "Filling.wait", "self._changed.wait"): "Exchange._fill, which gives up after the run's "
     "patience; _filled has a deadline of its own",
+    ("rounds/audits.py", "Auditor._ask", "self._endpoint.stream"): "deadlines.call for the whole body; half a phase "
+    "around the look",
+    (
+        "rounds/audits.py",
+        "Auditor._ask",
+        "reply.read_into",
+    ): "within the block of a stream, whose deadline is the whole's",
     ("exchange.py", "Reducing._wait", "self._ended.wait"): "the end of the round; or close()",
     ("exchange.py", "Exchange.settle", "self._decided.wait"): "Exchange._drive, which sets it however it ends",
     ("exchange.py", "Exchange._deliver", "self._decided.wait"): "Exchange._drive, which sets it however it ends",

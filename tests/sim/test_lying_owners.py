@@ -108,7 +108,7 @@ def test_a_lying_owner_is_expelled_with_a_proof_in_the_documents_and_never_let_i
             assert all(digests[r] == honest[0].run.reports[r - 1].digest for r in digests)
         shown = render_peers(PeerList(honest[0].node.peers(), honest[0].node.standings()))
         (row,) = [line for line in shown.splitlines() if line.strip().startswith(lying.peer[:8])]
-        assert "1 lied" in row or "lied" not in row, "who did not look itself has it from the documents"
+        assert row.endswith(" 1 lied") or "lied" not in row, "who did not look itself has it from the documents"
         # A newcomer, which saw nothing of it, takes no word for it, either: it checks the proof.
         late = world.start(PEERS)
         await world.until(lambda: late.node.run_here is not None and late.run.round >= 14, "the newcomer's rounds")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from shoal.sim import defaults
-from shoal.sim.attacks import resolve
+from shoal.sim.attacks import check, resolve
 from shoal.sim.liar import Lie
 from shoal.sim.processes import KILL_PHASES, make_plan
 from shoal.transport.errors import ConfigError
@@ -114,12 +114,36 @@ def test_one_liar_ruins_the_mean_and_not_a_robust_rule(tmp_path: Path) -> None:
         arguments += ["--rounds", "10", "--set", "inner_steps=100", "--json", str(folder / "report.json")]
         with shoal_sim(folder, *arguments) as child:
             output, _ = child.communicate(timeout=110)
-        assert "node-3 lie: gaussian" in output
+        assert "node-3 lies: gaussian" in output
         report = json.loads((folder / "report.json").read_text())
         assert [peer["status"] for peer in report["peers"]] == ["finished"] * 4
         assert len({peer["digest"] for peer in report["peers"]}) == 1
         errors[rule] = report["swarm"]
     assert errors["median"] < errors["mean"] / 3, errors
+
+
+@pytest.mark.process
+def test_a_lying_owner_is_found_out_by_real_processes_and_the_swarm_goes_on_without_it(tmp_path: Path) -> None:
+    report_file = tmp_path / "report.json"
+    arguments = ["--peers", "5", "--byzantine", "1:lying_owner", "--aggregator", "median", "--rounds", "8"]
+    with shoal_sim(tmp_path, *arguments, "--audit", "4", "--json", str(report_file)) as child:
+        output, _ = child.communicate(timeout=110)
+    assert child.returncode == 0, output
+    assert "node-4 lies: lying_owner" in output and "expels" in output
+    report = json.loads(report_file.read_text())
+    assert sorted(peer["status"] for peer in report["peers"]) == ["expelled", *["finished"] * 4]
+    assert any("found out and expelled" in claim["claim"] and claim["ok"] for claim in report["claims"])
+
+
+@pytest.mark.parametrize("attack", ["lying_owner", "lying_digest", "alie:tau=1.2"])
+def test_attacks_of_processes_are_known(attack: str) -> None:
+    check(attack)
+
+
+@pytest.mark.parametrize("attack", ["nonsense", "lying_owner:f=1", "alie:tau=x"])
+def test_other_attacks_are_refused_by_name(attack: str) -> None:
+    with pytest.raises(ConfigError, match=attack.partition(":")[0]):
+        check(attack)
 
 
 # --- whole swarms -----------------------------------------------------------------------------------------------------
