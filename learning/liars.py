@@ -33,7 +33,8 @@ class Liars:
             self.expel(peer, why)
 
     def proven(self, lie: Lie) -> None:
-        """There is a proof against ``lie.owner``, made here, of its lie in a round."""
+        """There is a proof, made or checked here, of a lie of ``lie.owner`` in a round."""
+        self.expel(lie.owner, lie.reason)
         if lie.owner not in self.proofs and len(self.proofs) < defaults.MAX_ROSTER:
             self.proofs[lie.owner] = lie
             self.on_proof(lie)

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ...transport import deadlines
 from ...transport.endpoint import Endpoint
-from ...transport.errors import RemoteError, RemoteRefused
+from ...transport.errors import DecodeError, RemoteError, RemoteRefused
 from ...transport.identity import PeerId
 from ...transport.rpc import Call
+from ...transport.wire import pack, unpack
+from .. import defaults
 from ..aggregate.products import add_triangles, pack_triangle, triangle_size
 from ..reduce.buffers import Buffers, Part
 from ..reduce.codecs import Codec, resolve
@@ -39,8 +41,10 @@ from .cases import (
     part_of,
     parts_owned,
 )
+from .claims import Proof
 from .decisions import shares
 from .ledger import Ledger
+from .lies import Lie
 from .messages import Freeze, Plan
 from .methods import PART, AskPart, Opened, Scatter
 from .passes import Passes
@@ -68,6 +72,7 @@ class Auditor:
         self._endpoint, self._host, self._setting, self._voter = endpoint, endpoint.host, setting, voter
         self._buffers, self._passes, self._feed, self._convict, self._doubt = buffers, passes, feed, convict, doubt
         self.me = endpoint.peer_id
+        self._proofs_of: dict[PeerId, None] = {}  # whose proof was looked at in this round
         self._caught: dict[PeerId, None] = {}  # seen to have lied in this round
         self.ledger = Ledger(endpoint.identity, setting.key, len(setting.voters))
 
@@ -215,12 +220,14 @@ class Auditor:
             self._setting.audited(owner, found.verdict, found.why)
         match found.verdict:
             case "lied":
-                if found.lie is not None:
+                proof = b""
+                if found.lie is not None and len(packed := pack(found.lie)) <= defaults.MAX_LIE:
+                    proof = packed
                     self._setting.proven(found.lie)
                 if accuser is None:
                     self._feed(
                         lambda: self._voter.accuse(
-                            self._host.now(), plan.attempt, plan.epoch, index, case.number, found.why
+                            self._host.now(), plan.attempt, plan.epoch, index, case.number, found.why, proof
                         )
                     )
                 self._feed(lambda: self._convict(owner, found.why))
@@ -233,6 +240,23 @@ class Auditor:
                 if accuser is None:
                     self._feed(lambda: self._doubt(plan, index, case.number, found.why))
         return found
+
+    async def proof(self, sender: PeerId, message: Proof) -> None:
+        """Somebody sends a proof against an owner, of this round or an earlier one: it is checked, not believed."""
+        if sender in self._proofs_of:
+            return
+        self._proofs_of[sender] = None
+        try:
+            lie = unpack(Lie, message.lie, limit=defaults.MAX_LIE)
+            await self._host.run_blocking(lie.check, self._setting.run, self._setting.rule)
+        except DecodeError as error:
+            self._setting.note(Note("gather", "false-accusation", str(error), sender))
+            self._setting.slandered(sender)
+            return
+        if lie.owner != self.me and lie.owner not in self._caught:
+            self._caught[lie.owner] = None
+            self._setting.proven(lie)
+            self._feed(lambda: self._convict(lie.owner, lie.reason))
 
     def _case(self, plan: Plan, frozen: Freeze, index: int, number: int | None) -> Case | None:
         """None where the owner has not signed for this plan, or there is no such part."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from ...transport.identity import PeerId
+from .. import defaults
 from .bounded import Bounded
 
 
@@ -18,6 +19,18 @@ class Accuse(Bounded):
     epoch: int
     index: int
     number: int
+
+
+@attrs.frozen
+class Proof(Bounded):
+    """A packed :class:`.lies.Lie`: whoever gets it checks it, and needs to look nowhere."""
+
+    key: bytes
+    lie: bytes
+
+    def __attrs_post_init__(self) -> None:
+        if len(self.lie) > defaults.MAX_LIE:
+            raise ValueError(f"a proof of {len(self.lie)} bytes")
 
 
 @attrs.frozen

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ...transport.identity import PeerId
 from .actions import Action, Examine, Look, Note, Send
-from .claims import Accuse, Missing, Receipt, Receipts
+from .claims import Accuse, Missing, Proof, Receipt, Receipts
 from .deciding import Deciding
 from .messages import Plan
 
@@ -54,13 +54,16 @@ class Convicting(Deciding):
             return []
         return [Send(leader, Accuse(self.key, attempt, epoch, index, number))]
 
-    def accuse(self, now: float, attempt: int, epoch: int, index: int, number: int, why: str) -> list[Action]:
-        """We found that the owner of slice ``index`` lied: all others are told where to look."""
+    def accuse(
+        self, now: float, attempt: int, epoch: int, index: int, number: int, why: str, proof: bytes
+    ) -> list[Action]:
+        """We found that the owner of slice ``index`` lied: all others get the ``proof``, or without one are told where
+        to look."""
         plan = self.plan
         if plan is None or (attempt, epoch) != (plan.attempt, plan.epoch) or self.decided:
             return []
         owner = plan.slices[index].owner
-        message = Accuse(self.key, attempt, epoch, index, number)
+        message = Proof(self.key, proof) if proof else Accuse(self.key, attempt, epoch, index, number)
         told: list[Action] = [Send(voter, message) for voter in self.voters if voter not in (self.me, owner)]
         return [*told, *self.convict(now, owner, why)]
 

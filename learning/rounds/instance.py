@@ -42,6 +42,7 @@ from .actions import (
     Weigh,
 )
 from .audits import Auditor
+from .claims import Proof
 from .decisions import candidates, resume_at
 from .leader import Leader
 from .messages import (
@@ -298,6 +299,9 @@ class Instance:
                 return [Send(sender, self.commit)]
             return []
         actions: list[Action] = []
+        if isinstance(message, Proof) and self._nursery is not None:
+            self._nursery.start_soon(self._proof, sender, message)
+            return []
         if isinstance(message, Ready) and self.voter.leader(message.attempt) == self.me:
             known = self._first - 1 if self.leader is None else self.leader.attempt
             if known < message.attempt:
@@ -342,18 +346,27 @@ class Instance:
             return self.leader.looked(now, *place, plan.slices[index].owner, why)
         return self.voter.doubt(now, *place, index, number)
 
+    async def _proof(self, sender: PeerId, message: Proof) -> None:
+        leader, plan = self.leader, self.voter.plan
+        if leader is not None:
+            leader.looking()
+        await self.auditor.proof(sender, message)
+        place = (plan.attempt, plan.epoch) if plan is not None else (-1, -1)
+        self._feed(lambda: self._looked(leader, *place, None, ""))
+
+    def _looked(
+        self, leader: Leader | None, attempt: int, epoch: int, doubted: PeerId | None, why: str
+    ) -> list[Action]:
+        if leader is None or self.leader is not leader:
+            return []
+        return leader.looked(self._host.now(), attempt, epoch, doubted, why)
+
     async def _look(self, action: Look) -> None:
         leader = self.leader
         if leader is not None:
             leader.looking()
         doubted, why = await self.auditor.look(action)
-
-        def step() -> list[Action]:
-            if leader is None or self.leader is not leader:
-                return []
-            return leader.looked(self._host.now(), action.attempt, action.epoch, doubted, why)
-
-        self._feed(step)
+        self._feed(lambda: self._looked(leader, action.attempt, action.epoch, doubted, why))
 
     def _carry_out(self, action: Action) -> None:
         assert self._nursery is not None

@@ -38,9 +38,10 @@ class Judging(Proposer):
         and its slices go to others."""
         self._looking -= 1
         plan = self.plan
-        if plan is None or (attempt, epoch) != (plan.attempt, plan.epoch) or self.phase != "gather":
+        if plan is None or self.phase != "gather":
             return []
-        if doubted is not None and self._owns(doubted) and doubted != self.me:
+        now_in = (attempt, epoch) == (plan.attempt, plan.epoch)
+        if doubted is not None and now_in and self._owns(doubted) and doubted != self.me:
             return [Note("gather", "doubted", why, doubted), *self._replan(now, (doubted,), why[:200])]
         return self._maybe_propose(now)
 

@@ -18,7 +18,7 @@ from ..reduce.codecs import resolve
 from ..reduce.rates import NOTHING, Rates
 from ..reduce.slices import Slice
 from .bounded import Bounded
-from .claims import Accuse, Denied, Missing, Receipts
+from .claims import Accuse, Denied, Missing, Proof, Receipts
 
 #: Samples, and weight in the mean, of one contribution at most: sums over a roster and over all rounds of a run stay
 #: below 2^63.
@@ -344,6 +344,7 @@ Message = (
     | Reject
     | Commit
     | Accuse
+    | Proof
     | Missing
     | Receipts
     | Denied
@@ -366,6 +367,7 @@ MESSAGES: tuple[type, ...] = (
     Reject,
     Commit,
     Accuse,
+    Proof,
     Missing,
     Receipts,
     Denied,

@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+import trio
 from torch import Tensor
 
 from shoal.learning import defaults
@@ -15,7 +16,7 @@ from shoal.learning.aggregate import resolve
 from shoal.learning.aggregate.products import pack_triangle, unpack_triangle
 from shoal.learning.reduce.coding import Coding
 from shoal.learning.rounds import audits as audits_module
-from shoal.learning.rounds.claims import Accuse
+from shoal.learning.rounds.claims import Accuse, Proof
 from shoal.learning.rounds.ledger import Ledger
 from shoal.learning.rounds.lies import Lie
 from shoal.learning.rounds.methods import PART
@@ -99,6 +100,56 @@ async def test_an_owner_that_signs_a_wrong_combination_is_convicted_and_the_roun
         assert again == lie
 
 
+@pytest.mark.parametrize("finder", ["leader", "another"])
+async def test_a_proof_convinces_those_who_did_not_look(finder: str) -> None:
+    async with reduce_group(6, ELEMENTS) as group:
+        group.rule, group.audit = resolve("median"), 16.0
+        rest = [member for member in group.members if member is not group.leader]
+        liar, finds = rest[0], group.leader if finder == "leader" else rest[1]
+        liar.distort = add_one
+
+        def opened(member: Member) -> None:
+            if member is not finds:
+                member.instance.auditor._drawn = lambda others: []  # type: ignore[method-assign]
+
+        group.open_hooks.append(opened)
+        await group.reduce(limit=90.0)
+        check(group, [member for member in group.members if member is not liar])
+        await trio.sleep(5)
+        for member in group.members:
+            if member is not liar:
+                assert [lie.owner for lie in member.lies] == [liar.me]
+
+
+async def test_a_proof_that_proves_nothing_is_counted_against_its_sender_and_the_round_goes_on() -> None:
+    lie = await a_lie("median")
+    async with reduce_group(5, ELEMENTS) as group:
+        group.rule, group.audit = resolve("median"), 1.0
+        slanderer, victim = group.members[0], group.members[1]
+
+        def opened(member: Member) -> None:
+            if member is slanderer:
+                real = member.instance.auditor.examine
+
+                async def examine(action: Any) -> None:
+                    framed = pack(attrs.evolve(lie, owner=victim.me))
+                    for data in (framed, b"", bytes(1000), framed):
+                        for other in group.members:
+                            if other is not member:
+                                member.post.send(other.me, Proof(member.instance.key, data))
+                    await real(action)
+
+                member.instance.auditor.examine = examine  # type: ignore[method-assign]
+
+        group.open_hooks.append(opened)
+        await group.reduce(limit=60.0)
+        check(group, group.members)
+        for member in group.members[1:]:
+            assert member.verdicts.count((slanderer.me, "false-accusation")) <= 1
+            assert not member.instance.voter.convicted and not member.lies
+        assert any((slanderer.me, "false-accusation") in member.verdicts for member in group.members[1:])
+
+
 def look_everywhere(group: Group) -> None:
     """Every look is at all parts of a slice, one after the other."""
 
@@ -154,8 +205,6 @@ def hide(member: Member, how: str) -> None:
         if how == "refuses":
             raise RemoteRefused("busy", "not now")
         if how == "hangs":
-            import trio
-
             await trio.sleep_forever()
         opened = await real(call)
         return attrs.evolve(opened, marks=tuple(attrs.evolve(mark, signature=bytes(64)) for mark in opened.marks))
