@@ -340,5 +340,9 @@ MAX_LIE = 124 << 10
 #: Relative difference of inner products above which an owner's are no rounding: float64 sums of at most 2^32 products.
 AUDIT_PRODUCTS = 1e-6
 
+#: Looks of one peer that an owner answers in a round: MAX_AUDIT of its own, and those that accusations ask for; a peer
+#: that asks for more wants the owner's line.
+MAX_LOOKS = 128
+
 #: Accusations of one peer that turned out false, after which its further ones are not looked into.
 MAX_FALSE_ACCUSATIONS = 2

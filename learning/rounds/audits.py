@@ -73,6 +73,7 @@ class Auditor:
         self._buffers, self._passes, self._feed, self._convict, self._doubt = buffers, passes, feed, convict, doubt
         self.me = endpoint.peer_id
         self._proofs_of: dict[PeerId, None] = {}  # whose proof was looked at in this round
+        self._shown: dict[PeerId, int] = {}
         self._caught: dict[PeerId, None] = {}  # seen to have lied in this round
         self.ledger = Ledger(endpoint.identity, setting.key, len(setting.voters))
 
@@ -380,6 +381,9 @@ class Auditor:
         request, plan, frozen = call.request, self._voter.plan, self._voter.frozen
         if call.peer not in self._setting.voters:
             raise RemoteRefused("not-a-voter", f"{call.peer.short} is no voter of round {self._setting.round}")
+        self._shown[call.peer] = self._shown.get(call.peer, 0) + 1
+        if self._shown[call.peer] > defaults.MAX_LOOKS:
+            raise RemoteRefused("busy", f"{defaults.MAX_LOOKS} looks of one peer in a round are enough")
         if plan is None or frozen is None or (plan.attempt, plan.epoch) != (request.attempt, request.epoch):
             raise RemoteRefused("not-held", f"round {self._setting.round} is elsewhere")
         codec, start, stop = resolve(plan.codec), request.start, request.stop
