@@ -20,7 +20,7 @@ from shoal.learning.rounds.claims import Accuse, Proof
 from shoal.learning.rounds.ledger import Ledger
 from shoal.learning.rounds.lies import Lie
 from shoal.learning.rounds.methods import PART
-from shoal.transport.errors import DecodeError, RemoteProtocolError, RemoteRefused
+from shoal.transport.errors import DecodeError, RemoteError, RemoteRefused
 from shoal.transport.identity import Identity
 from shoal.transport.wire import pack, unpack
 from tests.learning.reduce_group import RUN, Group, Member, reduce_group
@@ -385,11 +385,10 @@ async def test_strangers_and_nonsense_get_no_parts() -> None:
                     with pytest.raises(RemoteRefused) as caught:
                         await member.endpoint.call(piece.owner, PART, wrong)
                     refused.append(caught.value.reason)
-                for _ in range(defaults.MAX_LOOKS - len(refused)):
-                    with pytest.raises(RemoteProtocolError, match="a longer body"):  # which nobody reads here
+                for _ in range(defaults.MAX_LOOKS):
+                    with pytest.raises(RemoteError) as asked:  # an answer, whose body nobody reads here, or none
                         await member.endpoint.call(piece.owner, PART, right)
-                with pytest.raises(RemoteRefused, match="are enough"):
-                    await member.endpoint.call(piece.owner, PART, right)
+                assert "are enough" in str(asked.value)
                 await real(action)
 
             if member is group.members[0]:
