@@ -46,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (or set SHOAL_SLOW=1)")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, and would do so before us
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
         # For --dist loadgroup: a file stays together, as its tests may share what is costly to set up. Tests in real
