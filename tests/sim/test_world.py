@@ -27,24 +27,20 @@ SCRIPT = Path(__file__).with_name("swarm_of_fifty.py")
 
 
 def outcomes(*runs: tuple[Sequence[int], str]) -> list[dict[str, Any]]:
-    """What :data:`SCRIPT` prints for each (arguments, PYTHONHASHSEED), in processes side by side."""
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), *map(str, arguments)],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for arguments, hash_seed in runs
-    ]  # fmt: skip
+    """What :data:`SCRIPT` prints for each (arguments, PYTHONHASHSEED), in a process each, one after the other: the other
+    core is for tests in real time."""
     found = []
-    for child in children:
-        out, err = child.communicate()
-        assert child.returncode == 0, err[-3000:]
-        found.append(json.loads(out))
+    for arguments, hash_seed in runs:
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(done.stdout))
     return found
 
 
-@pytest.mark.process
+@pytest.mark.process(computes=True)
 def test_fifty_nodes_in_groups_of_eight_do_the_same_in_every_process() -> None:
     one, again = outcomes(([50, 8, 5, 0], "1"), ([50, 8, 5, 0], "4711"))
     assert one["weights"] == again["weights"]
@@ -58,7 +54,7 @@ def test_fifty_nodes_in_groups_of_eight_do_the_same_in_every_process() -> None:
     assert max(one["losses"]) < 1.5
 
 
-@pytest.mark.process
+@pytest.mark.process(computes=True)
 def test_another_seed_is_another_history() -> None:
     one, other = outcomes(([9, 3, 2, 0], "1"), ([9, 3, 2, 1], "1"))
     assert one["trace"] != other["trace"]
