@@ -27,8 +27,10 @@ SCRIPT = Path(__file__).with_name("swarm_of_fifty.py")
 
 
 def outcomes(*runs: tuple[Sequence[int], str]) -> list[dict[str, Any]]:
-    """What :data:`SCRIPT` prints for each (arguments, PYTHONHASHSEED), in a process each, one after the other: the other
-    core is for tests in real time."""
+    """What :data:`SCRIPT` prints for each (arguments, PYTHONHASHSEED), in a process each.
+
+    One after the other: the other core is for tests in real time.
+    """
     found = []
     for arguments, hash_seed in runs:
         done = subprocess.run(
@@ -41,14 +43,15 @@ def outcomes(*runs: tuple[Sequence[int], str]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.process(computes=True)
-def test_fifty_nodes_in_groups_of_eight_do_the_same_in_every_process() -> None:
-    one, again = outcomes(([50, 8, 5, 0], "1"), ([50, 8, 5, 0], "4711"))
+@pytest.mark.parametrize(("nodes", "groups"), [(26, [6, 7]), pytest.param(50, [7, 8], marks=pytest.mark.slow)])
+def test_dozens_of_nodes_in_groups_of_eight_do_the_same_in_every_process(nodes: int, groups: list[int]) -> None:
+    """26 peers are 4 groups: two of 6, two of 7. 50 are 7: one of 8, six of 7. All complete at the first attempt."""
+    one, again = outcomes(([nodes, 8, 5, 0], "1"), ([nodes, 8, 5, 0], "4711"))
     assert one["weights"] == again["weights"]
     assert one["trace"] == again["trace"]
     assert one["events"] == again["events"] > 50_000
     assert one["rounds"] == [8]
-    # 50 peers are 7 groups: one of 8, six of 7, all complete at the first attempt.
-    assert one["groups"] == [7, 8]
+    assert one["groups"] == groups
     assert one["retries"] == 0
     # Ten classes: who guesses has 2.3.
     assert max(one["losses"]) < 1.5
