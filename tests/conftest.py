@@ -46,13 +46,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (or set SHOAL_SLOW=1)")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, and would do so before us
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
         # For --dist loadgroup: a file stays together, as its tests may share what is costly to set up. Tests in real
         # time run one after the other, beside at most one that only computes: no swarm of processes starves a lab of
-        # namespaces. They take longest, so they begin first.
+        # namespaces. They take longest, so they begin first. A process whose clock is virtual computes too.
         def real(item: pytest.Item) -> bool:
-            return any(item.get_closest_marker(mark) for mark in REAL_MARKS)
+            found = [mark for name in REAL_MARKS if (mark := item.get_closest_marker(name))]
+            return any(not mark.kwargs.get("computes") for mark in found)
 
         items.sort(key=lambda item: not real(item))
         for item in items:

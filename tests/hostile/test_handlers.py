@@ -30,6 +30,8 @@ from . import registry
 from .samples import Known, sample
 
 CALLS = 250
+#: Other nonsense with each seed.
+SEEDS = pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 
 
 class Slow(tiny.Pull):
@@ -107,7 +109,7 @@ async def nonsense_then_peace(world: World, endpoint: Endpoint, seed: int) -> di
     return codes
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@SEEDS
 @pytest.mark.parametrize("strategy", ["exchange", "gossip"])
 def test_no_request_of_a_stranger_makes_a_handler_fail(
     seed: int, strategy: str, caplog: pytest.LogCaptureFixture
@@ -122,7 +124,7 @@ def test_no_request_of_a_stranger_makes_a_handler_fail(
     _all_refused_in_words(codes, caplog)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@SEEDS
 def test_no_request_of_a_member_makes_a_handler_fail(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     codes: dict[str, int] = {}
 
@@ -142,7 +144,7 @@ def _all_refused_in_words(codes: dict[str, int], caplog: pytest.LogCaptureFixtur
     assert codes.get("PeerUnreachable", 0) < CALLS / 10, codes
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@SEEDS
 def test_no_answer_of_a_liar_makes_an_asker_fail(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     """A stranger that is well known in the DHT answers everything with nonsense of the right type."""
     asked: dict[str, int] = {}

@@ -94,29 +94,41 @@ def founder_of(run: RunSpec) -> Iterator[str]:
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "message", "process"),
     [
-        ({"task": "os:system"}, "run spec names a module ('os:system'); the network never names code"),
-        ({"task": "evil.payload"}, "run spec names a module ('evil.payload')"),
-        ({"task": "\x1b[2Jcleared"}, "run spec with the task name"),
-        ({"task": "digits", "strategy": "shoal.evil"}, "unknown strategy 'shoal.evil'"),
-        ({"task": "digits"}, "the model does not match the run's"),
+        ({"task": "os:system"}, "run spec names a module ('os:system'); the network never names code", True),
+        ({"task": "evil.payload"}, "run spec names a module ('evil.payload')", False),
+        ({"task": "\x1b[2Jcleared"}, "run spec with the task name", False),
+        ({"task": "digits", "strategy": "shoal.evil"}, "unknown strategy 'shoal.evil'", False),
+        ({"task": "digits"}, "the model does not match the run's", True),
     ],
 )
 def test_joining_a_run_that_asks_for_what_nobody_may_ask_is_refused_at_once(
-    changes: dict[str, str], message: str, tmp_path: Path
-) -> None:
+    changes: dict[str, str], message: str, process: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """``process``: a command of its own, once for each of the two places where a run is refused (its spec, its model);
+    the others call what the command calls, and start no torch."""
+    arguments = ["join", "--host", "127.0.0.1", "--data-dir", str(tmp_path / "b")]
     with founder_of(spec(**changes)) as ticket:
-        command = [sys.executable, "-m", "shoal.node.process", "join", ticket, "--host", "127.0.0.1"]
-        done = subprocess.run(
-            [*command, "--data-dir", str(tmp_path / "b")], cwd=tmp_path, capture_output=True, text=True, timeout=60.0,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-        )  # fmt: skip
-    assert done.returncode == USAGE, done.stderr
-    assert message in done.stderr
-    assert "\x1b[2J" not in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "trying again" not in done.stderr + done.stdout
+        if process:
+            done = subprocess.run(
+                [sys.executable, "-m", "shoal.node.process", *arguments, ticket], cwd=tmp_path, capture_output=True,
+                text=True, timeout=60.0, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+            )  # fmt: skip
+            code, said, error = done.returncode, done.stdout, done.stderr
+        else:
+            monkeypatch.chdir(tmp_path)
+            monkeypatch.setenv("OMP_NUM_THREADS", "1")
+            interval = sys.getswitchinterval()
+            code = main([*arguments, ticket])
+            sys.setswitchinterval(interval)
+            said, error = capsys.readouterr()
+    assert code == USAGE, error
+    assert message in error
+    assert "\x1b[2J" not in error
+    assert "Traceback" not in error
+    assert "trying again" not in error + said
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_a_quiet_crowd_finds_everything_in_few_hops() -> None:
     assert report.stored > 15
 
 
-@pytest.mark.process
+@pytest.mark.process(computes=True)
 def test_the_same_seed_gives_the_same_events_in_every_process() -> None:
     code = (
         "import functools\n"

@@ -29,7 +29,7 @@ def main(nodes: int) -> None:
     sys.stdout.write(json.dumps(found))
 
 
-@pytest.mark.process
+@pytest.mark.process(computes=True)
 @pytest.mark.parametrize(("nodes", "memory"), [(300, 200), pytest.param(1000, 500, marks=pytest.mark.slow)])
 def test_hundreds_of_nodes_join_and_find_everything_in_few_hops(nodes: int, memory: int) -> None:
     """``memory``: MiB at most; 250 seen for 1000 nodes."""

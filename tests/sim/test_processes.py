@@ -205,7 +205,7 @@ def test_a_swarm_survives_a_kill_and_takes_in_a_late_peer(tmp_path: Path) -> Non
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])  # another moment
 def test_survivors_of_a_sigkill_at_any_moment_end_with_the_same_bits(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
     report_file = tmp_path / "report.json"

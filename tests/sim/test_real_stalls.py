@@ -10,6 +10,19 @@ import trio
 
 from .test_real_kills import Followed, Swarm
 
+#: Steps that wait: those who are not stopped do not race through the rounds meanwhile, as fast as two cores can.
+TASK = """
+import time
+from shoal.learning.tasks.digits import Digits
+
+class Unhurried(Digits):
+    name = "unhurried"
+
+    def loss(self, model, batch):
+        time.sleep(0.02)
+        return super().loss(model, batch)
+"""
+
 
 async def stopped(node: Followed, seconds: float) -> None:
     """SIGSTOP, and SIGCONT so many seconds later whatever happens."""
@@ -22,12 +35,14 @@ async def stopped(node: Followed, seconds: float) -> None:
 
 @pytest.mark.process(timeout=500)
 @pytest.mark.parametrize(
-    ("seconds", "rounds"), [(14.0, 60), pytest.param(60.0, 400, marks=pytest.mark.slow)], ids=["14 s", "a minute"]
+    ("seconds", "rounds"), [(14.0, 45), pytest.param(60.0, 200, marks=pytest.mark.slow)], ids=["14 s", "a minute"]
 )
 async def test_a_process_that_is_stopped_is_left_behind_and_ends_with_the_bits_of_the_others(
-    tmp_path: Path, seconds: float, rounds: int
+    tmp_path: Path, seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    swarm = Swarm(tmp_path, 4, rounds)
+    (tmp_path / "unhurried.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    swarm = Swarm(tmp_path, 4, rounds, task="unhurried:Unhurried", steps=30)
     try:
         async with trio.open_nursery() as nursery:
             await swarm.start(nursery)
