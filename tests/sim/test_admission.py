@@ -1,4 +1,4 @@
-"""Newcomers on trial: measured for some rounds, then voters; who comes back begins anew. In virtual time and for real."""
+"""Newcomers are on trial for some rounds, then voters; who comes back begins anew. Whole nodes, virtual and real."""
 
 from __future__ import annotations
 
