@@ -18,7 +18,8 @@ import trio
 from ..transport.errors import RemoteError, RemoteRefused
 from ..transport.identity import PeerId
 from ..transport.rpc import Call
-from . import defaults
+from . import admission, defaults
+from .admission import belongs, everybody
 from .divergence import Divergence
 from .membership import Membership, Placement, certify
 from .peer import OutOfStep
@@ -71,7 +72,7 @@ class Chain(Membership):
         return self.head.record.round
 
     def members(self) -> tuple[PeerId, ...]:
-        return self.head.record.roster
+        return everybody(self.head.record)
 
     # -- entering -----------------------------------------------------------------------------------
 
@@ -86,7 +87,7 @@ class Chain(Membership):
                     break
                 await self._pause()
                 continue
-            ours = self._has_state and self.me in self.head.record.roster
+            ours = self._has_state and belongs(self.head.record, self.me)
             if info is None or (ours and not self._beats(info.record, self.head.record)):
                 if ours:
                     break
@@ -97,7 +98,7 @@ class Chain(Membership):
                     self._set_reason(f"no member of the run can be reached yet{self.proofs.doubts()}; trying again")
                 await self._pause()
                 continue
-            if self.me in info.record.roster:
+            if belongs(info.record, self.me):
                 if await self._load(info, infos):
                     break
                 await self._pause(0.2)
@@ -213,18 +214,9 @@ class Chain(Membership):
 
     async def place(self) -> Placement:
         record = self.head.record
-        if self.me not in record.roster:
+        if not belongs(record, self.me):
             raise OutOfStep(f"round {record.round} left us out: {record.reason}")
-        round, voters, prev = record.round + 1, record.roster, record.digest
-        self.placed = Placement(
-            round=round,
-            key=instance_key(self.run.run_id, round, prev, voters),
-            prev=prev,
-            voters=voters,
-            index=voters.index(self.me),
-            count=len(voters),
-            watch=voters,
-        )
+        self.placed = admission.placement(self.run, record)
         return self.placed
 
     def terms(self) -> Terms:
@@ -238,6 +230,7 @@ class Chain(Membership):
             False,
             defaults.MAX_ROSTER,
             self._mode(len(head.roster)) == "strict",
+            self.placed.admission,
         )
 
     def own_digest(self) -> bytes:
@@ -262,6 +255,8 @@ class Chain(Membership):
             return "its samples do not add up"
         if not 1 <= len(record.roster) <= defaults.MAX_ROSTER or list(record.roster) != sorted(set(record.roster)):
             return "its roster is empty, too long or not in order"
+        if (wrong := admission.fault(record, self.placed)) is not None:
+            return wrong
         if record.state and ours and record.state != ours:
             self.states.suspect(record)
             return "the state before this round differs from ours"
@@ -273,10 +268,11 @@ class Chain(Membership):
             raise OutOfStep(f"our state before round {record.round} is not that of the others: {wrong}")
 
     def committed(self, commit: Commit, voters: tuple[PeerId, ...]) -> None:
+        admission.tell(self.run, self.head.record, commit.record)
         self._move(Head(commit.record, commit.certificate, voters))
         self._stalled_since = None
         self._admit(self.head)
-        for peer in commit.record.roster:
+        for peer in everybody(commit.record):
             self._wishes.pop(peer, None)
             self._former.pop(peer, None)
         for peer in voters:
@@ -287,13 +283,14 @@ class Chain(Membership):
         self._leaving.clear()
 
     def loading(self) -> tuple[PeerId, ...]:
-        return tuple(peer for peer in self.placed.voters if peer in self._newcomers)
+        return tuple(peer for peer in self.placed.watch if peer in self._newcomers)
 
     def _admit(self, head: Head) -> None:
         """Those that ``head`` takes in load the state now. Who did not make it last time is not waited for again."""
         now = self.host.now()
         self._waited = {peer: at for peer, at in self._waited.items() if now - at < defaults.JOIN_GRACE_AGAIN}
-        new = [peer for peer in head.record.roster if peer not in head.voters and peer not in (self.me, *self._waited)]
+        known = {self.me, *self.placed.watch, *head.voters, *self._waited}
+        new = [peer for peer in everybody(head.record) if peer not in known]
         # A pause between two such waits, lest a crowd of names that never make it makes every round a long one.
         rested = now - max(self._waited.values(), default=-math.inf) >= 2 * defaults.JOIN_GRACE
         self._newcomers = dict.fromkeys(new if rested else ())
@@ -311,10 +308,10 @@ class Chain(Membership):
     def _on_foreign_commit(self, sender: PeerId, commit: Commit) -> None:
         """A commit of a round we are not in: an admission, a branch, or word of how far behind we are."""
         record = commit.record
-        if record.run != self.run.run_id or self.me not in record.roster:
+        if record.run != self.run.run_id or not belongs(record, self.me):
             return
         if record.kind == "branch" and record.prev == self.head.record.digest and self._has_state:
-            # All of a branch have signed it, we too: nobody is taken into one.
+            # All of a branch have signed it, we too, unless we are on trial: nobody is taken into one.
             key, voters = instance_key(record.run, record.round, record.prev, record.roster), record.roster
             wrong = self._wrong_branch(record) or verify_certificate(record, commit.certificate, voters, len(voters))
             if wrong is None and commit.certificate.key == key:
@@ -365,6 +362,7 @@ class Chain(Membership):
             members=(),
             samples=(),
             weights=(),
+            opinions=(),
             roster=roster,
             branch=head.branch + 1,
             nonces=(),
@@ -376,7 +374,7 @@ class Chain(Membership):
     def _wrong_branch(self, record: CommitRecord) -> str | None:
         """What is wrong with a branch that somebody proposes, None when we may be part of it."""
         roster, ours = record.roster, self.head.record.roster
-        if self.me not in roster or list(roster) != sorted(set(roster)) or any(p not in ours for p in roster):
+        if not belongs(record, self.me) or list(roster) != sorted(set(roster)) or any(p not in ours for p in roster):
             return "its roster is not part of ours, with us, in order"
         if self._mode(len(ours)) == "strict":
             return "a strict run has no branches"
@@ -398,7 +396,7 @@ class Chain(Membership):
                 return
             signed.append(Signed(peer, answer.signature))
         certificate = Certificate(key, 0, tuple(sorted(signed, key=lambda s: s.peer)))
-        for peer in roster:
+        for peer in everybody(record):
             if peer != self.me:
                 self.run.post.send(peer, Commit(key, record, certificate))
         self._take_branch(Head(record, certificate, roster))
@@ -409,7 +407,7 @@ class Chain(Membership):
         if record.prev != head.digest or record.round != head.round or record.total != head.total:
             raise RemoteRefused("other-head", "we are at another commit")
         wrong = self._wrong_branch(record)
-        if wrong is not None or call.peer not in record.roster:
+        if wrong is not None or call.peer not in record.roster or self.me not in record.roster:
             raise RemoteRefused("bad-branch", wrong or "that is no branch for the two of us")
         if not stalled or len(self._alive()) >= quorum(len(head.roster)):
             raise RemoteRefused("not-stalled", "we see a majority, or have not waited long enough")
@@ -461,7 +459,7 @@ class Chain(Membership):
             info = self._best(infos)
             if info is None or not self._beats(info.record, self.head.record):
                 continue
-            if self.me in info.record.roster and self._follows(info):
+            if belongs(info.record, self.me) and self._follows(info):
                 # A round ahead is a commit that is on its way to us.
                 if self._stuck() or info.record.round > self.round + 1:
                     self.run.step_aside(f"the run is at round {info.record.round}, we are at {self.round}")

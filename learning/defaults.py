@@ -228,6 +228,9 @@ MAX_TRUST = 256
 
 #: Links of a proof in one message: for rosters of MAX_ROSTER about 45 kB and 2,600 values each, of 1 MiB and 65,536.
 TRUST_PAGE = 16
+#: Bytes of such links at most: those of rounds that admitted somebody hold 20 kB of opinions more, where all of
+#: MAX_ROSTER voters have one.
+TRUST_BYTES = 900_000
 
 #: Believed rosters off the way to our own that are remembered: other branches, and rosters just before.
 REMEMBERED_ROSTERS = 32
@@ -284,6 +287,16 @@ MAX_STANDING_COUNT = 1 << 53
 
 #: Seconds between two writes of what is known of others. Power loss costs that much; a write of 1024 peers is 200 kB.
 STANDINGS_EVERY = 10.0
+
+# --- admission --------------------------------------------------------------------------------------------------------
+
+#: Rounds that a newcomer is on trial where the run's rule is one against liars: one round may be luck.
+ADMISSION = 3
+
+#: Cosine of a contribution with a combined slice above which an owner finds it fit. On digits, every peer with its own
+#: mixture of classes (Dirichlet 0.3), honest work is above it for most owners in 92 to 97 % of rounds, its opposite in
+#: 3 at most, Gaussian noise in none: its cosine is some 1/sqrt(elements of the slice). See docs/byzantine.md.
+TRIAL_COSINE = 0.05
 
 # --- aggregators ------------------------------------------------------------------------------------------------------
 

@@ -98,7 +98,10 @@ class Standing:
 
 @attrs.frozen
 class RunStatus:
-    """The moment, for ``shoal status``. ``reason``: why the run is in this phase (a pure decision's reason)."""
+    """The moment, for ``shoal status``. ``reason``: why the run is in this phase (a pure decision's reason).
+
+    ``trial``: which of the members are on trial, and for how many rounds still.
+    """
 
     run: str
     task: str
@@ -117,3 +120,4 @@ class RunStatus:
     digest: str
     branch: int
     finished: bool
+    trial: tuple[tuple[str, int], ...] = ()

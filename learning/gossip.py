@@ -189,7 +189,7 @@ class Gossip(Membership):
         voters = set(self.placed.voters)
         if (record.run, record.round, record.prev) != (self.run.run_id, self.placed.round, self.placed.prev):
             return "it belongs to another round"
-        if any(m not in voters for m in (*record.members, *record.roster)):
+        if any(m not in voters for m in (*record.members, *record.roster)) or record.trial or record.opinions:
             return "members are not of this group"
         if not len(record.members) == len(record.samples) == len(record.weights):
             return "members, samples and weights differ in number"

@@ -19,7 +19,7 @@ from ..transport.identity import PeerId
 from ..transport.rpc import Call
 from . import defaults
 from .rounds.instance import Instance
-from .rounds.messages import Certificate, Commit, CommitRecord, Signed, instance_key, sign_accept
+from .rounds.messages import Certificate, Commit, CommitRecord, OnTrial, Signed, instance_key, sign_accept
 from .rounds.methods import Ack
 from .rounds.terms import Terms
 from .store import Head
@@ -39,7 +39,11 @@ if TYPE_CHECKING:
 
 @attrs.frozen
 class Placement:
-    """Our place in a round. ``key`` is None when it has no exchange; ``index`` of ``count`` selects our shard."""
+    """Our place in a round. ``key`` is None when it has no exchange; ``index`` of ``count`` selects our shard.
+
+    ``trial``: who is on trial in it, perhaps we; ``admission``: rounds of a trial, 0 where the run has none; ``few``:
+    the run's rule wants more contributions than there are voters.
+    """
 
     round: int
     key: bytes | None
@@ -48,6 +52,9 @@ class Placement:
     index: int
     count: int
     watch: tuple[PeerId, ...]
+    trial: tuple[OnTrial, ...] = ()
+    admission: int = 0
+    few: bool = False
 
 
 class Membership(ABC):

@@ -84,4 +84,5 @@ def setting_of(run: Run, worked: float, state: int) -> Setting:
         expelled=lambda: run.liars.reasons,
         heeded=run.liars.heeds,
         distort=run.faults.distort,
+        trial=place.trial,
     )

@@ -13,7 +13,7 @@ from ..transport.rpc import Call
 from . import defaults
 from .store import Head
 from .sync import HeadInfo
-from .trust import TRUST, AskTrust, Trust, TrustPage
+from .trust import TRUST, AskTrust, Trust, TrustPage, page_of
 
 if TYPE_CHECKING:
     from .run import Run
@@ -85,8 +85,7 @@ class Proofs:
     async def _on_trust(self, call: Call[AskTrust]) -> TrustPage:
         if call.request.run != self._run.run_id:
             raise RemoteRefused("unknown-run", "this peer takes no part in that run")
-        links, start = self.trust.own, max(0, call.request.start)
-        return TrustPage(links[start : start + defaults.TRUST_PAGE], len(links))
+        return page_of(self.trust.own, max(0, call.request.start))
 
     async def restore(self) -> None:
         """Believe again what was proven in an earlier life."""

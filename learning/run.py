@@ -203,8 +203,7 @@ class Run:
         if self._pending_report is not None:
             await snapshot.ready.wait()
             metric, digest = self._metric if due else None, snapshot.digest.hex()
-            report = attrs.evolve(self._pending_report, metric=metric, digest=digest)
-            self._pending_report = None
+            report, self._pending_report = attrs.evolve(self._pending_report, metric=metric, digest=digest), None
             self.reports = [*self.reports[-999:], report]
             self.emit("commit", "done", detail=report.reason)
         if self.host.now() - self._saved_at > defaults.SAVE_EVERY:
@@ -449,6 +448,7 @@ class Run:
             digest=self.digest(),
             branch=record.branch if record is not None else 0,
             finished=self.finished.is_set(),
+            trial=() if record is None else tuple((each.peer.text, each.left) for each in record.trial),
         )
 
     def companions(self) -> tuple[PeerId, ...]:

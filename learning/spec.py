@@ -22,6 +22,9 @@ MAX_CODEC_NAME = 64
 #: Slices at which each peer looks in a round, at most.
 MAX_AUDIT = 16.0
 
+#: Rounds of a trial, at most.
+MAX_ADMISSION = 1000
+
 #: Characters of an aggregator's text, likewise.
 MAX_AGGREGATOR = 256
 
@@ -52,7 +55,8 @@ class RunSpec:
     for endless. ``created``: Unix seconds. ``origin``: digest of the state that it begins with, empty for the founder's
     fresh model. ``codec``: how contributions and results of rounds travel, where a strategy says nothing else.
     ``aggregator``: the rule that combines contributions, see docs/aggregation.md. ``audit``: slices at which each peer
-    looks in a round, in the mean, see docs/audits.md; 0: none, and nothing is signed.
+    looks in a round, in the mean, see docs/audits.md; 0: none, and nothing is signed. ``admission``: rounds in which a
+    newcomer's work must be fit before it votes and has weight, see docs/byzantine.md; 0: it does at once.
     """
 
     task: str
@@ -71,6 +75,7 @@ class RunSpec:
     codec: str = "fp32"
     aggregator: str = "mean"
     audit: float = 0.0
+    admission: int = 0
 
 
 @attrs.frozen
@@ -113,6 +118,8 @@ class SignedSpec:
             raise BadSpec(f"run spec with the task name {spec.task[:MAX_TASK_NAME]!r}", peer=spec.founder.short)
         if not 0 <= spec.audit <= MAX_AUDIT:
             raise BadSpec(f"run spec with {spec.audit} audits of each peer in a round", peer=spec.founder.short)
+        if not 0 <= spec.admission <= MAX_ADMISSION:
+            raise BadSpec(f"run spec with {spec.admission} rounds on trial", peer=spec.founder.short)
         if not (spec.min_peers >= 0 and spec.rounds >= 0 and spec.group >= 0):
             raise BadSpec("run spec with a negative number of peers or rounds", peer=spec.founder.short)
         return spec

@@ -18,6 +18,7 @@ import attrs
 from ..transport.errors import RemoteProtocolError
 from ..transport.identity import PeerId
 from ..transport.rpc import Method
+from ..transport.wire import pack
 from . import defaults
 from .rounds.messages import instance_key, quorum, verify_certificate
 from .store import Head
@@ -43,6 +44,18 @@ class TrustPage:
 
 
 TRUST = Method("run.trust", AskTrust, TrustPage)
+
+
+def page_of(links: tuple[Head, ...], start: int) -> TrustPage:
+    """As many ``links`` from ``start`` on as fit into a message, one at least if there is one."""
+    found: list[Head] = []
+    size = 0
+    for link in links[start : start + defaults.TRUST_PAGE]:
+        size += len(pack(link))
+        if found and size > defaults.TRUST_BYTES:
+            break
+        found.append(link)
+    return TrustPage(tuple(found), len(links))
 
 
 @attrs.frozen

@@ -275,6 +275,11 @@ def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "(default: 1 with any rule but the mean, else 0); see docs/audits.md",
     )  # fmt: skip
     run.add_argument(
+        "--admission", type=count, metavar="N",
+        help="rounds in which a newcomer's work must be fit before it votes and its work has weight (default: 3 with "
+        "any rule but the mean, else 0); see docs/byzantine.md",
+    )  # fmt: skip
+    run.add_argument(
         "--aggregator", metavar="RULE",
         help="how contributions are combined: mean (default), or a rule that tolerates f liars, for instance "
         "multikrum:f=1, trimmed_mean:f=2, nnm+median:f=1, flag",

@@ -93,6 +93,8 @@ def render_status(found: NodeStatus) -> str:
             ("round", f"{run.round}  {run.phase}" + (f": {run.reason}" if run.reason else "")),
             ("members", f"{len(run.members)}: {' '.join(member[:8] for member in run.members)}"),
         ]
+        if run.trial:
+            rows.append(("on trial", ", ".join(f"{peer[:8]} for {_rounds_left(left)}" for peer, left in run.trial)))
         if run.leader:
             rows.append(("leader", run.leader[:8]))
         rows.append(("samples", f"{run.samples:,} here in this round, {run.total_samples:,} in the swarm so far"))
@@ -110,8 +112,13 @@ def render_status(found: NodeStatus) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
+def _rounds_left(left: int) -> str:
+    return f"{left} round{'' if left == 1 else 's'} more"
+
+
 def render_peers(found: PeerList) -> str:
     """The live links; then whom this node has seen in the run and has no link to, the last ones and who was caught."""
+    left = dict(found.trial)
     known = {standing.peer: standing for standing in found.standings}
     linked = {peer.peer for peer in found.peers}
     text = "no links: this node is alone so far (`shoal status` shows its ticket)"
@@ -121,7 +128,8 @@ def render_peers(found: PeerList) -> str:
         rows += [
             (
                 peer.peer[:8], peer.address, peer.way, peer.direction, peer.cipher, f"{peer.rtt_ms:.1f} ms",
-                size(peer.bytes_sent), size(peer.bytes_received), "member" if peer.member else "-", *cells,
+                size(peer.bytes_sent), size(peer.bytes_received),
+                f"on trial, {left[peer.peer]} left" if peer.peer in left else "member" if peer.member else "-", *cells,
             )
             for peer, cells in zip(found.peers, seen, strict=True)
         ]  # fmt: skip

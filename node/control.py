@@ -1,8 +1,7 @@
 """What a running node tells other processes of the same user, over a local socket: strict msgpack messages.
 
-A connection carries one request and its answer (for :class:`Watch`: a stream of frames until the node
-ends). A frame is 4 bytes of length and a packed :class:`Envelope`. The client half needs neither torch
-nor trio: ``shoal status`` answers in a fraction of a second.
+A connection carries one request and its answer (for :class:`Watch`: a stream of frames until the node ends). A frame is
+4 bytes of length and a packed :class:`Envelope`. The client half needs neither torch nor trio: it answers at once.
 """
 
 from __future__ import annotations
@@ -158,6 +157,7 @@ class PeerList:
 
     peers: tuple[PeerInfo, ...]
     standings: tuple[Standing, ...] = ()
+    trial: tuple[tuple[str, int], ...] = ()  # see RunStatus
 
 
 @attrs.frozen

@@ -203,7 +203,8 @@ class Daemon:
             case GetStatus():
                 return self.status()
             case GetPeers():
-                return PeerList(self.node.peers(), self.node.standings())
+                run = self.node.status()
+                return PeerList(self.node.peers(), self.node.standings(), () if run is None else run.trial)
             case GetHealth():
                 return health_of(self.node.endpoint, self.node.port)
             case Stop():

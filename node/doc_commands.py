@@ -173,6 +173,7 @@ def _render_spec(content: Content, run: bytes) -> str:
         ("codec", spec.codec),
         ("aggregator", spec.aggregator),
         ("audits", f"each peer looks at {spec.audit:g} slices a round" if spec.audit else "none"),
+        ("admission", f"newcomers are on trial for {spec.admission} rounds" if spec.admission else "at once"),
         ("seed", str(spec.seed)),
         ("founder", spec.founder.text),
         ("founded", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(spec.created))),

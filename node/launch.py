@@ -175,6 +175,7 @@ def conflicts(options: argparse.Namespace, spec: RunSpec, record: NodeRecord) ->
         ("--codec", options.codec, spec.codec),
         ("--aggregator", options.aggregator, spec.aggregator),
         ("--audit", options.audit, spec.audit),
+        ("--admission", options.admission, spec.admission),
         ("--seed", options.seed, spec.seed),
     ]
     args = dict(spec.strategy_args)
@@ -218,6 +219,7 @@ def _run(
             codec=options.codec or "fp32",
             aggregator=options.aggregator or "mean",
             audit=options.audit,
+            admission=options.admission,
             min_peers=options.min_peers or 1,
             rounds=options.rounds or 0,
             seed=options.seed or 0,

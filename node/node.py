@@ -11,6 +11,7 @@ import trio
 from torch import Tensor
 
 from ..dht.kademlia.node import Dht
+from ..learning.admission import admission_of
 from ..learning.checkpoints import Keeping, read_model
 from ..learning.events import Event, RoundReport, RunStatus, Standing
 from ..learning.faults import Faults
@@ -46,7 +47,8 @@ log = logging.getLogger(__name__)
 class Founding:
     """The run to found, as far as the task does not say it. See :class:`shoal.learning.spec.RunSpec`.
 
-    ``audit``: None for :data:`shoal.learning.defaults.AUDIT_RATE` with any rule but the mean, and none with that.
+    ``audit``: None for :data:`shoal.learning.defaults.AUDIT_RATE` with any rule but the mean, and none with that;
+    ``admission``: likewise for :data:`~shoal.learning.defaults.ADMISSION`.
     """
 
     strategy: str = "diloco"
@@ -59,6 +61,7 @@ class Founding:
     codec: str = "fp32"
     aggregator: str = "mean"
     audit: float | None = None
+    admission: int | None = None
 
 
 @attrs.frozen
@@ -280,6 +283,7 @@ class Node:
             codec=founding.codec,
             aggregator=founding.aggregator,
             audit=audit_of(founding.audit, founding.aggregator, founding.codec),
+            admission=admission_of(founding.admission, founding.aggregator, strategy.replicated),
         )
         rule_of(spec, strategy)
         return SignedSpec.sign(self.identity, spec)

@@ -118,6 +118,7 @@ class Swarm:
         strategy_args: Mapping[str, float] | None = None,
         aggregator: str = "mean",
         audit: float | None = None,
+        admission: int | None = None,
         mode: str = "available",
         rounds: int = 0,
         min_peers: int = 1,
@@ -137,7 +138,8 @@ class Swarm:
         ``strategy``: one that exchanges weights (diloco, noloco, local); ``strategy_args`` for instance
         ``{"inner_steps": 50}``. ``aggregator``: how contributions are combined, for instance ``multikrum:f=1``
         (docs/aggregation.md). ``audit``: looks of each peer at combined slices in a round, None: 1 with any rule but
-        the mean (docs/audits.md). ``rounds``: 0 for until stopped. ``private``: only who has the ticket gets in, which
+        the mean (docs/audits.md). ``admission``: rounds that a newcomer is on trial, None: 3 with any rule but the mean
+        (docs/byzantine.md). ``rounds``: 0 for until stopped. ``private``: only who has the ticket gets in, which
         is a secret then; a path: the file with the swarm's key, made if there is none. Others as for :meth:`join`.
         """
         founding = Founding(
@@ -145,6 +147,7 @@ class Swarm:
             strategy_args=tuple(sorted((name, float(value)) for name, value in (strategy_args or {}).items())),
             aggregator=aggregator,
             audit=audit,
+            admission=admission,
             mode=mode,
             rounds=rounds,
             min_peers=min_peers,

@@ -115,6 +115,10 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--audit", type=float, metavar="N",
         help="slices at which each peer looks in a round (1 with any rule but the mean, else 0)",
     )  # fmt: skip
+    parser.add_argument(
+        "--admission", type=count, metavar="N",
+        help="rounds that a newcomer is on trial (3 with any rule but the mean, else 0)",
+    )  # fmt: skip
     parser.add_argument("--mode", choices=("available", "strict"), default="available", help="of rounds (available)")
     parser.add_argument("--rounds", type=positive, metavar="R", help="rounds to train (default: the task's)")
     parser.add_argument("--seed", type=count, default=0, metavar="S", help="of data, victims, rounds and phases (0)")

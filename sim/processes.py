@@ -103,6 +103,7 @@ class Settings:
     strategy_args: tuple[str, ...]
     aggregator: str
     audit: float | None
+    admission: int | None
     mode: str
     rounds: int
     seed: int
@@ -244,6 +245,8 @@ class Swarm:
             arguments += ["--aggregator", settings.aggregator]
             if settings.audit is not None:
                 arguments += ["--audit", f"{settings.audit:g}"]
+            if settings.admission is not None:
+                arguments += ["--admission", str(settings.admission)]
             for assignment in settings.strategy_args:
                 arguments += ["--set", assignment]
         elif settings.custom:

@@ -61,6 +61,7 @@ def simulate(options: argparse.Namespace) -> int:
         strategy_args=tuple(f"{name}={value:g}" for name, value in sorted(arguments.items())),
         aggregator=options.aggregator,
         audit=options.audit,
+        admission=options.admission,
         mode=options.mode,
         rounds=rounds,
         seed=options.seed,

@@ -19,7 +19,7 @@ from ..state import bytes_view
 from .codecs import FP32, Codec, combine, resolve
 from .coding import PLAIN, Coding
 from .memory import RoundMemory
-from .robust import Given, combine_by, products_of
+from .robust import Given, combine_by, fits, products_of
 from .slices import Slice
 
 #: Parts of slices that one contributor may send in a round: a slice is re-cut only when owners are lost.
@@ -162,6 +162,19 @@ class Buffers:
             for start, stop in ranges
         ]
         return lambda: products_of(slices)
+
+    def fit(
+        self, trial: Sequence[PeerId], ranges: Sequence[tuple[int, int]], codec: Codec = FP32
+    ) -> Callable[[], tuple[PeerId, ...]]:
+        """What finds those of ``trial`` whose work over ``ranges`` goes where the present result goes. Blocking; holds
+        what it needs."""
+        result = self.result
+        assert result is not None
+        work = {
+            peer: [(self.parts[peer, start, stop, codec.name].given, result[start:stop]) for start, stop in ranges]
+            for peer in trial
+        }
+        return lambda: tuple(peer for peer, slices in work.items() if fits(slices))
 
     def room_early(self, sender: PeerId, start: int, stop: int, codec: Codec = FP32) -> Part | None:
         """Memory for a combined slice that came before its plan, bounded for each sender."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -52,6 +53,20 @@ def products_of(slices: Sequence[tuple[Sequence[Given], int]]) -> Floats:
     if total is None:
         raise ProtocolMisuse("no slices have no inner products")
     return total
+
+
+def fits(slices: Sequence[tuple[Given, Tensor]]) -> bool:
+    """Whether a contribution goes where the result goes, over all ``slices``: (its part, the combined slice), both of
+    the same elements. That its cosine with them is above :data:`defaults.TRIAL_COSINE`. Blocking.
+    """
+    dot = own = theirs = 0.0
+    for part, result in slices:
+        for where, rows in pieces([part], len(result)):
+            given, combined = rows[0].double(), result[where].double()
+            dot += float(given @ combined)
+            own += float(given @ given)
+            theirs += float(combined @ combined)
+    return dot > defaults.TRIAL_COSINE * math.sqrt(own) * math.sqrt(theirs)
 
 
 def combine_by(

@@ -148,15 +148,18 @@ def plan(
     reports: Mapping[PeerId, Rates],
     codec: Codec = FP32,
     schedules: Collection[str] = ("butterfly",),
+    guests: Collection[PeerId] = (),
+    judged: Collection[PeerId] = (),
 ) -> Topology:
     """Decide for a vector of ``length`` elements that ``members`` contribute to and ``receivers`` get.
 
     ``codec``: how it travels.
 
     ``reports``: by peer; those of strangers do not count. ``schedules``: those that can be executed.
+    ``guests``: peers that get the result as well and own nothing; of them ``judged`` send as members do.
     """
     owners = tuple(members) or tuple(receivers)
-    peers = tuple(sorted({*members, *receivers}))
+    peers = tuple(sorted({*members, *receivers, *guests}))
     size, block = codec.wire_size(length), codec.block
     equal = [1.0 / len(owners) if peer in set(owners) else 0.0 for peer in peers]
     mesh = Mesh.of(peers, reports)
@@ -170,7 +173,7 @@ def plan(
             "equal slices: too few uplinks are measured",
             block=block,
         )
-    lines = mesh.lines(size, set(members), set(receivers), set(owners))
+    lines = mesh.lines(size, {*members, *judged}, {*receivers, *guests}, set(owners))
     control = CONTROL_ROUND_TRIPS * mesh.rtt
     even = predict(lines, equal)
     if size < SIZED_FROM or len(peers) < 3:

@@ -72,6 +72,16 @@ class Check:
 
 
 @attrs.frozen
+class Assess:
+    """Compare the work of ``trial``, held in full, with our combined slices ``indices``."""
+
+    attempt: int
+    epoch: int
+    trial: tuple[PeerId, ...]
+    indices: tuple[int, ...]
+
+
+@attrs.frozen
 class Share:
     """Send combined slice ``index`` to ``receiver``."""
 
@@ -179,6 +189,7 @@ Action = (
     | Measure
     | Weigh
     | Check
+    | Assess
     | Share
     | Pull
     | Examine

@@ -59,6 +59,22 @@ def may_begin(
     return False, "waiting for " + short(waiting)
 
 
+def waits_for_guests(
+    guests: Sequence[PeerId],
+    ready: Collection[PeerId],
+    lost: Collection[PeerId],
+    now: float,
+    grace_until: float | None,
+    reason: str,
+) -> tuple[bool, str]:
+    """Whether a round that its voters could begin, for ``reason``, begins without waiting for those on trial. They are
+    waited for as long as other stragglers: late, they could not be judged."""
+    waiting = [guest for guest in guests if guest not in ready and guest not in lost]
+    if waiting and (grace_until is None or now < grace_until):
+        return False, f"{reason}; waiting for {short(waiting)}, on trial"
+    return True, reason
+
+
 #: What contributions must have in common to be combined: length, codec, layout.
 Kind: TypeAlias = tuple[int, str, str]
 

@@ -92,8 +92,10 @@ class Delivery:
 
     async def _through_others(self, owner: PeerId, request: Scatter, part: Part) -> bool:
         plan = self._voter.plan
-        others = () if plan is None else plan.receivers
-        carriers = [p for p in others if p not in (self._endpoint.peer_id, owner) and p not in self._voter.lost]
+        me, voters = self._endpoint.peer_id, self._setting.voters
+        # Those on trial carry nothing, and nobody carries theirs: it would be no proof of anything.
+        others = () if plan is None or me not in voters else plan.receivers
+        carriers = [p for p in others if p not in (me, owner) and p in voters and p not in self._voter.lost]
         done = False
 
         async def through(carrier: PeerId) -> None:

@@ -23,6 +23,7 @@ from ..reduce.measured import measured
 from ..reduce.memory import RoundMemory
 from .actions import (
     Action,
+    Assess,
     Check,
     Combine,
     Done,
@@ -61,6 +62,7 @@ from .scales import Scales
 from .setting import Setting
 from .terms import accepts_needed
 from .traffic import Traffic
+from .trainee import SAID, Trainee
 from .voter import Voter
 
 
@@ -82,6 +84,7 @@ class Instance:
         self._endpoint, self._post, self.setting = endpoint, post, setting
         self._host, self.me = endpoint.host, endpoint.peer_id
         self.key, self.round, self.voters = setting.key, setting.round, setting.voters
+        self.trial = tuple(each.peer for each in setting.trial)
         self.commit: Commit | None = None
         self.decided = trio.Event()
         self.began: float | None = None
@@ -89,7 +92,7 @@ class Instance:
         secret = self._host.entropy(32)
         order = candidates(setting.prev, self.round, self.voters)
         promised, accepted = resume_at(setting.stored, order, self.me)
-        self.voter = Voter(
+        self.voter = (Trainee if self.me in self.trial else Voter)(
             key=self.key,
             round=self.round,
             prev=setting.prev,
@@ -104,13 +107,14 @@ class Instance:
             max_length=setting.max_length,
             algorithms=local_fingerprints(),
             rule=setting.rule,
-            audits=setting.audit > 0,
+            audits=setting.audit > 0 and self.me not in self.trial,
+            trial=self.trial,
             promised=promised,
             accepted=accepted,
         )
         self.voter.heeds = setting.heeded
         self._first = promised
-        self.voter.lost.update({p: w for p, w in lost.items() if p in self.voters})
+        self.voter.lost.update({p: w for p, w in lost.items() if p in self.voters or p in self.trial})
         self.leader: Leader | None = None
         passes = Passes(self._host)
         self.results = Results(endpoint, setting, self.voter, self.buffers, passes)
@@ -210,7 +214,7 @@ class Instance:
 
     def peer_changed(self, peer: PeerId, why: str | None) -> None:
         """Presence tells of a loss (``why``) or a return (None)."""
-        if peer not in self.voters:
+        if peer not in self.voters and peer not in self.trial:
             return
 
         def step() -> list[Action]:
@@ -235,7 +239,7 @@ class Instance:
                 wrong = wrong or "it belongs to another round"
             if wrong is not None:
                 raise RemoteRefused("bad-certificate", wrong)
-        elif sender not in self.voters:
+        elif sender not in self.voters and not (sender in self.trial and isinstance(message, SAID)):
             raise RemoteRefused("not-a-voter", f"{sender.short} is no voter of round {self.round}")
         self._feed(lambda: self._receive(sender, message))
 
@@ -302,7 +306,7 @@ class Instance:
         if isinstance(message, Proof) and self._nursery is not None:
             self._nursery.start_soon(self._proof, sender, message)
             return []
-        if isinstance(message, Ready) and self.voter.leader(message.attempt) == self.me:
+        if isinstance(message, Ready) and sender in self.voters and self.voter.leader(message.attempt) == self.me:
             known = self._first - 1 if self.leader is None else self.leader.attempt
             if known < message.attempt:
                 self._lead(message.attempt)
@@ -327,6 +331,7 @@ class Instance:
             rule=self.setting.rule,
             convicted={**self.setting.expelled(), **self.voter.convicted},
             audits=self.setting.audit > 0,
+            trial=self.setting.trial,
         )
         self.leader.spare = self.voter.spare
 
@@ -380,6 +385,8 @@ class Instance:
                 self.traffic.start(self._nursery, action)
             case Measure():
                 self._nursery.start_soon(self.scales.measure, action)
+            case Assess():
+                self._nursery.start_soon(self.scales.assess, action)
             case Weigh():
                 self._nursery.start_soon(self._weigh, action)
             case Check():

@@ -30,11 +30,10 @@ from .decisions import (
     may_abandon,
     may_begin,
     never_decided,
-    next_roster,
     proposal_of,
-    roster_room,
     shares,
     short,
+    waits_for_guests,
 )  # fmt: skip
 from .judging import Judging
 from .messages import (
@@ -67,9 +66,13 @@ class Leader(Judging):
     def receive(self, now: float, sender: PeerId, message: object) -> list[Action]:
         """Handle a message addressed to the leader of this attempt."""
         # Who is lost is not for a message to say: it may have been under way since before its sender was.
-        if sender not in self.voters or sender in self.convicted or self.phase in ("done", "aborted"):
+        if sender in self.convicted or self.phase in ("done", "aborted"):
+            return []
+        if sender not in self.voters and not (sender in self.guests and isinstance(message, Ready | Progress)):
             return []
         match message:
+            case Ready() if sender in self.guests:
+                return self._on_guest(now, sender, message)
             case Ready():
                 return self._on_ready(now, sender, message)
             case Held():
@@ -147,7 +150,7 @@ class Leader(Judging):
                 assert self.plan is not None
                 self._asked = {}  # whoever says nothing is not waited for
                 self._until = now + self.plan.phase(self.pace.gather)
-                slow = overdue(self.plan, self._progress, [r for r in self.plan.receivers if r not in self.lost])
+                slow = overdue(self.plan, self._progress, [r for r in self.plan.receivers if r not in self._apart])
                 if slow and self._overdue and len(slow) < len({piece.owner for piece in self.plan.slices}):
                     # Asked about before, and still held by its owner alone.
                     self._late.update(dict.fromkeys(slow, "gather"))
@@ -195,6 +198,17 @@ class Leader(Judging):
                 actions += self._call_in()
         return actions
 
+    def _on_guest(self, now: float, sender: PeerId, message: Ready) -> list[Action]:
+        """Somebody on trial is ready. It promises nothing, so that it may be at any attempt."""
+        new, self._guests[sender] = sender not in self._guests, message
+        if self.phase in ("scatter", "weigh", "gather"):
+            self._progress.pop(sender, None)
+            return self._brief(sender)
+        if self.phase != "convene":
+            return []
+        actions = self._maybe_begin(now)
+        return [*actions, self._waiting(now, sender)] if self.phase == "convene" and new else actions
+
     def _maybe_begin(self, now: float) -> list[Action]:
         promises = {peer: ready.accepted for peer, ready in self._ready.items()}
         earlier = proposal_of(promises)
@@ -227,10 +241,13 @@ class Leader(Judging):
             if self.attempt <= earlier.attempt:
                 # One ballot never carries two values.
                 return self._abort(now, again)
+        if go:
+            go, reason = waits_for_guests(self.guests, self._guests, self.lost, now, until, reason)
         self._reason = reason = again + reason
         if not go:
             return []
-        plan = first_plan(self.key, self.attempt, self._ready, self.me, self.needed, reason, self.rule)
+        guests = {peer: ready for peer, ready in self._guests.items() if peer not in self.lost}
+        plan = first_plan(self.key, self.attempt, self._ready, self.me, self.needed, reason, self.rule, guests)
         few = too_few(self.rule, len(plan.members))
         if few is not None:
             self._reason = again + few
@@ -349,7 +366,7 @@ class Leader(Judging):
     def _ask(self, now: float, why: str) -> list[Action]:
         plan = self.plan
         assert plan is not None
-        self._asked = {r: None for r in plan.receivers if r not in self.lost}
+        self._asked = {r: None for r in plan.receivers if r not in self._apart}
         self._until = now + plan.phase(self.pace.gather)
         message = Ask(self.key, plan.attempt, plan.epoch)
         actions: list[Action] = [Note("gather", "ask", why)]
@@ -390,7 +407,7 @@ class Leader(Judging):
         assert plan is not None
         if any(peer not in self.lost for peer in self._asked):
             return []
-        fetches, orphans = mending(plan, self._progress, self.lost, self._fetching)
+        fetches, orphans = mending(plan, self._progress, self._apart, self._fetching)
         if orphans:
             return self._replan(now, orphans, f"combined slice of {short(orphans)} is held by nobody")
         return [
@@ -401,8 +418,9 @@ class Leader(Judging):
     def _maybe_propose(self, now: float, *, late: bool = False) -> list[Action]:
         plan = self.plan
         assert plan is not None
-        full = [r for r in plan.receivers if r in self._progress and self._progress[r].nonce]
-        pending = [r for r in plan.receivers if r not in full and r not in self.lost]
+        done = [r for r in plan.receivers if r in self._progress and self._progress[r].nonce]
+        full = [r for r in done if r not in self.guests]
+        pending = [r for r in plan.receivers if r not in done and r not in self.lost]
         if self._looking:
             return []  # a look ends in time, and then this is asked again
         enough = len(full) >= self.needed and self.me in full
@@ -412,19 +430,16 @@ class Leader(Judging):
         if not enough:
             lost_owner = any(piece.owner in self.lost for piece in plan.slices)
             return self._ask(now, "the result is incomplete") if pending and (late or lost_owner) else []
-        present = {v: None for v in self.voters if v not in self.lost}
-        room = roster_room(len(full), self._terms.roster_limit)
-        roster, why = next_roster(
-            self.voters, present, self._terms.leaving(), self._terms.wishes(), room, self.convicted
-        )
         members, nonces = self._frozen, tuple(self._progress[r].nonce for r in sorted(full))
+        roster, trial, opinions, why = self._next(len(full))
         why = f"{plan.reason}{left_out(members, self._late)}; roster {why}"
         record = self._terms.draft(members, *shares(plan, members), roster, nonces, why)
-        self.record = record if self._branch is None else attrs.evolve(record, branch=self._branch)
+        branch = record.branch if self._branch is None else self._branch
+        self.record = attrs.evolve(record, branch=branch, trial=trial, opinions=opinions)
         self.phase, self._until = "seal", None
         algorithm, _ = choose_fingerprint([self._progress[r].algorithms for r in sorted(full)])
         message = Seal(self.key, plan.attempt, plan.epoch, nonces, algorithm)
-        others: list[Action] = [Send(r, message) for r in full if r != self.me]
+        others: list[Action] = [Send(r, message) for r in done if r != self.me]
         return [*others, Fingerprint(plan.attempt, plan.epoch, nonces, algorithm)]
 
     # -- commit -------------------------------------------------------------------------------------

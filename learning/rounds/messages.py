@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 
 import attrs
+from cattrs.gen import make_dict_unstructure_fn, override
 
 from ...transport.errors import ConfigError
 from ...transport.identity import Identity, PeerId
-from ...transport.wire import pack
+from ...transport.wire import converter, pack
 from ..reduce.codecs import resolve
 from ..reduce.rates import NOTHING, Rates
 from ..reduce.slices import Slice
@@ -43,6 +44,14 @@ def check_layout(layout: str) -> None:
 
 
 @attrs.frozen
+class OnTrial(Bounded):
+    """A peer on trial: ``left`` more rounds in which its work is fit, then it is a voter (docs/byzantine.md)."""
+
+    peer: PeerId
+    left: int
+
+
+@attrs.frozen
 class CommitRecord(Bounded):
     """What a round agreed on. Its digest chains the rounds: ``prev`` is the digest of the one before.
 
@@ -51,6 +60,10 @@ class CommitRecord(Bounded):
     PeerId order, with ``samples`` each and ``weights`` in the mean. ``roster``: the voters of the next
     round. ``state``: digest of the state after the round before (empty in gossip groups). ``fingerprint``:
     keyed MAC of the result, key derived from ``nonces``. ``total``: samples committed since genesis.
+
+    ``trial``: who is on trial in the next round, in PeerId order, none of them a voter. ``opinions``: what members of
+    this one say of the work of those who were on trial in it (:class:`.trials.Opinion`). Both empty in most rounds, and
+    then they are not in the bytes of the record: it is as it was before there was admission.
     """
 
     run: bytes
@@ -68,10 +81,20 @@ class CommitRecord(Bounded):
     algorithm: str
     fingerprint: bytes
     reason: str
+    trial: tuple[OnTrial, ...] = ()
+    opinions: tuple[bytes, ...] = ()
 
     @property
     def digest(self) -> bytes:
         return hashlib.blake2b(pack(self), digest_size=32, person=b"shoal commit v1").digest()
+
+
+converter.register_unstructure_hook(
+    CommitRecord,
+    make_dict_unstructure_fn(
+        CommitRecord, converter, trial=override(omit_if_default=True), opinions=override(omit_if_default=True)
+    ),
+)
 
 
 @attrs.frozen
@@ -160,7 +183,7 @@ class Plan(Bounded):
 
     ``within``: milliseconds after which a phase of bulk is over for those that are late; 0: each keeps its own pace.
     ``codec``: how contributions and combined slices travel; slices begin at multiples of its block. ``layout``: that of
-    all members' vectors.
+    all members' vectors. ``trial``: who sends its work to the owners to be judged, and is no member.
     """
 
     key: bytes
@@ -176,6 +199,7 @@ class Plan(Bounded):
     within: int = 0
     codec: str = "fp32"
     layout: str = ""
+    trial: tuple[PeerId, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         Bounded.__attrs_post_init__(self)
@@ -251,7 +275,8 @@ class Ask(Bounded):
 class Progress(Bounded):
     """Which combined slices (indices into the plan's) the sender holds; with all of them, its ``nonce``.
 
-    ``algorithms``: the fingerprints that are fast on the sender's machine, best first.
+    ``algorithms``: the fingerprints that are fast on the sender's machine, best first. ``opinion``: with the nonce, of
+    those on trial (:class:`.trials.Opinion`); empty where nobody is.
     """
 
     key: bytes
@@ -260,6 +285,7 @@ class Progress(Bounded):
     have: tuple[int, ...]
     nonce: bytes
     algorithms: tuple[str, ...]
+    opinion: bytes = b""
 
 
 @attrs.frozen

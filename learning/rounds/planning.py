@@ -27,11 +27,14 @@ def first_plan(
     needed: int,
     reason: str,
     rule: Aggregator = MEAN,
+    guests: Mapping[PeerId, Ready] | None = None,
 ) -> Plan:
     """Who contributes, who receives and who owns what, for those that are ``ready``; ``me`` leads.
 
     Members whose line is known to be far too slow are left out at once, as long as ``needed`` contribute, and as many
     as ``rule`` needs: see :func:`topology.laggards`. They receive the result like all others.
+
+    ``guests``: those on trial that are ready. They send what they have and receive the result, and own nothing.
     """
     members, (length, name, layout), without = contributors(ready)
     codec = resolve(name)
@@ -40,8 +43,14 @@ def first_plan(
     if late and too_few(rule, len(members) - len(late)) is not None:
         late, why = (), ""
     members = tuple(member for member in members if member not in late)
-    receivers = tuple(sorted({*ready, me}))
-    chosen = topology.plan(members, receivers, length, rates, codec)
+    voters = tuple(sorted({*ready, me}))
+    trial: tuple[PeerId, ...] = ()
+    if guests:
+        trial = tuple(sorted(p for p, r in guests.items() if r.contributes and kind_of(r) == (length, name, layout)))
+        rates.update({peer: each.rates for peer, each in guests.items()})
+        chosen = topology.plan(members, voters, length, rates, codec, guests=tuple(guests), judged=trial)
+    else:
+        chosen = topology.plan(members, voters, length, rates, codec)
     return Plan(
         key=key,
         attempt=attempt,
@@ -49,19 +58,22 @@ def first_plan(
         members=members,
         samples=tuple(ready[m].samples for m in members),
         weights=tuple(ready[m].weight for m in members),
-        receivers=receivers,
+        receivers=tuple(sorted({*voters, *(guests or ())})),
         slices=chosen.slices,
         length=length,
         reason=f"{reason}{without}{why}; {chosen.reason}",
         within=_milliseconds(chosen),
         codec=codec.name,
         layout=layout,
+        trial=trial if members else (),
     )
 
 
 def without_result(plan: Plan, why: str) -> Plan:
     """``plan`` for a round without contributions, since ``why``: nothing weaker than the run's rule will do."""
-    return attrs.evolve(plan, members=(), samples=(), weights=(), reason=f"no contribution is combined: {why}")
+    return attrs.evolve(
+        plan, members=(), samples=(), weights=(), trial=(), reason=f"no contribution is combined: {why}"
+    )
 
 
 def _milliseconds(chosen: topology.Topology) -> int:
@@ -70,27 +82,40 @@ def _milliseconds(chosen: topology.Topology) -> int:
     return int(1e3 * deadlines.planned_phase(defaults.TRANSFER_FLOOR, chosen.phase, chosen.rtt)) + 1
 
 
-def plan_fault(plan: Plan, voters: Sequence[PeerId], max_length: int, me: PeerId, offer: Ready | None) -> str | None:
-    """What is wrong with a plan, None when ``me`` may follow it. A leader is a peer like any other."""
+def plan_fault(
+    plan: Plan,
+    voters: Sequence[PeerId],
+    max_length: int,
+    me: PeerId,
+    offer: Ready | None,
+    trial: Sequence[PeerId] = (),
+) -> str | None:
+    """What is wrong with a plan, None when ``me`` may follow it. A leader is a peer like any other.
+
+    ``trial``: who is on trial in this round.
+    """
     if not len(plan.members) == len(plan.samples) == len(plan.weights):
         return "members, samples and weights differ in number"
     if list(plan.members) != sorted(set(plan.members)) or any(p not in voters for p in plan.members):
         return "members are not voters in order"
-    if any(p not in voters for p in plan.receivers) or len(plan.receivers) > len(voters):
+    everybody = {*voters, *trial}
+    if any(p not in everybody for p in plan.receivers) or len(plan.receivers) > len(everybody):
         return "receivers are not voters"
+    if list(plan.trial) != sorted(set(plan.trial)) or any(p not in trial for p in plan.trial):
+        return "contributions of others than those on trial"
     if any(w <= 0 for w in plan.weights) or any(s < 0 for s in plan.samples):
         return "weights are not above zero"
     if not 0 < plan.length <= max_length:
         return f"a vector of {plan.length} elements"
     if len(plan.slices) > 4 * len(voters) ** 2 or not covers(plan.slices, plan.length):
         return "slices do not cover the vector"
-    if any(piece.owner not in plan.receivers for piece in plan.slices):
+    if any(piece.owner not in plan.receivers or piece.owner in trial for piece in plan.slices):
         return "an owner that is no receiver"
     block = resolve(plan.codec).block
     if any(piece.start % block for piece in plan.slices):
         return f"a slice that begins within a block of {block}"
     ours = offer is not None and offer.contributes and kind_of(offer) == (plan.length, plan.codec, plan.layout)
-    if me in plan.members and not ours:
+    if (me in plan.members or me in plan.trial) and not ours:
         return "we contribute nothing of that length, codec and layout"
     return None
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from ...transport.identity import Identity, PeerId
 from ..aggregate.aggregator import Aggregator
 from .actions import Action, Note, Pace, Promise, Send
 from .challenges import Challenges
+from .decisions import next_roster, roster_room
 from .messages import (
     Accept,
     Certificate,
@@ -15,6 +16,7 @@ from .messages import (
     CommitRecord,
     Convene,
     Decided,
+    OnTrial,
     Plan,
     Progress,
     Propose,
@@ -24,7 +26,8 @@ from .messages import (
     accept_bytes,
 )
 from .terms import Terms, accepts_needed
-from .weighing import MEAN
+from .trials import counted, gathered, next_trial, served
+from .weighing import MEAN, too_few
 
 #: Holders of a result that a proposal names: who lacks it asks one after the other. All of 64 would be 2 KB for each.
 MAX_HOLDERS = 8
@@ -49,13 +52,15 @@ class Proposer:
         rule: Aggregator = MEAN,
         convicted: Mapping[PeerId, str] | None = None,
         audits: bool = False,
+        trial: tuple[OnTrial, ...] = (),
     ) -> None:
         """``unfit``: why we ourselves would refuse a record that somebody accepted; None when we would not.
-        ``convicted``: who lied, and in what; they are led no more, and are in no roster that we propose."""
+        ``convicted``: who lied, and in what; they are led no more, and are in no roster that we propose. ``trial``: who
+        is on trial in this round: they are led as voters are, but promise, own and accept nothing."""
         self.key, self.round, self.voters, self.attempt = key, round, voters, attempt
         self.me, self._identity, self.pace, self._terms = identity.peer_id, identity, pace, terms
         self._unfit, self.spare = unfit, 0.0  # spare: see Voter
-        self.rule = rule
+        self.rule, self.trial, self.guests = rule, trial, tuple(each.peer for each in trial)
         self.needed = accepts_needed(len(voters), terms.gossip)
         self.convicted, self.audits = dict(convicted or {}), audits
         self._challenges: Challenges | None = None
@@ -65,6 +70,7 @@ class Proposer:
         self.record: CommitRecord | None = None
         self.certificate: Certificate | None = None
         self._ready: dict[PeerId, Ready] = {}
+        self._guests: dict[PeerId, Ready] = {}  # those on trial that are ready
         self._grace_until: float | None = None
         self._ticked = now
         self._holders: tuple[PeerId, ...] = ()
@@ -99,6 +105,32 @@ class Proposer:
             return []
         return self._abort(now, f"attempt {attempt} has begun", attempt)
 
+    @property
+    def _apart(self) -> Collection[PeerId]:
+        """Those whose word about slices does not count: lost, or on trial. The latter get what they lack later."""
+        return {**self.lost, **dict.fromkeys(self.guests)} if self.guests else self.lost
+
+    def _next(self, proven: int) -> tuple[tuple[PeerId, ...], tuple[OnTrial, ...], tuple[bytes, ...], str]:
+        """For the record: the voters of the next round, who is on trial then, opinions, and the reasons.
+
+        ``proven``: voters that have done this round.
+        """
+        terms, room = self._terms, roster_room(proven, self._terms.roster_limit)
+        present = {v: None for v in (*self.voters, *self.guests) if v not in self.lost}
+        leaving, wishes = terms.leaving(), terms.wishes()
+        if not terms.admission:
+            roster, why = next_roster(self.voters, present, leaving, wishes, room, self.convicted)
+            return roster, (), (), why
+        opinions = gathered(self._progress, self.key, self._frozen, len(self.guests))
+        few = too_few(self.rule, len(self.voters)) is not None
+        after = served(self.trial, counted(opinions, self._frozen, self.guests, few))
+        ready = [each.peer for each in after if each.left == 0 and each.peer in present]
+        roster, why = next_roster(self.voters, present, leaving, ready, room, self.convicted)
+        gone = {*leaving, *self.convicted}
+        free = room - len(roster)
+        trial, more = next_trial(after, roster, self.voters, present, gone, wishes, free, terms.admission)
+        return roster, trial, opinions if self.trial else (), why + more
+
     def _propose(self, now: float, holders: tuple[PeerId, ...]) -> list[Action]:
         assert self.record is not None
         self.phase, self._until = "propose", now + self.pace.gather
@@ -129,7 +161,8 @@ class Proposer:
                 return [Send(v, message) for v in self.voters if v not in self.lost and v not in self._accepts]
             return []
         expected = self.plan.receivers if self.plan is not None else tuple(self._ready)
-        pending = [v for v in expected if v not in self.lost and v not in self._accepts and v not in self._refusals]
+        heard = {**self.lost, **self._accepts, **self._refusals, **dict.fromkeys(self.guests)}
+        pending = [v for v in expected if v not in heard]
         if pending and not late:
             self._until = min(self._until or now + self.pace.accept, now + self.pace.accept)
             return []
@@ -137,7 +170,8 @@ class Proposer:
         self.certificate = Certificate(self.key, self.attempt, accepts)
         self.phase, self._until = "done", None
         commit = Commit(self.key, self.record, self.certificate)
-        others = [v for v in (*self.voters, *self.record.roster) if v != self.me]
+        after = (*self.record.roster, *(each.peer for each in self.record.trial))
+        others = [v for v in (*self.voters, *self.guests, *after) if v != self.me]
         # Ourselves last: whoever acts on our commit finds it already on its way to the others.
         return [Send(peer, commit) for peer in (*dict.fromkeys(others), self.me)]
 
@@ -145,7 +179,7 @@ class Proposer:
         self.phase, self._until = "aborted", None
         convene = Convene(self.key, self.round, self.attempt + 1 if attempt is None else attempt)
         note = Note("convene", "abort", why)
-        return [note, *(Send(voter, convene) for voter in self.voters if voter not in self.lost)]
+        return [note, *(Send(v, convene) for v in (*self.voters, *self.guests) if v not in self.lost)]
 
     def _waiting(self, now: float, to: PeerId) -> Action:
         missing = tuple(v for v in self.voters if v not in self._ready)
@@ -157,11 +191,11 @@ class Proposer:
     def _say_waiting(self, now: float) -> list[Action]:
         self._word = now + self.pace.suspect / 4
         if self.plan is not None and self.phase in ("scatter", "weigh", "gather"):
-            live = [r for r in self.plan.receivers if r not in self.lost]
+            live = [r for r in self.plan.receivers if r not in self.lost and r not in self.guests]
             if len(live) < self.needed:
                 # This plan leads nowhere, whoever comes back. Silent, we are left for an attempt that can begin anew.
                 return []
-        to = {**self._ready, **(dict.fromkeys(self.voters) if self._grace_until is not None else {})}
+        to = {**self._ready, **(dict.fromkeys(self.voters) if self._grace_until is not None else {}), **self._guests}
         actions: list[Action] = [self._waiting(now, peer) for peer in to if peer not in self.lost]
         if self.phase == "convene" and self._ready and (self.attempt > 0 or self.me in self._ready):
             # Who has committed already answers this with the commit.
@@ -170,4 +204,5 @@ class Proposer:
 
     def _call_in(self) -> list[Action]:
         convene = Convene(self.key, self.round, self.attempt)
-        return [Send(v, convene) for v in self.voters if v not in self.lost and v not in self._ready]
+        here = {**self.lost, **self._ready, **self._guests}
+        return [Send(v, convene) for v in (*self.voters, *self.guests) if v not in here]

@@ -9,7 +9,7 @@ from ...transport.identity import PeerId
 from ..aggregate.products import pack_triangle
 from ..reduce.buffers import Buffers
 from ..reduce.codecs import resolve
-from .actions import Action, Check, Measure, Weigh
+from .actions import Action, Assess, Check, Measure, Weigh
 from .audits import Auditor
 from .messages import CommitRecord
 from .passes import Passes
@@ -54,6 +54,16 @@ class Scales:
         else:
             data = pack_triangle(await self._passes.run(elements * len(action.members), products))
         self._feed(lambda: self._voter.measured(self._host.now(), action.attempt, action.epoch, data))
+
+    async def assess(self, action: Assess) -> None:
+        """Whose work of those on trial goes where our combined slices go."""
+        plan = self._voter.plan
+        if plan is None or self._buffers.generation != (action.attempt, action.epoch):
+            return
+        ranges = [plan.slices[index].range for index in action.indices]
+        elements = sum(stop - start for start, stop in ranges) * (1 + len(action.trial))
+        fit = await self._passes.run(elements, self._buffers.fit(action.trial, ranges, resolve(plan.codec)))
+        self._feed(lambda: self._voter.assessed(self._host.now(), action.attempt, action.epoch, fit))
 
     async def weigh(self, action: Weigh) -> tuple[bytes, str | None]:
         """What the leader decides; some rules search for seconds."""

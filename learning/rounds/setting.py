@@ -12,7 +12,7 @@ from ..aggregate.aggregator import Aggregator
 from ..standing import Verdict
 from .actions import Note, Pace
 from .lies import Lie
-from .messages import Accepted, CommitRecord
+from .messages import Accepted, CommitRecord, OnTrial
 from .terms import Terms
 from .weighing import MEAN
 
@@ -28,6 +28,7 @@ class Setting:
     look was at, the verdict and why. ``slandered``: told who accused somebody falsely. ``proven``: told of a proof
     against an owner of a round of ``run``. ``expelled``: who lied in earlier rounds, and in what. ``heeded``: whether
     accusations of a peer are looked into. ``distort``: fault injection, what an owner that lies does to its slices.
+    ``trial``: who is on trial in this round, in PeerId order.
     """
 
     key: bytes
@@ -51,3 +52,4 @@ class Setting:
     expelled: Callable[[], Mapping[PeerId, str]] = dict
     heeded: Callable[[PeerId], bool] = lambda peer: True
     distort: Callable[[Tensor], None] | None = None
+    trial: tuple[OnTrial, ...] = ()

@@ -20,7 +20,7 @@ class Terms:
     ``draft`` builds the record of a round from members, samples, weights, roster, nonces and a reason (with
     an empty fingerprint); ``wishes`` and ``leaving`` are read when the roster is fixed. ``gossip``: the
     voters are a gossip group, which may go on with whoever is there. ``roster_limit``: peers in a roster. ``strict``:
-    an accepted value is given up only when every voter agrees.
+    an accepted value is given up only when every voter agrees. ``admission``: rounds that a newcomer is on trial.
     """
 
     draft: Callable[
@@ -31,6 +31,7 @@ class Terms:
     gossip: bool
     roster_limit: int
     strict: bool = False
+    admission: int = 0
 
 
 def fill(
@@ -55,6 +56,8 @@ def fill(
         nonces=nonces,
         algorithm="",
         fingerprint=b"",
+        trial=(),
+        opinions=(),
         reason=f"{record.reason}{reason}"[:REASON_LENGTH],
     )
 

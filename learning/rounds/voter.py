@@ -34,8 +34,8 @@ from .actions import (
     Share,
     Verify,
 )
+from .assessing import Assessing
 from .claims import Accuse, Missing
-from .convicting import Convicting
 from .messages import (
     Accepted,
     Ask,
@@ -63,7 +63,7 @@ from .weighing import MEAN, too_few
 MAX_REFUSED = 64
 
 
-class Voter(Convicting):
+class Voter(Assessing):
     """One peer's part in one instance. Every method takes ``now`` (seconds) and returns actions, in order."""
 
     def __init__(
@@ -81,6 +81,7 @@ class Voter(Convicting):
         algorithms: tuple[str, ...] = (),
         rule: Aggregator = MEAN,
         audits: bool = False,
+        trial: tuple[PeerId, ...] = (),
         promised: int = 0,
         accepted: Accepted | None = None,
     ) -> None:
@@ -95,7 +96,7 @@ class Voter(Convicting):
             accepted=accepted,
         )
         self._nonce, self._check, self._max_length = nonce, check, max_length
-        self._algorithms, self.rule, self.audits = algorithms, rule, audits
+        self._algorithms, self.rule, self.audits, self.trial = algorithms, rule, audits, trial
         self.due: float | None = None  # when the leader goes on without those who are late, as it says itself
         self.full = False
         #: Why we found no result with the fingerprint of a proposed record, by its digest: we would refuse it again.
@@ -109,6 +110,7 @@ class Voter(Convicting):
         self._receipts = {}
         self._reset_decision()
         self._reset_audits()
+        self._reset_assessing()
 
     # -- what happens at this peer ------------------------------------------------------------------
 
@@ -295,7 +297,7 @@ class Voter(Convicting):
             return []
         if self.plan is not None and (plan.attempt, plan.epoch) <= (self.plan.attempt, self.plan.epoch):
             return []
-        wrong = plan_fault(plan, self.voters, self._max_length, self.me, self.offer)
+        wrong = plan_fault(plan, self.voters, self._max_length, self.me, self.offer, self.trial)
         if liars := self._tainted(plan):
             wrong = f"owner {liars[0].short} lied in this round: {self.convicted[liars[0]]}"[:200]
         if wrong is not None:
@@ -308,12 +310,13 @@ class Voter(Convicting):
         self._combined, self._reported, self._verifying = {}, None, None
         self._reset_decision()
         self._reset_audits()
+        self._reset_assessing()
         self._heard = self._moved = now
         self._phase_until = now + self.scatter_time()
         self.due = self._phase_until
         self.phase, self.reason = "scatter", plan.reason
         actions.append(Note("scatter", "begin", f"attempt {plan.attempt}, epoch {plan.epoch}: {plan.reason}"))
-        if self.me in plan.members:
+        if self.me in plan.members or self.me in plan.trial:
             for piece in plan.slices:
                 item = (piece.owner, piece.start, piece.stop)
                 if item not in self._pushed:
@@ -328,9 +331,11 @@ class Voter(Convicting):
         mine = self._my_slices(plan)
         if not mine:
             return []
-        pieces = [plan.slices[i].range for i in mine]
-        held = tuple(m for m in plan.members if all(m in self._holds.get((*piece, plan.codec), {}) for piece in pieces))
+        held = tuple(m for m in plan.members if self._has_all(m, plan, mine))
         pending = [m for m in plan.members if m not in held and m not in self.lost]
+        if not pending:
+            # Those on trial are waited for as members are, and never counted.
+            pending = [t for t in plan.trial if not self._has_all(t, plan, mine) and t not in self.lost]
         if pending and not force and self._reported is None:
             return []
         if held == self._reported:
@@ -373,7 +378,8 @@ class Voter(Convicting):
     def _progress(self, plan: Plan) -> Progress:
         nonce = self._nonce(plan.attempt, plan.epoch) if self.full else b""
         have = tuple(sorted(self._combined))
-        return Progress(self.key, plan.attempt, plan.epoch, have, nonce, self._algorithms)
+        opinion = self._opinion(plan) if self.full else b""
+        return Progress(self.key, plan.attempt, plan.epoch, have, nonce, self._algorithms, opinion)
 
     def _tell_progress(self, plan: Plan) -> Send:
         return Send(self.leader(), self._progress(plan))
@@ -383,7 +389,7 @@ class Voter(Convicting):
         assert plan is not None and frozen is not None
         if self.full or len(self._combined) < len(plan.slices) or (self._weighs(frozen) and not self._agreed):
             return []
-        if (due := self._examine(plan)) is not None:
+        if (due := self._examine(plan)) is not None or (due := self._assess(plan, frozen)) is not None:
             return due
         self.full = True
         self.phase, self.reason = "commit", "holding the result, waiting for the commit"

@@ -20,7 +20,7 @@ from shoal.learning.rounds.decisions import candidates
 from shoal.learning.rounds.hub import Hub
 from shoal.learning.rounds.instance import Instance
 from shoal.learning.rounds.lies import Lie
-from shoal.learning.rounds.messages import Accepted, CommitRecord, instance_key
+from shoal.learning.rounds.messages import Accepted, CommitRecord, OnTrial, instance_key
 from shoal.learning.rounds.pace import pace
 from shoal.learning.rounds.post import Post
 from shoal.learning.rounds.presence import Presence
@@ -95,12 +95,20 @@ class Group:
         self.rule = MEAN
         #: Looks of each peer in a round.
         self.audit = 0.0
+        #: Members that are on trial and no voters.
+        self.trial: tuple[OnTrial, ...] = ()
 
     @property
     def leader(self) -> Member:
         """Of the first attempt of the next round."""
         first = candidates(self.head.digest, self.head.round + 1, self.voters)[0]
         return next(member for member in self.members if member.me == first)
+
+    def put_on_trial(self, member: Member, left: int = 3) -> None:
+        """``member`` is no voter in the rounds to come."""
+        self.voters = tuple(voter for voter in self.voters if voter != member.me)
+        self.trial = tuple(sorted((*self.trial, OnTrial(member.me, left)), key=lambda each: each.peer))
+        self.head = attrs.evolve(self.head, roster=self.voters, trial=self.trial)
 
     def live(self) -> list[Member]:
         return [member for member in self.members if not member.dead]
@@ -124,7 +132,7 @@ class Group:
             for hook in self.hooks:
                 hook(member, note)
 
-        terms = Terms(partial(fill, lambda: base), lambda: (), lambda: (), False, defaults.MAX_ROSTER, True)
+        terms = Terms(partial(fill, lambda: base), lambda: (), lambda: (), False, defaults.MAX_ROSTER, True, 3)
         member.notes, member.result = [], None
         member.instance = Instance(
             member.endpoint,
@@ -149,6 +157,7 @@ class Group:
                 slandered=lambda peer: member.verdicts.append((peer, "false-accusation")),
                 proven=member.lies.append,
                 distort=member.distort,
+                trial=self.trial,
             ),
             member.presence.lost,
             member.hub.memory,

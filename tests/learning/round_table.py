@@ -12,9 +12,10 @@ import torch
 
 from shoal.learning.aggregate import Aggregator, Decision
 from shoal.learning.aggregate.products import pack_triangle
-from shoal.learning.reduce.robust import combine_by, products_of
+from shoal.learning.reduce.robust import combine_by, fits, products_of
 from shoal.learning.rounds.actions import (
     Action,
+    Assess,
     Check,
     Combine,
     Done,
@@ -41,6 +42,7 @@ from shoal.learning.rounds.messages import (
     Accepted,
     Commit,
     CommitRecord,
+    OnTrial,
     Ready,
     Reject,
     instance_key,
@@ -49,8 +51,10 @@ from shoal.learning.rounds.messages import (
     verify_certificate,
 )
 from shoal.learning.rounds.terms import Terms, accepts_needed
+from shoal.learning.rounds.trainee import SAID, Trainee
+from shoal.learning.rounds.trials import trial_fault
 from shoal.learning.rounds.voter import Voter
-from shoal.learning.rounds.weighing import MEAN, decide, judge
+from shoal.learning.rounds.weighing import MEAN, decide, judge, too_few
 from shoal.transport.identity import Identity, PeerId
 
 PACE = Pace(grace=3.0, suspect=5.0, scatter=4.0, gather=4.0, accept=0.25)
@@ -73,7 +77,7 @@ class Seat:
         self.notes: list[Note] = []
         promised, accepted = resume_at(stored, candidates(table.prev, 1, table.voters), self.me)
         self.first = promised
-        self.voter = Voter(
+        self.voter = (Trainee if self.me in table.guests else Voter)(
             key=table.key,
             round=1,
             prev=table.prev,
@@ -84,11 +88,17 @@ class Seat:
             check=self.check,
             max_length=10_000,
             rule=table.rule,
+            trial=table.guests,
             promised=promised,
             accepted=accepted,
         )
 
     def check(self, record: CommitRecord) -> str | None:
+        table = self.table
+        few = too_few(table.rule, len(table.voters)) is not None
+        wrong = trial_fault(record, table.trial, table.voters, table.key, table.admission, few)
+        if wrong is not None:
+            return wrong
         return None if record.state == self.table.states.get(self.me, b"") else "it goes on from another state"
 
     def do(self, actions: list[Action]) -> None:
@@ -155,6 +165,23 @@ class Seat:
                     self.me,
                     self.me,
                     lambda seat: seat.do(seat.voter.weighed(table.now, action.attempt, action.epoch, wrong)),
+                )
+            case Assess():
+                plan = self.voter.plan
+                assert plan is not None
+                ranges, held = [plan.slices[i].range for i in action.indices], self.result[action.attempt, action.epoch]
+                ours = [torch.from_numpy(held[i]) for i in action.indices]
+                fit = tuple(
+                    peer
+                    for peer in action.trial
+                    if fits(
+                        [(torch.from_numpy(self.parts[peer, a, b]), c) for (a, b), c in zip(ranges, ours, strict=True)]
+                    )
+                )
+                table.post(
+                    self.me,
+                    self.me,
+                    lambda seat: seat.do(seat.voter.assessed(table.now, action.attempt, action.epoch, fit)),
                 )
             case Share():
                 self._offer(action.receiver, action.attempt, action.epoch, action.index, pulled=False)
@@ -265,10 +292,13 @@ class Seat:
                 commit = self.commit
                 self.table.post(self.me, sender, lambda seat: seat.hear(self.me, commit))
             return
+        if sender not in self.table.voters and not isinstance(message, SAID):
+            return
         if isinstance(message, Commit):
             needed = accepts_needed(len(self.table.voters), self.table.gossip)
             assert verify_certificate(message.record, message.certificate, self.table.voters, needed) is None
-        if isinstance(message, Ready) and self.voter.leader(message.attempt) == self.me:
+        guest = sender not in self.table.voters
+        if isinstance(message, Ready) and not guest and self.voter.leader(message.attempt) == self.me:
             known = self.first - 1 if self.leader is None else self.leader.attempt
             if known < message.attempt:
                 self.lead(message.attempt)
@@ -318,6 +348,7 @@ class Seat:
             lost=self.voter.lost,
             unfit=self.check,
             rule=self.table.rule,
+            trial=self.table.trial,
         )
 
     def follow(self) -> None:
@@ -347,8 +378,11 @@ class Table:
         gossip: bool = False,
         weighted: bool = False,
         rule: Aggregator = MEAN,
+        guests: int = 0,
+        admission: int = 0,
     ) -> None:
-        self.rule = rule
+        """``guests``: so many more are on trial, the first of them for one round more, the second for two …"""
+        self.rule, self.admission = rule, admission
         #: What a leader makes of its decision before it tells it.
         self.decides: Callable[[Seat, bytes, str | None], tuple[bytes, str | None]] = lambda seat, data, wrong: (
             data,
@@ -364,8 +398,12 @@ class Table:
         self.drops: Callable[[PeerId, PeerId, object], bool] = lambda sender, to, message: False
         self._severed: dict[tuple[PeerId, PeerId], None] = {}
         self._queue: list[tuple[float, int, PeerId, PeerId, Callable[[Seat], None]]] = []
-        identities = [Identity(bytes([seed % 256, i]) * 16) for i in range(n)]
-        self.voters = tuple(sorted(i.peer_id for i in identities))
+        identities = [Identity(bytes([seed % 256, i]) * 16) for i in range(n + guests)]
+        self.voters = tuple(sorted(i.peer_id for i in identities[:n]))
+        self.guests = tuple(sorted(i.peer_id for i in identities[n:]))
+        self.trial = tuple(OnTrial(peer, 1 + at) for at, peer in enumerate(self.guests))
+        #: Who wishes to join.
+        self.wishes: tuple[PeerId, ...] = ()
         self.prev = bytes([seed % 256]) * 32
         self.key = instance_key(b"r" * 32, 1, self.prev, self.voters)
         self.seats = {i.peer_id: Seat(self, i) for i in identities}
@@ -392,11 +430,12 @@ class Table:
                 reason=reason,
             )
 
-        return Terms(draft, lambda: (), lambda: (), self.gossip, 64, strict=not self.gossip)
+        strict, wishes = not self.gossip, self.wishes
+        return Terms(draft, lambda: wishes, lambda: (), self.gossip, 64, strict, self.admission)
 
     def weight(self, peer: PeerId) -> int:
         """Of a peer's contribution in the mean."""
-        return 1 + self.voters.index(peer) % 3 if self.weighted else 1
+        return 1 + self.voters.index(peer) % 3 if self.weighted and peer in self.voters else 1
 
     def trace(self, seat: Seat, action: Action) -> None:
         if isinstance(action, Send) and isinstance(action.message, Accept):

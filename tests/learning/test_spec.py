@@ -5,8 +5,9 @@ from __future__ import annotations
 import attrs
 import pytest
 
-from shoal.learning.spec import ParameterSpec, RunSpec, SignedSpec
-from shoal.transport.errors import DecodeError
+from shoal.learning.admission import admission_of
+from shoal.learning.spec import MAX_ADMISSION, BadSpec, ParameterSpec, RunSpec, SignedSpec
+from shoal.transport.errors import ConfigError, DecodeError
 from shoal.transport.identity import Identity
 
 FOUNDER = Identity(b"\x01" * 32)
@@ -31,6 +32,23 @@ def test_a_signed_spec_opens_to_what_was_signed() -> None:
     signed = SignedSpec.sign(FOUNDER, SPEC)
     assert signed.open() == SPEC
     assert len(signed.run_id) == 32
+
+
+@pytest.mark.parametrize("admission", [-1, MAX_ADMISSION + 1])
+def test_a_spec_with_a_trial_that_cannot_be_is_refused(admission: int) -> None:
+    with pytest.raises(BadSpec, match="rounds on trial"):
+        SignedSpec.sign(FOUNDER, attrs.evolve(SPEC, admission=admission)).open()
+
+
+def test_runs_with_a_rule_against_liars_have_a_trial_unless_told_otherwise() -> None:
+    assert admission_of(None, "mean", True) == 0
+    assert admission_of(None, "median", True) == 3
+    assert admission_of(0, "median", True) == 0
+    assert admission_of(7, "mean", True) == 7
+    with pytest.raises(ConfigError, match="it is 0 to 1000"):
+        admission_of(1001, "median", True)
+    with pytest.raises(ConfigError, match="admission must be 0"):
+        admission_of(1, "mean", False)
 
 
 def test_another_founder_time_or_seed_makes_another_run() -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import attrs
 import pytest
 
-from shoal.learning.events import Standing
+from shoal.learning.events import RunStatus, Standing
 from shoal.node import commands, defaults
-from shoal.node.commands import render_peers
-from shoal.node.control import ControlClient, PeerInfo, PeerList
+from shoal.node.commands import render_peers, render_status
+from shoal.node.control import ControlClient, NodeStatus, PeerInfo, PeerList
+from shoal.transport.wire import pack, unpack
 
 LINKS = tuple(PeerInfo(name * 13, f"tcp://192.0.2.{at}:1", "out", "aegis256", 0.25, 1, 2, True)
               for at, name in enumerate(("alic", "bobb")))  # fmt: skip
@@ -65,6 +66,24 @@ def test_peers_without_a_link_follow_in_a_table_of_their_own() -> None:
     assert len(links.splitlines()) == 3
     assert cells(gone) == [["PEER", "LAST ROUND", "CONTRIBUTED"], ["carocaro", "7", "3/5"], ["dddddddd", "-", "-"]]
     assert "no links" in render_peers(attrs.evolve(found, peers=())) and "carocaro" in text
+
+
+def test_who_is_on_trial_is_marked_with_the_rounds_that_it_has_left() -> None:
+    head, alice, bob = cells(render_peers(PeerList(LINKS, (), ((BOB, 2),))))
+    assert head[-1] == "ROUND"
+    assert (alice[-1], bob[-1]) == ("member", "on trial, 2 left")
+
+
+def test_the_status_names_those_on_trial() -> None:
+    run = RunStatus(
+        "ab" * 32, "digits", "diloco", "strict", 5, "train", "", "", (ALICE, BOB, CAROL), 1, 2, None, "", None, "", 0,
+        False, ((BOB, 2), (CAROL, 1)),
+    )  # fmt: skip
+    status = NodeStatus(1, "/data", ALICE, "", 1.0, (), "unknown", 2, 0, 0, 0, run)
+    text = render_status(status)
+    assert "on trial        bobbbobb for 2 rounds more, carocaro for 1 round more" in text
+    assert "on trial" not in render_status(attrs.evolve(status, run=attrs.evolve(run, trial=())))
+    assert unpack(NodeStatus, pack(status)) == status
 
 
 def test_of_many_without_a_link_the_last_are_named_and_whoever_was_caught() -> None:
