@@ -10,7 +10,7 @@ it says makes anybody lead, or move to another attempt.
 from __future__ import annotations
 
 from .actions import Action, Done, Persist, Send
-from .claims import Accuse
+from .claims import Accuse, Proof
 from .messages import Commit, Convene, Plan, Progress, Propose, Ready, Reject, Waiting
 from .voter import Voter
 
@@ -28,7 +28,7 @@ class Trainee(Voter):
         return _own(super().withdraw(now, why))
 
     def receive(self, now: float, sender: object, message: object) -> list[Action]:
-        if isinstance(message, Propose | Accuse | Reject):
+        if isinstance(message, Propose | Accuse | Proof | Reject):
             return []
         if isinstance(message, Convene | Waiting | Plan) and self._leads(sender, message.attempt):
             return _own([*self._follow(now, message), *super().receive(now, sender, message)])  # type: ignore[arg-type]
