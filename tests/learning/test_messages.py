@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.learning.reduce.slices import Slice
+from shoal.learning.rounds.claims import Accuse, Denied, Missing, Proof, Receipt, Receipts
 from shoal.learning.rounds.messages import (
     MESSAGES,
     Accept,
@@ -82,6 +83,11 @@ EVERY = (
     sign_accept(IDENTITIES[0], KEY, 0, RECORD.digest),
     Reject(KEY, 0, 4, "no"),
     Commit(KEY, RECORD, Certificate(KEY, 0, (Signed(VOTERS[0], b"x" * 64),))),
+    Accuse(KEY, 0, 1, 2, 3),
+    Proof(KEY, b"p" * 1000),
+    Missing(KEY, 0, 1, VOTERS[0]),
+    Receipts(KEY, 0, 1, VOTERS[0], (Receipt(0, 16, "fp32", b"r" * 32, b"s" * 64),)),
+    Denied(KEY, 0, 1, VOTERS[0], VOTERS[1]),
 )
 
 
@@ -211,7 +217,8 @@ def test_numbers_that_no_signature_or_arithmetic_could_take_do_not_decode(
 
 
 def test_a_certificate_or_record_with_such_numbers_does_not_decode_either() -> None:
-    for part, name in ((EVERY[-1].certificate, "attempt"), (RECORD, "total"), (RECORD, "branch"), (RECORD, "round")):  # type: ignore[attr-defined]
+    certificate = next(message.certificate for message in EVERY if isinstance(message, Commit))
+    for part, name in ((certificate, "attempt"), (RECORD, "total"), (RECORD, "branch"), (RECORD, "round")):
         sound = unpack(type(part), pack(part))
         object.__setattr__(sound, name, -1)
         with pytest.raises(DecodeError, match="out of range"):

@@ -14,10 +14,11 @@ from shoal.learning import defaults
 from shoal.learning.exchange import Contribution
 from shoal.learning.reduce.slices import Slice
 from shoal.learning.rounds.actions import Share
+from shoal.learning.rounds.bounded import MAX_REASON
+from shoal.learning.rounds.claims import Accuse, Denied, Missing, Proof, Receipt, Receipts
 from shoal.learning.rounds.decisions import roster_room
 from shoal.learning.rounds.instance import Instance
 from shoal.learning.rounds.messages import (
-    MAX_REASON,
     MAX_SAMPLES,
     Accept,
     Accepted,
@@ -104,6 +105,11 @@ def everything(key: bytes, record: CommitRecord, me: PeerId) -> list[object]:
         Propose(key, 0, record, (me,)),
         Accept(key, 0, record.digest, b"s" * 64),
         Reject(key, 0, 900, "no"),
+        Accuse(key, 0, 0, 0, 0),
+        Proof(key, b"proof"),
+        Missing(key, 0, 0, me),
+        Receipts(key, 0, 0, me, (Receipt(0, 16, "fp32", bytes(32), bytes(64)),)),
+        Denied(key, 0, 0, me, me),
     ]
 
 
@@ -145,7 +151,7 @@ def test_strangers_have_no_say_in_a_round() -> None:
                 nursery.start_soon(say, f"Commit with {name} names", SAY[Commit], Commit(key, record, certificate))
 
     world = simulate(scenario(3, 6), script)
-    assert len(told) == 14 + 2 + 3
+    assert len(told) == 19 + 2 + 3
     for name, (code, reason) in told.items():
         if name.startswith("Commit"):
             assert code == "bad-certificate"
