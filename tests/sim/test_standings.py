@@ -46,7 +46,7 @@ def shown(world: World, by: int) -> dict[str, list[str]]:
 
 def test_a_liar_has_a_low_quality_at_every_honest_peer_and_shoal_peers_shows_it() -> None:
     founding = Founding(
-        strategy_args=tiny.PLAIN, aggregator="multikrum:f=1,definition=byzfl", min_peers=PEERS, rounds=12
+        strategy_args=tiny.PLAIN, aggregator="multikrum:f=1,definition=byzfl", audit=0.0, min_peers=PEERS, rounds=12
     )
     tables: list[dict[str, list[str]]] = []
 
