@@ -39,6 +39,7 @@ from shoal.learning.reduce.leaves import bounds, build, leaf_elements
 from shoal.learning.rounds.lies import Lie
 from shoal.learning.rounds.messages import instance_key
 from shoal.learning.rounds.statements import Combined, combined_bytes, context_of, inputs_of
+from shoal.learning.rounds.trials import Opinion
 from shoal.learning.rounds.weighing import decide, judge
 from shoal.learning.spec import SignedSpec
 from shoal.learning.standing import Standings, fault
@@ -50,7 +51,7 @@ from shoal.transport import defaults, portmap_wire, punch, stun
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.aead import NOMINAL_CIPHERS
 from shoal.transport.callmux import CallReceived
-from shoal.transport.errors import ConfigError, RemoteError
+from shoal.transport.errors import ConfigError, DecodeError, RemoteError
 from shoal.transport.frames import MuxStream, Priority
 from shoal.transport.identity import PeerId
 from shoal.transport.mux import Mux
@@ -706,6 +707,25 @@ def _standings_of(folder: Path) -> Any:
     return None
 
 
+def _opinion(rng: random.Random) -> bytes:
+    """A member's word about two peers on trial."""
+    members = sorted(identity.peer_id for identity in IDENTITIES[:3])
+    author = rng.choice(IDENTITIES[:3])
+    return Opinion.sign(author, bytes(32), members, rng.choice((None, 0, 1, 3))).data
+
+
+def _judge_opinion(data: bytes) -> Any:
+    members = sorted(identity.peer_id for identity in IDENTITIES[:3])
+    try:
+        opinion = Opinion.read(data)
+    except ValueError as error:
+        raise DecodeError(str(error)) from None
+    wrong = opinion.fault(bytes(32), members, 2)
+    if wrong is not None:
+        raise DecodeError(wrong)
+    return opinion
+
+
 def _lie(rng: random.Random) -> bytes:
     """A true one, of three voters whose first owns a slice and signed that the median is something else."""
     identities = sorted(IDENTITIES[:3], key=lambda identity: identity.peer_id)
@@ -754,6 +774,7 @@ def decoders() -> dict[str, Decoder]:
         _file("marks", _write_marks, _read_marks, "marks"),
         Decoder("inner products", _products, _weigh),
         Decoder("lie of an owner", _lie, _convict, sealed=True),
+        Decoder("opinion", _opinion, _judge_opinion, sealed=True),
         Decoder("run spec", _spec, _open_spec, sealed=True),
         _secure(True, None), _secure(False, None), _secure(True, psk), _secure(False, psk),
         _hello(True), _hello(False),

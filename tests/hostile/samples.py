@@ -17,6 +17,7 @@ import msgpack
 from shoal.dht.documents.messages import Accused, Advert, Node, Want
 from shoal.dht.documents.policy import DocumentSpec, Listed, Members, Owner
 from shoal.learning.reduce.codecs import NAMES
+from shoal.learning.rounds.lies import Lie
 from shoal.learning.rounds.statements import Combined
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.identity import Identity, PeerId
@@ -52,6 +53,7 @@ _NAMED = {
     "codec": NAMES,
     "aggregator": ("mean", "flag", "nnm+median:f=1", "x+y"),
     "audit": (0.0, 0.5, 1.0, 16.0),
+    "admission": (0, 3),
 }
 
 #: Values by their type that mean something where a message is going: rounds, keys, peers.
@@ -131,6 +133,20 @@ def _combined(rng: random.Random) -> Combined:
     return Combined(context, inputs, output, rng.choice((b"", rng.randbytes(32))), rng.randbytes(64))
 
 
+def _lie(rng: random.Random) -> Lie:
+    """One whose numbers fit together, and nothing else."""
+    voters = tuple(identity.peer_id for identity in IDENTITIES[: rng.randrange(2, 4)])
+    count = len(voters)
+    return Lie(
+        run=rng.randbytes(32), round=rng.randrange(99), prev=rng.randbytes(32), voters=voters, attempt=0, epoch=1,
+        start=16, stop=16 + rng.randrange(1, 999), codec=rng.choice(("fp32", "int8")), owner=voters[0], members=voters,
+        weights=(1,) * count, decision=rng.choice((b"", bytes(8 * count))), combined=_combined(rng),
+        roots=tuple(rng.randbytes(32) for _ in voters), leaf=rng.randrange(3),
+        parts=tuple(rng.randbytes(8) for _ in voters), paths=((rng.randbytes(32),),) * count, result=rng.randbytes(8),
+        result_path=(rng.randbytes(32),),
+    )  # fmt: skip
+
+
 def _address(rng: random.Random) -> Address:
     kind, host = rng.choice(
         (("tcp", "127.0.0.1"), ("tcp", "192.0.2.255"), ("tcp", "2001:db8::7"), ("tcp", "fe80::1%eth0"), ("mem", "n7"))
@@ -177,6 +193,7 @@ def _named(kind: Any) -> Callable[[random.Random], Any]:
 
 _SPECIAL: dict[Any, Callable[[random.Random], Any]] = {
     Combined: _combined,
+    Lie: _lie,
     **{kind: _named(kind) for kind in (Advert, Node, Want, Accused)},
     PeerId: lambda rng: rng.choice(IDENTITIES).peer_id,
     Address: _address,

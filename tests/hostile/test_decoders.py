@@ -28,6 +28,7 @@ FED_BY = {
     "dht.kademlia.keys": "no bytes from outside: its own digests",
     "learning.checkpoint_index": "no bytes from outside: a chunk that was checked against its hash",
     "learning.checkpoints": "no bytes from outside: a chunk that was checked against its hash",
+    "learning.rounds.trials": "opinion",
     "learning.rounds.weighing": "inner products",
     "learning.shard": "no bytes from outside: seeds",
     "learning.store": "file trust",
