@@ -58,6 +58,7 @@ class Buffers:
         self._taken: dict[PeerId, int] = {}
         self._pieces: dict[PeerId, int] = {}
         self._early_size: dict[PeerId, int] = {}
+        self._early_pieces: dict[PeerId, int] = {}
 
     def room_for(self, contributor: PeerId, start: int, stop: int, codec: Codec = FP32) -> Part | None:
         """Memory for a part, or None when the range is absurd or this contributor has sent too much already."""
@@ -180,6 +181,9 @@ class Buffers:
         """Memory for a combined slice that came before its plan, bounded for each sender."""
         size, taken = stop - start, self._early_size.get(sender, 0)
         if not 0 <= start < stop <= self._max_length or taken + size > 2 * self._max_length:
+            return None
+        pieces = self._early_pieces[sender] = self._early_pieces.get(sender, 0) + 1
+        if pieces > MAX_PIECES:
             return None
         self._early_size[sender] = taken + size
         return self.part(size, codec)

@@ -244,7 +244,7 @@ class Auditor:
 
     async def proof(self, sender: PeerId, message: Proof) -> None:
         """Somebody sends a proof against an owner, of this round or an earlier one: it is checked, not believed."""
-        if sender in self._proofs_of:
+        if sender in self._proofs_of or not self._setting.heeded(sender):
             return
         self._proofs_of[sender] = None
         try:
@@ -254,7 +254,8 @@ class Auditor:
             self._setting.note(Note("gather", "false-accusation", str(error), sender))
             self._setting.slandered(sender)
             return
-        if lie.owner != self.me and lie.owner not in self._caught:
+        # Anybody can make keys that lie in rounds that never were: only of those that we vote with it matters.
+        if lie.owner != self.me and lie.owner in self._setting.voters and lie.owner not in self._caught:
             self._caught[lie.owner] = None
             self._setting.proven(lie)
             self._feed(lambda: self._convict(lie.owner, lie.reason))

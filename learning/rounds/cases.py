@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 import torch
 
-from ...transport.errors import ConfigError, ProtocolMisuse
+from ...transport.errors import ConfigError, DecodeError, ProtocolMisuse
 from ...transport.identity import PeerId
 from .. import defaults
 from ..aggregate.products import add_triangles, pack_triangle, triangle_size, unpack_triangle
@@ -134,7 +134,13 @@ def judge(setting: Setting, case: Case, evidence: Evidence, theirs: bytes, told:
     except (ConfigError, ProtocolMisuse, ValueError) as error:
         return Finding("unanswered", f"nothing can be combined: {error}")
     if own != theirs:
-        return _lied(setting, case, evidence, own, theirs)
+        found = _lied(setting, case, evidence, own, theirs)
+        assert found.lie is not None
+        try:
+            found.lie.check(setting.run, setting.rule)
+        except DecodeError:
+            return attrs.evolve(found, lie=None)  # what would not convince others is not sent to them
+        return found
     wrong = _products_fault(setting, case, evidence, told)
     return Finding("lied", wrong) if wrong is not None else Finding("passed")
 

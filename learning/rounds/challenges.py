@@ -51,8 +51,8 @@ class Challenges:
     def shown(self, member: PeerId, message: Receipts) -> None:
         """What a member shows when it is asked."""
         pair = member, message.owner
-        if pair not in self._asked:
-            return
+        if self._asked.get(pair, True):
+            return  # nobody asked, or it has answered
         self._asked[pair] = True
         pieces = [piece for piece in self._plan.slices if piece.owner == message.owner]
         signed = {
@@ -69,7 +69,9 @@ class Challenges:
 
     def denied(self, witness: PeerId, message: Denied) -> None:
         """``witness`` could not hand a part on, either."""
-        if witness not in (message.owner, message.contributor) and message.contributor in self._plan.members:
+        owns = any(piece.owner == message.owner for piece in self._plan.slices)
+        known = owns and message.contributor in self._plan.members
+        if known and witness not in (message.owner, message.contributor):
             self._witnesses.setdefault((message.contributor, message.owner), {})[witness] = None
 
     def guilty(self, held: Mapping[PeerId, Sequence[PeerId]]) -> tuple[PeerId, ...]:

@@ -118,6 +118,8 @@ class Delivery:
         if sender not in self._setting.voters:
             raise RemoteRefused("not-a-voter", f"{sender.short} is no voter of round {self._setting.round}")
         codec, elements = resolve(request.codec), request.stop - request.start
+        if request.owner == self._endpoint.peer_id:
+            raise RemoteRefused("bad-range", "that part is for ourselves: it is scattered, not forwarded")
         if not self._auditor.audits(codec) or plan is None or not _expected(plan, request, sender):
             raise RemoteRefused("bad-range", "nobody expects that part in this round")
         wrong = mark_fault(request.mark, sender, request.key, request.start, request.stop, codec.name)

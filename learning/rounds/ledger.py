@@ -71,7 +71,9 @@ class Ledger:
         if wrong is None and (tree := self.tree(part, stop - start)).root != mark.root:
             wrong = "what was signed is another one"
         if wrong is None:
-            self.given[contributor, start, stop, part.codec.name] = Marked(part, tree, mark)
+            # The first one stands: an owner that has combined it would else sign for another one, and be convicted.
+            first = self.given.setdefault((contributor, start, stop, part.codec.name), Marked(part, tree, mark))
+            wrong = None if first.mark.root == mark.root else "it has signed another one before"
         return wrong
 
     def sign(self, plan: Plan, index: int, context: bytes, roots: Sequence[bytes], result: Tensor, codec: Codec,
