@@ -533,3 +533,20 @@ def test_a_ledger_forgets_everything_when_its_round_is_over() -> None:
     assert ledger.sent and ledger.given
     ledger.drop()
     assert not ledger.sent and not ledger.given
+
+
+def test_a_contributor_cannot_replace_the_part_that_an_owner_may_have_combined() -> None:
+    """Else the owner signs for the second what it made of the first, which is the proof of a lie that was none."""
+    from shoal.learning.reduce.buffers import Part
+    from shoal.learning.reduce.codecs import FP32
+    from shoal.learning.state import bytes_view
+
+    owner, author = (Ledger(Identity(bytes([number]) * 32), bytes(32), 3) for number in (1, 2))
+    again = Ledger(Identity(bytes([2]) * 32), bytes(32), 3)
+    first, second = torch.zeros(1000), torch.ones(1000)
+    one = author.mark(0, 1000, Part(FP32, bytes_view(first), first))
+    other = again.mark(0, 1000, Part(FP32, bytes_view(second), second))
+    assert owner.take(author.me, 0, 1000, one.part, one.mark) is None
+    assert owner.take(author.me, 0, 1000, one.part, one.mark) is None, "the same once more, through another member"
+    assert owner.take(author.me, 0, 1000, other.part, other.mark) == "it has signed another one before"
+    assert owner.given[author.me, 0, 1000, "fp32"].mark == one.mark
