@@ -100,15 +100,20 @@ def add_namespace(name: str) -> None:
 
 
 def remove_namespace(name: str) -> None:
-    """Kill what runs in it and remove it; nothing happens where there is none."""
+    """Kill what runs in it and remove it; nothing happens where there is none, or where somebody else (the guardian of
+    its lab, the sweep of another lab that begins) removes it meanwhile. Raises :class:`NetLabError`."""
     if not (NAMESPACES / name).exists():
         return
-    for pid in run(["ip", "netns", "pids", name]).split():
-        try:
-            os.kill(int(pid), signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it ended meanwhile
-    run(["ip", "netns", "del", name])
+    try:
+        for pid in run(["ip", "netns", "pids", name]).split():
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it ended meanwhile
+        run(["ip", "netns", "del", name])
+    except NetLabError:
+        if (NAMESPACES / name).exists():
+            raise
 
 
 #: How the folder of a lab begins, before the number of its process.
