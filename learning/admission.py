@@ -16,6 +16,7 @@ from . import defaults
 from .aggregate.names import resolve
 from .membership import Placement
 from .rounds.messages import CommitRecord, instance_key
+from .rounds.remembering import known
 from .rounds.trials import trial_fault
 from .rounds.weighing import too_few
 from .spec import MAX_ADMISSION
@@ -71,6 +72,7 @@ def placement(run: Run, record: CommitRecord) -> Placement:
         trial=record.trial,
         admission=run.spec.admission,
         few=too_few(run.rule, len(voters)) is not None,
+        scores=known(record),
     )
 
 

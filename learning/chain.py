@@ -24,6 +24,7 @@ from .divergence import Divergence
 from .membership import Membership, Placement, certify
 from .peer import OutOfStep
 from .proofs import Proofs
+from .rounds import remembering
 from .rounds.decisions import better, candidates, may_branch, short
 from .rounds.instance import Instance
 from .rounds.messages import (
@@ -255,7 +256,8 @@ class Chain(Membership):
             return "its samples do not add up"
         if not 1 <= len(record.roster) <= defaults.MAX_ROSTER or list(record.roster) != sorted(set(record.roster)):
             return "its roster is empty, too long or not in order"
-        if (wrong := admission.fault(record, self.placed)) is not None:
+        wrong = admission.fault(record, self.placed) or remembering.fault(record, self.placed.scores, self.run.rule)
+        if wrong is not None:
             return wrong
         if record.state and ours and record.state != ours:
             self.states.suspect(record)
@@ -363,6 +365,7 @@ class Chain(Membership):
             samples=(),
             weights=(),
             opinions=(),
+            scores=remembering.carried(roster, remembering.known(head)),
             roster=roster,
             branch=head.branch + 1,
             nonces=(),

@@ -189,8 +189,10 @@ class Gossip(Membership):
         voters = set(self.placed.voters)
         if (record.run, record.round, record.prev) != (self.run.run_id, self.placed.round, self.placed.prev):
             return "it belongs to another round"
-        if any(m not in voters for m in (*record.members, *record.roster)) or record.trial or record.opinions:
+        if any(m not in voters for m in (*record.members, *record.roster)):
             return "members are not of this group"
+        if record.trial or record.opinions or record.scores:
+            return "a group has nobody on trial, and remembers nothing"
         if not len(record.members) == len(record.samples) == len(record.weights):
             return "members, samples and weights differ in number"
         return None

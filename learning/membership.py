@@ -7,6 +7,7 @@ state is replicated). :class:`shoal.learning.gossip.Gossip`: an eventually consi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import attrs
@@ -21,6 +22,7 @@ from . import defaults
 from .rounds.instance import Instance
 from .rounds.messages import Certificate, Commit, CommitRecord, OnTrial, Signed, instance_key, sign_accept
 from .rounds.methods import Ack
+from .rounds.remembering import NOTHING
 from .rounds.terms import Terms
 from .store import Head
 from .sync import (
@@ -42,7 +44,7 @@ class Placement:
     """Our place in a round. ``key`` is None when it has no exchange; ``index`` of ``count`` selects our shard.
 
     ``trial``: who is on trial in it, perhaps we; ``admission``: rounds of a trial, 0 where the run has none; ``few``:
-    the run's rule wants more contributions than there are voters.
+    the run's rule wants more contributions than there are voters. ``scores``: what the rule remembers of the voters.
     """
 
     round: int
@@ -55,6 +57,7 @@ class Placement:
     trial: tuple[OnTrial, ...] = ()
     admission: int = 0
     few: bool = False
+    scores: Mapping[PeerId, int] = NOTHING
 
 
 class Membership(ABC):

@@ -85,4 +85,5 @@ def setting_of(run: Run, worked: float, state: int) -> Setting:
         heeded=run.liars.heeds,
         distort=run.faults.distort,
         trial=place.trial,
+        scores=place.scores,
     )

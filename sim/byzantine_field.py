@@ -17,6 +17,7 @@ from torch import Tensor
 from ..learning import exact
 from ..learning.aggregate import Aggregator, aggregate
 from ..learning.aggregate import resolve as resolve_rule
+from ..learning.aggregate.base import Floats
 from ..learning.shard import dirichlet_split
 from ..learning.tasks.digits import load
 from ..transport.errors import ConfigError
@@ -95,6 +96,7 @@ def run(case: Case) -> Outcome:
     honest = field.peers - case.liars
     velocity = torch.zeros(field.peers, len(model.vector))
     before: Tensor | None = None
+    scores = np.zeros(field.peers)  # what a rule with a memory remembers of each
     qualities, skipped = list[tuple[float, float]](), 0
     for step in range(field.steps):
         picked = torch.from_numpy(np.stack([draw.choice(part, field.batch) for part in parts]))
@@ -108,7 +110,7 @@ def run(case: Case) -> Outcome:
         if attack is not None:
             known = Knowledge(
                 own=rows[honest:], honest=rows[:honest], before=before, random=random,
-                rule=_applied(rule, before, step, field.peers), relabelled=rows[honest:] if flips else None,
+                rule=_applied(rule, before, step, scores), relabelled=rows[honest:] if flips else None,
             )  # fmt: skip
             rows = torch.cat([rows[:honest], attack.craft(known)])
         arrived = draw.random(field.peers) >= field.loss
@@ -119,7 +121,9 @@ def run(case: Case) -> Outcome:
         except ConfigError:
             skipped += 1
             continue
-        result = aggregate(rows[kept], rule, reference=before, seed=step)
+        result = aggregate(rows[kept], rule, reference=before, seed=step, scores=scores[kept])
+        if result.scores is not None:
+            scores[kept] = result.scores
         if result.quality is not None and case.liars:
             liar = np.array([i >= honest for i in kept])
             if liar.any() and not liar.all():
@@ -133,9 +137,9 @@ def run(case: Case) -> Outcome:
     return Outcome(model.accuracy(data.test_x, data.test_y), quality, skipped)
 
 
-def _applied(rule: Aggregator, before: Tensor | None, seed: int, peers: int) -> Rule:
+def _applied(rule: Aggregator, before: Tensor | None, seed: int, scores: Floats) -> Rule:
     def applied(rows: Tensor) -> Tensor:
-        return aggregate(rows[:peers], rule, reference=before, seed=seed).vector
+        return aggregate(rows[: len(scores)], rule, reference=before, seed=seed, scores=scores).vector
 
     return applied
 

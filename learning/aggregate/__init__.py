@@ -1,7 +1,7 @@
 """Rules that combine contributions of which some may lie: coordinate-wise or on the Gram matrix, distributed or not."""
 
 from .aggregator import Aggregator, Decision
-from .base import Before, CoordinateRule, GramRule, Stage, Verdict
+from .base import Before, CoordinateRule, GramRule, Remembering, Stage, Verdict
 from .central import Result, aggregate
 from .linear import fault, linear_combination, partial_gram
 from .names import BEFORE, RULES, resolve
@@ -14,6 +14,7 @@ __all__ = [
     "CoordinateRule",
     "Decision",
     "GramRule",
+    "Remembering",
     "Result",
     "Stage",
     "Verdict",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...transport.errors import ProtocolMisuse
 from .. import defaults
-from .base import Before, CoordinateRule, Floats, GramRule
+from .base import Before, CoordinateRule, Floats, GramRule, Remembering
 from .linear import linear_combination, mixed
 from .mean import Mean
 
@@ -19,6 +19,7 @@ from .mean import Mean
 @attrs.frozen(eq=False)
 class Decision:
     """What the Gram matrix decides: ``matrix`` (q, p), float64, and ``quality`` (n,), 0 … 1, where the rule has one.
+    ``scores`` (n,), -1 … 1: what is remembered of each after this round, where something is.
 
     One row: the result is that combination of the p rows. More: a coordinate-wise rule is applied to q combinations.
     Coefficients come from linear algebra, whose bits differ between machines: one member computes them, the others take
@@ -27,6 +28,7 @@ class Decision:
 
     matrix: Floats
     quality: Floats | None = None
+    scores: Floats | None = None
 
     @property
     def data(self) -> bytes:
@@ -70,7 +72,7 @@ class Decision:
 
 @attrs.frozen
 class Aggregator:
-    """``before``, in this order, then ``rule``. ``str`` gives the text that ``resolve`` takes.
+    """``memory``, if any, ``before`` in this order, then ``rule``. ``str`` gives the text that ``resolve`` takes.
 
     Owners of slices: :func:`~.linear.partial_gram` of the members' slices (with ``needs_reference``, the last result's
     slice as one more row behind them), summed over all owners; :meth:`decide`; :meth:`combine`. Without ``needs_gram``
@@ -79,13 +81,15 @@ class Aggregator:
 
     before: tuple[Before, ...]
     rule: CoordinateRule | GramRule
+    memory: Remembering | None = None
 
     def __str__(self) -> str:
-        return "+".join(str(stage) for stage in (*self.before, self.rule))
+        stages = (*self.before, self.rule) if self.memory is None else (self.memory, *self.before, self.rule)
+        return "+".join(str(stage) for stage in stages)
 
     @property
     def needs_gram(self) -> bool:
-        return bool(self.before) or isinstance(self.rule, GramRule)
+        return self.memory is not None or bool(self.before) or isinstance(self.rule, GramRule)
 
     @property
     def needs_reference(self) -> bool:
@@ -95,17 +99,21 @@ class Aggregator:
     @property
     def is_mean(self) -> bool:
         """Whether this is the mean and nothing else: the one rule to which weights matter."""
-        return not self.before and isinstance(self.rule, Mean)
+        return not self.needs_gram and isinstance(self.rule, Mean)
 
     def check(self, n: int) -> None:
         """Raises :class:`~shoal.transport.errors.ConfigError` when ``n`` contributions are too few."""
+        if self.memory is not None:
+            self.memory.check(n)
+            n = self.memory.fewest(n)
         for stage in self.before:
             stage.check(n)
             n = stage.rows(n)
         self.rule.check(n)
 
-    def decide(self, gram: Floats, n: int, seed: int = 0) -> Decision:
+    def decide(self, gram: Floats, n: int, seed: int = 0, scores: Floats | None = None) -> Decision:
         """From the Gram matrix (n, n) of n contributions, (n+1, n+1) with the last result; ``seed`` is the round's.
+        ``scores`` (n,): what is remembered of their authors; None: nothing.
 
         A pure function; float64, some ms for n = 32. Raises :class:`~shoal.transport.errors.ConfigError` as
         :meth:`check`. The quality of rows that mix contributions is shared out by their part in them.
@@ -114,22 +122,28 @@ class Aggregator:
         if len(gram) != n and not (self.needs_reference and len(gram) == n + 1):
             raise ProtocolMisuse(f"{self}: inner products of {len(gram)} rows, for {n} contributions")
         matrix, rows, last = np.eye(len(gram)), n, len(gram) - n
+        quality: Floats | None = None
+        learnt: Floats | None = None
+        if self.memory is not None:
+            scores = np.zeros(n) if scores is None else scores
+            chosen, learnt = self.memory.matrix(gram[:n, :n], scores), self.memory.learn(gram[:n, :n], scores)
+            quality = (chosen != 0).any(axis=0).astype(np.float64)
+            matrix, rows = _beside(chosen, last), len(chosen)
         for stage in self.before:
             step = stage.matrix(_carried(gram, matrix)[:rows, :rows], seed)
-            whole = np.zeros((len(step) + last, rows + last))  # the last result passes by
-            whole[: len(step), :rows] = step
-            whole[len(step) :, rows:] = np.eye(last)
-            matrix, rows = whole @ matrix, len(step)
+            matrix, rows = _beside(step, last) @ matrix, len(step)
         if isinstance(self.rule, CoordinateRule):
             coefficients = self.rule.linear(rows)
-            return Decision(matrix if coefficients is None else coefficients[None, :] @ matrix)
-        verdict = self.rule.decide(_carried(gram, matrix) if self.before else gram, rows)
-        quality = verdict.quality
-        if quality is not None and self.before:
+            return Decision(matrix if coefficients is None else coefficients[None, :] @ matrix, quality, learnt)
+        mixes = bool(self.before) or self.memory is not None
+        verdict = self.rule.decide(_carried(gram, matrix) if mixes else gram, rows)
+        if verdict.quality is not None and mixes:
             parts = np.abs(matrix[:rows, :n])
             total = parts.sum(axis=0)
-            quality = np.divide(quality @ parts, total, out=np.zeros(n), where=total > 0)
-        return Decision(verdict.coefficients[None, :] @ matrix, quality)
+            quality = np.divide(verdict.quality @ parts, total, out=np.zeros(n), where=total > 0)
+        elif verdict.quality is not None:
+            quality = verdict.quality
+        return Decision(verdict.coefficients[None, :] @ matrix, quality, learnt)
 
     def combine(
         self,
@@ -147,10 +161,10 @@ class Aggregator:
         """
         p = len(slices)
         if decision is None:
-            if isinstance(self.rule, GramRule) or self.before:
+            if self.needs_gram or isinstance(self.rule, GramRule):
                 raise ProtocolMisuse(f"{self} needs a decision to combine")
             return self.rule.combine(slices, weights, out)
-        if not self.needs_gram or decision.matrix.shape != (self._rows(p), p):
+        if not self.needs_gram or decision.matrix.shape[1] != p or decision.matrix.shape[0] not in self._rows(p):
             raise ProtocolMisuse(f"{self}: a decision {decision.matrix.shape} for {p} rows")
         if isinstance(self.rule, GramRule) or self.rule.linear(p) is not None:
             linear_combination(slices, decision.matrix[0], out)
@@ -159,13 +173,23 @@ class Aggregator:
                 self.rule.combine(rows, None, out[where])
         return True
 
-    def _rows(self, n: int) -> int:
-        """How many rows the decision over ``n`` has."""
+    def _rows(self, n: int) -> set[int]:
+        """How many rows the decision over ``n`` may have."""
         if isinstance(self.rule, GramRule) or self.rule.linear(n) is not None:
-            return 1
+            return {1}
+        counts = {n} if self.memory is None else set(range(self.memory.fewest(n), n + 1))
         for stage in self.before:
-            n = stage.rows(n)
-        return n
+            counts = {stage.rows(count) for count in counts}
+        return counts
+
+
+def _beside(step: Floats, last: int) -> Floats:
+    """``step`` (q, n) for the contributions; the last result, where it is there (``last`` 1), passes by."""
+    q, n = step.shape
+    whole = np.zeros((q + last, n + last))
+    whole[:q, :n] = step
+    whole[q:, n:] = np.eye(last)
+    return whole
 
 
 def _carried(gram: Floats, matrix: Floats) -> Floats:

@@ -98,6 +98,27 @@ class Before(Stage):
         """A (q, n): row i of the outcome is Σ_j A_ij x_j. ``gram`` (n, n) as for a rule; ``seed`` is the round's."""
 
 
+class Remembering(Stage):
+    """Stands first, and chooses rows by what it remembers of their authors from earlier rounds.
+
+    What it remembers is a number in [-1, 1] for each, 0 for who is new. It has no state itself: whoever calls it keeps
+    the numbers from one round to the next (in a run all members keep the same: :mod:`..rounds.remembering`).
+    """
+
+    @abstractmethod
+    def fewest(self, n: int) -> int:
+        """Of n rows at least so many are chosen."""
+
+    @abstractmethod
+    def matrix(self, gram: Floats, scores: Floats) -> Floats:
+        """(q, n), one nonzero in each row at most: the rows that the next stage gets, by what is remembered (n,).
+        ``gram`` (n, n) as for a rule."""
+
+    @abstractmethod
+    def learn(self, gram: Floats, scores: Floats) -> Floats:
+        """What is remembered (n,) after this round, of ``scores`` (n,) before it."""
+
+
 def tolerance(stage: Stage, n: int, f: int, least: int, why: str) -> None:
     """Raises :class:`ConfigError` unless ``n`` is at least ``least``."""
     if n < least:

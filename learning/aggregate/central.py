@@ -23,11 +23,13 @@ Vectors = Sequence[Tensor] | Sequence[NDArray[np.float32]] | Tensor | NDArray[np
 @attrs.frozen(eq=False)
 class Result:
     """``vector`` (d,), float32. ``coefficients`` (p,) where it is a linear combination (the last one is that of the
-    last result, where that took part); ``quality`` (n,), 0 … 1, where the rule has one."""
+    last result, where that took part); ``quality`` (n,), 0 … 1, where the rule has one; ``scores`` (n,), -1 … 1, where
+    it remembers something of each."""
 
     vector: Tensor
     coefficients: Floats | None = None
     quality: Floats | None = None
+    scores: Floats | None = None
 
 
 def aggregate(
@@ -37,18 +39,22 @@ def aggregate(
     *,
     reference: Tensor | None = None,
     seed: int = 0,
+    scores: Floats | None = None,
 ) -> Result:
     """``rule`` over n ``vectors`` of d elements: a list of (d,) or a matrix (n, d), float32, tensors on the CPU or
     arrays.
 
     ``weights``: n, for the mean alone. ``reference``: the last result, (d,), for rules that look at it. ``seed``: of
-    what is drawn. Raises :class:`ConfigError` for NaN and infinity (which vector, where), a wrong shape or dtype, too
-    few vectors for the rule. Works in slices that stay in cache; on the calling thread alone.
+    what is drawn. ``scores`` (n,): :attr:`Result.scores` of the round before, for rules with a memory. Raises
+    :class:`ConfigError` for NaN and infinity (which vector, where), a wrong shape or dtype, too few vectors for the
+    rule. Works in slices that stay in cache; on the calling thread alone.
     """
     aggregator = resolve(rule) if isinstance(rule, str) else rule
     rows = _rows(vectors)
     n = len(rows)
     aggregator.check(n)
+    if scores is not None and len(scores) != n:
+        raise ConfigError(f"{len(scores)} scores for {n} vectors")
     if weights is not None and len(weights) != n:
         raise ConfigError(f"{len(weights)} weights for {n} vectors")
     if reference is not None and aggregator.needs_reference:
@@ -60,7 +66,7 @@ def aggregate(
         gram = partial_gram(rows)
         for i in np.flatnonzero(~np.isfinite(np.diag(gram))).tolist():
             _refuse(i, rows[i], n)
-        decision = aggregator.decide(gram, n, seed)
+        decision = aggregator.decide(gram, n, seed, scores)
         aggregator.combine(rows, decision, out, weights)
     elif not aggregator.combine(rows, None, out, weights):
         for i, row in enumerate(rows):
@@ -69,7 +75,7 @@ def aggregate(
     if decision is None:
         return Result(out)
     coefficients = decision.matrix[0] if len(decision.matrix) == 1 else None
-    return Result(out, coefficients, decision.quality)
+    return Result(out, coefficients, decision.quality, decision.scores)
 
 
 def _rows(vectors: Vectors) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import attrs
 import numpy as np
 
-from .base import Before, Floats, count, majority, positive
+from .base import Before, Floats, count, majority, one_of, positive
 from .geometry import inverse, norms
 
 
@@ -43,12 +43,20 @@ class ARC(Before):
 
 @attrs.frozen
 class Normalise(Before):
-    """x_i / ‖x_i‖, and 0 for 0. ``normalise+mean`` is the simple rule that any cleverer one has to beat."""
+    """x_i / ‖x_i‖, and 0 for 0. ``normalise+mean`` is the simple rule that any cleverer one has to beat.
+
+    With ``to=median`` all get the median length instead of 1: the result is as long as contributions are, so that what
+    the run does with it (a learning rate, parameters that are added) keeps its meaning, and steps become smaller as
+    the work does.
+    """
 
     name: ClassVar[str] = "normalise"
 
+    to: str = attrs.field(default="one", validator=one_of("one", "median"))
+
     def matrix(self, gram: Floats, seed: int) -> Floats:
-        return np.diag(inverse(norms(gram)))
+        lengths = norms(gram)
+        return np.diag(inverse(lengths) * (float(np.median(lengths)) if self.to == "median" else 1.0))
 
 
 def clip(lengths: Floats, most: float) -> Floats:

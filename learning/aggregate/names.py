@@ -17,11 +17,12 @@ import attrs
 
 from ...transport.errors import ConfigError
 from .aggregator import Aggregator
-from .base import Before, CoordinateRule, GramRule, Stage
+from .base import Before, CoordinateRule, GramRule, Remembering, Stage
 from .bucketing import Bucketing
 from .caf import CAF
 from .centered_clipping import CenteredClipping
 from .clipping import ARC, Clipping, Normalise
+from .descent import Descent
 from .flag import Flag
 from .geometric_median import GeometricMedian
 from .krum import Krum, MultiKrum
@@ -41,7 +42,9 @@ RULES: Mapping[str, type[CoordinateRule] | type[GramRule]] = {
         *(Flag, Krum, MultiKrum, GeometricMedian, CenteredClipping, MDA, MoNNA, CAF, SMEA),
     )
 }
-BEFORE: Mapping[str, type[Before]] = {stage.name: stage for stage in (NNM, Bucketing, Clipping, ARC, Normalise)}
+BEFORE: Mapping[str, type[Before] | type[Remembering]] = {
+    stage.name: stage for stage in (NNM, Bucketing, Clipping, ARC, Normalise, Descent)
+}
 
 #: Characters of a text and of a number: texts come over the network too.
 _MAX_TEXT, _MAX_NUMBER = 256, 24
@@ -60,14 +63,19 @@ def resolve(text: str) -> Aggregator:
         raise ConfigError(f"aggregator {text!r}: nothing in it has an f")
     stages = [_stage(kind, values, said) for kind, values in parts]
     *before, rule = stages
+    memory = before[0] if before and isinstance(before[0], Remembering) else None
+    if memory is not None:
+        del before[0]
     for stage in before:
+        if isinstance(stage, Remembering):
+            raise ConfigError(f"aggregator {text!r}: {stage.name} remembers whose a row is, so it stands first, once")
         if not isinstance(stage, Before):
             raise ConfigError(
                 f"aggregator {text!r}: {stage.name} is a rule and stands last; before it {_known(BEFORE)}"
             )
     if not isinstance(rule, CoordinateRule | GramRule):
         raise ConfigError(f"aggregator {text!r} ends in {rule.name}; a rule comes last: {_known(RULES)}")
-    return Aggregator(tuple(stage for stage in before if isinstance(stage, Before)), rule)
+    return Aggregator(tuple(stage for stage in before if isinstance(stage, Before)), rule, memory)
 
 
 def _part(part: str, text: str) -> tuple[type[Stage], dict[str, int | float | bool | str]]:

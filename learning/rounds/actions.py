@@ -52,23 +52,26 @@ class Measure:
 
 @attrs.frozen
 class Weigh:
-    """Decide from the owners' inner products ``parts`` of so many members (leader)."""
+    """Decide from the owners' inner products ``parts`` of so many members (leader). ``scores``: what the run remembers
+    of each of them, see :mod:`.remembering`."""
 
     attempt: int
     epoch: int
     members: int
     parts: tuple[bytes, ...]
+    scores: tuple[int, ...] = ()
 
 
 @attrs.frozen
 class Check:
-    """Compare what the leader decided, ``decision``, with what we decide from the same ``parts``."""
+    """Compare what the leader decided, ``decision``, with what we decide from the same ``parts`` and ``scores``."""
 
     attempt: int
     epoch: int
     members: int
     parts: tuple[bytes, ...]
     decision: bytes
+    scores: tuple[int, ...] = ()
 
 
 @attrs.frozen

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ...transport.identity import PeerId
 from ..aggregate.aggregator import Aggregator
 from .actions import Action, Check, Combine, Note, Send
 from .ballots import Ballots
 from .decisions import shares
 from .messages import Ask, Decided, Fetch, Freeze, Plan, Products, Reject, Seal, members_hash
-from .weighing import MEAN, decided_fault
+from .remembering import NOTHING, of
+from .weighing import MEAN, Weighed, decided_fault
 
 
 class Deciding(Ballots):
     """A base of :class:`.voter.Voter`, whose theory of operation tells the whole."""
 
     rule: Aggregator = MEAN
+    scores: Mapping[PeerId, int] = NOTHING  # what it remembers of the voters
     due: float | None
     _refused_at: int
 
@@ -22,6 +26,7 @@ class Deciding(Ballots):
         """A new plan: nothing is decided."""
         self._products = b""  # our inner products, of the frozen members
         self._decision: Decided | None = None  # what the leader makes of all owners'
+        self._learnt: Mapping[PeerId, int] = NOTHING  # what the rule remembers of the members after this round
         self._agreed = False  # to that, having computed it as well
 
     @property
@@ -45,13 +50,15 @@ class Deciding(Ballots):
         self._products = data
         return self._tell_products(plan, frozen)
 
-    def weighed(self, now: float, attempt: int, epoch: int, wrong: str | None) -> list[Action]:
-        """We computed what the leader decided: ``wrong`` is None when it is the same."""
+    def weighed(self, now: float, attempt: int, epoch: int, found: Weighed) -> list[Action]:
+        """We computed what the leader decided: ``found.wrong`` is None when it is the same."""
         plan, frozen, decision = self.plan, self.frozen, self._decision
         if plan is None or frozen is None or decision is None or (attempt, epoch) != (plan.attempt, plan.epoch):
             return []
-        if wrong is not None:
-            return self._dispute(wrong) if attempt == self.attempt else []
+        if found.wrong is not None:
+            return self._dispute(found.wrong) if attempt == self.attempt else []
+        if found.learnt:
+            self._learnt = dict(zip(frozen.members, found.learnt, strict=True))
         self._agreed, self.phase = True, "gather"
         self.reason = f"combining {len(frozen.members)} contributions"
         return [*self._combine(plan, frozen, decision.data), *self._check_full(now)]
@@ -93,7 +100,8 @@ class Deciding(Ballots):
         wrong = decided_fault(message, plan, self.me, self._products, count)
         if wrong is not None:
             return self._dispute(wrong)
-        return [Check(plan.attempt, plan.epoch, count, message.parts, message.data)]
+        remembered = of(frozen.members, self.scores)
+        return [Check(plan.attempt, plan.epoch, count, message.parts, message.data, remembered)]
 
     def _dispute(self, wrong: str) -> list[Action]:
         """The leader's decision is not ours: nothing of ours is combined with it."""

@@ -109,6 +109,7 @@ class Instance:
             rule=setting.rule,
             audits=setting.audit > 0 and self.me not in self.trial,
             trial=self.trial,
+            scores=setting.scores,
             promised=promised,
             accepted=accepted,
         )
@@ -332,6 +333,7 @@ class Instance:
             convicted={**self.setting.expelled(), **self.voter.convicted},
             audits=self.setting.audit > 0,
             trial=self.setting.trial,
+            scores=self.setting.scores,
         )
         self.leader.spare = self.voter.spare
 
@@ -424,12 +426,12 @@ class Instance:
 
     async def _weigh(self, action: Weigh) -> None:
         leader = self.leader
-        data, wrong = await self.scales.weigh(action)
+        found = await self.scales.weigh(action)
 
         def step() -> list[Action]:
             if leader is None or self.leader is not leader:
                 return []
-            return leader.weighed(self._host.now(), action, data, wrong)
+            return leader.weighed(self._host.now(), action, found)
 
         self._feed(step)
 

@@ -55,7 +55,8 @@ from .messages import (
     members_hash,
 )  # fmt: skip
 from .planning import first_plan, freeze, left_out, mending, next_plan, overdue, without_result
-from .weighing import heaviest, owners_of, part_fault, parts_to_tell, too_few
+from .remembering import NOTHING, carried, of
+from .weighing import Weighed, heaviest, owners_of, part_fault, parts_to_tell, too_few
 
 
 class Leader(Judging):
@@ -259,7 +260,7 @@ class Leader(Judging):
     def _publish(self, now: float, plan: Plan) -> list[Action]:
         self.plan, self.phase = plan, "scatter"
         self._held, self._progress, self._frozen, self._asked, self._fetching = {}, {}, (), {}, {}
-        self._products, self._decided = {}, None
+        self._products, self._decided, self._learnt = {}, None, NOTHING
         self._overdue = False
         self._challenges = Challenges(self.key, plan) if self.audits else None
         # Owners give up on contributors first.
@@ -341,24 +342,25 @@ class Leader(Judging):
             return []
         self._until = None  # it is we who are computing
         parts = parts_to_tell([self._products[owner] for owner in owners], count)
-        return [Weigh(plan.attempt, plan.epoch, count, parts)]
+        return [Weigh(plan.attempt, plan.epoch, count, parts, of(self._frozen, self._scores))]
 
     def _refuse_products(self, now: float, owner: PeerId, wrong: str) -> list[Action]:
         why = f"the inner products of {owner.short} are refused: {wrong}"
         return [Note("combine", "refused", why, owner), *self._replan(now, (owner,), why)]
 
-    def weighed(self, now: float, action: Weigh, data: bytes, wrong: str | None) -> list[Action]:
-        """What ``action`` asked for: ``data`` is what we decide, ``wrong`` why nothing can be decided."""
+    def weighed(self, now: float, action: Weigh, found: Weighed) -> list[Action]:
+        """What ``action`` asked for."""
         plan = self.plan
         if self.phase != "weigh" or plan is None or (action.attempt, action.epoch) != (plan.attempt, plan.epoch):
             return []
-        if wrong is not None and self.attempt:
-            return self._give_up(now, (), f"{self.rule} decides nothing: {wrong}")
-        if wrong is not None:
-            return self._refuse_products(now, heaviest(self._products, action.members), f"in the sum, {wrong}")
+        if found.wrong is not None and self.attempt:
+            return self._give_up(now, (), f"{self.rule} decides nothing: {found.wrong}")
+        if found.wrong is not None:
+            return self._refuse_products(now, heaviest(self._products, action.members), f"in the sum, {found.wrong}")
         self.phase, self._until = "gather", now + plan.phase(self.pace.gather) * 1.5
         hashed = members_hash(self._frozen)
-        self._decided = Decided(self.key, plan.attempt, plan.epoch, hashed, action.parts, data)
+        self._decided = Decided(self.key, plan.attempt, plan.epoch, hashed, action.parts, found.data)
+        self._learnt = dict(zip(self._frozen, found.learnt, strict=True)) if found.learnt else NOTHING
         return [Send(r, self._decided) for r in plan.receivers if r not in self.lost]
 
     # -- gather -------------------------------------------------------------------------------------
@@ -435,7 +437,8 @@ class Leader(Judging):
         why = f"{plan.reason}{left_out(members, self._late)}; roster {why}"
         record = self._terms.draft(members, *shares(plan, members), roster, nonces, why)
         branch = record.branch if self._branch is None else self._branch
-        self.record = attrs.evolve(record, branch=branch, trial=trial, opinions=opinions)
+        scores = carried(roster, {**self._scores, **self._learnt})
+        self.record = attrs.evolve(record, branch=branch, trial=trial, opinions=opinions, scores=scores)
         self.phase, self._until = "seal", None
         algorithm, _ = choose_fingerprint([self._progress[r].algorithms for r in sorted(full)])
         message = Seal(self.key, plan.attempt, plan.epoch, nonces, algorithm)

@@ -62,8 +62,9 @@ class CommitRecord(Bounded):
     keyed MAC of the result, key derived from ``nonces``. ``total``: samples committed since genesis.
 
     ``trial``: who is on trial in the next round, in PeerId order, none of them a voter. ``opinions``: what members of
-    this one say of the work of those who were on trial in it (:class:`.trials.Opinion`). Both empty in most rounds, and
-    then they are not in the bytes of the record: it is as it was before there was admission.
+    this one say of the work of those who were on trial in it (:class:`.trials.Opinion`). ``scores``: what the rule of
+    the run remembers of each of the ``roster`` (:mod:`.remembering`). All empty in most rounds, and then they are not
+    in the bytes of the record: it is as it was before there were such things.
     """
 
     run: bytes
@@ -83,6 +84,7 @@ class CommitRecord(Bounded):
     reason: str
     trial: tuple[OnTrial, ...] = ()
     opinions: tuple[bytes, ...] = ()
+    scores: tuple[int, ...] = ()
 
     @property
     def digest(self) -> bytes:
@@ -92,7 +94,11 @@ class CommitRecord(Bounded):
 converter.register_unstructure_hook(
     CommitRecord,
     make_dict_unstructure_fn(
-        CommitRecord, converter, trial=override(omit_if_default=True), opinions=override(omit_if_default=True)
+        CommitRecord,
+        converter,
+        trial=override(omit_if_default=True),
+        opinions=override(omit_if_default=True),
+        scores=override(omit_if_default=True),
     ),
 )
 

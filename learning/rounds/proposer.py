@@ -25,6 +25,7 @@ from .messages import (
     Waiting,
     accept_bytes,
 )
+from .remembering import NOTHING
 from .terms import Terms, accepts_needed
 from .trials import counted, gathered, next_trial, served
 from .weighing import MEAN, too_few
@@ -53,10 +54,12 @@ class Proposer:
         convicted: Mapping[PeerId, str] | None = None,
         audits: bool = False,
         trial: tuple[OnTrial, ...] = (),
+        scores: Mapping[PeerId, int] = NOTHING,
     ) -> None:
         """``unfit``: why we ourselves would refuse a record that somebody accepted; None when we would not.
         ``convicted``: who lied, and in what; they are led no more, and are in no roster that we propose. ``trial``: who
-        is on trial in this round: they are led as voters are, but promise, own and accept nothing."""
+        is on trial in this round: they are led as voters are, but promise, own and accept nothing. ``scores``: what the
+        rule remembers of the voters."""
         self.key, self.round, self.voters, self.attempt = key, round, voters, attempt
         self.me, self._identity, self.pace, self._terms = identity.peer_id, identity, pace, terms
         self._unfit, self.spare = unfit, 0.0  # spare: see Voter
@@ -77,6 +80,7 @@ class Proposer:
         self._held: dict[PeerId, tuple[PeerId, ...]] = {}
         self._frozen: tuple[PeerId, ...] = ()
         self._products: dict[PeerId, bytes] = {}
+        self._scores, self._learnt = scores, NOTHING  # before this round, and what is new since
         self._decided: Decided | None = None
         self._progress: dict[PeerId, Progress] = {}
         self._asked: dict[PeerId, None] = {}

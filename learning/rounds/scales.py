@@ -15,7 +15,7 @@ from .messages import CommitRecord
 from .passes import Passes
 from .setting import Setting
 from .voter import Voter
-from .weighing import decide, judge
+from .weighing import Weighed, decide
 
 
 class Scales:
@@ -65,18 +65,18 @@ class Scales:
         fit = await self._passes.run(elements, self._buffers.fit(action.trial, ranges, resolve(plan.codec)))
         self._feed(lambda: self._voter.assessed(self._host.now(), action.attempt, action.epoch, fit))
 
-    async def weigh(self, action: Weigh) -> tuple[bytes, str | None]:
+    async def weigh(self, action: Weigh) -> Weighed:
         """What the leader decides; some rules search for seconds."""
         return await self._host.run_blocking(
-            decide, self._setting.rule, self._setting.key, action.parts, action.members
+            decide, self._setting.rule, self._setting.key, action.parts, action.members, action.scores
         )
 
     async def check(self, action: Check) -> None:
         """Decide as the leader should have, and compare."""
         frozen = self._voter.frozen
-        quality, wrong = await self._host.run_blocking(
-            judge, self._setting.rule, self._setting.key, action.parts, action.decision, action.members
+        found = await self._host.run_blocking(
+            decide, self._setting.rule, self._setting.key, action.parts, action.members, action.scores, action.decision
         )
-        if frozen is not None and wrong is None:
-            self._quality = frozen.members, quality
-        self._feed(lambda: self._voter.weighed(self._host.now(), action.attempt, action.epoch, wrong))
+        if frozen is not None and found.wrong is None:
+            self._quality = frozen.members, found.quality
+        self._feed(lambda: self._voter.weighed(self._host.now(), action.attempt, action.epoch, found))

@@ -13,6 +13,7 @@ from ..standing import Verdict
 from .actions import Note, Pace
 from .lies import Lie
 from .messages import Accepted, CommitRecord, OnTrial
+from .remembering import NOTHING
 from .terms import Terms
 from .weighing import MEAN
 
@@ -28,7 +29,7 @@ class Setting:
     look was at, the verdict and why. ``slandered``: told who accused somebody falsely. ``proven``: told of a proof
     against an owner of a round of ``run``. ``expelled``: who lied in earlier rounds, and in what. ``heeded``: whether
     accusations of a peer are looked into. ``distort``: fault injection, what an owner that lies does to its slices.
-    ``trial``: who is on trial in this round, in PeerId order.
+    ``trial``: who is on trial in this round, in PeerId order. ``scores``: what the rule remembers of the voters.
     """
 
     key: bytes
@@ -53,3 +54,4 @@ class Setting:
     heeded: Callable[[PeerId], bool] = lambda peer: True
     distort: Callable[[Tensor], None] | None = None
     trial: tuple[OnTrial, ...] = ()
+    scores: Mapping[PeerId, int] = NOTHING

@@ -58,6 +58,7 @@ def fill(
         fingerprint=b"",
         trial=(),
         opinions=(),
+        scores=(),
         reason=f"{record.reason}{reason}"[:REASON_LENGTH],
     )
 

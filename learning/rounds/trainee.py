@@ -13,6 +13,7 @@ from .actions import Action, Done, Persist, Send
 from .claims import Accuse, Proof
 from .messages import Commit, Convene, Plan, Progress, Propose, Ready, Reject, Waiting
 from .voter import Voter
+from .weighing import Weighed
 
 #: What a peer on trial says. All else is for voters.
 SAID = (Ready, Progress)
@@ -40,8 +41,8 @@ class Trainee(Voter):
     def peer_lost(self, now: float, peer: object, why: str) -> list[Action]:
         return _own(super().peer_lost(now, peer, why))  # type: ignore[arg-type]
 
-    def weighed(self, now: float, attempt: int, epoch: int, wrong: str | None) -> list[Action]:
-        return _own(super().weighed(now, attempt, epoch, wrong))
+    def weighed(self, now: float, attempt: int, epoch: int, found: Weighed) -> list[Action]:
+        return _own(super().weighed(now, attempt, epoch, found))
 
     def _leads(self, sender: object, attempt: int) -> bool:
         return sender == self.leader(attempt) and not self._far(attempt) and not self.decided

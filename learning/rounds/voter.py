@@ -14,7 +14,7 @@ that owners hold stay valid over attempts and epochs; only ranges with a new own
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import attrs
 
@@ -57,6 +57,7 @@ from .messages import (
     sign_held,
 )  # fmt: skip
 from .planning import freeze_fault, plan_fault
+from .remembering import NOTHING, disputed
 from .weighing import MEAN, too_few
 
 #: Refused records that are remembered: one for each attempt of a round that goes very badly.
@@ -82,6 +83,7 @@ class Voter(Assessing):
         rule: Aggregator = MEAN,
         audits: bool = False,
         trial: tuple[PeerId, ...] = (),
+        scores: Mapping[PeerId, int] = NOTHING,
         promised: int = 0,
         accepted: Accepted | None = None,
     ) -> None:
@@ -97,6 +99,7 @@ class Voter(Assessing):
         )
         self._nonce, self._check, self._max_length = nonce, check, max_length
         self._algorithms, self.rule, self.audits, self.trial = algorithms, rule, audits, trial
+        self.scores = scores
         self.due: float | None = None  # when the leader goes on without those who are late, as it says itself
         self.full = False
         #: Why we found no result with the fingerprint of a proposed record, by its digest: we would refuse it again.
@@ -404,6 +407,8 @@ class Voter(Assessing):
         if sender != self.leader(message.attempt) or self._far(message.attempt):
             return []
         wrong = self._check(message.record)
+        if wrong is None and self.frozen is not None and self.frozen.members == message.record.members:
+            wrong = disputed(message.record, self._learnt)
         if self.plan is not None and self.plan.attempt == message.attempt and (liars := self._tainted(self.plan)):
             wrong = f"owner {liars[0].short} lied: {self.convicted[liars[0]]}"
         if self.accepted is not None and message.attempt == self.accepted.attempt:

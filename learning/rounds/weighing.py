@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
+import attrs
 import numpy as np
 
 from ...transport.errors import ConfigError
@@ -21,6 +22,7 @@ from ..aggregate.linear import fault
 from ..aggregate.mean import Mean
 from ..aggregate.products import add_triangles, pack_triangle, triangle_fault, triangle_size, unpack_triangle
 from .messages import Decided, Plan
+from .remembering import read, written
 
 #: What a run does that names no other rule.
 MEAN = Aggregator((), Mean())
@@ -82,15 +84,40 @@ def seed_of(key: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8, person=b"shoal aggregate").digest(), "big")
 
 
-def decide(rule: Aggregator, key: bytes, parts: Sequence[bytes], count: int) -> tuple[bytes, str | None]:
-    """What the leader decides for ``count`` members from the ``parts``; why it cannot. Blocking."""
+@attrs.frozen
+class Weighed:
+    """What comes of inner products. ``data``: :attr:`.Decision.data`; ``quality`` of each member, 0 … 1, empty where
+    the rule has none; ``learnt``: what it remembers of each after this round, empty where it remembers nothing.
+    ``wrong``: why nothing, or something else than the leader says."""
+
+    data: bytes = b""
+    quality: tuple[float, ...] = ()
+    learnt: tuple[int, ...] = ()
+    wrong: str | None = None
+
+
+def decide(
+    rule: Aggregator,
+    key: bytes,
+    parts: Sequence[bytes],
+    count: int,
+    scores: Sequence[int] = (),
+    said: bytes | None = None,
+) -> Weighed:
+    """What is to be decided for ``count`` members from the ``parts``, and from the ``scores`` that are remembered of
+    them (none: nothing is). ``said``: what the leader has decided, to be compared. Blocking."""
     try:
         with np.errstate(all="ignore"):  # of absurd products; what comes of them is looked at
             gram = add_triangles(parts, count)
             wrong = fault(gram, count)
-            return (b"", wrong) if wrong is not None else (rule.decide(gram, count, seed_of(key)).data, None)
+            if wrong is not None:
+                return Weighed(wrong=f"the sum of the inner products is none: {wrong}")
+            own = rule.decide(gram, count, seed_of(key), read(scores) if scores else None)
+            wrong = Decision.read(said, count).differs(own, gram) if said is not None else None
     except (ConfigError, ValueError) as error:  # of linear algebra that does not converge, too
-        return b"", str(error)
+        return Weighed(wrong=str(error))
+    quality = () if own.quality is None else tuple(own.quality.tolist())
+    return Weighed(own.data, quality, written(own.scores), wrong)
 
 
 def decided_fault(message: Decided, plan: Plan, me: PeerId, own: bytes, count: int) -> str | None:
@@ -109,24 +136,3 @@ def decided_fault(message: Decided, plan: Plan, me: PeerId, own: bytes, count: i
     if full and message.parts[owners.index(me)] != own:
         return "our inner products are not among those that were added up"
     return None
-
-
-def judge(
-    rule: Aggregator, key: bytes, parts: Sequence[bytes], data: bytes, count: int
-) -> tuple[tuple[float, ...], str | None]:
-    """Compare a leader's decision ``data`` with our own from the same ``parts``: (quality of each member, what is
-    wrong).
-
-    The quality, 0 … 1, is empty where the rule has none. Blocking.
-    """
-    try:
-        with np.errstate(all="ignore"):
-            gram = add_triangles(parts, count)
-            wrong = fault(gram, count)
-            if wrong is not None:
-                return (), f"the sum of the inner products is none: {wrong}"
-            own = rule.decide(gram, count, seed_of(key))
-            differs = Decision.read(data, count).differs(own, gram)
-    except (ConfigError, ValueError) as error:
-        return (), str(error)
-    return () if own.quality is None else tuple(own.quality.tolist()), differs

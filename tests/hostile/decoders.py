@@ -40,7 +40,7 @@ from shoal.learning.rounds.lies import Lie
 from shoal.learning.rounds.messages import instance_key
 from shoal.learning.rounds.statements import Combined, combined_bytes, context_of, inputs_of
 from shoal.learning.rounds.trials import Opinion
-from shoal.learning.rounds.weighing import decide, judge
+from shoal.learning.rounds.weighing import decide
 from shoal.learning.spec import SignedSpec
 from shoal.learning.standing import Standings, fault
 from shoal.learning.store import Head, RunStore, Vote
@@ -153,18 +153,18 @@ def _products(rng: random.Random) -> bytes:
     """An owner's inner products of four members, and the coefficients that follow from them."""
     vectors = np.random.default_rng(rng.randrange(1 << 32)).standard_normal((4, 9))
     part = pack_triangle(vectors @ vectors.T)
-    return part + decide(RULE, b"key", (part, part), 4)[0]
+    return part + decide(RULE, b"key", (part, part), 4).data
 
 
 def _weigh(data: bytes) -> Any:
     """What a leader sees of an owner, and a member of a leader."""
     part, coefficients = data[: triangle_size(4)], data[triangle_size(4) :]
-    _, wrong = judge(RULE, b"key", (part, part), coefficients, 4)
+    wrong = decide(RULE, b"key", (part, part), 4, said=coefficients).wrong
     if wrong is None:
         assert np.isfinite(np.frombuffer(coefficients, "<f8")).all()
     if triangle_fault(part, 4, 9) is None:
-        made, why = decide(RULE, b"key", (part, part), 4)
-        assert why is not None or judge(RULE, b"key", (part, part), made, 4)[1] is None
+        made = decide(RULE, b"key", (part, part), 4)
+        assert made.wrong is not None or decide(RULE, b"key", (part, part), 4, said=made.data).wrong is None
     return wrong
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch
 from shoal.learning.aggregate import Aggregator, Decision
 from shoal.learning.aggregate.products import pack_triangle
 from shoal.learning.reduce.robust import combine_by, fits, products_of
+from shoal.learning.rounds import remembering
 from shoal.learning.rounds.actions import (
     Action,
     Assess,
@@ -54,7 +55,7 @@ from shoal.learning.rounds.terms import Terms, accepts_needed
 from shoal.learning.rounds.trainee import SAID, Trainee
 from shoal.learning.rounds.trials import trial_fault
 from shoal.learning.rounds.voter import Voter
-from shoal.learning.rounds.weighing import MEAN, decide, judge, too_few
+from shoal.learning.rounds.weighing import MEAN, Weighed, decide, too_few
 from shoal.transport.identity import Identity, PeerId
 
 PACE = Pace(grace=3.0, suspect=5.0, scatter=4.0, gather=4.0, accept=0.25)
@@ -89,6 +90,7 @@ class Seat:
             max_length=10_000,
             rule=table.rule,
             trial=table.guests,
+            scores=table.scores,
             promised=promised,
             accepted=accepted,
         )
@@ -97,6 +99,7 @@ class Seat:
         table = self.table
         few = too_few(table.rule, len(table.voters)) is not None
         wrong = trial_fault(record, table.trial, table.voters, table.key, table.admission, few)
+        wrong = wrong or remembering.fault(record, table.scores, table.rule)
         if wrong is not None:
             return wrong
         return None if record.state == self.table.states.get(self.me, b"") else "it goes on from another state"
@@ -157,14 +160,16 @@ class Seat:
             case Weigh():
                 leader = self.leader
                 assert leader is not None
-                decided = table.decides(self, *decide(table.rule, table.key, action.parts, action.members))
-                table.post(self.me, self.me, lambda seat: seat.do(leader.weighed(table.now, action, *decided)))
+                decided = table.decides(
+                    self, decide(table.rule, table.key, action.parts, action.members, action.scores)
+                )
+                table.post(self.me, self.me, lambda seat: seat.do(leader.weighed(table.now, action, decided)))
             case Check():
-                wrong = judge(table.rule, table.key, action.parts, action.decision, action.members)[1]
+                own = decide(table.rule, table.key, action.parts, action.members, action.scores, said=action.decision)
                 table.post(
                     self.me,
                     self.me,
-                    lambda seat: seat.do(seat.voter.weighed(table.now, action.attempt, action.epoch, wrong)),
+                    lambda seat: seat.do(seat.voter.weighed(table.now, action.attempt, action.epoch, own)),
                 )
             case Assess():
                 plan = self.voter.plan
@@ -349,6 +354,7 @@ class Seat:
             unfit=self.check,
             rule=self.table.rule,
             trial=self.table.trial,
+            scores=self.table.scores,
         )
 
     def follow(self) -> None:
@@ -384,10 +390,9 @@ class Table:
         """``guests``: so many more are on trial, the first of them for one round more, the second for two …"""
         self.rule, self.admission = rule, admission
         #: What a leader makes of its decision before it tells it.
-        self.decides: Callable[[Seat, bytes, str | None], tuple[bytes, str | None]] = lambda seat, data, wrong: (
-            data,
-            wrong,
-        )
+        self.decides: Callable[[Seat, Weighed], Weighed] = lambda seat, found: found
+        #: What the rule remembers of the voters.
+        self.scores: Mapping[PeerId, int] = {}
         self.random, self.length, self.gossip = random.Random(seed), length, gossip
         self.now, self._counter = 0.0, itertools.count()
         self.weighted = weighted

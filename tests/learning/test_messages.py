@@ -151,7 +151,7 @@ def test_the_digest_of_a_record_stays_what_it_is() -> None:
 
 @pytest.mark.parametrize("field", [f.name for f in attrs.fields(CommitRecord)])
 def test_every_field_of_a_record_is_in_its_digest(field: str) -> None:
-    record = attrs.evolve(RECORD, trial=(OnTrial(VOTERS[3], 2),), opinions=(b"o",))
+    record = attrs.evolve(RECORD, trial=(OnTrial(VOTERS[3], 2),), opinions=(b"o",), scores=(1,))
     value = getattr(record, field)
     match value:
         case int():

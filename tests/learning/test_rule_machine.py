@@ -13,7 +13,7 @@ from shoal.learning.aggregate import resolve
 from shoal.learning.aggregate.products import pack_triangle, triangle_size, unpack_triangle
 from shoal.learning.rounds.actions import Action, Measure, Send, Weigh
 from shoal.learning.rounds.messages import Decided, Products
-from shoal.learning.rounds.weighing import decide, decided_fault, judge, parts_to_tell, too_few, unfit
+from shoal.learning.rounds.weighing import Weighed, decide, decided_fault, parts_to_tell, too_few, unfit
 from shoal.transport.defaults import MAX_MESSAGE
 from shoal.transport.identity import PeerId
 from shoal.transport.wire import pack
@@ -129,10 +129,10 @@ def test_any_mixture_of_kills_losses_and_false_alarms_is_safe_and_ends(n: int) -
 # -- liars ----------------------------------------------------------------------------------------------
 
 
-def off(data: bytes, wrong: str | None) -> tuple[bytes, str | None]:
-    matrix = np.frombuffer(data, "<f8").copy()
+def off(found: Weighed) -> Weighed:
+    matrix = np.frombuffer(found.data, "<f8").copy()
     matrix[np.flatnonzero(matrix)[0]] *= 1 + 1e-3
-    return matrix.tobytes(), wrong
+    return attrs.evolve(found, data=matrix.tobytes())
 
 
 @pytest.mark.parametrize("rule", ["geometric_median", "multikrum:f=1,definition=byzfl", "nnm+median:f=1"])
@@ -141,7 +141,7 @@ def test_a_leader_that_decides_otherwise_is_refused_by_all_whoever_dies_meanwhil
     for kill in (-1, *range(0, 160, 3)):
         table, count = Table(5, seed=3, rule=chosen), itertools.count()
         liar = table.seats[table.voters[0]].voter.leader(0)
-        table.decides = lambda seat, data, wrong, liar=liar: off(data, wrong) if seat.me == liar else (data, wrong)
+        table.decides = lambda seat, found, liar=liar: off(found) if seat.me == liar else found  # type: ignore[misc]
 
         def hook(seat: Seat, action: Action, table: Table = table, kill: int = kill) -> None:
             if next(count) == kill:  # noqa: B023
@@ -163,8 +163,10 @@ def test_coefficients_that_are_off_by_less_than_is_promised_are_taken_and_are_th
     table = Table(5, seed=3, rule=resolve("geometric_median"))
     liar = table.seats[table.voters[0]].voter.leader(0)
 
-    def slightly(seat: Seat, data: bytes, wrong: str | None) -> tuple[bytes, str | None]:
-        return ((np.frombuffer(data, "<f8") * (1 + 3e-7)).tobytes() if seat.me == liar else data), wrong
+    def slightly(seat: Seat, found: Weighed) -> Weighed:
+        if seat.me != liar:
+            return found
+        return attrs.evolve(found, data=(np.frombuffer(found.data, "<f8") * (1 + 3e-7)).tobytes())
 
     table.decides = slightly
     table.run()
@@ -176,9 +178,9 @@ def test_coefficients_that_are_off_by_less_than_is_promised_are_taken_and_are_th
 def test_an_owner_with_the_largest_products_pays_when_nothing_can_be_decided_from_the_sum(always: bool) -> None:
     table, times = Table(5, seed=3, rule=resolve("geometric_median")), []
 
-    def undecided(seat: Seat, data: bytes, wrong: str | None) -> tuple[bytes, str | None]:
+    def undecided(seat: Seat, found: Weighed) -> Weighed:
         times.append(seat.me)
-        return (b"", "it does not converge") if always or len(times) == 1 else (data, wrong)
+        return Weighed(wrong="it does not converge") if always or len(times) == 1 else found
 
     table.decides = undecided
     table.run()
@@ -237,7 +239,7 @@ def test_decisions_of_anybody_but_the_leader_or_of_other_members_change_nothing(
     assert leader is not None
     (weigh,) = leader.receive(table.now, late.me, products_of_late(late))
     assert isinstance(weigh, Weigh)
-    (sent, *_) = leader.weighed(table.now, weigh, *decide(table.rule, table.key, weigh.parts, weigh.members))
+    (sent, *_) = leader.weighed(table.now, weigh, decide(table.rule, table.key, weigh.parts, weigh.members))
     assert isinstance(sent, Send) and isinstance(sent.message, Decided)
     good = sent.message
     for sender, message in (
@@ -266,8 +268,8 @@ def test_decisions_of_anybody_but_the_leader_or_of_other_members_change_nothing(
         ((*good.parts[:3], b"x"), good.data),
         ((*good.parts[:3], bytes(len(good.parts[0]))[:-8] + np.float64(-1e9).tobytes()), good.data),
     ):
-        assert judge(table.rule, table.key, parts, data, count)[1] is not None
-    assert judge(table.rule, table.key, good.parts, good.data, count)[1] is None
+        assert decide(table.rule, table.key, parts, count, said=data).wrong is not None
+    assert decide(table.rule, table.key, good.parts, count, said=good.data).wrong is None
 
 
 def test_nothing_is_measured_for_the_mean_and_for_rules_on_coordinates() -> None:
@@ -302,8 +304,8 @@ def test_what_travels_for_many_members_fits_into_a_message(count: int) -> None:
     assert len(pack(Decided(bytes(32), 1 << 40, 1 << 40, bytes(16), parts, data))) < MAX_MESSAGE
     assert len(pack(Products(bytes(32), 1 << 40, 1 << 40, bytes(16), part))) < MAX_MESSAGE
     rule = resolve("geometric_median")
-    decision, wrong = decide(rule, b"k", parts, count)
-    assert wrong is None and judge(rule, b"k", parts, decision, count)[1] is None
+    made = decide(rule, b"k", parts, count)
+    assert made.wrong is None and decide(rule, b"k", parts, count, said=made.data).wrong is None
 
 
 def test_reasons_say_which_rule_needs_how_many() -> None:

@@ -20,7 +20,7 @@ from shoal.learning.rounds import leader as leader_module
 from shoal.learning.rounds import planning
 from shoal.learning.rounds.actions import Note, Weigh
 from shoal.learning.rounds.messages import Decided, Products
-from shoal.learning.rounds.weighing import decide, seed_of
+from shoal.learning.rounds.weighing import Weighed, decide, seed_of
 from tests.learning.reduce_group import Group, Member, reduce_group
 from tests.learning.test_codec_rounds import decoded
 
@@ -204,9 +204,9 @@ def lie(member: Member, how: Callable[[bytes], bytes]) -> None:
     """``member`` decides otherwise than its rule says."""
     real = member.instance.scales.weigh
 
-    async def weigh(action: Weigh) -> tuple[bytes, str | None]:
-        data, wrong = await real(action)
-        return how(data), wrong
+    async def weigh(action: Weigh) -> Weighed:
+        found = await real(action)
+        return attrs.evolve(found, data=how(found.data))
 
     member.instance.scales.weigh = weigh  # type: ignore[method-assign]
 
@@ -249,12 +249,11 @@ async def test_a_leader_that_adds_up_other_products_than_an_owners_is_refused(mo
         group.rule = resolve(RULE)
         liar, real = group.leader, leader_module.Leader.weighed
 
-        def weighed(self: Any, now: float, action: Weigh, data: bytes, wrong: str | None) -> Any:
+        def weighed(self: Any, now: float, action: Weigh, found: Weighed) -> Any:
             if self.me == liar.me:
                 other = attrs.evolve(action, parts=(action.parts[0],) * len(action.parts))
-                data, wrong = decide(self.rule, self.key, other.parts, other.members)
-                return real(self, now, other, data, wrong)
-            return real(self, now, action, data, wrong)
+                return real(self, now, other, decide(self.rule, self.key, other.parts, other.members))
+            return real(self, now, action, found)
 
         monkeypatch.setattr(leader_module.Leader, "weighed", weighed)
         await group.reduce(limit=60.0)

@@ -9,7 +9,7 @@ import numpy as np
 
 from shoal.learning.aggregate.products import pack_triangle
 from shoal.learning.rounds.actions import Action, Check, Measure, Weigh
-from shoal.learning.rounds.weighing import decide, judge
+from shoal.learning.rounds.weighing import decide
 
 from .laws import check_held
 from .seats import Seat
@@ -30,14 +30,14 @@ def weighed(table: Table, seat: Seat, action: Measure | Weigh | Check) -> Callab
             data = pack_triangle(np.eye(len(action.members)) * (1 + sum(action.indices)))
             return lambda: table.seats[place].voter.measured(table.seats[place].clock, *at, data)
         case Check():
-            wrong = judge(rule, key, action.parts, action.decision, action.members)[1]
-            if wrong is not None:
-                raise Broken(f"{place} refuses an honest leader's decision: {wrong}")
-            return lambda: table.seats[place].voter.weighed(table.seats[place].clock, *at, None)
-    made = decide(rule, key, action.parts, action.members)
+            own = decide(rule, key, action.parts, action.members, action.scores, action.decision)
+            if own.wrong is not None:
+                raise Broken(f"{place} refuses an honest leader's decision: {own.wrong}")
+            return lambda: table.seats[place].voter.weighed(table.seats[place].clock, *at, own)
+    made = decide(rule, key, action.parts, action.members, action.scores)
 
     def decided() -> list[Action]:
         leader = table.seats[place].leader
-        return [] if leader is None else leader.weighed(table.seats[place].clock, action, *made)
+        return [] if leader is None else leader.weighed(table.seats[place].clock, action, made)
 
     return decided
