@@ -29,6 +29,7 @@ class Knowledge:
     ``own`` (k, d): what they would honestly have sent. ``honest`` (h, d): what the others send; who sees only its own
     work takes that. ``before`` (d,): the last result, None in the first round. ``rule``: what is done with all rows.
     ``random``: theirs in common, of this round. ``relabelled`` (k, d): their gradients on falsely labelled data.
+    ``scores`` (k,): what a rule with a memory remembers of them, where it has one.
     """
 
     own: Tensor
@@ -37,6 +38,7 @@ class Knowledge:
     random: torch.Generator
     rule: Rule | None = None
     relabelled: Tensor | None = None
+    scores: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -256,11 +258,26 @@ class Collude(Attack):
         return known.mean + torch.linspace(1.0, 0.25, len(known.own))[:, None] * poison
 
 
+@attrs.frozen
+class Sleeper(Attack):
+    """Made for rules with a memory: the honest mean until it trusts all of them, then -``tau`` times it; all alike."""
+
+    name = "sleeper"
+    about = "the honest mean until a rule's memory trusts them, then minus tau times it"
+    tau: float = 2.0
+
+    def craft(self, known: Knowledge) -> Tensor:
+        # A step takes at most 2 / rounds of the trust away: struck at a hair above 0, they are left out for a while.
+        trusted = known.scores is None or float(known.scores.min()) > 0.01
+        return alike(-self.tau * known.mean if trusted else known.mean, known)
+
+
 ATTACKS: Mapping[str, type[Attack]] = {
     kind.name: kind
     for kind in (
         *(SignFlip, Reverse, Uniform, Gaussian, InnerProduct, LittleIsEnough),
         *(OptimalInnerProduct, OptimalLittleIsEnough, Mimic, LabelFlip, NotFinite, Replay, FreeRider, Collude),
+        Sleeper,
     )
 }
 

@@ -111,6 +111,7 @@ def run(case: Case) -> Outcome:
             known = Knowledge(
                 own=rows[honest:], honest=rows[:honest], before=before, random=random,
                 rule=_applied(rule, before, step, scores), relabelled=rows[honest:] if flips else None,
+                scores=torch.from_numpy(scores[honest:]) if rule.memory is not None else None,
             )  # fmt: skip
             rows = torch.cat([rows[:honest], attack.craft(known)])
         arrived = draw.random(field.peers) >= field.loss

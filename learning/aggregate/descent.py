@@ -16,14 +16,14 @@ from .geometry import inverse, norms
 class Descent(Remembering):
     """All of the median length, without up to ``f`` members whose work has pointed against the result's direction.
 
-    With u_i = x_i / ‖x_i‖ and r = Σ u_j over those that were chosen, normalised: s_i ← s_i + (⟨u_i, r⟩ - s_i) /
-    ``rounds``. Members with s_i < 0 are left out, of more than f the lowest.
+    With u_i = x_i / ‖x_i‖ and m the median length, r = Σ min(‖x_j‖ / m, 1) u_j over those that were chosen, normalised:
+    s_i ← s_i + (⟨u_i, r⟩ - s_i) / ``rounds``. Members with s_i < 0 are left out, of more than f the lowest.
 
     Why: a member whose loss L_i falls while the model moves by -η r has Σ_t η ⟨∇L_i, r⟩ ≈ L_i(start) - L_i(end) > 0,
     whatever its data are: its work agrees with the movement over time, though not in each round. In a single round, and
     where peers have different data, honest work and work against everybody look alike to any rule without a memory. A
-    liar that is to stay must help as much as it harms; what it can do in one round is up to the length, which is that of
-    others, and to the stages behind.
+    liar that is to stay must help as much as it harms; what it can do in one round is up to the length, which is that
+    of others, and to the stages behind.
     """
 
     name: ClassVar[str] = "descent"
@@ -47,13 +47,15 @@ class Descent(Remembering):
         return np.diag(inverse(lengths) * float(np.median(lengths)))[self._chosen(scores)]
 
     def learn(self, gram: Floats, scores: Floats) -> Floats:
-        scale = inverse(norms(gram))
+        lengths = norms(gram)
+        scale = inverse(lengths)
+        # By length, up to the median: who has little left to learn has little to say of where the model goes.
+        pull = np.minimum(lengths, float(np.median(lengths))) * self._chosen(scores)
         cosines = scale[:, None] * gram * scale
-        kept = self._chosen(scores).astype(np.float64)
-        length = np.sqrt(max(float(kept @ cosines @ kept), 0.0))
+        length = np.sqrt(max(float(pull @ cosines @ pull), 0.0))
         if not length > 0:
             return scores  # no direction: nothing to learn from
-        learnt: Floats = np.clip(scores + (cosines @ kept / length - scores) / self.rounds, -1.0, 1.0)
+        learnt: Floats = np.clip(scores + (cosines @ pull / length - scores) / self.rounds, -1.0, 1.0)
         return learnt
 
     def _chosen(self, scores: Floats) -> NDArray[np.bool_]:
