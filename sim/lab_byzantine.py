@@ -159,8 +159,8 @@ class Sweep:
                 remember = [rule for rule in live if resolve_rule(with_liars(rule, block.liars)).memory is not None]
                 told = ", ".join(f"{rule} {block.drop(rule, attack):.1f}" for rule in remember) or "none here"
                 lines.append(
-                    f"{block.title}: under {attack}, made against rules with a memory, {best} loses {least:.1f} points; "
-                    f"rules with one: {told}"
+                    f"{block.title}: under {attack}, made against rules with a memory, {best} loses {least:.1f} "
+                    f"points; rules with one: {told}"
                 )
         return lines
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -386,13 +386,13 @@ class Table:
         rule: Aggregator = MEAN,
         guests: int = 0,
         admission: int = 0,
+        scores: Sequence[int] = (),
     ) -> None:
-        """``guests``: so many more are on trial, the first of them for one round more, the second for two …"""
+        """``guests``: so many more are on trial, the first of them for one round more, the second for two … ``scores``:
+        what the rule remembers of the voters, in their order."""
         self.rule, self.admission = rule, admission
         #: What a leader makes of its decision before it tells it.
         self.decides: Callable[[Seat, Weighed], Weighed] = lambda seat, found: found
-        #: What the rule remembers of the voters.
-        self.scores: Mapping[PeerId, int] = {}
         self.random, self.length, self.gossip = random.Random(seed), length, gossip
         self.now, self._counter = 0.0, itertools.count()
         self.weighted = weighted
@@ -411,6 +411,7 @@ class Table:
         self.wishes: tuple[PeerId, ...] = ()
         self.prev = bytes([seed % 256]) * 32
         self.key = instance_key(b"r" * 32, 1, self.prev, self.voters)
+        self.scores: Mapping[PeerId, int] = dict(zip(self.voters, scores, strict=False))
         self.seats = {i.peer_id: Seat(self, i) for i in identities}
         self.hook: Callable[[Seat, Action], None] = lambda seat, action: None
         self._fifo: dict[tuple[PeerId, PeerId], float] = {}

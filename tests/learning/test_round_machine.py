@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from shoal.learning.aggregate import aggregate
+from shoal.learning.rounds import remembering
 from shoal.learning.rounds.actions import Action, Send
 from shoal.learning.rounds.messages import (
     Accept,
@@ -61,11 +62,18 @@ def check_safe(table: Table) -> None:
 
 
 def check_rule(table: Table, record: CommitRecord) -> None:
-    """Everybody who ends the round holds the same bits, and they are what the rule makes of the record's members."""
-    wanted = torch.zeros(table.length)
+    """Everybody who ends the round holds the same bits, and they are what the rule makes of the record's members. What
+    the record remembers of them is what their vectors say, and of others what was known."""
+    wanted, remembered = torch.zeros(table.length), dict(table.scores)
     if record.members:
         vectors = [torch.from_numpy(table.seats[member].vector) for member in record.members]
-        wanted = aggregate(vectors, table.rule, seed=seed_of(table.key)).vector
+        scores = remembering.read(remembering.of(record.members, table.scores))
+        found = aggregate(vectors, table.rule, seed=seed_of(table.key), scores=scores)
+        wanted = found.vector
+        remembered.update(zip(record.members, remembering.written(found.scores), strict=False))
+    wrote = remembering.of(record.roster, remembering.known(record))
+    expected = remembering.of(record.roster, remembered)
+    assert all(abs(a - b) <= remembering.APART for a, b in zip(wrote, expected, strict=True)), (wrote, expected)
     ends = [seat for seat in (*table.seats.values(), *table.dead) if seat.commit is not None and seat.final is not None]
     for seat in ends:
         assert seat.final is not None and ends[0].final is not None

@@ -21,7 +21,7 @@ from shoal.transport.wire import pack
 from .round_table import Seat, Table
 from .test_round_machine import actions_of, check_done, check_safe, run_with_kills
 
-RULES = ("multikrum:f=1,definition=byzfl", "geometric_median", "nnm+median:f=1", "median")
+RULES = ("multikrum:f=1,definition=byzfl", "geometric_median", "nnm+median:f=1", "median", "descent:f=1+mean")
 
 
 @pytest.mark.parametrize("rule", RULES)

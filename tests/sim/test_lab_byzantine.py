@@ -56,6 +56,34 @@ def test_liars_break_the_mean_and_not_a_robust_rule() -> None:
             assert accuracy(rule, attack) > 0.88, (rule, attack)
 
 
+def test_a_rule_with_a_memory_finds_who_works_against_all_where_peers_miss_classes() -> None:
+    field = attrs.evolve(FIELD, alpha=0.3, steps=100)
+    for attack in ("signflip", "ipm", "optimal_ipm"):
+        case = Case(field, "descent:f=3+mean", attack, 3, 0)
+        outcome = run(case)
+        assert outcome.accuracy > 0.92, attack
+        assert outcome.accuracy > run(attrs.evolve(case, rule="normalise+mean")).accuracy - 0.01, attack
+        assert outcome.quality is not None
+        honest, liars = outcome.quality
+        assert honest > 0.95 and liars < 0.2, (attack, honest, liars)
+
+
+def test_what_is_remembered_belongs_to_peers_and_not_to_places_where_contributions_get_lost() -> None:
+    field = attrs.evolve(FIELD, alpha=0.3, steps=100, loss=0.1)
+    outcome = run(Case(field, "descent:f=3+mean", "ipm", 3, 0))
+    assert outcome.accuracy > 0.9 and outcome.skipped == 0
+    assert outcome.quality is not None and outcome.quality[1] < 0.3 < 0.9 < outcome.quality[0]
+
+
+def test_several_numbers_of_liars_share_the_runs_without_any() -> None:
+    sweep = sweep_over((attrs.evolve(FIELD, steps=5),), (1, 3), ("mean", "krum"), ("gaussian", "sleeper"), 1, 1)
+    one, three = sweep.blocks
+    assert one.cells["mean", NONE] == three.cells["mean", NONE]
+    assert set(one.cells) == set(three.cells)
+    assert one.worst("mean")[1] == "gaussian", "what is made against one rule does not count"
+    assert any("sleeper" in line for line in sweep.distances())
+
+
 def test_what_is_not_finite_reaches_no_rule() -> None:
     for rule in ("mean", "median", "flag", "krum:f=3"):
         assert accuracy(rule, "inf") > 0.9

@@ -35,6 +35,10 @@ TEXTS = [
     "arc+nnm+multikrum:f=2,definition=byzfl",
     "clipping:c=40+mean",
     "normalise+mean",
+    "normalise:to=median+mean",
+    "descent:f=2+mean",
+    "descent:f=2+median",
+    "descent:f=2+nnm+trimmed_mean",
 ]
 BOUNDS = [0, 1, 700, 701, 1500, 2999]
 
