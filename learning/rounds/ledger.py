@@ -91,14 +91,23 @@ class Ledger:
         self, attempt: int, epoch: int, start: int, stop: int, owner: PeerId, result: Tensor, codec: Codec,
         signed: Combined | None,
     ) -> str | None:  # fmt: skip
-        """Keep what ``owner`` has signed of a combined slice; what is wrong with it. Blocking."""
+        """Keep what ``owner`` has signed of a combined slice; what is wrong with it. Blocking.
+
+        The first one stands, as the first slice does in the result: with the statement of another one, what is accused
+        would not be what is proven.
+        """
         if signed is None:
             return "its owner has not signed it"
         tree = self.result_tree(result, codec)
         wrong = combined_fault(signed, owner, self.key, attempt, epoch, start, stop, codec.name, tree.root)
-        if wrong is None:
+        if wrong is not None:
+            return wrong
+        first = self._combined.get((attempt, epoch, start, stop, owner))
+        if first is not None and first[1].root != tree.root:
+            return "its owner has signed another one before"
+        if first is None:
             self.keep(attempt, epoch, start, stop, owner, signed, tree)
-        return wrong
+        return None
 
     def keep(
         self, attempt: int, epoch: int, start: int, stop: int, owner: PeerId, signed: Combined, tree: Tree

@@ -14,12 +14,14 @@ from torch import Tensor
 from shoal.learning import defaults
 from shoal.learning.aggregate import resolve
 from shoal.learning.aggregate.products import pack_triangle, unpack_triangle
+from shoal.learning.reduce.codecs import FP32
 from shoal.learning.reduce.coding import Coding
 from shoal.learning.rounds import audits as audits_module
 from shoal.learning.rounds.claims import Accuse, Proof
 from shoal.learning.rounds.ledger import Ledger
 from shoal.learning.rounds.lies import Lie
 from shoal.learning.rounds.methods import PART
+from shoal.learning.rounds.statements import Combined, combined_bytes
 from shoal.transport.errors import DecodeError, RemoteError, RemoteRefused
 from shoal.transport.identity import Identity
 from shoal.transport.wire import pack, unpack
@@ -524,7 +526,6 @@ async def test_a_proof_of_many_members_fits_into_an_envelope(voters: int) -> Non
 def test_a_ledger_forgets_everything_when_its_round_is_over() -> None:
     ledger = Ledger(Identity(bytes([1]) * 32), bytes(32), 3)
     from shoal.learning.reduce.buffers import Part
-    from shoal.learning.reduce.codecs import FP32
     from shoal.learning.state import bytes_view
 
     vector = torch.arange(1000, dtype=torch.float32)
@@ -538,7 +539,6 @@ def test_a_ledger_forgets_everything_when_its_round_is_over() -> None:
 def test_a_contributor_cannot_replace_the_part_that_an_owner_may_have_combined() -> None:
     """Else the owner signs for the second what it made of the first, which is the proof of a lie that was none."""
     from shoal.learning.reduce.buffers import Part
-    from shoal.learning.reduce.codecs import FP32
     from shoal.learning.state import bytes_view
 
     owner, author = (Ledger(Identity(bytes([number]) * 32), bytes(32), 3) for number in (1, 2))
@@ -550,3 +550,18 @@ def test_a_contributor_cannot_replace_the_part_that_an_owner_may_have_combined()
     assert owner.take(author.me, 0, 1000, one.part, one.mark) is None, "the same once more, through another member"
     assert owner.take(author.me, 0, 1000, other.part, other.mark) == "it has signed another one before"
     assert owner.given[author.me, 0, 1000, "fp32"].mark == one.mark
+
+
+def test_an_owner_cannot_replace_the_statement_for_the_slice_that_came_first() -> None:
+    """Else whoever finds the lie in the first slice would accuse it with the statement for the second."""
+    owner, other = Identity(bytes([1]) * 32), Ledger(Identity(bytes([2]) * 32), bytes(32), 3)
+    place, slices = (0, 0, 0, 1000), (torch.zeros(1000), torch.ones(1000))
+    said = []
+    for result in slices:
+        root = other.result_tree(result, FP32).root
+        data = combined_bytes(bytes(32), *place, "fp32", bytes(32), bytes(32), root, b"")
+        said.append(Combined(bytes(32), bytes(32), root, b"", owner.sign(data)))
+    for _ in range(2):
+        assert other.check(*place, owner.peer_id, slices[0], FP32, said[0]) is None
+        assert other.check(*place, owner.peer_id, slices[1], FP32, said[1]) == "its owner has signed another one before"
+    assert other._combined[*place, owner.peer_id][0] == said[0]
