@@ -300,7 +300,12 @@ class Link(SeenThroughPipes, CarriesCalls, OpensStreams):
                 if pipe.peer_retired:
                     return  # it stays until we have retired too
                 if not self._mux.goodbye_sent:
-                    channel.eof()
+                    try:
+                        channel.eof()
+                    except RecordError as cut:
+                        # Where a line ends is up to anybody on the way, and to a kernel that closes the connections
+                        # of a killed process: no fault of the peer's, and what was cut is sent again on another pipe.
+                        raise LinkClosed(cut.message, peer=self.peer.short) from None
                 raise LinkClosed("the connection ended without a goodbye", peer=self.peer.short)
             if self._mux.goodbye_sent:
                 continue

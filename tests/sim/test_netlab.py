@@ -391,6 +391,8 @@ from shoal.sim.netlab import NetLab
 with NetLab() as lab:
     host = lab.add("home", "cone")
     sleeper = subprocess.Popen(lab.command(host, "sleep", "1000"))
+    while not open(f"/proc/{sleeper.pid}/cmdline").read().startswith("sleep"):
+        time.sleep(0.01)  # before that it is no process of the host
     print(sleeper.pid, flush=True)
     time.sleep(1000)
 """

@@ -159,6 +159,40 @@ async def test_streams_outlive_the_death_of_every_pipe(world: type[World]) -> No
         assert bench.pair.a.pipes_lost >= 4
 
 
+@pytest.mark.parametrize("world", WORLDS)
+async def test_a_connection_that_ends_inside_a_record_is_a_pipe_lost_and_no_fault_of_the_peer(
+    world: type[World],
+) -> None:
+    async with lab(world()) as bench:
+        raw, got, troubles = bench.pair.raw_b, 0, [0]
+        receive = raw.receive_some
+
+        async def receive_some(max_bytes: int | None = None) -> bytes | bytearray:
+            nonlocal got
+            data = b"" if got > 200_000 else await receive(min(max_bytes or 999, 999))
+            got += len(data)
+            return data
+
+        async def receive_into(buffer: memoryview) -> int:
+            data = await receive_some(len(buffer))
+            buffer[: len(data)] = data
+            return len(data)
+
+        raw.receive_some, raw.receive_into = receive_some, receive_into  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+
+            def trouble() -> None:
+                troubles[0] += 1
+                nursery.start_soon(bench.add)
+
+            bench.pair.a.on_trouble = bench.pair.b.on_trouble = lambda: None
+            bench.pair.b.on_trouble = trouble
+            await exchange(bench.pair, 2_000_000, Priority.BULK)
+        assert troubles[0] == 1 and bench.pair.b.pipes_lost == 1
+        for link in (bench.pair.a, bench.pair.b):
+            assert link.alive and link.best.index == 1
+
+
 @pytest.mark.parametrize("seed", range(8))
 async def test_any_mixture_of_pipes_and_deaths_loses_no_byte(seed: int) -> None:
     draw = random.Random(seed)
