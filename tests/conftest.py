@@ -10,14 +10,17 @@ of hanging: it is cancelled, so what it waited for stands in its traceback.
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import os
+import re
 import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,20 +49,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (or set SHOAL_SLOW=1)")
 
 
+#: What marks a test that waits for real time, in the text of its file. A process whose clock is virtual only computes.
+_IN_REAL_TIME = re.compile(r"mark\.(?:real|netns|process(?!\(computes))\b")
+
+
+@functools.cache
+def _lane(path: str) -> str:
+    """What one worker does in one go: a file, as its tests may share what is costly to set up; and all files with tests
+    in real time, so that no swarm of processes starves a lab of namespaces. Beside them run tests that only compute."""
+    return "real time" if _IN_REAL_TIME.search(Path(path).read_text(encoding="utf-8")) else path
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _lane(str(config.rootpath / nodeid.partition("::")[0]))
+
+    return Lanes(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
-        # NOT in force with pytest 9.2.0 and xdist 3.8.0: xdist appends the group to item._nodeid, pytest's nodeid comes
-        # from item._id, so that every test is a group of its own and two tests in real time do run at once.
-        # For --dist loadgroup: a file stays together, as its tests may share what is costly to set up. Tests in real
-        # time run one after the other, beside at most one that only computes: no swarm of processes starves a lab of
-        # namespaces. They take longest, so they begin first. A process whose clock is virtual computes too.
-        def real(item: pytest.Item) -> bool:
-            found = [mark for name in REAL_MARKS if (mark := item.get_closest_marker(name))]
-            return any(not mark.kwargs.get("computes") for mark in found)
-
-        items.sort(key=lambda item: not real(item))
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group("real" if real(item) else str(item.path)))
+        # They take longest, so they begin first.
+        items.sort(key=lambda item: _lane(str(item.path)) != "real time")
     if config.getoption("--slow") or os.environ.get("SHOAL_SLOW", "0") not in ("", "0"):
         return
     for item in items:
