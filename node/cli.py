@@ -281,8 +281,8 @@ def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     run.add_argument(
         "--aggregator", metavar="RULE",
-        help="how contributions are combined: mean (default), or a rule that tolerates f liars, for instance "
-        "multikrum:f=1, trimmed_mean:f=2, nnm+median:f=1, flag",
+        help="how contributions are combined: mean (default), or a rule that tolerates f liars: descent:f=1+mean, or "
+        "for instance multikrum:f=1, trimmed_mean:f=2, nnm+median:f=1, flag; see docs/byzantine.md",
     )  # fmt: skip
     run.add_argument("--seed", type=count, metavar="N", help="seed of the split of the data (default 0)")
     run.add_argument(

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from ..learning.aggregate import resolve as resolve_rule
 from ..transport.errors import ConfigError
+from . import defaults
 from .attacks import ATTACKS
 from .attacks import resolve as resolve_attack
 from .byzantine_field import Case, Field, Outcome, run
@@ -186,7 +188,7 @@ class Sweep:
 
 def byzantine(options: argparse.Namespace) -> int:
     """Run the sweep that the command line asks for; 0 when all that is required of the rules holds."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else defaults.LAB_WIDTH)
     check_outputs(options.json, options.plot)
     rules = tuple(dict.fromkeys(("mean", *(options.rules or RULES))))
     attacks = tuple(dict.fromkeys(options.attacks or ATTACKS))
@@ -201,11 +203,12 @@ def byzantine(options: argparse.Namespace) -> int:
     ]  # fmt: skip
     sweep = sweep_over(fields, options.liars, rules, attacks, options.seeds, options.processes, console)
     for block in sweep.blocks:
-        console.print(table(sweep, block))
+        for part in tables(sweep, block, console.width):
+            console.print(part)
         for rule, why in block.impossible.items():
             console.print(f"[dim]{rule}: {why}[/]")
     for line in sweep.distances():
-        console.print(line)
+        console.print(line, soft_wrap=True)
     for holds, text in sweep.verdicts():
         console.print(f"{'[green]holds[/]' if holds else '[bold red]does not hold[/]'}  {text}", soft_wrap=True)
     console.print(
@@ -337,23 +340,33 @@ def _end_with_the_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def table(sweep: Sweep, block: Block) -> Table:
-    """Rules by attacks; green within the points that a rule may lose, red where a fifth of the digits are lost."""
-    shown = Table(title=block.title)
-    shown.add_column("rule")
-    for attack in (NONE, *sweep.attacks):
-        shown.add_column(attack, justify="right")
-    shown.add_column("worst", justify="right")
-    for rule in sweep.rules:
-        if rule in block.impossible:
-            continue
-        row = [rule]
-        for attack in (NONE, *sweep.attacks):
-            drop = block.drop(rule, attack)
-            colour = "green" if drop <= UNDER_ATTACK else "red" if drop > 20.0 else "yellow"
-            row.append(f"[{colour}]{block.cells[rule, attack]}[/]")
-        shown.add_row(*row, f"{-block.worst(rule)[0]:+.1f}")
-    return shown
+def tables(sweep: Sweep, block: Block, width: int) -> list[Table]:
+    """Rules by attacks, as many tables as a terminal of ``width`` columns needs to hold all attacks.
+
+    Green within the points that a rule may lose, red where a fifth of the digits are lost.
+    """
+    rules = [rule for rule in sweep.rules if rule not in block.impossible]
+    columns = [NONE, *sweep.attacks, "worst"]
+    each = max(len("100.0±10.0"), *(len(name) for name in columns)) + 3
+    fit = max(1, (width - max(len(rule) for rule in rules) - 4) // each)
+    found = []
+    for first in range(0, len(columns), fit):
+        shown = Table(title=block.title if not first else f"{block.title}, continued")
+        shown.add_column("rule", no_wrap=True)
+        for name in columns[first : first + fit]:
+            shown.add_column(name, justify="right", no_wrap=True)
+        for rule in rules:
+            shown.add_row(rule, *(_shown(block, rule, name) for name in columns[first : first + fit]))
+        found.append(shown)
+    return found
+
+
+def _shown(block: Block, rule: str, column: str) -> str:
+    if column == "worst":
+        return f"{-block.worst(rule)[0]:+.1f}"
+    drop = block.drop(rule, column)
+    colour = "green" if drop <= UNDER_ATTACK else "red" if drop > 20.0 else "yellow"
+    return f"[{colour}]{block.cells[rule, column]}[/]"
 
 
 def plot(sweep: Sweep, path: Path) -> None:

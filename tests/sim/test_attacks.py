@@ -41,6 +41,14 @@ def test_every_attack_works_for_one_liar_who_sees_only_its_own_work_in_the_first
     assert resolve(name).craft(alone).shape == (1, 8)
 
 
+def test_a_sleeper_works_until_it_is_trusted() -> None:
+    trusted, one_is_not = torch.tensor([0.2, 0.3, 0.02]), torch.tensor([0.2, 0.3, 0.005])
+    mean = known().honest.mean(0)
+    assert torch.equal(resolve("sleeper").craft(known(scores=one_is_not)), mean.expand(3, -1))
+    assert torch.equal(resolve("sleeper:tau=3").craft(known(scores=trusted)), -3 * mean.expand(3, -1))
+    assert torch.equal(resolve("sleeper").craft(known()), -2 * mean.expand(3, -1)), "nothing remembers them"
+
+
 def test_attacks_have_the_factors_of_their_papers() -> None:
     about = known()
     mean, deviation = about.honest.mean(0), about.honest.std(0)
