@@ -105,6 +105,8 @@ def run(case: Case) -> Outcome:
         if flips:
             labels[honest:] = CLASSES - 1 - labels[honest:]
         rows = model.gradients(images[picked], labels)
+        if not bool(torch.isfinite(rows).all()):
+            break  # liars have driven the model to infinity: nothing is learnt from there
         if field.momentum:
             velocity = rows = field.momentum * velocity + (1 - field.momentum) * rows
         if attack is not None:

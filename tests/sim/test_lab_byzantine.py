@@ -75,6 +75,12 @@ def test_what_is_remembered_belongs_to_peers_and_not_to_places_where_contributio
     assert outcome.quality is not None and outcome.quality[1] < 0.3 < 0.9 < outcome.quality[0]
 
 
+def test_a_model_that_liars_drive_to_infinity_ends_at_guessing() -> None:
+    field = attrs.evolve(FIELD, hidden=8, rate=50.0, steps=100)
+    for attack in ("reverse", "optimal_ipm"):
+        assert accuracy("mean", attack, field=field) < 0.2
+
+
 def test_several_numbers_of_liars_share_the_runs_without_any() -> None:
     sweep = sweep_over((attrs.evolve(FIELD, steps=5),), (1, 3), ("mean", "krum"), ("gaussian", "sleeper"), 1, 1)
     one, three = sweep.blocks
