@@ -76,8 +76,10 @@ class CoordinateRule(Stage):
 class GramRule(Stage):
     """Takes its decision from inner products alone; the result is a linear combination of the rows."""
 
-    #: Whether the last result stands among the rows, as the last one.
-    reference: ClassVar[bool] = False
+    @property
+    def reference(self) -> bool:
+        """Whether the last result stands among the rows, as the last one."""
+        return False
 
     @abstractmethod
     def decide(self, gram: Floats, n: int) -> Verdict:

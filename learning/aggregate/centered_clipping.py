@@ -15,17 +15,21 @@ from .geometry import squared_distances_to
 class CenteredClipping(GramRule):
     """v ← v + (1/n) Σ (x_i - v) min(1, τ / ‖x_i - v‖), ``iterations`` times, from the last result, or from 0.
 
-    The last result is one more row of the Gram matrix: the rule itself has no state. ``tau`` is in median distances
-    ‖x_i - v‖ (of each iteration), which follow the size of the vectors; with ``unit=length`` a length, as in the paper.
-    Quality: min(1, τ / ‖x_i - v‖) of the last iteration.
+    With ``start=last`` (where there is a last result) that is one more row of the Gram matrix: the rule itself has no
+    state. With ``start=zero`` it looks at nothing but the round; then it needs a few iterations. ``tau`` is in median
+    distances ‖x_i - v‖ (of each iteration), which follow the size of the vectors; with ``unit=length`` a length, as in
+    the paper. Quality: min(1, τ / ‖x_i - v‖) of the last iteration.
     """
 
     name: ClassVar[str] = "centered_clipping"
-    reference: ClassVar[bool] = True
-
     tau: float = attrs.field(default=1.0, validator=positive)
     iterations: int = attrs.field(default=1, validator=count)
     unit: str = attrs.field(default="median", validator=one_of("median", "length"))
+    start: str = attrs.field(default="last", validator=one_of("last", "zero"))
+
+    @property
+    def reference(self) -> bool:
+        return self.start == "last"
 
     def decide(self, gram: Floats, n: int) -> Verdict:
         v = np.zeros(len(gram))

@@ -42,7 +42,7 @@ def too_few(rule: Aggregator, count: int) -> str | None:
 def unfit(rule: Aggregator, min_peers: int) -> str | None:
     """Why rounds cannot use ``rule`` in a run that begins with ``min_peers``; None when they can."""
     if rule.needs_reference:
-        return f"{rule.rule.name} needs the last result, which newcomers do not have: it is not in rounds yet"
+        return f"{rule.rule.name} begins at the last result, which newcomers do not have; in rounds it is start=zero"
     peers = max(min_peers, 1)
     wrong = too_few(rule, peers)
     if wrong is None:

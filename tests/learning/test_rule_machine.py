@@ -317,4 +317,5 @@ def test_reasons_say_which_rule_needs_how_many() -> None:
     assert "rounds begin with 4 (min_peers): --min-peers 5 is enough" in (unfit(resolve("multikrum:f=1"), 4) or "")
     assert "no number of peers is enough" in (unfit(resolve("mda:f=30"), 4) or "")
     assert unfit(resolve("multikrum:f=1"), 5) is None
-    assert "not in rounds yet" in (unfit(resolve("centered_clipping"), 9) or "")
+    assert "in rounds it is start=zero" in (unfit(resolve("centered_clipping"), 9) or "")
+    assert unfit(resolve("centered_clipping:start=zero,iterations=3"), 9) is None

@@ -133,7 +133,7 @@ SPEC = RunSpec(
             "multikrum: f = 1 of 4 vectors cannot be tolerated: .* rounds begin with 4 (min_peers)",
         ),
         ({"aggregator": "trimmed_mean:f=1", "min_peers": 1}, "rounds begin with 1 (min_peers)"),
-        ({"aggregator": "centered_clipping"}, "centered_clipping needs the last result.*not in rounds yet"),
+        ({"aggregator": "centered_clipping"}, "centered_clipping begins at the last result.*start=zero"),
         ({"aggregator": "median", "strategy": "noloco"}, "its aggregator is mean, not median"),
     ],
 )

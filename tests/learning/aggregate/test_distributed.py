@@ -26,6 +26,7 @@ TEXTS = [
     "multikrum:f=2",
     "geometric_median",
     "centered_clipping:tau=3,iterations=2",
+    "centered_clipping:start=zero,iterations=3",
     "mda:f=2",
     "monna:f=2",
     "caf:f=2",
