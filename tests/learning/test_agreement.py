@@ -112,9 +112,12 @@ def test_the_same_holds_with_real_signatures_and_peers_that_still_train() -> Non
     walks("a leader that still trains", round_of(3, idle=(2,)), range(100))
 
 
-@pytest.mark.parametrize(("count", "length", "rule"), [(3, 1, "geometric_median"), (4, 33, "nnm+median:f=1")])
+@pytest.mark.parametrize(
+    ("count", "length", "rule"), [(3, 1, "geometric_median"), (4, 33, "nnm+median:f=1"), (3, 1, "descent:f=1+mean")]
+)
 def test_the_same_holds_where_a_decision_comes_before_the_result(count: int, length: int, rule: str) -> None:
-    """The second rule can spare one of its members, not two, so that many a round has too few."""
+    """The second rule can spare one of its members, not two, so that many a round has too few. The third writes what it
+    has learnt into the record, so that voters refuse a record after another decision."""
     start = Table(Shape(count, length=length, rule=resolve(rule)))
     walks(f"{rule}, {count} members", start, range(80))
     check(f"{rule}, one timer", explore(start, Budget(timer=1), ordered=True, every=200))

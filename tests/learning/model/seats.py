@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import attrs
@@ -123,6 +123,7 @@ class View:
         self.order = candidates(self.prev, 1, voters)
         place = Placement(1, self.key, self.prev, voters, 0, len(voters), voters)
         chain = SimpleNamespace(
+            run=SimpleNamespace(rule=shape.rule),
             head=head,
             placed=place,
             wishes=lambda: (),
@@ -284,7 +285,7 @@ class Seat:
 #: Of the cores: what never changes, what is a moment in time, and what only people read.
 _CONSTANT = {
     "key", "round", "voters", "pace", "me", "order", "needed",
-    "_identity", "_nonce", "_check", "_max_length", "_algorithms", "_terms", "rule",
+    "_identity", "_nonce", "_check", "_max_length", "_algorithms", "_terms", "rule", "scores", "_scores",
 }  # fmt: skip
 _TEXT = {"reason", "_reason", "due"}
 _TIMES = {"_heard", "_moved", "_resend", "_phase_until", "_grace_until", "_until", "_word", "_ticked"}
@@ -310,7 +311,7 @@ def _core(core: object, clock: float, fields: Iterable[tuple[str, bool]]) -> tup
 def _frozen(value: Any) -> object:
     """``value`` as something that can be hashed."""
     kind = type(value)
-    if kind is dict:
+    if kind is dict or kind is MappingProxyType:
         if value and type(next(iter(value.values()))) is str:
             return tuple(value)  # reasons
         return tuple((key, _frozen(item)) for key, item in value.items())
