@@ -134,7 +134,9 @@ class Aggregator:
             matrix, rows = _beside(step, last) @ matrix, len(step)
         if isinstance(self.rule, CoordinateRule):
             coefficients = self.rule.linear(rows)
-            return Decision(matrix if coefficients is None else coefficients[None, :] @ matrix, quality, learnt)
+            return Decision(
+                _bounded(matrix if coefficients is None else coefficients[None, :] @ matrix), quality, learnt
+            )
         mixes = bool(self.before) or self.memory is not None
         verdict = self.rule.decide(_carried(gram, matrix) if mixes else gram, rows)
         if verdict.quality is not None and mixes:
@@ -143,7 +145,7 @@ class Aggregator:
             quality = np.divide(verdict.quality @ parts, total, out=np.zeros(n), where=total > 0)
         elif verdict.quality is not None:
             quality = verdict.quality
-        return Decision(verdict.coefficients[None, :] @ matrix, quality, learnt)
+        return Decision(_bounded(verdict.coefficients[None, :] @ matrix), quality, learnt)
 
     def combine(
         self,
@@ -181,6 +183,17 @@ class Aggregator:
         for stage in self.before:
             counts = {stage.rows(count) for count in counts}
         return counts
+
+
+#: The largest coefficient: float32 holds it.
+_MOST = 1e37
+
+
+def _bounded(matrix: Floats) -> Floats:
+    """Coefficients that :meth:`Decision.read` takes. Rules that bring rows to a length have larger ones only for rows
+    shorter than 1e-37 of it, which no honest member sends: without a bound one such row would end every round."""
+    bounded: Floats = np.clip(matrix, -_MOST, _MOST)
+    return bounded
 
 
 def _beside(step: Floats, last: int) -> Floats:
