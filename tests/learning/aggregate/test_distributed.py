@@ -102,7 +102,7 @@ def test_inner_products_are_those_of_float64_on_both_paths(monkeypatch: pytest.M
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", [t for t in TEXTS if resolve(t).needs_gram and not resolve(t).needs_reference])
 @pytest.mark.parametrize("length", [1.2e-38, 1e-30, 1e-6, 1e30])
 def test_no_row_is_so_short_or_long_that_the_decision_over_it_cannot_travel(text: str, length: float) -> None:
     """Else one contributor would end every round: whoever decides has coefficients that all others refuse."""
@@ -110,8 +110,6 @@ def test_no_row_is_so_short_or_long_that_the_decision_over_it_cannot_travel(text
     rows = contributions()
     rows[4] = torch.zeros(len(rows[4]))
     rows[4][0] = length
-    if not rule.needs_gram or rule.needs_reference:
-        return
     gram = partial_gram(rows)
     own = rule.decide(gram, len(rows), 3)
     assert Decision.read(own.data, len(rows)).differs(own, gram) is None
