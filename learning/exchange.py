@@ -21,6 +21,7 @@ import trio
 from torch import Tensor
 
 from ..transport.errors import ConfigError, ShoalError
+from ..transport.wire import printable
 from . import defaults, exact
 from .reduce.coding import PLAIN, Coding, Feedback
 from .reduce.filling import Filling
@@ -118,7 +119,14 @@ class Exchange:
     # -- what a round calls -------------------------------------------------------------------------
 
     def submit(
-        self, tensors: T, of: int | None, out: T | None, codec: str | None = None, feedback: Feedback | None = None
+        self,
+        tensors: T,
+        of: int | None,
+        out: T | None,
+        codec: str | None = None,
+        feedback: Feedback | None = None,
+        *,
+        why: str = "",
     ) -> Reducing[T]:
         """See :meth:`shoal.learning.peer.Round.reduce_async`."""
         if self._closed:
@@ -151,7 +159,7 @@ class Exchange:
         self._given = after
         self._handles.append(handle)
         if first:
-            self._begin(handle)
+            self._begin(handle, printable(why))
         elif handle._copy is None:
             self._prepare(handle)
         self._queue_in.send_nowait(handle)
@@ -183,20 +191,22 @@ class Exchange:
 
     # -- inside -------------------------------------------------------------------------------------
 
-    def _begin(self, first: Reducing[Any]) -> None:
+    def _begin(self, first: Reducing[Any], why: str) -> None:
         whole = first._bundle.whole() if first._bundle.size == self._length else None
         spoilt, disguise = self._round in self._run.faults.spoil, self._run.faults.disguise
         if whole is not None and disguise is not None:
             whole = disguise(self._round, whole)
-        if whole is not None and not spoilt:
+        vector: Tensor | None
+        if why:
+            # It gives nothing: what it brings is not even copied.
+            vector, filling = None, Filling(self._length)
+        elif whole is not None and not spoilt:
             vector, filling = whole, Filling(self._length)
         else:
             vector, filling = empty_vector(self._length), Filling(self._length, 0)
         # What later reduces of this round bring is not known yet: of them only the elements are counted.
         layout = first._bundle.layout + (" and more" if first._bundle.size < self._length else "")
-        self._contribution = Contribution(
-            self._host.now(), self._length, vector, filling, coding=self._coding, layout=layout
-        )
+        self._contribution = Contribution(self._host.now(), self._length, vector, filling, why, self._coding, layout)
         if not filling.full:
             self._prepare(first)
         self._run.nursery.start_soon(self._drive, first)
@@ -246,10 +256,11 @@ class Exchange:
 
     async def _looked_at(self, first: Reducing[Any]) -> None:
         given = self._contribution
-        assert given is not None and given.vector is not None
-        if self._run.faults.disguise is not None:
+        assert given is not None
+        if self._run.faults.disguise is not None or given.why:
             return  # a liar does not look
         if first._copy is None:
+            assert given.vector is not None
             name_at = self._namer(first)
             wrong = await self._run.host.run_blocking(exact.check_finite, given.vector, name_at)
             if wrong is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import attrs
 import torch
@@ -15,10 +17,8 @@ from .exchange import Reducing
 from .reduce.coding import Feedback
 from .reduce.tensors import Tensors
 from .shard import Shard
+from .state import Layout
 from .worker import TrainResult
-
-if TYPE_CHECKING:
-    from .run import Run
 
 
 class Kept(Protocol):
@@ -46,6 +46,52 @@ class Trainer(Protocol):
     async def evaluate(self, vector: Tensor | None = None) -> dict[str, float]: ...
 
 
+@attrs.frozen
+class Group:
+    """Who takes part in one round: ``peers``, in canonical order, 32 bytes each, with ``me`` among them. ``prev``: what
+    nobody could know before the round, the same for all of them (in gossip groups only the run's id)."""
+
+    round: int
+    me: bytes
+    peers: tuple[bytes, ...]
+    prev: bytes
+
+
+class Reduces(Protocol):
+    """Takes the reduces of one round: :class:`.exchange.Exchange`, or a model of it."""
+
+    def submit(
+        self,
+        tensors: T,
+        of: int | None,
+        out: T | None,
+        codec: str | None = None,
+        feedback: Feedback | None = None,
+        *,
+        why: str = "",
+    ) -> Reducing[T]: ...
+
+
+class Conduct(Protocol):
+    """What a :class:`Peer` needs of whoever conducts its run: :class:`.run.Run`, or a model of a swarm."""
+
+    layout: Layout
+    restored: dict[str, Tensor]
+    owned: dict[str, Tensor]
+    time_budget: float | None
+
+    @property
+    def name(self) -> bytes: ...
+    def when_decided(self, then: Callable[[], None]) -> None: ...
+    def note_loss(self, tally: Tally) -> None: ...
+    async def end_round(self) -> None: ...
+    async def settle(self) -> None: ...
+    def over(self) -> bool: ...
+    async def open_round(self) -> Round: ...
+    def open_exchange(self, round: int) -> Reduces: ...
+    async def skip(self) -> None: ...
+
+
 class OutOfStep(RemoteError):
     """The run went on without us, and what we missed is gone: load the state and begin again. Internal to the run."""
 
@@ -71,9 +117,11 @@ class Tally:
 class Peer:
     """This peer, as a strategy sees it. Weights are flat fp32 CPU vectors of the run's layout."""
 
-    def __init__(self, run: Run, trainer: Trainer) -> None:
+    def __init__(self, run: Conduct, trainer: Trainer) -> None:
         self._run, self._trainer = run, trainer
         self._kept: dict[str, Kept] = {}
+        self._owned: dict[str, Any] = {}
+        self.agreed: Tensor | None = None
         self.tally = Tally()
         #: The optimiser's state is replicated: it is never ours alone to reset.
         self.shares_optimizer = False
@@ -81,7 +129,12 @@ class Peer:
     @property
     def id(self) -> bytes:
         """32 bytes that name this peer."""
-        return self._run.me.key
+        return self._run.name
+
+    @property
+    def layout(self) -> Layout:
+        """Where the model's tensors stand in its flat vector."""
+        return self._run.layout
 
     async def weights(self) -> Tensor:
         """A copy of the model's state."""
@@ -91,13 +144,29 @@ class Peer:
         """Replace the model's state."""
         await self._trainer.load(vector)
 
+    def agree(self, vector: Tensor) -> None:
+        """``vector`` is the swarm's state after this round, where the model has gone on from it: it is what gets
+        digested, saved, evaluated and given to joiners, from the end of this round on, and must not be written to.
+
+        Never called, the model is the state.
+        """
+        self.agreed = vector
+
     def keep(self, name: str, state: K) -> K:
         """Make ``state`` part of the committed state: saved, digested, and given to joiners. Returns it."""
         self._kept[name] = state
-        prefix = f"{name}."
-        saved = {k.removeprefix(prefix): v for k, v in self._run.restored.items() if k.startswith(prefix)}
-        state.restore(saved)
+        state.restore(_under(name, self._run.restored))
         return state
+
+    def own(self, name: str, state: K) -> K:
+        """Make ``state`` part of what this peer keeps for itself (a control variate): saved beside the committed state,
+        told to nobody. It outlives rounds missed and restarts. Returns what is in use: ``state``, with what was saved,
+        or that of an earlier call."""
+        if name not in self._owned:
+            self._owned[name] = state
+            state.restore(_under(name, self._run.owned))
+        found: K = self._owned[name]
+        return found
 
     def optimizer_state(self) -> Kept:
         """The task's optimiser as state to :meth:`keep`."""
@@ -134,15 +203,16 @@ class Peer:
 
     def vectors(self) -> dict[str, Tensor]:
         """Everything kept, by ``name.vector``."""
-        return {
-            f"{name}.{key}": vector
-            for name, kept in sorted(self._kept.items())
-            for key, vector in kept.vectors().items()
-        }
+        return _named(self._kept)
+
+    def own_vectors(self) -> dict[str, Tensor]:
+        """Everything owned, by ``name.vector``."""
+        return _named(self._owned)
 
     def forget(self) -> None:
-        """Begin anew: what was kept is given up."""
+        """Begin anew: what was kept is given up; what is owned stays."""
         self._kept.clear()
+        self.agreed = None
         self.tally = Tally()
 
     def _count(self, result: TrainResult) -> None:
@@ -155,10 +225,18 @@ class Peer:
         self._run.note_loss(self.tally)
 
 
+def _under(name: str, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{name}."): v for k, v in vectors.items() if k.startswith(f"{name}.")}
+
+
+def _named(states: dict[str, Kept]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": vector for name, kept in sorted(states.items()) for key, vector in kept.vectors().items()}
+
+
 class Rounds:
     """Async iterator over rounds; between two of them the state is final, is digested, saved and evaluated."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Conduct) -> None:
         self._run = run
 
     def __aiter__(self) -> Rounds:
@@ -173,13 +251,26 @@ class Rounds:
 
 
 class Round:
-    """One round: reduce tensors with the others in it."""
+    """One round: reduce tensors with the others in it. ``index``: 1 for the first round of the run."""
 
-    def __init__(self, run: Run, index: int) -> None:
-        self._run, self.index = run, index
+    def __init__(self, run: Conduct, group: Group) -> None:
+        self._run, self.index, self.group = run, group.round, group
+
+    def sample(self, count: int) -> tuple[bytes, ...]:
+        """``count`` of the peers of this round (all, if there are fewer), in canonical order: the same on all of them,
+        drawn anew each round. Nobody can choose an identity that is drawn more often, but in gossip groups."""
+        seed = hashlib.blake2b(b"%d" % self.index, key=self.group.prev[:64], digest_size=32).digest()
+        order = sorted(self.group.peers, key=lambda peer: hashlib.blake2b(peer, key=seed, digest_size=16).digest())
+        return tuple(sorted(order[:count]))
 
     async def reduce(
-        self, tensors: T, *, out: T | None = None, codec: str | None = None, feedback: Feedback | None = None
+        self,
+        tensors: T,
+        *,
+        out: T | None = None,
+        codec: str | None = None,
+        feedback: Feedback | None = None,
+        why: str = "",
     ) -> T:
         """The mean over the members of this round of what each of them gives: the same bits on every member.
 
@@ -189,6 +280,7 @@ class Round:
         Without it, float32 results on the CPU are views of memory from which late members are served: do not write to
         them. ``codec``: how it travels there and back, instead of as the run says (``fp32``, ``fp16``, ``bf16``,
         ``int8``, ``e3m0``, ``topk:SHARE``: docs/codecs.md); ``feedback``: what keeps this peer's error of coding.
+        ``why``: this peer gives nothing, for that reason, and takes the result: ``tensors`` say only what it is like.
 
         All members must give tensors of the same sizes in the same order, with the same codec. Waits for the commit.
         Tensors that are not finite are not sent; the mean is then over the others. Where the run has another rule than
@@ -196,7 +288,7 @@ class Round:
         give zeros. Cancelled, the round goes on without the result. Raises :class:`ConfigError` for what cannot be
         reduced, :class:`OutOfStep` when the result cannot be had any more.
         """
-        handle = self.reduce_async(tensors, out=out, codec=codec, feedback=feedback)
+        handle = self.reduce_async(tensors, out=out, codec=codec, feedback=feedback, why=why)
         try:
             return await handle
         except trio.Cancelled:
@@ -211,6 +303,7 @@ class Round:
         out: T | None = None,
         codec: str | None = None,
         feedback: Feedback | None = None,
+        why: str = "",
     ) -> Reducing[T]:
         """:meth:`reduce` that begins at once and does not wait: await what it returns, before the next round.
 
@@ -219,9 +312,9 @@ class Round:
         Several reduces of a round share one membership and are done together, at its commit. The first one begins the
         round: it has to say how many elements all of them have together (``of``), and what it brings travels while the
         others are still being computed. They have to follow within about the time that training took. Samples trained
-        after the first one count for the next round. ``codec`` and ``feedback`` are those of the first.
+        after the first one count for the next round. ``codec``, ``feedback`` and ``why`` are those of the first.
         """
-        return self._run.open_exchange(self.index).submit(tensors, of, out, codec, feedback)
+        return self._run.open_exchange(self.index).submit(tensors, of, out, codec, feedback, why=why)
 
     async def skip(self) -> None:
         """End the round without any exchange."""

@@ -27,10 +27,9 @@ from .faults import Faults, with_a_bit_turned
 from .gossip import Gossip
 from .liars import Liars
 from .membership import Membership
-from .peer import OutOfStep, Peer, Round, Tally, Trainer
+from .peer import Group, OutOfStep, Peer, Round, Tally, Trainer
 from .placing import rule_of, setting_of
 from .rounds.actions import Note
-from .rounds.decisions import told
 from .rounds.hub import Hub
 from .rounds.instance import Instance
 from .rounds.post import Post
@@ -43,6 +42,7 @@ from .state import Layout
 from .store import Head, RunStore
 from .strategies import resolve as resolve_strategy
 from .task import Task, compare_signatures, metric_name, score, signature
+from .telling import status_of
 from .worker import Worker
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ class Run:
         self.standings, self.liars = Standings(self.me), Liars(self)
         self._keeper = Keeper(self.host, store, self.run_id, keeping or Keeping(), self.emit)
         self.restored: dict[str, Tensor] = {}
+        self.owned: dict[str, Tensor] = {}
         self.reports: list[RoundReport] = []
         self.finished = trio.Event()
         self.round = self.round_now = 0
@@ -106,6 +107,7 @@ class Run:
         self._given: Tally | None = None
         self._flipped: dict[int, None] = {}
         self._strategy_scope = trio.CancelScope()
+        self._adopted = False
         self._metric: float | None = None
         self._metric_name = metric_name(task, {})
         self._loss: float | None = None
@@ -127,6 +129,7 @@ class Run:
                 self.membership: Membership = Gossip(self) if self.gossip else Chain(self)
                 self.presence.on_link = self.membership.found
                 await self.host.run_blocking(self.store.save_spec, self.signed)
+                self.owned = await self.host.run_blocking(self.store.load_own)
                 await self.nursery.start(self.standings.run, self.host, self.store)
                 self.nursery.start_soon(self._announce)
                 self.nursery.start_soon(self.blobs.run)
@@ -148,8 +151,11 @@ class Run:
     async def _live(self) -> None:
         while True:
             self.phase = "join"
+            self._adopted = False
             await self.membership.enter()
             self._peer.forget()
+            if not self._adopted:
+                await self._rewind()
             with trio.CancelScope() as self._strategy_scope:
                 try:
                     await self.strategy.run(self._peer)
@@ -160,6 +166,13 @@ class Run:
                     self._close_instance()
             if not self._strategy_scope.cancelled_caught:
                 return
+
+    async def _rewind(self) -> None:
+        """We begin anew where we were, but the model and what is kept have gone on since."""
+        if self.snapshots and self.snapshots[-1].round == self.round:
+            vectors = self.snapshots[-1].vectors
+            self.restored = {name: vector for name, vector in vectors.items() if name != "weights"}
+            await self.trainer.load(vectors["weights"])
 
     def step_aside(self, why: str) -> None:
         """Leave the present round and state: something better was found. :meth:`Membership.enter` decides anew."""
@@ -182,23 +195,30 @@ class Run:
 
     # -- what the strategy's objects call ------------------------------------------------------------
 
+    @property
+    def name(self) -> bytes:
+        """32 bytes that name this peer."""
+        return self.me.key
+
     def over(self) -> bool:
         """Whether a finite run has had all its rounds."""
         return 0 < self.spec.rounds <= self.round
 
     async def settle(self) -> None:
         """The state after the last round is final: keep, digest, evaluate, report and (now and then) save it."""
-        weights = await self.trainer.weights()
+        agreed = self._peer.agreed
+        weights = await self.trainer.weights() if agreed is None else agreed
         # Copies: outer optimisers go on in place, while this is given to joiners and saved.
         kept = {name: vector.clone() for name, vector in (self._peer.vectors() or self.restored).items()}
         vectors = {"weights": weights, **kept}
-        snapshot = Snapshot(self.round, vectors, self.membership.head)
+        own = {name: vector.clone() for name, vector in (self._peer.own_vectors() or self.owned).items()}
+        snapshot = Snapshot(self.round, vectors, self.membership.head, own)
         self._snapshots.keep(snapshot)
         self.nursery.start_soon(self._snapshots.settle, snapshot)
         self._keeper.settled(snapshot, self.nursery, final=self.over())
         due = self._evaluate_every and (self.round % self._evaluate_every == 0 or self.over())
         if due and (self._pending_report is not None or self._metric is None):
-            values = await self.trainer.evaluate()
+            values = await self.trainer.evaluate(agreed)
             self._metric, self._metric_name = score(self.task, values), metric_name(self.task, values)
         if self._pending_report is not None:
             await snapshot.ready.wait()
@@ -236,7 +256,7 @@ class Run:
         if place.round in self.faults.flip and place.round not in self._flipped:
             self._flipped[place.round] = None
             await self.trainer.load(with_a_bit_turned(await self.trainer.weights(), self.me.key))
-        return Round(self, place.round)
+        return Round(self, Group(place.round, self.me.key, tuple(peer.key for peer in place.voters), place.prev))
 
     def _make_instance(self) -> Instance:
         setting = setting_of(self, self._worked, self._snapshots.size)
@@ -405,6 +425,7 @@ class Run:
 
     async def adopt(self, vectors: dict[str, Tensor], head: Head) -> None:
         """Take over a state and the head it belongs to."""
+        self._adopted = True
         self.restored = {name: vector for name, vector in vectors.items() if name != "weights"}
         await self.trainer.load(vectors["weights"])
         self.membership.adopt(head)
@@ -417,39 +438,13 @@ class Run:
             return
         async with self._saving:
             snapshot = self.snapshots[-1]
-            await self.host.run_blocking(self.store.save_state, snapshot.vectors, snapshot.head)
+            await self.host.run_blocking(self.store.save_state, snapshot.vectors, snapshot.head, snapshot.own)
 
     # -- what others ask ----------------------------------------------------------------------------
 
     def status(self) -> RunStatus:
         """The moment, for people."""
-        head = self.membership.head if hasattr(self, "membership") else None
-        record = head.record if head is not None else None
-        voter = self._instance.voter if self._instance is not None else None
-        exchanging = voter is not None and voter.offer is not None and self.phase != "finished"
-        now, reason = self.host.now() if trio.lowlevel.in_trio_run() else math.inf, self.reason  # or another thread's
-        if voter is not None and self.phase != "finished":
-            reason = told(now, voter.due, voter.reason, None if exchanging else reason)
-        return RunStatus(
-            run=self.run_id.hex(),
-            task=self.spec.task,
-            strategy=self.spec.strategy,
-            mode=self.spec.mode,
-            round=self.round,
-            phase=voter.phase if voter is not None and exchanging else self.phase,
-            reason=(self.membership.reason if head is not None else "") or reason,
-            leader=voter.leader().text if voter is not None else "",
-            members=tuple(peer.text for peer in self.membership.members()) if head is not None else (),
-            samples=(self._given or self._peer.tally).samples,
-            total_samples=record.total if record is not None else 0,
-            loss=self._loss,
-            metric_name=self._metric_name,
-            metric=self._metric,
-            digest=self.digest(),
-            branch=record.branch if record is not None else 0,
-            finished=self.finished.is_set(),
-            trial=() if record is None else tuple((each.peer.text, each.left) for each in record.trial),
-        )
+        return status_of(self)
 
     def companions(self) -> tuple[PeerId, ...]:
         """Those who may still need us after the last round: who did it with us, ourselves perhaps among them."""

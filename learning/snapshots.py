@@ -16,11 +16,15 @@ from .sync import state_parts
 
 @attrs.define
 class Snapshot:
-    """A final state: fp32 CPU vectors by name, never written to again. ``digest`` is set when ``ready``."""
+    """A final state: fp32 CPU vectors by name, never written to again. ``digest`` is set when ``ready``.
+
+    ``own``: what its peer keeps for itself, which is no part of the state.
+    """
 
     round: int
     vectors: dict[str, Tensor]
     head: Head
+    own: dict[str, Tensor] = attrs.field(factory=dict)
     digest: bytes = b""
     ready: trio.Event = attrs.field(factory=trio.Event)
 

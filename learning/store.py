@@ -22,6 +22,9 @@ from .spec import SignedSpec
 
 T = TypeVar("T")
 
+#: Before the names of vectors that are this peer's alone.
+_OWN = "own/"
+
 
 @attrs.frozen
 class Vote:
@@ -58,6 +61,7 @@ class RunStore:
         self.folder, self.quota = folder, quota
         self._files: dict[str, bytes] = {}
         self._state: tuple[dict[str, Tensor], Head] | None = None
+        self._own: dict[str, Tensor] = {}
         self._blobs: Store | None = None
 
     @property
@@ -77,7 +81,7 @@ class RunStore:
         """What is stored now; of a store in memory what is saved later does not show in the copy."""
         made = RunStore(self.folder, self.quota)
         made._blobs = None if self._blobs is None or self.folder is not None else self._blobs.copy()
-        made._files, made._state = dict(self._files), self._state
+        made._files, made._state, made._own = dict(self._files), self._state, self._own
         return made
 
     def save_spec(self, spec: SignedSpec) -> None:
@@ -123,12 +127,15 @@ class RunStore:
         data = self._read("standings")
         return () if data is None else self._unpack(Witness, "standings", data).peers
 
-    def save_state(self, vectors: dict[str, Tensor], head: Head) -> None:
-        """The state after ``head.record.round``: fp32 vectors by name. Blocking."""
+    def save_state(self, vectors: dict[str, Tensor], head: Head, own: dict[str, Tensor] | None = None) -> None:
+        """The state after ``head.record.round``: fp32 vectors by name; and what is ours alone. Blocking."""
+        own = own or {}
         if self.folder is None:
             self._state = ({name: vector.clone() for name, vector in vectors.items()}, head)
+            self._own = {name: vector.clone() for name, vector in own.items()}
             return
-        save_state(self.folder / "state.safetensors", vectors, {"head": pack(head).hex()})
+        both = {**vectors, **{_OWN + name: vector for name, vector in own.items()}}
+        save_state(self.folder / "state.safetensors", both, {"head": pack(head).hex()})
 
     def load_state(self) -> tuple[dict[str, Tensor], Head] | None:
         """What was saved last. Raises :class:`ConfigError` naming a damaged file."""
@@ -139,9 +146,20 @@ class RunStore:
             return None
         vectors, notes = load_state(path)
         try:
+            vectors = {name: vector for name, vector in vectors.items() if not name.startswith(_OWN)}
             return vectors, unpack(Head, bytes.fromhex(notes.get("head", "")))
         except (ValueError, DecodeError) as error:
             raise ConfigError(f"{path} is damaged ({error}); delete it to load the state from other peers") from None
+
+    def load_own(self) -> dict[str, Tensor]:
+        """What was ours alone when the state was saved last. Raises as :meth:`load_state`."""
+        if self.folder is None:
+            return self._own
+        path = self.folder / "state.safetensors"
+        if not path.exists():
+            return {}
+        vectors, _ = load_state(path)
+        return {name.removeprefix(_OWN): vector for name, vector in vectors.items() if name.startswith(_OWN)}
 
     def _unpack(self, kind: type[T], name: str, data: bytes) -> T:
         try:
