@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 #: Strategies that a run spec may name.
 BUILTIN: Mapping[str, tuple[str, str]] = {
     "diloco": (".diloco", "DiLoCo"),
+    "streaming": (".streaming", "StreamingDiLoCo"),
+    "async": (".async_diloco", "AsyncDiLoCo"),
+    "co2": (".co2", "CO2"),
     "noloco": (".noloco", "NoLoCo"),
+    "fedavg": (".fedavg", "FedAvg"),
+    "scaffold": (".scaffold", "Scaffold"),
     "allreduce": (".allreduce", "AllReduce"),
     "local": (".local", "Local"),
 }

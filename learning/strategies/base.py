@@ -60,3 +60,9 @@ def fraction(instance: object, attribute: attrs.Attribute[Any], value: float) ->
     """Attrs validator: 0 <= value < 1."""
     if not 0 <= value < 1:
         raise ValueError(f"{attribute.name} must be in 0..1 (1 excluded), got {value}")
+
+
+def not_negative(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
+    """Attrs validator: zero or more."""
+    if not value >= 0:
+        raise ValueError(f"{attribute.name} must not be negative, got {value}")
