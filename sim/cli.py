@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ..learning.strategies import names as strategy_names
 from ..node import cli
 from ..node.cli import command, count, positive
 
@@ -104,7 +105,7 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--peers", type=positive, default=8, metavar="N", help="node processes, late ones included (8)")
     parser.add_argument("--task", default="digits", metavar="NAME", help="a built-in task or module:Class (digits)")
     parser.add_argument(
-        "--strategy", default="diloco", metavar="NAME", help="diloco (default), noloco, allreduce, local"
+        "--strategy", default="diloco", metavar="NAME", help=f"diloco (default), or one of {strategy_names()}"
     )
     parser.add_argument(
         "--set", metavar="NAME=VALUE", action="append", default=[], dest="strategy_args", type=cli.assignment,

@@ -25,10 +25,15 @@ BUILTIN: Mapping[str, tuple[str, str]] = {
 }
 
 
+def names() -> str:
+    """All of them, for people; needs no torch."""
+    return ", ".join(sorted(BUILTIN))
+
+
 def check_name(name: str) -> None:
     """Raises :class:`ConfigError` for a name that is none of these; needs no torch."""
     if name not in BUILTIN:
-        raise ConfigError(f"unknown strategy {name!r}: built-in strategies are {', '.join(sorted(BUILTIN))}")
+        raise ConfigError(f"unknown strategy {name!r}: built-in strategies are {names()}")
 
 
 def resolve(name: str, args: Mapping[str, float]) -> Strategy:
