@@ -179,7 +179,9 @@ class Peer:
         """The task's optimiser as state to :meth:`keep`."""
         optimizer = getattr(self._trainer, "optimizer", None)
         if optimizer is None:
-            raise ConfigError("this strategy needs the task's optimiser, which an own training loop keeps to itself")
+            raise ConfigError(
+                "this strategy needs the task's optimiser, which an own training loop or process keeps to itself"
+            )
         self.shares_optimizer = True
         return OptimizerState(optimizer)
 

@@ -317,6 +317,10 @@ def _add_node_options(parser: argparse.ArgumentParser) -> None:
         help="CPU threads for training (default: $OMP_NUM_THREADS, or all cores but one)",
     )
     node.add_argument(
+        "--train-apart", action="store_true",
+        help="train in a process of its own: for models with steps of a few ms, which a busy network would slow down",
+    )  # fmt: skip
+    node.add_argument(
         "--time-budget", type=_seconds, metavar="SECONDS",
         help="train at most this long per round; the mean is weighted by samples, so slow machines take part",
     )  # fmt: skip
