@@ -75,9 +75,10 @@ class NodeConfig:
     ``task``: as named on this machine, empty for the built-in one that the run names. ``founding`` or ``ticket``: one
     of them unless ``folder`` holds a run. ``psk``: 32 bytes, the key of a private swarm to found (a ticket brings its
     own). ``train_apart``: train in a process of its own. ``via``: addresses of relays and other peers to begin with.
-    ``traversal``: how to get through NATs, None: not at all; ``map_port``: ask the router for a port. ``snapshot``: of an earlier life's DHT. ``version``: of this
-    program, for others to see. ``linger``: seconds to stay, at most, for others that are not finished yet.
-    ``keeping``: which states stay on disk. ``origin``: a model file that the run to found begins with.
+    ``traversal``: how to get through NATs, None: not at all; ``map_port``: ask the router for a port. ``snapshot``: of
+    an earlier life's DHT. ``version``: of this program, for others to see. ``linger``: seconds to stay, at most, for
+    others that are not finished yet. ``keeping``: which states stay on disk. ``origin``: a model file that the run to
+    found begins with.
     """
 
     bind: tuple[Address, ...] = ()
