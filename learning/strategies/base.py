@@ -29,6 +29,11 @@ class Strategy(ABC):
     async def run(self, peer: Peer) -> None:
         """Train until ``peer.rounds()`` ends. When membership is lost: cancelled, begun anew from a committed state."""
 
+    @property
+    def round_steps(self) -> int:
+        """Steps of training in one round."""
+        return int(getattr(self, "inner_steps", 1))
+
     @classmethod
     def configure(cls, name: str, args: Mapping[str, float]) -> Self:
         """Build from ``(name, value)`` pairs. Raises :class:`ConfigError` naming an unknown or unusable parameter."""

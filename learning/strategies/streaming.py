@@ -55,11 +55,15 @@ class StreamingDiLoCo(Strategy):
         if self.bits not in (0, 4):
             raise ValueError(f"bits must be 4 (E3M0), or 0 for the codec of the run, got {self.bits}")
 
+    @property
+    def round_steps(self) -> int:
+        return self.inner_steps // self.fragments
+
     async def run(self, peer: Peer) -> None:
         parts = fragments_of(peer.layout, self.fragments)
         outers = [peer.keep(f"outer{p}", Nesterov(self.outer_lr, self.momentum)) for p in range(len(parts))]
         shared = await peer.weights()  # θ̃
-        every = self.inner_steps // self.fragments
+        every = self.round_steps
         codec = "e3m0" if self.bits == 4 else None
         async for round in peer.rounds():
             p = (round.index - 1) % self.fragments

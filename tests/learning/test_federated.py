@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import pytest
@@ -22,7 +22,7 @@ from shoal.transport.memory import Route
 
 from ..sim.tiny import SIZE, Point, Pull, target
 
-STEPS, RATE = 10, 0.1
+STEPS, RATE = 5, 0.3
 
 
 def curvature(peer: bytes) -> Tensor:
@@ -33,6 +33,8 @@ def curvature(peer: bytes) -> Tensor:
 
 class Bowl(Pull):
     """Peer i pulls with a strength of its own in each coordinate: ``h_i (target_i - θ)``."""
+
+    step_seconds: ClassVar[float] = 0.002
 
     def batches(self, shard: Shard) -> Iterator[Tensor]:
         while True:
@@ -105,7 +107,7 @@ def off(found: Tensor | None, wanted: Tensor) -> float:
 
 
 def test_fedavg_ends_at_its_own_fixed_point_and_not_at_the_optimum() -> None:
-    end = field("fedavg", 8, 60)
+    end = field("fedavg", 6, 30)
     assert off(end.weights, fixed_point(end.keys)) < 1e-5
     assert off(end.weights, optimum(end.keys)) > 0.05
 
@@ -121,8 +123,8 @@ def test_fedavg_takes_the_mean_over_exactly_those_that_were_drawn() -> None:
 
 
 def test_scaffold_ends_at_the_optimum_with_all_and_with_some_of_the_peers() -> None:
-    for participants, rounds in ((0, 80), (4, 250)):
-        end = field("scaffold", 10, rounds, participants)
+    for participants, rounds in ((0, 40), (3, 100)):
+        end = field("scaffold", 6, rounds, participants)
         assert off(end.weights, optimum(end.keys)) < 1e-4, participants
         # The invariant of the method: c is the mean of all c_i at all times.
         assert off(end.shared, end.own.mean(0)) < 1e-5
@@ -155,9 +157,9 @@ def test_control_variates_outlive_a_restart() -> None:
 
 
 def test_whoever_leaves_for_good_leaves_no_bias_behind_and_newcomers_bring_none() -> None:
-    churn = (Churn(5.0, 1, "leave"), Churn(10.0, 2, "leave"), Churn(20.0, 8, "join"), Churn(30.0, 1, "join"))
-    end = field("scaffold", 9, 300, 3, churn)
-    assert len(end.keys) == 8
+    churn = (Churn(3.0, 1, "leave"), Churn(6.0, 2, "leave"), Churn(9.0, 5, "join"), Churn(15.0, 1, "join"))
+    end = field("scaffold", 6, 130, 2, churn)
+    assert len(end.keys) == 5
     assert off(end.weights, optimum(end.keys)) < 1e-4
     assert off(end.shared, end.own.mean(0)) < 1e-5
 
