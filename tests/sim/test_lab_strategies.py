@@ -55,9 +55,8 @@ def test_the_target_is_nine_tenths_of_what_data_parallel_training_gains() -> Non
 def test_a_sweep_runs_every_combination_and_says_what_it_cost() -> None:
     methods = [Method.parse("diloco:inner_steps=5"), Method.parse("async:inner_steps=5")]
     sweep = sweep_over(["digits"], [None, 0.1], ["home", "datacentre"], methods, 3, 20, 2, processes=1)
-    assert [block.title for block in sweep.blocks] == [
-        "digits, IID, home", "digits, IID, datacentre", "digits, Dirichlet 0.1, home", "digits, Dirichlet 0.1, datacentre",
-    ]  # fmt: skip
+    titles = [f"digits, {split}, {lines}" for split in ("IID", "Dirichlet 0.1") for lines in ("home", "datacentre")]
+    assert [block.title for block in sweep.blocks] == titles
     for block in sweep.blocks:
         assert {name: len(runs) for name, runs in block.runs.items()} == {m.text: 2 for m in methods}
         for runs in block.runs.values():
