@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shoal.learning import exact
+from shoal.learning.shard import Shard
 from shoal.learning.spec import ParameterSpec
 from shoal.learning.state import Layout
 from shoal.learning.strategies import resolve
@@ -22,7 +24,7 @@ from shoal.sim.world import Member, Scenario, World, simulate
 from shoal.transport.errors import ConfigError
 from shoal.transport.memory import Route
 
-from ..sim.tiny import SIZE, Pull, contribution, target
+from ..sim.tiny import SIZE, Point, Pull, contribution, target
 
 
 class Halves(nn.Module):
@@ -202,6 +204,44 @@ def test_fragments_cover_every_layer_once(tensors: list[int], count: int) -> Non
     for part in parts:
         part.put(written, part.take(vector))
     assert torch.equal(written, vector)
+
+
+# -- identities whose arithmetic loses nothing ------------------------------------------------------------
+
+
+class Dyadic(Pull):
+    """:class:`Pull` among few binary digits, so that for some rounds no operation of a float32 has to round: methods
+    that are equal on paper are equal to the bit, however their terms are grouped."""
+
+    def model(self) -> nn.Module:
+        model = Point()
+        nn.init.zeros_(model.at)
+        return model
+
+    def batches(self, shard: Shard) -> Iterator[Tensor]:
+        while True:
+            yield (8 * target(shard.peer)).round()[None] / 8
+
+
+@pytest.mark.parametrize("nodes", [4, 1])
+def test_diloco_of_one_inner_step_and_plain_outer_steps_is_data_parallel_training_bit_for_bit(nodes: int) -> None:
+    plain = {"inner_steps": 1.0, "outer_lr": 1.0, "momentum": 0.0}
+    _, one = run(swarm("diloco", plain, nodes, 4, make_task=Dyadic))
+    _, other = run(swarm("allreduce", {}, nodes, 4, make_task=Dyadic))
+    assert one.shared.keys() == other.shared.keys() and len(one.shared) == 5
+    assert all(torch.equal(one.shared[round], other.shared[round]) for round in one.shared)
+
+
+def test_one_peer_with_plain_outer_steps_trains_as_if_alone_bit_for_bit() -> None:
+    plain = {"inner_steps": 2.0, "outer_lr": 1.0, "momentum": 0.0}
+    alone, begin = run(swarm("local", {"inner_steps": 2.0}, 1, 4, make_task=Dyadic))[1], torch.zeros(SIZE)
+    for strategy, args in (
+        ("diloco", plain),
+        ("streaming", {**plain, "fragments": 1.0, "overlap": 0.0, "mixing": 0.0}),
+    ):
+        _, found = run(swarm(strategy, args, 1, 4, make_task=Dyadic))
+        assert torch.equal(found.shared[0], begin) and not torch.equal(found.shared[4], begin)
+        assert all(torch.equal(found.shared[round], alone.shared[round]) for round in range(5)), strategy
 
 
 # -- one round late -------------------------------------------------------------------------------------
