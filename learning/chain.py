@@ -38,6 +38,7 @@ from .rounds.messages import (
     sign_accept,
     verify_certificate,
 )
+from .rounds.payloads import GATHER, payloads_fault
 from .rounds.terms import Terms, fill
 from .store import Head
 from .sync import BRANCH, AskBranch, BranchSigned, HeadInfo, agreed_digest, describe_load, load_state
@@ -246,7 +247,7 @@ class Chain(Membership):
             return "it does not follow our last commit"
         # In available mode every accepted value that was given up makes another branch (docs/agreement.md).
         redone = 0 if self._mode(len(voters)) == "strict" else defaults.MAX_REDONE
-        if record.kind != "reduce" or not head.branch <= record.branch <= head.branch + redone:
+        if record.kind not in ("reduce", GATHER) or not head.branch <= record.branch <= head.branch + redone:
             return f"a record of kind {record.kind!r} and branch {record.branch}"
         if not len(record.members) == len(record.samples) == len(record.weights):
             return "members, samples and weights differ in number"
@@ -257,6 +258,7 @@ class Chain(Membership):
         if not 1 <= len(record.roster) <= defaults.MAX_ROSTER or list(record.roster) != sorted(set(record.roster)):
             return "its roster is empty, too long or not in order"
         wrong = admission.fault(record, self.placed) or remembering.fault(record, self.placed.scores, self.run.rule)
+        wrong = wrong or payloads_fault(record, self.placed.key or b"")
         if wrong is not None:
             return wrong
         if record.state and ours and record.state != ours:
@@ -365,6 +367,7 @@ class Chain(Membership):
             samples=(),
             weights=(),
             opinions=(),
+            payloads=(),
             scores=remembering.carried(roster, remembering.known(head)),
             roster=roster,
             branch=head.branch + 1,

@@ -32,6 +32,7 @@ from .placing import rule_of, setting_of
 from .rounds.actions import Note
 from .rounds.hub import Hub
 from .rounds.instance import Instance
+from .rounds.messages import CommitRecord
 from .rounds.post import Post
 from .rounds.presence import Presence
 from .shard import Shard
@@ -271,8 +272,8 @@ class Run:
             raise ConfigError(f"round {round} is not open: reduce within the loop over peer.rounds()")
         return self.exchange
 
-    async def agree(self, given: Contribution) -> Tensor:
-        """The committed mean of this round (fp32, 1-D), our contribution among those of the others.
+    async def agree(self, given: Contribution) -> tuple[CommitRecord, Tensor]:
+        """The committed record and mean of this round (fp32, 1-D), our contribution among those of the others.
 
         Raises :class:`OutOfStep` when it cannot be had any more.
         """
@@ -280,13 +281,15 @@ class Run:
         self._trained, self._worked = given.at, given.at - self._round_began
         tally = self._given = self._peer.tally
         self._peer.tally = Tally()  # what is trained from here on belongs to the next round's contribution
-        weight = 1 if self.time_budget is None else tally.samples
+        gathers = given.payload is not None
+        weight = 1 if self.time_budget is None or gathers else tally.samples
         while True:
             instance = self._instance
             instance.voter.layout = given.layout
-            why = given.why or ("" if tally.samples else "no samples")
+            why = given.why or ("" if tally.samples or gathers else "no samples")
             vector, filling = (None, None) if why else (given.vector, given.filling)
-            instance.begin(vector, tally.samples, weight, given.length, why, filling, given.coding)
+            offered = None if why else given.payload
+            instance.begin(vector, tally.samples, weight, given.length, why, filling, given.coding, offered)
             await self._until_decided(instance)
             if instance.commit is not None:
                 break
@@ -301,7 +304,7 @@ class Run:
         if self.me not in commit.record.members and plan is not None and plan.layout != given.layout:
             raise OutOfStep(f"we reduced other tensors: {given.layout} instead of {plan.layout}")
         self._committed(commit.record.round, instance, instance.voter.attempt + (plan.epoch if plan else 0))
-        return result
+        return commit.record, result
 
     def withdrawn(self, given: Contribution, broken: bool) -> None:
         """Our contribution is not sent, or taken back: ``given.why``. ``broken``: its numbers are not finite."""

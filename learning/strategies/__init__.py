@@ -16,6 +16,7 @@ BUILTIN: Mapping[str, tuple[str, str]] = {
     "diloco": (".diloco", "DiLoCo"),
     "noloco": (".noloco", "NoLoCo"),
     "allreduce": (".allreduce", "AllReduce"),
+    "spsa": (".spsa", "SPSA"),
     "local": (".local", "Local"),
 }
 
