@@ -20,7 +20,7 @@ from ..transport.errors import ConfigError, RemoteError
 from ..transport.identity import PeerId
 from . import defaults
 from .chain import Chain
-from .checkpoints import Keeper, Keeping, write_model
+from .checkpoints import Keeper, Keeping
 from .events import Event, RoundReport, RunStatus
 from .exchange import Contribution, Exchange
 from .faults import Faults, with_a_bit_turned
@@ -43,7 +43,7 @@ from .state import Layout
 from .store import Head, RunStore
 from .strategies import resolve as resolve_strategy
 from .task import Task, compare_signatures, metric_name, score, signature
-from .telling import status_of
+from .telling import export, status_of
 from .worker import Worker
 
 log = logging.getLogger(__name__)
@@ -378,6 +378,7 @@ class Run:
             reason=record.reason,
             roster=record.roster,
             quality=instance.scales.quality_of(record),
+            payload=sum(len(each.data) for each in record.payloads),
         )
 
     def _report(
@@ -390,6 +391,7 @@ class Run:
         reason: str,
         roster: tuple[PeerId, ...] | None = None,
         quality: tuple[float, ...] = (),
+        payload: int = 0,
     ) -> None:
         after = voters if roster is None else roster
         self.round = self.membership.round
@@ -416,6 +418,7 @@ class Run:
             metric=None,
             digest="",
             quality=quality,
+            payload=payload,
         )
 
     def _close_instance(self) -> None:
@@ -466,13 +469,7 @@ class Run:
     async def export(self, path: Path) -> str:
         """Write the last final state to ``path``, see :func:`write_model`. Raises :class:`ConfigError` before there is
         one."""
-        if not self.snapshots:
-            raise ConfigError("there is no state to export yet")
-        snapshot = self.snapshots[-1]
-        await snapshot.ready.wait()
-        return await self.host.run_blocking(
-            write_model, path, self.spec, self.run_id, snapshot.round, snapshot.vectors, snapshot.digest
-        )
+        return await export(self, path)
 
     def weights(self) -> Tensor:
         """A copy of the weights of the last final state."""

@@ -247,7 +247,7 @@ def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     parser.add_argument("task", nargs="?", metavar="TASK", help="a built-in task (digits, stdlib) or module:Class")
     run = parser.add_argument_group("the run (fixed once it is founded)")
-    run.add_argument("--strategy", metavar="NAME", help="diloco (default), noloco, allreduce or local")
+    run.add_argument("--strategy", metavar="NAME", help="diloco (default), noloco, allreduce, spsa or local")
     run.add_argument(
         "--set", metavar="NAME=VALUE", action="append", default=[], dest="strategy_args", type=assignment,
         help="an argument of the strategy, for instance inner_steps=50; may be repeated",

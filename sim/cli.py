@@ -104,7 +104,7 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--peers", type=positive, default=8, metavar="N", help="node processes, late ones included (8)")
     parser.add_argument("--task", default="digits", metavar="NAME", help="a built-in task or module:Class (digits)")
     parser.add_argument(
-        "--strategy", default="diloco", metavar="NAME", help="diloco (default), noloco, allreduce, local"
+        "--strategy", default="diloco", metavar="NAME", help="diloco (default), noloco, allreduce, spsa, local"
     )
     parser.add_argument(
         "--set", metavar="NAME=VALUE", action="append", default=[], dest="strategy_args", type=cli.assignment,

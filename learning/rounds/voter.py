@@ -188,7 +188,13 @@ class Voter(Assessing):
         self._refused_at = -1
         self.accepted, self._holds_accepted = Accepted(attempt, record), True
         self._heard = now
+        # Where something is combined this phase begins with the result.
+        begins: list[Action] = []
+        if record.kind == GATHER:
+            self.phase, self.reason = "commit", "the record is sound, waiting for the commit"
+            begins = [Note("commit", "begin")]
         return [
+            *begins,
             Persist(self.promised, self.accepted),
             Send(self.leader(attempt), sign_accept(self._identity, self.key, attempt, record.digest)),
         ]

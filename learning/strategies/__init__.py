@@ -20,6 +20,9 @@ BUILTIN: Mapping[str, tuple[str, str]] = {
     "local": (".local", "Local"),
 }
 
+#: Those whose rounds combine nothing: what is said in them is all (:attr:`Strategy.ledger`).
+LEDGERS = frozenset(("spsa",))
+
 
 def check_name(name: str) -> None:
     """Raises :class:`ConfigError` for a name that is none of these; needs no torch."""
