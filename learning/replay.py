@@ -136,7 +136,8 @@ class Replayer:
         if vectors is None:
             return None
         if not 0 <= goal.round - before.round <= defaults.REPLAY_ROUNDS:
-            return self._failed(f"from round {before.round} to {goal.round} is too far")
+            self._failed(f"from round {before.round} to {goal.round} is too far")
+            return None
         records = await self._records(before, goal, holders)
         if records is None:
             return None
@@ -145,7 +146,8 @@ class Replayer:
         gradients = sum(len(payload.data) for record in records for payload in record.payloads)
         worth, why = worth_it(len(records), gradients, elements, size)
         if not worth:
-            return self._failed(why)
+            self._failed(why)
+            return None
         start = run.host.now()
 
         def work() -> bytes:
@@ -153,7 +155,8 @@ class Replayer:
             return state_digest(goal.round, vectors)
 
         if await run.host.run_blocking(work) != digest:
-            return self._failed("what follows from the ledger is not the state of the others")
+            self._failed("what follows from the ledger is not the state of the others")
+            return None
         said_bytes = sum(len(pack(record)) for record in records)
         seconds = run.host.now() - start
         what = f"rounds {before.round + 1} to {goal.round} in {seconds:.2f} s"
