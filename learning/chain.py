@@ -199,7 +199,7 @@ class Chain(Membership):
     def _move(self, head: Head) -> None:
         """``head`` is where we are now."""
         self.head = head
-        self.replayer.ledger.add(head.record)
+        self.run.ledger.add(head.record)
         self.proofs.belong(head)
 
     async def ask(self, peers: tuple[PeerId, ...]) -> dict[PeerId, HeadInfo]:

@@ -268,6 +268,8 @@ BEATS_MISSED, BEAT_SLACK = 2.5, 5.0
 COMMITS_KEPT = 32
 #: Members named in such a note; of more, only their number.
 COMMIT_MEMBERS = 32
+#: Bytes of a record that stands in such a note: of some 16 members. Larger ones are only had from members.
+NOTE_RECORD = 4096
 #: Seconds after which the second in line writes a commit down that the first did not.
 COMMIT_SECOND = 5.0
 #: Points of its history that a member keeps: 256 of 40 bytes, compacted 10 kB.

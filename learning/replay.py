@@ -52,23 +52,35 @@ LEDGER = Method("run.ledger", AskLedger, LedgerPage)
 
 
 class Ledger:
-    """The last records of a chain, by digest. ``limit``: how many; the oldest go first."""
+    """The last records of a chain, by digest: of our own head, and those in the document of commits.
+
+    ``limit``: how many of each; the oldest go first. Whoever uses one knows its digest from the one after it.
+    """
 
     def __init__(self, limit: int = defaults.LEDGER_RECORDS) -> None:
         self._limit = limit
         self._records: dict[bytes, CommitRecord] = {}
+        #: What members wrote down in the document of commits: perhaps of before we began, perhaps of nowhere.
+        self.noted: dict[bytes, CommitRecord] = {}
 
     def add(self, record: CommitRecord) -> None:
         self._records.setdefault(record.digest, record)
         while len(self._records) > self._limit:
             del self._records[next(iter(self._records))]
 
+    def note(self, records: Mapping[bytes, CommitRecord]) -> None:
+        """Records by their digests, from the document; those with the highest rounds are kept."""
+        both = sorted({**self.noted, **records}.items(), key=lambda item: item[1].round)
+        self.noted = dict(both[-self._limit :])
+
     def back(self, at: bytes, base: bytes, count: int) -> tuple[CommitRecord, ...]:
         """See :class:`AskLedger`; as much as fits into a message."""
         found: list[CommitRecord] = []
         size = 0
-        while len(found) < min(count, defaults.LEDGER_PAGE) and at != base and at in self._records:
-            record = self._records[at]
+        while len(found) < min(count, defaults.LEDGER_PAGE) and at != base:
+            record = self._records.get(at) or self.noted.get(at)
+            if record is None:
+                break
             size += len(pack(record))
             if found and size > defaults.LEDGER_BYTES:
                 break
@@ -94,12 +106,12 @@ class Replayer:
     """Keeps and serves the ledger of ``run``, and catches up by it."""
 
     def __init__(self, run: Run) -> None:
-        self._run, self.ledger = run, Ledger()
+        self._run = run
         run.endpoint.serve(LEDGER, self._on_ask)
 
     async def _on_ask(self, call: Call[AskLedger]) -> LedgerPage:
         ask = call.request
-        return LedgerPage(self.ledger.back(ask.at, ask.base, ask.count) if ask.run == self._run.run_id else ())
+        return LedgerPage(self._run.ledger.back(ask.at, ask.base, ask.count) if ask.run == self._run.run_id else ())
 
     async def obtain(
         self, ours: CommitRecord | None, goal: CommitRecord, digest: bytes, holders: Sequence[PeerId], why: str
@@ -180,7 +192,7 @@ class Replayer:
         for holder in holders:
             try:
                 while at != base and len(found) <= 2 * defaults.REPLAY_ROUNDS:
-                    more = self.ledger.back(at, base, defaults.LEDGER_PAGE)
+                    more = self._run.ledger.back(at, base, defaults.LEDGER_PAGE)
                     if not more:
                         ask = AskLedger(run.run_id, at, base, defaults.LEDGER_PAGE)
                         page = await run.endpoint.call(holder, LEDGER, ask, timeout=defaults.ASK_HEADS)

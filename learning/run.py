@@ -29,6 +29,7 @@ from .liars import Liars
 from .membership import Membership
 from .peer import Group, OutOfStep, Peer, Round, Tally, Trainer
 from .placing import rule_of, setting_of
+from .replay import Ledger
 from .rounds.actions import Note
 from .rounds.hub import Hub
 from .rounds.instance import Instance
@@ -95,7 +96,7 @@ class Run:
         self._snapshots = Snapshots(self.blobs)
         self.standings, self.liars = Standings(self.me), Liars(self)
         self._keeper = Keeper(self.host, store, self.run_id, keeping or Keeping(), self.emit)
-        self.restored: dict[str, Tensor] = {}
+        self.ledger, self.restored = Ledger(), dict[str, Tensor]()
         self.owned: dict[str, Tensor] = {}
         self.reports: list[RoundReport] = []
         self.finished = trio.Event()

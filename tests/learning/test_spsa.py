@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 import torch
+import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ from shoal.learning.directions import Direction, Move, Moved, descend, moved, se
 from shoal.learning.events import Event
 from shoal.learning.onebyte import decode, encode
 from shoal.learning.placing import rule_of
-from shoal.learning.replay import worth_it
+from shoal.learning.replay import Ledger, worth_it
 from shoal.learning.rounds.payloads import said
+from shoal.learning.rundocs_content import read_ledger
 from shoal.learning.state import Layout
 from shoal.learning.strategies import BUILTIN, LEDGERS, resolve
 from shoal.learning.strategies.spsa import SPSA, Master
@@ -285,7 +287,7 @@ def test_replicas_that_exchange_bytes_alone_stay_bit_identical(args: dict[str, f
     size = 4 * GRADS if "pairs" in args else GRADS
     assert [report.payload for report in run.reports] == [4 * size] * 4
     # And they are what the ledger says, replayed by hand from the beginning.
-    ledger, at, records = run.membership.replayer.ledger, run.membership.head.record, []
+    ledger, at, records = run.ledger, run.membership.head.record, []
     while at.kind == "gather":
         records.append(at)
         at = ledger.back(at.prev, b"", 1)[0]
@@ -334,6 +336,24 @@ def test_whoever_was_away_replays_the_rounds_it_missed() -> None:
     same_bits(world, 15)
     (found,) = details(world.members[2], "replayed")
     assert not details(world.members[2], "loaded") and not found.startswith("rounds 1 to")
+
+
+def test_the_ledger_is_a_document_that_every_member_holds() -> None:
+    async def script(world: World) -> None:
+        await reach(world, ROUNDS)
+        await trio.sleep(20.0)
+
+    world = simulate(swarm(3), script)
+    record, ledger = world.members[0].run.membership.head.record, Ledger()
+    for member in world.live():
+        assert member.node.documents is not None
+        found = read_ledger(member.node.documents.document("commits").read())
+        ledger.note(found)
+        assert set(found) == set(ledger.noted) and len(found) == ROUNDS
+        # What it says leads back to the beginning, by the digests of the records themselves.
+        chain = ledger.back(record.digest, b"", 100)
+        assert [each.round for each in chain] == list(range(ROUNDS, 0, -1))
+        assert member.run.ledger.noted
 
 
 def test_a_ledger_that_leads_elsewhere_is_not_believed() -> None:
