@@ -60,6 +60,12 @@ Calls of 1 KiB that are answered with what they brought, one at a time and more 
 Beside Shoal: an echo over plain TCP of trio, grpc.aio without encryption, hivemind's p2pd, py-libp2p (Noise, yamux).
 """
 
+FIELD = """\
+Federated averaging on digits in one process: a loop over the clients with nothing around it, and the field of
+`shoal.sim.field`, which is the real strategy with rounds, virtual time, modelled lines and bytes; plain, and with
+replicas that train at the same time in one call (the same bits). CPU seconds of one thread.
+"""
+
 TOPOLOGY = """\
 Seconds that the planner predicts for 64 MiB over random meshes of peers with 12.5 MB/s (unless equal: a quarter to four
 times that) and paths of 40 ms: equal and sized butterflies, rings in the order of the shortest tour and of the fastest
@@ -274,6 +280,10 @@ def arguments() -> argparse.ArgumentParser:
     )
     eleven.add_argument("--only", default="", metavar="TEXT", help="only rules whose text contains TEXT")
     eleven.add_argument("--peer-python", default=sys.executable, metavar="PATH", help="the interpreter that has byzfl")
+    many = commands.add_parser("field", help="many learners in one process", description=FIELD, formatter_class=shape)
+    many.add_argument("--clients", type=int, default=32, metavar="N", help="peers (default: 32)")
+    many.add_argument("--rounds", type=int, default=10, metavar="N", help="rounds (default: 10)")
+    many.add_argument("--steps", type=int, default=20, metavar="N", help="steps of a client in a round (default: 20)")
     killing = commands.add_parser(
         "kill", help="one of four peers dies in the middle of a reduce", description=KILL, formatter_class=shape
     )
@@ -319,8 +329,8 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument(
             "--time", type=float, default=0.5, metavar="S", help="seconds of one run, about (default: 0.5)"
         )
-    for command in (one, two, three, four, five, six, seven, eight, nine, ten, eleven, killing):
-        runs = 3 if command in (five, six) else 5 if command is killing else 9
+    for command in (one, two, three, four, five, six, seven, eight, nine, ten, eleven, many, killing):
+        runs = 3 if command in (five, six, many) else 5 if command is killing else 9
         command.add_argument(
             "--runs", type=int, default=runs, metavar="N", help=f"counted runs per case (default: {runs})"
         )
@@ -351,6 +361,7 @@ def main() -> int:
         blobs,
         codecs,
         dht,
+        field,
         handshake,
         idle,
         kill,
@@ -380,6 +391,7 @@ def main() -> int:
         "soak": soak.run,
         "codecs": codecs.run,
         "topology": topology.run,
+        "field": field.run,
     }[options.command]
     code = 0
     try:

@@ -123,7 +123,9 @@ class Batcher:
     @staticmethod
     def _undo(cohort: Sequence[Replica]) -> None:
         for replica in cohort:
-            replica.losses, replica.result = [], None
+            if replica.result is not None:
+                del replica.losses[-len(replica.batches) :]
+                replica.result = None
 
     def _give_up(self, cohort: Sequence[Replica], why: str) -> None:
         self.off = why
@@ -150,7 +152,7 @@ class Batcher:
             for name, kept in optimizer.state.get(parameter, {}).items():
                 if isinstance(kept, Tensor) and not torch.equal(kept, replica.result.state[index][name]):
                     return f"the optimiser's stacked {name} has other bits"
-        if not torch.equal(torch.stack(copy.losses), torch.stack(replica.losses)):
+        if not torch.equal(torch.stack(copy.losses), torch.stack(replica.losses[-len(copy.losses) :])):
             return "stacked losses have other bits"
         return ""
 
@@ -168,12 +170,12 @@ class Batcher:
             if states[0]:
                 optimizer.state[parameter] = {name: _stacked(states, name, parameter) for name in states[0]}
         names = [name for name, _ in stack.named_parameters()]
+        found: list[list[Tensor]] = []
         for step in range(len(cohort[0].batches)):
             optimizer.zero_grad(set_to_none=True)
             losses = self._gradients(dict(zip(names, stack.parameters(), strict=True)), cohort, step)
             optimizer.step()
-            for replica, loss in zip(cohort, losses, strict=True):
-                replica.losses.append(loss * replica.samples[step])
+            found.append([loss * each.samples[step] for each, loss in zip(cohort, losses, strict=True)])
         parameters = [parameter.detach().unbind(0) for parameter in stack.parameters()]
         kept = [
             {
@@ -188,6 +190,7 @@ class Batcher:
                 for index, each in enumerate(kept)
                 if each
             }
+            replica.losses += [losses[row] for losses in found]
             replica.result = Result([each[row] for each in parameters], state)
 
     def _gradients(self, parameters: dict[str, nn.Parameter], cohort: Sequence[Replica], step: int) -> list[Tensor]:
@@ -198,10 +201,13 @@ class Batcher:
         losses: list[Tensor] = [torch.empty(0)] * len(cohort)
         for rows, batch, sizes in parts:
             whole = len(rows) == len(cohort)
-            taken = dict(parameters) if whole else {n: p.detach()[rows].requires_grad_() for n, p in parameters.items()}
+            taken: dict[str, Tensor] = {
+                name: parameter if whole else parameter.detach()[rows].requires_grad_()
+                for name, parameter in parameters.items()
+            }
             with _Exact(sizes):
                 each = torch.vmap(self._loss, randomness="error")(taken, batch)
-            each.sum().backward()
+            each.sum().backward()  # type: ignore[no-untyped-call]
             for row, loss in zip(rows, each.detach().unbind(0), strict=True):
                 losses[row] = loss
             if whole:
@@ -352,9 +358,9 @@ class _Exact(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.linear and not kwargs and len(args) == 3 and args[0].dim() == 2 and args[2] is not None:
-            return _Linear.apply(*args, self._sizes)
+            return _Linear.apply(*args, self._sizes)  # type: ignore[no-untyped-call]
         if func is F.cross_entropy and len(args) == 2 and args[0].dim() == 2 and _plain_mean(kwargs):
-            return _MeanOfPicked.apply(F.log_softmax(args[0], 1), args[1], self._sizes)
+            return _MeanOfPicked.apply(F.log_softmax(args[0], 1), args[1], self._sizes)  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
@@ -372,7 +378,7 @@ class _StackedLinear(torch.autograd.Function):
         return torch.baddbmm(bias[:, None, :], x, weight.transpose(1, 2))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         of_x = torch.bmm(gradient, weight) if ctx.needs_input_grad[0] else None
         if ctx.sizes.padding is None:
@@ -394,7 +400,7 @@ class _StackedMean(torch.autograd.Function):
         return torch.stack([F.nll_loss(log[:size], label[:size]) for log, label, size in pairs])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (labels,) = ctx.saved_tensors
         count = torch.tensor(ctx.sizes.each, dtype=gradient.dtype)
         each = (-gradient / count)[:, None].expand(labels.shape).clone()
@@ -418,7 +424,7 @@ class _Linear(torch.autograd.Function):
     def vmap(info: Any, dims: Any, x: Tensor, weight: Tensor, bias: Tensor, sizes: Sizes) -> Any:
         if dims[:3] != (0, 0, 0):
             raise Unfit("a linear layer that is not stacked")
-        return _StackedLinear.apply(x, weight, bias, sizes), 0
+        return _StackedLinear.apply(x, weight, bias, sizes), 0  # type: ignore[no-untyped-call]
 
 
 class _MeanOfPicked(torch.autograd.Function):
@@ -436,4 +442,4 @@ class _MeanOfPicked(torch.autograd.Function):
     def vmap(info: Any, dims: Any, logs: Tensor, labels: Tensor, sizes: Sizes) -> Any:
         if dims[:2] != (0, 0):
             raise Unfit("a loss that is not stacked")
-        return _StackedMean.apply(logs, labels, sizes), 0
+        return _StackedMean.apply(logs, labels, sizes), 0  # type: ignore[no-untyped-call]

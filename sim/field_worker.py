@@ -19,7 +19,7 @@ from torch import Tensor
 from ..learning import defaults
 from ..learning.shard import Shard
 from ..learning.task import Batch, Task
-from ..learning.worker import TrainResult, Worker, to_device
+from ..learning.worker import TrainResult, Worker
 from ..transport.errors import ProtocolMisuse
 from ..transport.host import Host
 from .field_batch import Batcher, Replica, alone, apply
@@ -151,7 +151,7 @@ class FieldWorker(Worker):
 
     def replica(self, steps: int) -> Replica:
         """Ourselves, with the batches of so many steps."""
-        batches = [to_device(self._next_batch(), self.device) for _ in range(steps)]
+        batches = [self._next_batch() for _ in range(steps)]
         samples = [self.task.batch_size(batch) for batch in batches]
         return Replica(self.model, self.optimizer, batches, samples)
 
