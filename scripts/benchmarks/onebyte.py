@@ -165,7 +165,7 @@ def drift() -> None:
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float32):
         weights = torch.randn(100_000).to(dtype)
-        before = weights.float()
+        before = weights.float().clone()
         for _ in range(100):
             z = torch.randn(100_000).to(dtype)
             weights.add_(z, alpha=1e-3).sub_(z, alpha=2e-3).add_(z, alpha=1e-3)
