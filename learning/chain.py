@@ -199,7 +199,8 @@ class Chain(Membership):
     def _move(self, head: Head) -> None:
         """``head`` is where we are now."""
         self.head = head
-        self.run.ledger.add(head.record)
+        if self.run.strategy.ledger:
+            self.run.ledger.add(head.record)
         self.proofs.belong(head)
 
     async def ask(self, peers: tuple[PeerId, ...]) -> dict[PeerId, HeadInfo]:

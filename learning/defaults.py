@@ -190,6 +190,9 @@ JOIN_GRACE_AGAIN = 600.0
 #: Records of a run that a peer keeps in memory for those who replay them, of about 1 KB each for four members.
 LEDGER_RECORDS = 2048
 
+#: Bytes of memory for them, at most.
+LEDGER_MEMORY = 32 << 20
+
 #: Records in one answer, and their bytes: a message has 1 MiB and 65,536 values.
 LEDGER_PAGE = 128
 LEDGER_BYTES = 600_000

@@ -285,7 +285,7 @@ class Exchange:
             self._error = error
             return
         self._said = said(record)
-        if self._run.faults.disguise is not None:
+        if self._run.faults.disguise is not None and given.payload is None:
             self._run.faults.disguise.saw(self._result)
 
     async def _looked_at(self, first: Reducing[Any]) -> None:

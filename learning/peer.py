@@ -237,10 +237,14 @@ class Peer:
         """For each direction z the losses at θ + side · ``eps`` · z, each direction on a batch of its own.
 
         In inference mode, and the model stays as it is, bit for bit. ``part``: the data, instead of our next batches.
+        Ends early, with nothing, when the round was decided without us.
         """
-        losses, result = await self._trainer.probe(directions, eps, sides, part)
-        self._count(result)
-        return losses
+        with trio.CancelScope() as scope:
+            self._run.when_decided(scope.cancel)
+            losses, result = await self._trainer.probe(directions, eps, sides, part)
+            self._count(result)
+            return losses
+        return []
 
     async def descend(self, moves: Sequence[Move]) -> None:
         """Move all trainable parameters (float32) by all ``moves`` together: the same bits on every peer."""

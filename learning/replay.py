@@ -60,13 +60,18 @@ class Ledger:
     def __init__(self, limit: int = defaults.LEDGER_RECORDS) -> None:
         self._limit = limit
         self._records: dict[bytes, CommitRecord] = {}
+        self._size = 0
         #: What members wrote down in the document of commits: perhaps of before we began, perhaps of nowhere.
         self.noted: dict[bytes, CommitRecord] = {}
 
     def add(self, record: CommitRecord) -> None:
-        self._records.setdefault(record.digest, record)
-        while len(self._records) > self._limit:
-            del self._records[next(iter(self._records))]
+        """``record`` is where we are now."""
+        digest = record.digest
+        if digest not in self._records:
+            self._records[digest] = record
+            self._size += _size(record)
+        while len(self._records) > self._limit or self._size > defaults.LEDGER_MEMORY:
+            self._size -= _size(self._records.pop(next(iter(self._records))))
 
     def note(self, records: Mapping[bytes, CommitRecord]) -> None:
         """Records by their digests, from the document; those with the highest rounds are kept."""
@@ -87,6 +92,11 @@ class Ledger:
             found.append(record)
             at = record.prev
         return tuple(found)
+
+
+def _size(record: CommitRecord) -> int:
+    """Bytes of memory, roughly."""
+    return 1000 + 400 * (len(record.members) + len(record.roster)) + sum(len(each.data) for each in record.payloads)
 
 
 def worth_it(rounds: int, gradients: int, elements: int, size: int) -> tuple[bool, str]:

@@ -70,6 +70,7 @@ examples:
   shoal sim                                         8 peers train `digits`; one is killed, one joins late
   shoal sim --peers 4 --task stdlib                 a small language model on Python's own source text
   shoal sim --strategy noloco --plot noloco.png     another strategy, with a picture
+  shoal sim --task digits-finetune --strategy spsa --peers 4 --rounds 32     one byte per gradient
   shoal sim --kill 3 --rounds 30 --json out.json    more dying, and a report for programs
   shoal sim --byzantine 2:signflip --aggregator descent:f=2+mean    two of them lie, and a rule that stands it
   shoal sim --byzantine 1:lying_owner --aggregator median       one returns wrong combinations, and is found out

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import trio
 from torch import Tensor, nn
 
 from shoal.learning import exact
+from shoal.learning.directions import Direction, Move
 from shoal.learning.events import Event, RoundReport
 from shoal.learning.shard import Shard
 from shoal.learning.task import Task
-from shoal.learning.worker import TrainResult
+from shoal.learning.worker import Part, TrainResult
 from shoal.node.node import Founding, Node, NodeConfig
 from shoal.node.ticket import Ticket
 from shoal.transport.address import Address
@@ -100,6 +102,14 @@ class Draws:
         self.mean, size = gradient, min(STATE, gradient.numel())
         # Halved, then added to: a mean that was missed, or applied twice, shows in every later state.
         self._state[:size] = exact.add(self._state[:size] * 0.5, gradient[:size])
+
+    async def probe(
+        self, directions: Sequence[Direction], eps: float, sides: Sequence[int], part: Part | None = None
+    ) -> tuple[list[tuple[float, ...]], TrainResult]:
+        raise NotImplementedError("the soak takes gradients")
+
+    async def descend(self, moves: Sequence[Move]) -> None:
+        raise NotImplementedError("the soak takes gradients")
 
     async def weights(self, out: Tensor | None = None) -> Tensor:
         await trio.lowlevel.checkpoint()

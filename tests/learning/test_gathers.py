@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shoal.learning.exchange import Exchange
 from shoal.learning.rounds.actions import Action, Done, Persist, Promise, Send, Verify
-from shoal.learning.rounds.messages import CommitRecord, Propose, Ready, Reject
+from shoal.learning.rounds.messages import ANSWERED, CommitRecord, Propose, Ready, Reject
 from shoal.learning.rounds.payloads import GATHER, MAX_PAYLOAD, Payload, payloads_fault, said
 from shoal.node.node import Founding
 from shoal.sim.world import Member, Scenario, World, simulate
@@ -73,7 +73,7 @@ class Circle:
         if not seat.alive:
             return
         if seat.commit is not None:
-            if isinstance(message, Ready):
+            if isinstance(message, ANSWERED) and sender != to:
                 self.post.append((to, sender, seat.commit))
             return
         if isinstance(message, Ready) and seat.voter.leader(message.attempt) == to:

@@ -21,6 +21,7 @@ from shoal.learning.events import Event
 from shoal.learning.onebyte import decode, encode
 from shoal.learning.placing import rule_of
 from shoal.learning.replay import Ledger, worth_it
+from shoal.learning.rounds.messages import CommitRecord
 from shoal.learning.rounds.payloads import said
 from shoal.learning.rundocs_content import read_ledger
 from shoal.learning.state import Layout
@@ -354,6 +355,21 @@ def test_the_ledger_is_a_document_that_every_member_holds() -> None:
         chain = ledger.back(record.digest, b"", 100)
         assert [each.round for each in chain] == list(range(ROUNDS, 0, -1))
         assert member.run.ledger.noted
+
+
+def test_a_ledger_in_memory_is_bounded() -> None:
+    record = CommitRecord(
+        run=RUN, round=0, kind="gather", prev=RUN, members=(), samples=(), weights=(), roster=(), total=0, branch=0,
+        state=b"", nonces=(), algorithm="", fingerprint=b"", reason="",
+    )  # fmt: skip
+    ledger, chain = Ledger(3), [record]
+    for round in range(1, 6):
+        chain.append(attrs.evolve(record, round=round, prev=chain[-1].digest))
+    for each in (*chain, chain[-1]):
+        ledger.add(each)
+    assert [each.round for each in ledger.back(chain[-1].digest, b"", 9)] == [5, 4, 3]
+    assert [each.round for each in ledger.back(chain[-1].digest, chain[3].digest, 9)] == [5, 4]
+    assert ledger._size == 3000
 
 
 def test_a_ledger_that_leads_elsewhere_is_not_believed() -> None:

@@ -86,7 +86,9 @@ def test_every_built_in_name_resolves_to_a_whole_task(name: str) -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_list_of_names() -> None:
-    with pytest.raises(ConfigError, match="unknown task 'mnist': built-in tasks are digits, stdlib, stdlib-large") as e:
+    with pytest.raises(
+        ConfigError, match="unknown task 'mnist': built-in tasks are digits, digits-finetune, stdlib"
+    ) as e:
         resolve("mnist", allow_import=True)
     assert "module:Class" in str(e.value)
 
