@@ -12,6 +12,7 @@ import math
 import attrs
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..learning import exact
@@ -25,6 +26,9 @@ from .attacks import Knowledge, Rule
 from .attacks import resolve as resolve_attack
 
 CLASSES = 10
+_SIDE = 8
+#: Of an image of digits, whose pixels are -1 … 1.
+BACKGROUND = -1.0
 
 
 @attrs.frozen
@@ -34,6 +38,7 @@ class Field:
     ``alpha``: Dirichlet concentration of the classes over the peers; None: the same mixture for all. ``hidden``: width
     of the two hidden layers, 0: softmax regression. ``momentum``: of each peer's own gradients (Karimireddy et al.
     2021). ``loss``: part of the contributions that do not arrive. ``noise``: standard deviation added to the images.
+    ``shift``: augmented data, each image moved anew in each step by up to so many pixels along both axes.
     """
 
     peers: int = 15
@@ -45,12 +50,14 @@ class Field:
     momentum: float = 0.0
     loss: float = 0.0
     noise: float = 0.0
+    shift: int = 0
 
     @property
     def label(self) -> str:
         parts = ["IID" if self.alpha is None else f"Dirichlet {self.alpha:g}"]
         parts += [f"hidden {self.hidden}"] * bool(self.hidden) + [f"momentum {self.momentum:g}"] * bool(self.momentum)
         parts += [f"{self.loss:.0%} lost"] * bool(self.loss) + [f"noise {self.noise:g}"] * bool(self.noise)
+        parts += [f"shifted by up to {self.shift}"] * bool(self.shift)
         return ", ".join(parts)
 
 
@@ -92,6 +99,7 @@ def run(case: Case) -> Outcome:
         else data.train_x
         + field.noise * torch.randn(data.train_x.shape, generator=torch.Generator().manual_seed(case.seed + 1))
     )
+    moved = np.random.default_rng([case.seed, 2])
     model = _Model(field.hidden, case.seed)
     honest = field.peers - case.liars
     velocity = torch.zeros(field.peers, len(model.vector))
@@ -104,7 +112,10 @@ def run(case: Case) -> Outcome:
         flips = attack is not None and attack.name == "labelflip"
         if flips:
             labels[honest:] = CLASSES - 1 - labels[honest:]
-        rows = model.gradients(images[picked], labels)
+        batches = images[picked]
+        if field.shift:
+            batches = shifted(batches, moved.integers(-field.shift, field.shift, (*picked.shape, 2), endpoint=True))
+        rows = model.gradients(batches, labels)
         if not bool(torch.isfinite(rows).all()):
             break  # liars have driven the model to infinity: nothing is learnt from there
         if field.momentum:
@@ -138,6 +149,16 @@ def run(case: Case) -> Outcome:
         honest_mean, liars_mean = np.mean(qualities, axis=0).tolist()
         quality = honest_mean, liars_mean
     return Outcome(model.accuracy(data.test_x, data.test_y), quality, skipped)
+
+
+def shifted(images: Tensor, by: NDArray[np.int64]) -> Tensor:
+    """``images`` (…, 64), each moved by its ``by`` (…, 2) pixels down and to the right; what comes in is background."""
+    at = np.arange(_SIDE) - by[..., None]  # (…, 2, side): where rows and columns come from
+    inside = (at >= 0) & (at < _SIDE)
+    rows, columns = (torch.from_numpy(at[..., axis, :].clip(0, _SIDE - 1)) for axis in (0, 1))
+    seen = torch.from_numpy(inside[..., 0, :, None] & inside[..., 1, None, :])
+    found = images.gather(-1, (rows[..., :, None] * _SIDE + columns[..., None, :]).flatten(-2))
+    return torch.where(seen.flatten(-2), found, BACKGROUND)
 
 
 def _applied(rule: Aggregator, before: Tensor | None, seed: int, scores: Floats) -> Rule:

@@ -260,6 +260,9 @@ def _add_byzantine(trials: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--momentum", type=_momentum, default=0.0, metavar="M", help="of each peer's gradients (0)")
     parser.add_argument("--loss", type=_fraction, default=0.0, metavar="PART", help="contributions that get lost (0)")
     parser.add_argument("--noise", type=_noise, default=0.0, metavar="S", help="noise added to training images (0)")
+    parser.add_argument(
+        "--shift", type=_pixels, default=0, metavar="N", help="augmented data: images moved by up to N pixels (0)"
+    )
     parser.add_argument("--processes", type=positive, metavar="N", help="runs at a time (one for each core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw heat-maps")
@@ -320,6 +323,10 @@ def _rate(text: str) -> float:
 
 def _noise(text: str) -> float:
     return _number(text, 0.0, 100.0, "standard deviation")
+
+
+def _pixels(text: str) -> int:
+    return int(_number(text, 0, 7, "whole number of pixels, 0 to 7"))
 
 
 def _size(text: str) -> float:

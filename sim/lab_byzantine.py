@@ -188,7 +188,7 @@ def byzantine(options: argparse.Namespace) -> int:
     fields = [
         Field(
             options.peers, options.steps, options.batch, options.rate, options.hidden, alpha, options.momentum,
-            options.loss, options.noise,
+            options.loss, options.noise, options.shift,
         )
         for alpha in options.alpha
     ]  # fmt: skip

@@ -47,6 +47,7 @@ def unpack(kind: type[T], data: bytes | bytearray | memoryview, *, limit: int = 
     name = getattr(kind, "__name__", str(kind))
     if len(data) > limit:
         raise DecodeError(f"{name} of {len(data)} bytes, at most {limit} allowed")
+    data = bytes(data)  # quicker to read than a view, even with the copy
     try:
         _survey(data)
         raw = msgpack.unpackb(data, raw=False, strict_map_key=False, use_list=True, object_pairs_hook=_unique)
@@ -69,67 +70,71 @@ def printable(text: str, limit: int = defaults.MAX_ERROR_TEXT) -> str:
 
 # --- before decoding: what the headers announce ------------------------------------------------------------------
 
-#: First byte → bytes after it, of types that hold no length.
-_FIXED = {
-    **dict.fromkeys((0xC0, 0xC2, 0xC3), 0),  # nil, false, true
-    **dict.fromkeys((0xCC, 0xD0), 1),
-    **dict.fromkeys((0xCD, 0xD1), 2),
-    **dict.fromkeys((0xCA, 0xCE, 0xD2), 4),
-    **dict.fromkeys((0xCB, 0xCF, 0xD3), 8),
-}
+
+def _step(first: int) -> int:
+    """Of the type with this first byte: how many bytes follow, of those that hold no length; else one of the below."""
+    if first < 0x80 or first >= 0xE0 or first in (0xC0, 0xC2, 0xC3):  # small integers; nil, false, true
+        return 0
+    if 0xA0 <= first < 0xC0:  # short text
+        return first & 0x1F
+    for width, firsts in ((1, (0xCC, 0xD0)), (2, (0xCD, 0xD1)), (4, (0xCA, 0xCE, 0xD2)), (8, (0xCB, 0xCF, 0xD3))):
+        if first in firsts:
+            return width
+    return _CONTAINER if first < 0xA0 or 0xDC <= first <= 0xDF else _SIZED if first in _WIDTHS else _REFUSED
+
+
+_SIZED, _CONTAINER, _REFUSED = -1, -2, -3
 #: First byte → width of the length in bytes, of binary and text.
-_SIZED = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
-#: First byte → width of the count and values per item, of arrays and maps.
+_WIDTHS = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
+#: First byte → width of the count and values per item, of arrays and maps that are not short.
 _COUNTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
+_STEPS = tuple(map(_step, range(256)))
 
 
-def _survey(data: bytes | bytearray | memoryview) -> None:
+def _survey(data: bytes) -> None:
     """Walk the headers and refuse what would make the decoder allocate or recurse out of proportion.
 
     msgpack allocates an announced array before its items arrive, nested ones one inside the other: some kB of headers
-    could otherwise take gigabytes. Raises ValueError.
+    could otherwise take gigabytes. Raises ValueError. Every message comes through here: a step is a look at a table.
     """
-    end = len(data)
-    at = 0
-    items = 0
-    open_counts = [1]  # values still to come, per open container
-    while open_counts:
-        if open_counts[-1] == 0:
-            open_counts.pop()
+    end, at, items, steps = len(data), 0, 1, _STEPS
+    left, around = 1, list[int]()  # values still to come: in the innermost container, in those around it
+    while True:
+        if not left:
+            if not around:
+                break
+            left = around.pop()
             continue
-        open_counts[-1] -= 1
-        items += 1
-        if items > defaults.MAX_ITEMS:
-            raise ValueError(f"more than {defaults.MAX_ITEMS} values")
+        left -= 1
         if at >= end:
             raise ValueError("ends early")
         first = data[at]
         at += 1
-        if first < 0x80 or first >= 0xE0:
+        step = steps[first]
+        if step >= 0:
+            at += step
             continue
-        if first < 0xA0:
-            count = (first & 0x0F) * (2 if first < 0x90 else 1)
-        elif first < 0xC0:
-            at += first & 0x1F
-            continue
-        elif first in _FIXED:
-            at += _FIXED[first]
-            continue
-        elif first in _SIZED:
-            width = _SIZED[first]
+        if step == _SIZED:
+            width = _WIDTHS[first]
             at += width + int.from_bytes(data[at : at + width], "big")
             continue
-        elif first in _COUNTED:
+        if step == _REFUSED:
+            raise ValueError(f"type byte 0x{first:02x} (extension or unused) is not allowed")
+        if first < 0xA0:
+            count = (first & 0x0F) * (2 if first < 0x90 else 1)
+        else:
             width, each = _COUNTED[first]
             count = int.from_bytes(data[at : at + width], "big") * each
             at += width
-        else:
-            raise ValueError(f"type byte 0x{first:02x} (extension or unused) is not allowed")
         if count > end - at:
             raise ValueError(f"announces {count} values with {max(end - at, 0)} bytes left")
-        if len(open_counts) >= defaults.MAX_DEPTH:
+        items += count
+        if items > defaults.MAX_ITEMS:
+            raise ValueError(f"more than {defaults.MAX_ITEMS} values")
+        if len(around) + 1 >= defaults.MAX_DEPTH:
             raise ValueError(f"nested deeper than {defaults.MAX_DEPTH}")
-        open_counts.append(count)
+        around.append(left)
+        left = count
     if at != end:
         raise ValueError("ends early" if at > end else f"{end - at} bytes too many")
 

@@ -50,7 +50,7 @@ class LookupRun:
             self._launch(self._lookup.start(self._costs), nursery)
             if self._lookup.done:
                 return
-            nursery.start_soon(self._hurry, nursery)
+            await self._hurry(nursery)
 
     def _launch(self, peers: Sequence[PeerId], nursery: trio.Nursery) -> None:
         now = self._walker.host.now()
@@ -64,11 +64,12 @@ class LookupRun:
         try:
             if peer not in self._claims or self._introduce(peer):
                 reply = await self._ask(peer)
-                event = Answered(peer, self._named(peer, reply.closer))
-                if reply.enough:
+                if reply.enough:  # whom it names is of no interest
                     lookup.stop()
-                elif reply.missing is not None:
-                    lookup.expect(reply.missing)
+                else:
+                    event = Answered(peer, self._named(peer, reply.closer))
+                    if reply.missing is not None:
+                        lookup.expect(reply.missing)
         except RemoteProtocolError:
             self._walker.counters.lies += 1
             self._walker.missed(peer)

@@ -96,6 +96,12 @@ class Aggregator:
         """Whether the last result, where there is one, stands behind the contributions as one more row."""
         return isinstance(self.rule, GramRule) and self.rule.reference
 
+    def pivot_of(self, p: int) -> int | None:
+        """Of p rows the one whose inner products, with all squares, are all that :meth:`decide` looks at; None: it
+        looks at more."""
+        alone = isinstance(self.rule, GramRule) and not self.before and self.memory is None
+        return self.rule.pivot_of(p) if alone else None
+
     @property
     def is_mean(self) -> bool:
         """Whether this is the mean and nothing else: the one rule to which weights matter."""

@@ -81,6 +81,11 @@ class GramRule(Stage):
         """Whether the last result stands among the rows, as the last one."""
         return False
 
+    def pivot_of(self, p: int) -> int | None:
+        """The place of the one row of ``gram`` (p, p) which, with the diagonal, is all that :meth:`decide` looks at;
+        None: it looks at more."""
+        return None
+
     @abstractmethod
     def decide(self, gram: Floats, n: int) -> Verdict:
         """``gram`` (n, n): ⟨x_i, x_j⟩, symmetric, finite. With ``reference`` it may be (n+1, n+1): the last row and

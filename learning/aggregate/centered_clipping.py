@@ -31,6 +31,10 @@ class CenteredClipping(GramRule):
     def reference(self) -> bool:
         return self.start == "last"
 
+    def pivot_of(self, p: int) -> int | None:
+        # The first iteration starts at the last row or, without one, at 0, from where squares are enough.
+        return p - 1 if self.iterations <= 1 else None
+
     def decide(self, gram: Floats, n: int) -> Verdict:
         v = np.zeros(len(gram))
         v[n:] = 1.0

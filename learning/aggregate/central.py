@@ -63,7 +63,7 @@ def aggregate(
     out = torch.empty(len(rows[0]))
     decision: Decision | None = None
     if aggregator.needs_gram:
-        gram = partial_gram(rows)
+        gram = partial_gram(rows, aggregator.pivot_of(len(rows)))
         for i in np.flatnonzero(~np.isfinite(np.diag(gram))).tolist():
             _refuse(i, rows[i], n)
         decision = aggregator.decide(gram, n, seed, scores)

@@ -17,8 +17,10 @@ def squared_distances(gram: Floats) -> Floats:
 
 
 def squared_distances_to(gram: Floats, c: Floats) -> Floats:
-    """(n,): ‖x_i - X c‖² for the combination X c of the rows with coefficients ``c`` (n,)."""
-    products = gram @ c
+    """(n,): ‖x_i - X c‖² for the combination X c of the rows with coefficients ``c`` (n,). Looks at the columns of rows
+    that take part in it, and at the diagonal."""
+    used = np.flatnonzero(c)
+    products = gram[:, used] @ c[used]
     squares: Floats = np.maximum(np.diag(gram) - 2.0 * products + c @ products, 0.0)
     return squares
 

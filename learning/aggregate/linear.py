@@ -13,17 +13,27 @@ from ..reduce import kernels
 from .base import Floats
 
 
-def partial_gram(slices: Sequence[Tensor]) -> Floats:
+def partial_gram(slices: Sequence[Tensor], pivot: int | None = None) -> Floats:
     """⟨x_i, x_j⟩ over one slice: float64 (p, p). The Gram matrix is the sum over all slices.
 
     ``slices``: p ≥ 1 contributions' slices (d,), float32, contiguous, on the CPU. Products of float32 are exact in
     float64 and added there: each sum is off by at most (d/8192 + 1100) 2^-53 Σ|x_i x_j|, 1e-15 of it in practice. Not
     finite on the diagonal, exactly where a slice is not. Bits may differ between machines.
+
+    With ``pivot`` only that row and column and the diagonal, with the same bits, in one pass of the memory: a third of
+    the time. The others are NaN.
     """
     arrays = tuple(exact.array_of(one) for one in slices)
-    gram = np.empty((len(arrays), len(arrays)))
+    p = len(arrays)
     exact.flush_denormals()
-    kernels.active.gram(arrays, len(arrays[0]), gram)
+    if pivot is None:
+        gram = np.empty((p, p))
+        kernels.active.gram(arrays, len(arrays[0]), gram)
+        return gram
+    gram, found = np.full((p, p), np.nan), np.empty((2, p))
+    kernels.active.gram_row(arrays, pivot, len(arrays[0]), found)
+    gram[pivot, :] = gram[:, pivot] = found[0]
+    np.fill_diagonal(gram, found[1])
     return gram
 
 

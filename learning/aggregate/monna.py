@@ -27,6 +27,9 @@ class MoNNA(GramRule):
         majority(self, n, self.f)
         tolerance(self, n, self.f, self.pivot + 1, f"pivot = {self.pivot}, counted from 0")
 
+    def pivot_of(self, p: int) -> int:
+        return self.pivot
+
     def decide(self, gram: Floats, n: int) -> Verdict:
         distances = squared_distances(gram)[self.pivot]
         distances[self.pivot] = -1.0

@@ -36,7 +36,7 @@
 #define HAVE_AVX2 0
 #endif
 
-enum { REVISION = 2 };                   /* of what the functions do; kernels.py expects the same */
+enum { REVISION = 3 };                   /* of what the functions do; kernels.py expects the same */
 enum { BLOCK = 1024 };                   /* elements under one scale; 4 KiB of floats stay in the first cache */
 static const int32_t LEAST = 0x0d800000; /* bits of 2^-100: smaller blocks are coded as zeros */
 static const int32_t INFINITE = 0x7f800000;
@@ -561,6 +561,78 @@ INLINE void gram_body(double *out, const float *const *x, size_t m, size_t n, do
             out[a * m + b] = out[b * m + a];
 }
 
+/* Products of one vector with COLUMNS others, and the squares of those: sums of lanes over one panel, in the order of TILE.
+ * Memory is what this waits for, so the others are converted on their way instead of to a panel. */
+#define ROW(tag, attribute, vector, widen, multiply_add)                                                                \
+    attribute static void row_##tag(const double *pivot, const float *const *x, double *sums)                           \
+    {                                                                                                                   \
+        enum { LANES = sizeof(vector) / sizeof(double) };                                                               \
+        vector s[COLUMNS][2];                                                                                           \
+        for (int j = 0; j < COLUMNS; j++)                                                                               \
+            for (int i = 0; i < 2; i++)                                                                                 \
+                s[j][i] = ((const vector *)sums)[2 * j + i];                                                            \
+        for (size_t k = 0; k < PANEL; k += LANES) {                                                                     \
+            vector p = *(const vector *)(pivot + k);                                                                    \
+            for (int j = 0; j < COLUMNS; j++) {                                                                         \
+                vector y = widen(x[j] + k);                                                                             \
+                s[j][0] = multiply_add(p, y, s[j][0]);                                                                  \
+                s[j][1] = multiply_add(y, y, s[j][1]);                                                                  \
+            }                                                                                                           \
+        }                                                                                                               \
+        for (int j = 0; j < COLUMNS; j++)                                                                               \
+            for (int i = 0; i < 2; i++)                                                                                 \
+                ((vector *)sums)[2 * j + i] = s[j][i];                                                                  \
+    }
+
+/* Adds what the lanes of each row hold to out (2, m), and empties them. */
+INLINE void collect_row(double *RESTRICT out, double *RESTRICT sums, size_t m, size_t lanes)
+{
+    for (size_t j = 0; j < m; j++)
+        for (size_t i = 0; i < 2; i++) {
+            double total = 0.0;
+            for (size_t l = 0; l < lanes; l++, sums++) {
+                total += *sums;
+                *sums = 0.0;
+            }
+            out[i * m + j] += total;
+        }
+}
+
+/* The bits of gram_body, but only of one row and of the diagonal. `panel`: PANEL doubles; `sums`: zeros, 2 * lanes for each
+ * of m rounded up to COLUMNS. */
+INLINE void gram_row_body(double *out, const float *const *x, size_t m, size_t pivot, size_t n, double *panel, double *sums,
+                          size_t lanes, void (*row)(const double *, const float *const *, double *))
+{
+    float tail[COLUMNS][PANEL];
+    size_t done = 0;
+    memset(out, 0, 2 * m * sizeof(double));
+    for (size_t start = 0; start < n; start += PANEL) {
+        size_t length = n - start < PANEL ? n - start : PANEL;
+        size_t ahead = n - start - length < PANEL ? n - start - length : PANEL;
+        convert_body(panel, x + pivot, 1, start, length);
+        for (size_t j = 0; j < m; j += COLUMNS) {
+            const float *rows[COLUMNS];
+            for (size_t r = 0; r < COLUMNS; r++) {
+                rows[r] = x[j + r < m ? j + r : m - 1] + start; /* sums of those beyond m are looked at by nobody */
+                for (size_t k = 0; k < ahead; k += 16)
+                    PREFETCH(rows[r] + PANEL + k);
+                if (length < PANEL) {
+                    memcpy(tail[r], rows[r], length * sizeof(float));
+                    memset(tail[r] + length, 0, (PANEL - length) * sizeof(float));
+                    rows[r] = tail[r];
+                }
+            }
+            row(panel, rows, sums + j * 2 * lanes);
+        }
+        if (++done % PANELS == 0)
+            collect_row(out, sums, m, lanes);
+    }
+    collect_row(out, sums, m, lanes);
+}
+
+/* What gram_row_body needs for any level, in doubles: 8 lanes at most. */
+static size_t row_sums(size_t m) { return (m + COLUMNS - 1) / COLUMNS * COLUMNS * 2 * 8; }
+
 /* What gram_body needs for any level, in doubles: 8 lanes, 4 rows at most. */
 static size_t gram_panel(size_t m) { return (m + COLUMNS - 1) / COLUMNS * COLUMNS * PANEL; }
 static size_t gram_sums(size_t m)
@@ -571,14 +643,21 @@ static size_t gram_sums(size_t m)
 
 #if defined(__GNUC__) || defined(__clang__)
 typedef double two_doubles __attribute__((vector_size(16), may_alias));
+#define WIDEN(at) ((two_doubles){(at)[0], (at)[1]})
 #else
 typedef double two_doubles;
+#define WIDEN(at) (*(at))
 #endif
 #define MULTIPLY_ADD(a, b, c) ((c) + (a) * (b))
 TILE(portable, , two_doubles, 2, MULTIPLY_ADD)
+ROW(portable, , two_doubles, WIDEN, MULTIPLY_ADD)
 #if HAVE_AVX2
 TILE(avx2, __attribute__((target("avx2,fma"))), __m256d, 2, _mm256_fmadd_pd)
+#define WIDEN_AVX2(at) _mm256_cvtps_pd(_mm_loadu_ps(at))
+ROW(avx2, __attribute__((target("avx2,fma"))), __m256d, WIDEN_AVX2, _mm256_fmadd_pd)
 TILE(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))), __m512d, 4, _mm512_fmadd_pd)
+#define WIDEN_AVX512(at) _mm512_cvtps_pd(_mm256_loadu_ps(at))
+ROW(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))), __m512d, WIDEN_AVX512, _mm512_fmadd_pd)
 #endif
 
 /* --- the same for each set of instructions ----------------------------------------------------------------------------- */
@@ -597,6 +676,7 @@ struct level {
     int (*middle)(float *, const float *const *, size_t, size_t, const uint16_t *, size_t, enum middle, size_t, float,
                   float *);
     void (*gram)(double *, const float *const *, size_t, size_t, double *, double *);
+    void (*gram_row)(double *, const float *const *, size_t, size_t, size_t, double *, double *);
 };
 
 /* The bodies are inlined with constants for `kind` and `how`, so that each case is a loop of its own. */
@@ -617,6 +697,11 @@ struct level {
                                      double *sums)                                                                      \
     {                                                                                                                   \
         gram_body(out, x, m, n, panel, sums, rows, sizeof(vector) / sizeof(double), tile_##tag);                        \
+    }                                                                                                                   \
+    attribute static void gram_row_##tag(double *out, const float *const *x, size_t m, size_t pivot, size_t n,          \
+                                         double *panel, double *sums)                                                   \
+    {                                                                                                                   \
+        gram_row_body(out, x, m, pivot, n, panel, sums, sizeof(vector) / sizeof(double), row_##tag);                    \
     }
 
 #define LEVEL(tag, attribute)                                                                                           \
@@ -658,7 +743,7 @@ struct level {
     }                                                                                                                   \
     static const struct level level_##tag = {                                                                           \
         #tag, finite_##tag, mean_##tag, fp32_##tag, bf16_##tag, bf16_encode_##tag,                                      \
-        encode_##tag, block_##tag, int8_wrong_##tag, topk_##tag, middle_##tag, gram_##tag,                              \
+        encode_##tag, block_##tag, int8_wrong_##tag, topk_##tag, middle_##tag, gram_##tag, gram_row_##tag,              \
     };
 
 ORDER(portable, , 2, two_doubles)
@@ -675,7 +760,7 @@ LEVEL(avx2, __attribute__((target("avx2"))))
 ORDER(avx512, WIDE, 4, __m512d)
 static const struct level level_avx512 = {
     "avx512", finite_avx2, mean_avx2, fp32_avx2, bf16_avx2, bf16_encode_avx2,
-    encode_avx2, block_avx2, int8_wrong_avx2, topk_avx2, middle_avx512, gram_avx512,
+    encode_avx2, block_avx2, int8_wrong_avx2, topk_avx2, middle_avx512, gram_avx512, gram_row_avx512,
 };
 #endif
 
@@ -856,6 +941,29 @@ end:
     return result;
 }
 
+/* Room of zeros for `doubles` at an address that any level takes; *memory is what is to be freed. NULL: an exception. */
+static double *room(char **memory, size_t doubles)
+{
+    size_t size = doubles * sizeof(double) + 64;
+    *memory = PyMem_Malloc(size);
+    if (!*memory) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    memset(*memory, 0, size);
+    return (double *)(((uintptr_t)*memory + 63) / 64 * 64);
+}
+
+/* Whether `out` has room for so many float64. */
+static int doubles(const Py_buffer *out, size_t count)
+{
+    if (!size_is(out, count * 8, "inner products"))
+        return 0;
+    if ((uintptr_t)out->buf % 8)
+        PyErr_SetString(PyExc_ValueError, "inner products: not aligned");
+    return (uintptr_t)out->buf % 8 == 0;
+}
+
 static PyObject *py_gram(PyObject *self, PyObject *args)
 {
     PyObject *inputs, *result = NULL;
@@ -869,22 +977,43 @@ static PyObject *py_gram(PyObject *self, PyObject *args)
         PyErr_Format(PyExc_ValueError, "%zd vectors of %zd elements", PyTuple_Size(inputs), n);
         goto end;
     }
-    if (!hold(&all, inputs, 4 * n) || !size_is(&out, (size_t)(all.count * all.count) * 8, "inner products"))
+    if (!hold(&all, inputs, 4 * n) || !doubles(&out, (size_t)(all.count * all.count)))
         goto end;
-    if ((uintptr_t)out.buf % 8) {
-        PyErr_SetString(PyExc_ValueError, "inner products: not aligned");
+    size_t panel = gram_panel((size_t)all.count);
+    double *at = room(&memory, panel + gram_sums((size_t)all.count));
+    if (!at)
         goto end;
-    }
-    size_t panel = gram_panel((size_t)all.count), size = (panel + gram_sums((size_t)all.count)) * sizeof(double);
-    memory = PyMem_Malloc(size + 64);
-    if (!memory) {
-        PyErr_NoMemory();
-        goto end;
-    }
-    memset(memory, 0, size + 64);
-    double *aligned = (double *)(((uintptr_t)memory + 63) / 64 * 64);
     Py_BEGIN_ALLOW_THREADS
-    active->gram(out.buf, all.x, (size_t)all.count, (size_t)n, aligned, aligned + panel);
+    active->gram(out.buf, all.x, (size_t)all.count, (size_t)n, at, at + panel);
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+end:
+    PyMem_Free(memory);
+    let_go(&all);
+    PyBuffer_Release(&out);
+    return result;
+}
+
+static PyObject *py_gram_row(PyObject *self, PyObject *args)
+{
+    PyObject *inputs, *result = NULL;
+    Py_buffer out;
+    Py_ssize_t pivot, n;
+    struct vectors all = {0};
+    char *memory = NULL;
+    if (!PyArg_ParseTuple(args, "O!nnw*", &PyTuple_Type, &inputs, &pivot, &n, &out))
+        return NULL;
+    if (n < 0 || n > PY_SSIZE_T_MAX / 4 || pivot < 0 || pivot >= PyTuple_Size(inputs)) {
+        PyErr_Format(PyExc_ValueError, "%zd vectors of %zd elements, pivot %zd", PyTuple_Size(inputs), n, pivot);
+        goto end;
+    }
+    if (!hold(&all, inputs, 4 * n) || !doubles(&out, 2 * (size_t)all.count))
+        goto end;
+    double *at = room(&memory, PANEL + row_sums((size_t)all.count));
+    if (!at)
+        goto end;
+    Py_BEGIN_ALLOW_THREADS
+    active->gram_row(out.buf, all.x, (size_t)all.count, (size_t)pivot, (size_t)n, at, at + PANEL);
     Py_END_ALLOW_THREADS
     result = Py_NewRef(Py_None);
 end:
@@ -1078,6 +1207,7 @@ static PyMethodDef methods[] = {
     {"topk", py_topk, METH_VARARGS, "topk(vector, positions)"},
     {"middle", py_middle, METH_VARARGS, "middle(vectors, network, kind, f, factor, out)"},
     {"gram", py_gram, METH_VARARGS, "gram(vectors, n, out)"},
+    {"gram_row", py_gram_row, METH_VARARGS, "gram_row(vectors, pivot, n, out)"},
     {"levels", py_levels, METH_NOARGS, "the sets of instructions that this machine can run"},
     {"level", py_level, METH_NOARGS, "the set of instructions in use"},
     {"use", py_use, METH_VARARGS, "use(level): for tests and benchmarks"},

@@ -32,7 +32,7 @@ INT8, E3M0 = 0, 1
 MEDIAN, TRIMMED, AROUND = 0, 1, 2
 
 #: What kernels.c must say of itself: raised with every change of what its functions do.
-REVISION = 2
+REVISION = 3
 
 
 class Kernels(Protocol):
@@ -109,6 +109,11 @@ class Kernels(Protocol):
         Products are exact; they are added in float64 in any order, so bits may differ between machines and paths:
         each sum is off by at most (n/8192 + 1100) 2^-53 Σ|x_i y_i|, typically by 1e-15 of it. Symmetric, and equal
         pairs of vectors give equal bits with the native kernels. Not finite on the diagonal where a vector is not.
+        """
+
+    def gram_row(self, vectors: tuple[NDArray[np.float32], ...], pivot: int, n: int, out: NDArray[np.float64]) -> None:
+        """Row ``pivot`` and the diagonal of what ``gram`` gives, with the same bits, to ``out``, float64 (2,
+        len(vectors)). Natively it takes one pass of the memory; the pure path is not faster than ``gram``.
         """
 
 

@@ -159,6 +159,13 @@ def gram(vectors: tuple[NDArray[np.float32], ...], n: int, out: NDArray[np.float
             out += rows @ rows.T
 
 
+def gram_row(vectors: tuple[NDArray[np.float32], ...], pivot: int, n: int, out: NDArray[np.float64]) -> None:
+    # A product of matrix and vector has other bits than one of matrices.
+    whole = np.empty((len(vectors), len(vectors)))
+    gram(vectors, n, whole)
+    out[0], out[1] = whole[pivot], np.diag(whole)
+
+
 def _median(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """Of sorted ``rows`` (n, columns)."""
     low, high = rows[(len(rows) - 1) // 2], rows[len(rows) // 2]

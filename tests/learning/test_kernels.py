@@ -234,6 +234,33 @@ def test_inner_products_agree_to_rounding(fast: kernels.Kernels, n: int, count: 
         assert (out == out.T).all() and (np.abs(out - outs[1]) <= 1e-14 * (size @ size.T)).all()
 
 
+@pytest.mark.parametrize("n", [0, 1, 127, 128, 129, 8191, 8192, 8193, 20_000])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 16, 33])
+def test_one_row_of_inner_products_and_the_squares_have_the_bits_of_all(
+    fast: kernels.Kernels, n: int, count: int
+) -> None:
+    vectors = tuple(np.random.default_rng(n).standard_normal((count, n), dtype=np.float32))
+    for implementation in (fast, pure_kernels):
+        whole, some = np.full((count, count), np.nan), np.full((2, count), np.nan)
+        implementation.gram(vectors, n, whole)
+        for pivot in {0, count // 2, count - 1}:
+            implementation.gram_row(vectors, pivot, n, some)
+            assert same(some, np.stack((whole[pivot], np.diag(whole))))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_squares_beside_one_row_of_inner_products_show_what_is_not_finite(fast: kernels.Kernels, value: float) -> None:
+    for implementation in (fast, pure_kernels):
+        for n in (1, 127, 128, 129, 1000):
+            for at in {0, n // 2, n - 1}:
+                vectors = [np.zeros(n, np.float32) for _ in range(6)]
+                vectors[5][at] = value
+                for pivot in (0, 5):
+                    some = np.zeros((2, 6))
+                    implementation.gram_row(tuple(vectors), pivot, n, some)
+                    assert np.isfinite(some[1]).tolist() == [True] * 5 + [False]
+
+
 @needs_native
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -287,6 +314,14 @@ def test_native_kernels_refuse_sizes_that_do_not_fit() -> None:
         ("gram", ((ten, ten), -1, np.zeros((2, 2)))),
         ("gram", ((ten, ten), 10, np.zeros((2, 1)))),
         ("gram", ((), 10, np.zeros((0, 0)))),
+        ("gram", ((ten, ten), 10, np.zeros(33, np.uint8)[1:])),
+        ("gram_row", ((ten, ten), 0, 9, np.zeros((2, 2)))),
+        ("gram_row", ((ten, ten), 0, -1, np.zeros((2, 2)))),
+        ("gram_row", ((ten, ten), 0, 10, np.zeros((2, 1)))),
+        ("gram_row", ((ten, ten), 0, 10, np.zeros(33, np.uint8)[1:])),
+        ("gram_row", ((ten, ten), 2, 10, np.zeros((2, 2)))),
+        ("gram_row", ((ten, ten), -1, 10, np.zeros((2, 2)))),
+        ("gram_row", ((), 0, 10, np.zeros((2, 0)))),
     ]
     for name, arguments in wrong:
         with pytest.raises(ValueError):

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import attrs
+import numpy as np
 import pytest
 import torch
 
 from shoal.sim import cli
-from shoal.sim.byzantine_field import CLASSES, Case, Field, _Model, run
+from shoal.sim.byzantine_field import BACKGROUND, CLASSES, Case, Field, _Model, run, shifted
 from shoal.sim.lab_byzantine import NONE, sweep_over, with_liars
 from shoal.transport.errors import ConfigError
 
@@ -90,6 +91,24 @@ def test_several_numbers_of_liars_share_the_runs_without_any() -> None:
     assert any("sleeper" in line for line in sweep.distances())
 
 
+def test_augmented_images_are_moved_down_and_right_over_the_background() -> None:
+    images = torch.arange(64.0).expand(2, 3, 64)
+    by = np.array([[[0, 0], [1, 0], [0, 2]], [[-1, -1], [0, -1], [7, 7]]])
+    found = shifted(images, by).reshape(2, 3, 8, 8)
+    whole = torch.arange(64.0).reshape(8, 8)
+    assert torch.equal(found[0, 0], whole)
+    assert torch.equal(found[0, 1, 1:], whole[:-1]) and bool((found[0, 1, 0] == BACKGROUND).all())
+    assert torch.equal(found[0, 2, :, 2:], whole[:, :-2]) and bool((found[0, 2, :, :2] == BACKGROUND).all())
+    assert torch.equal(found[1, 0, :-1, :-1], whole[1:, 1:]) and bool((found[1, 0, -1] == BACKGROUND).all())
+    assert torch.equal(found[1, 1, :, :-1], whole[:, 1:])
+    assert found[1, 2, 7, 7] == 0.0 and int((found[1, 2] != BACKGROUND).sum()) == 1
+
+
+def test_augmented_data_are_harder_and_change_nothing_else() -> None:
+    plain, moved = (accuracy("mean", field=attrs.evolve(FIELD, shift=shift)) for shift in (0, 1))
+    assert 0.7 < moved < plain
+
+
 def test_what_is_not_finite_reaches_no_rule() -> None:
     for rule in ("mean", "median", "flag", "krum:f=3"):
         assert accuracy(rule, "inf") > 0.9
@@ -106,6 +125,7 @@ def test_lost_contributions_leave_out_steps_for_which_too_few_are_left() -> None
 def test_fields_differ_in_what_their_label_says() -> None:
     field = Field(alpha=0.3, hidden=16, momentum=0.9, loss=0.1, noise=0.5, rate=0.3, steps=40)
     assert field.label == "Dirichlet 0.3, hidden 16, momentum 0.9, 10% lost, noise 0.5"
+    assert Field(shift=1).label == "IID, shifted by up to 1"
     assert Field().label == "IID"
     assert run(Case(field, "mean", "", 0, 0)).accuracy > 0.3
 

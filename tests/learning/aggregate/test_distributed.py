@@ -217,3 +217,37 @@ def test_a_decision_of_another_size_is_a_misuse() -> None:
         resolve("nnm+trimmed_mean:f=3").combine(rows, Decision(np.ones((6, 9))), torch.empty(2999))
     with pytest.raises(ProtocolMisuse, match="for 9 rows"):
         resolve("bucketing:s=2+median").combine(rows, Decision(np.ones((9, 9))), torch.empty(2999))
+
+
+@pytest.mark.parametrize(
+    ("text", "last", "pivot"),
+    [
+        ("monna:f=2", False, 0),
+        ("monna:f=2,pivot=4", False, 4),
+        ("centered_clipping", True, 9),
+        ("centered_clipping", False, 8),
+        ("centered_clipping:tau=100,unit=length", True, 9),
+        ("centered_clipping:start=zero", False, 8),
+    ],
+)
+def test_rules_that_look_at_one_row_decide_from_it_as_from_all(text: str, last: bool, pivot: int) -> None:
+    rule = resolve(text)
+    rows = contributions()
+    if last:
+        rows.append(torch.from_numpy(np.random.default_rng(9).standard_normal(2999).astype(np.float32)))
+    assert rule.pivot_of(len(rows)) == pivot
+    some = partial_gram(rows, pivot)
+    whole = partial_gram(rows)
+    known = ~np.isnan(some)
+    assert known.sum() == 3 * len(rows) - 2 and (some[known] == whole[known]).all()
+    found, expected = rule.decide(some, 9), rule.decide(whole, 9)
+    assert found.data == expected.data
+    assert found.quality is not None and expected.quality is not None
+    assert found.quality.tolist() == expected.quality.tolist()
+
+
+@pytest.mark.parametrize(
+    "text", ["krum:f=2", "centered_clipping:iterations=2", "nnm+monna:f=2", "descent:f=2+monna:f=1"]
+)
+def test_rules_that_look_at_more_say_so(text: str) -> None:
+    assert resolve(text).pivot_of(9) is None
