@@ -227,6 +227,10 @@ DIRECT_BODY = 16 << 10
 FAST_LINE, SLOW_LINE = 50e6, 12e6
 UNSENT_FAST, UNSENT_SLOW = 512 << 10, 16 << 10
 
+#: Bytes of records that go to the kernel, or come from it, in one turn of their task, and seconds of the line that this
+#: may be: control waits behind it, and every turn of the loop costs as much as Python does for several records.
+RUN_BYTES, RUN_TIME = 2 << 20, 0.01
+
 #: Bytes of bulk that may always be under way on a link: records of the largest size while their acknowledgement, due
 #: after 1 MiB, comes back, and some for a receiver that is late.
 LEAST_UNDER_WAY = 3 << 20

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .network import ByteStream
     from .pipehello import PipeChannel
-    from .records import Record, RecordSealer
+    from .records import Record, RecordOpener, RecordSealer
     from .secure import Established
 
 _FRAME = struct.Struct(">BI")
@@ -34,8 +34,8 @@ class Channel(Protocol):
     @property
     def sealer(self) -> RecordSealer: ...
     def receive(self, data: Buffer) -> Sequence[Established | Record]: ...
-    def room(self) -> memoryview | None: ...
-    def fill(self, size: int) -> Sequence[Established | Record]: ...
+    @property
+    def opener(self) -> RecordOpener | None: ...
     def eof(self) -> None: ...
 
 
@@ -153,6 +153,11 @@ class Pipe:
         """True when records may be given to it."""
         return self.confirmed and not self.retiring and self.reason is None
 
+    @property
+    def run(self) -> int:
+        """Bytes of records to write in one turn, the last one counted as nothing."""
+        return min(self.stream.run, int((self.bandwidth or 0.0) * defaults.RUN_TIME))
+
     def fail(self, reason: RemoteError) -> None:
         """It is dead: its tasks end."""
         if self.reason is None:
@@ -256,3 +261,4 @@ class Pipe:
         if fast != self._fast:
             self._fast = fast
             self.stream.allow_unsent(defaults.UNSENT_FAST if fast else defaults.UNSENT_SLOW)
+
