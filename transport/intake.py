@@ -168,7 +168,9 @@ class TakesRecords:
                     self._handle(event)
         except LinkClosed as goodbye:
             self._end(goodbye)
-        except RecordError:
+        except RecordError as error:
+            # Of a body, whose head has been counted already: what it held would be missing among all that follows.
+            self._end(RecordError(error.message, peer=self.peer.short))
             raise
         except RemoteProtocolError as error:
             self._end(type(error)(error.message, peer=self.peer.short))

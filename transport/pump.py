@@ -94,9 +94,7 @@ def seal(aead: Aead, counter: int, jobs: Sequence[Job]) -> None:
     """Seal split records under one key, each with two counters of its own from ``counter`` on."""
     suite = aead.suite
     if active is not None and len(jobs) > 1:
-        active.seal(
-            suite.addresses[0], suite.nonce, suite.counter_at, suite.tag, aead.key, counter, list(jobs)
-        )
+        active.seal(suite.addresses[0], suite.nonce, suite.counter_at, suite.tag, aead.key, counter, list(jobs))
         return
     for wire, head, body in jobs:
         header, at = bytes(wire[:4]), 4 + head

@@ -305,7 +305,7 @@ class RecordOpener:
 
     @property
     def at_lane(self) -> bool:
-        """True when what comes next may be for :meth:`land`: a large split record with the head of data is under way."""
+        """True when what comes next may be for :meth:`land`: a large split record of one frame is under way."""
         header = self._header
         if self._filled < 0 or self._failure is not None or self._filled >= len(self._body) - HEADER:
             return False

@@ -102,7 +102,8 @@ class TcpStream(ByteStream):
     async def send_run(self, wires: Sequence[bytes | bytearray | memoryview]) -> None:
         """Without a turn of the loop for each of them, and a layer of Python less."""
         if not _DIRECT:
-            return await super().send_run(wires)
+            await super().send_run(wires)
+            return
         await trio.lowlevel.checkpoint_if_cancelled()
         left, connected = list(wires), self._stream.socket
         waited = False

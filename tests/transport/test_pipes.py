@@ -178,7 +178,7 @@ async def test_a_connection_that_ends_inside_a_record_is_a_pipe_lost_and_no_faul
             buffer[: len(data)] = data
             return len(data)
 
-        raw.receive_some, raw.receive_into = receive_some, receive_into  # type: ignore[method-assign]
+        raw.receive_some, raw.receive_into, raw.run = receive_some, receive_into, 0  # type: ignore[method-assign]
         async with trio.open_nursery() as nursery:
 
             def trouble() -> None:
