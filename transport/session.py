@@ -247,16 +247,19 @@ class Session:
 
     def compose_run(
         self, pipe: int, sealer: RecordSealer, piece: Callable[[], tuple[bytes, memoryview] | None], most: int
-    ) -> list[memoryview]:
+    ) -> list[bytearray | memoryview]:
         """New records of bulk for the wire, each of a ``piece``: a frame's head and data; about ``most`` bytes."""
-        outbox, wires = self.out[BULK], []
-        while most > 0 and not outbox.full and outbox.repeat() is None and (found := piece()) is not None:
-            sealed = sealer.seal_later(self._head(BULK, outbox.next) + found[0], found[1])
-            outbox.keep(pipe, sealed)
-            self.note(len(sealed.wire))
-            wires.append(sealed.wire)
-            most -= len(sealed.wire)
-        sealer.seal_now()
+        outbox = self.out[BULK]
+        wires: list[bytearray | memoryview] = []
+        try:
+            while most > 0 and not outbox.full and outbox.repeat() is None and (found := piece()) is not None:
+                sealed = sealer.seal_later(self._head(BULK, outbox.next) + found[0], found[1])
+                outbox.keep(pipe, sealed)
+                self.note(len(sealed.wire))
+                wires.append(sealed.wire)
+                most -= len(sealed.wire)
+        finally:
+            sealer.seal_now()  # what is kept can be opened again, whatever happens
         return wires
 
     def seal(self, sealer: RecordSealer, frames: bytes) -> bytearray | memoryview:
