@@ -30,10 +30,17 @@ kernels = Extension(
     py_limited_api=stable,
     optional=True,  # without a compiler shoal.learning.reduce.kernels takes numpy
 )
+pump = Extension(
+    "shoal.transport._pump",
+    sources=[os.path.join("transport", "pump.c")],
+    define_macros=[("Py_LIMITED_API", "0x030b0000")] if stable else [],
+    py_limited_api=stable,
+    optional=True,  # without a compiler, or on Windows, shoal.transport.pump takes Python's own loops
+)
 setup(
     packages=["shoal", *("shoal." + p for p in found)],
     package_dir={"shoal": "node/api", **{"shoal." + f: f for f in FLOORS}},
-    ext_modules=[kernels],
+    ext_modules=[kernels] if os.name == "nt" else [kernels, pump],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if stable else {},
 )

@@ -43,6 +43,13 @@ def record_size(bandwidth: float, last: int) -> int:
     return max(defaults.MIN_RECORD, min(defaults.MAX_RECORD, 2 * last, int(bandwidth * defaults.RECORD_TIME)))
 
 
+def unsent(bandwidth: float, last: int) -> int:
+    """Bytes that may wait unsent in the kernel, by the line's bytes per second; ``last``: before."""
+    allowed = max(size for rate, size in defaults.UNSENT if bandwidth > rate or not rate)
+    keeps = max(size for rate, size in defaults.UNSENT if bandwidth > rate / 4 or not rate)
+    return max(allowed, min(last, keeps))
+
+
 def under_way(bandwidth: float | None, rtt: float) -> int:
     """Bytes of bulk that may be sent and not acknowledged: twice what the line holds, or a few records.
 

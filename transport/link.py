@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import trio
@@ -32,15 +32,15 @@ from .frames import (
     StreamStopped,
     StreamWasReset,
 )
+from .intake import TakesRecords
 from .linkcalls import CarriesCalls
 from .linkstreams import OpensStreams
 from .mux import Mux
 from .pipe import Pipe
 from .pipehello import TOO_MANY, PipeRefused, SessionSecrets
 from .pipeset import PipeSet, SeenThroughPipes
-from .records import Record
 from .secure import SecureChannel
-from .session import HEAD_BYTES, PIPE, Session
+from .session import HEAD_BYTES, Session
 from .stream import LinkStream, StreamLost, link_lost
 from .width import Width
 from .wire import printable
@@ -56,7 +56,7 @@ __all__ = ["Link", "LinkStream", "Priority", "StreamLost"]
 log = logging.getLogger(__name__)
 
 
-class Link(SeenThroughPipes, CarriesCalls, OpensStreams):
+class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
     """An authenticated, encrypted connection to ``peer`` that carries many streams.
 
     Run by :meth:`run`, in a nursery of the endpoint. ``closed`` is set when everything about it has ended;
@@ -283,64 +283,11 @@ class Link(SeenThroughPipes, CarriesCalls, OpensStreams):
             except (trio.BrokenResourceError, trio.ClosedResourceError, RemoteProtocolError):
                 pass
 
-    async def _read(self, pipe: Pipe) -> None:
-        channel, stream = pipe.channel, pipe.stream
-        for record in pipe.records:
-            self._record(pipe, record)
-        pipe.records.clear()
-        while True:
-            data: bytes | bytearray = b""
-            room = channel.room()
-            if room is None:
-                data = await stream.receive_some(defaults.READ_SIZE)
-                size = len(data)
-            else:
-                size = await stream.receive_into(room)
-            if not size:
-                if pipe.peer_retired:
-                    return  # it stays until we have retired too
-                if not self._mux.goodbye_sent:
-                    try:
-                        channel.eof()
-                    except RecordError as cut:
-                        # Where a line ends is up to anybody on the way, and to a kernel that closes the connections
-                        # of a killed process: no fault of the peer's, and what was cut is sent again on another pipe.
-                        raise LinkClosed(cut.message, peer=self.peer.short) from None
-                raise LinkClosed("the connection ended without a goodbye", peer=self.peer.short)
-            if self._mux.goodbye_sent:
-                continue
-            events = channel.receive(data) if room is None else channel.fill(size)
-            self._note_heard(pipe, size, self._host.now(), whole=bool(events))
-            for event in events:
-                if isinstance(event, Record):
-                    self._record(pipe, event)
-
-    def _record(self, pipe: Pipe, record: Record) -> None:
-        """What an authenticated record says; nonsense in it is the peer's fault and ends the link."""
-        retired_before = pipe.peer_retired
-        try:
-            kind, payloads = self._session.receive(record)
-            for payload in payloads:
-                if kind == PIPE:
-                    pipe.receive_frames(payload.whole(), self._host.now())
-                    continue
-                for event in self._mux.receive(payload, Priority(kind)):
-                    self._handle(event)
-        except LinkClosed as goodbye:
-            self._end(goodbye)
-        except RecordError as error:
-            raise RecordError(error.message, peer=self.peer.short) from None
-        except RemoteProtocolError as error:
-            self._end(type(error)(error.message, peer=self.peer.short))
-        if not pipe.confirmed or pipe.suspect or pipe.peer_retired is not retired_before:
-            self._pipes.heard_on(pipe, self._host.now())
-        self._changed()
-
     async def _write(self, pipe: Pipe) -> None:
         host, stream = self._host, pipe.stream
         while True:
-            wire = pipe.take_unsent() or self._compose(pipe)
-            if wire is None:
+            wires = self._compose_run(pipe)
+            if not wires:
                 if self._mux.goodbye_sent and pipe is self._pipes.best:
                     await stream.send_eof()
                     return  # the reader goes on until the peer has hung up, so that no reset overtakes the goodbye
@@ -354,14 +301,37 @@ class Link(SeenThroughPipes, CarriesCalls, OpensStreams):
                 continue
             began = host.now()
             pipe.writing = True
-            await stream.send_all(wire)
+            await stream.send_run(wires)
             pipe.writing = False
             now = host.now()
-            self._sent(pipe, len(wire), now - began, now)
+            size = sum(map(len, wires))
+            self._sent(pipe, size, now - began, now)
             if pipe.sent_bulk and self.on_width is not None:
                 more, have = self._mux.has(Priority.BULK), len(self.bulk_pipes)
-                if self.width.note(now, len(wire), more=more, rtt=self.rtt, have=have):
+                if self.width.note(now, size, more=more, rtt=self.rtt, have=have):
                     self.on_width()
+
+    def _compose_run(self, pipe: Pipe) -> Sequence[bytearray | memoryview]:
+        """The next records of ``pipe`` for the wire: as many as should go out in one turn."""
+        wire = pipe.take_unsent()
+        if wire is not None:
+            return [wire]
+        if self._only_bulk(pipe):
+            limit = min(pipe.record_limit, defaults.MAX_RECORD) - HEAD_BYTES
+            wires = self._session.compose_run(
+                pipe.index, pipe.channel.sealer, lambda: self._mux.next_piece(limit), pipe.run
+            )
+            if wires:
+                pipe.sent_bulk = True
+                return wires
+        wire = self._compose(pipe)
+        return [] if wire is None else [wire]
+
+    def _only_bulk(self, pipe: Pipe) -> bool:
+        """Whether bulk is next on ``pipe``, where its stream takes many records at once."""
+        if not pipe.stream.run or pipe.retired or pipe.has_frames or not self._pipes.carries_bulk(pipe):
+            return False
+        return not (self._mux.has(Priority.CONTROL) or self._session.must_repeat(Priority.CONTROL))
 
     def _sent(self, pipe: Pipe, size: int, seconds: float, now: float) -> None:
         if pipe.unheard_since is None and self._watching is not None and not self.idle:

@@ -208,6 +208,22 @@ class Mux(MuxInput):
                 self._fill(out, room, channel)
         return out or None
 
+    def next_piece(self, limit: int) -> tuple[bytes, memoryview] | None:
+        """A frame of BULK that fills a record of ``limit`` bytes, in two parts, and what is left of its stream's data
+        is more; None where :meth:`next_record` has to look."""
+        ready, n = self._ready[Priority.BULK], limit - HEADER_BYTES
+        if len(ready) != 1 or self._frames[Priority.BULK] or n < defaults.DIRECT_BODY:
+            return None
+        stream = ready[0]
+        view = stream._queue[0]
+        if len(view) <= n or stream._credit <= n or self._credit[Priority.BULK] <= n:
+            return None
+        stream._queue[0] = view[n:]
+        stream.queued -= n
+        stream._credit -= n
+        self._credit[Priority.BULK] -= n
+        return HEADER.pack(Frame.DATA, stream.id, n), view[:n]
+
     def take_drained(self) -> list[MuxStream]:
         """The streams whose queue has become empty since the last call, in order."""
         drained, self._drained = self._drained, []

@@ -53,6 +53,7 @@ class MuxInput:
         self._unacknowledged = [0, 0]
         self._drained: list[MuxStream] = []
         self._answers = 0  # queued frames that the peer made us send; bounded
+        self._last: MuxStream | None = None  # whose the last data of bulk were
         self.calls = CallMux(self._broken)
 
     # Input
@@ -118,6 +119,24 @@ class MuxInput:
             raise self._broken(f"a split record whose body of {len(body)} bytes no frame announces")
         return events
 
+    def lane(self) -> tuple[MuxStream, memoryview] | None:
+        """The stream of the last bulk, if its reader waits, and where it wants what the stream may still bring."""
+        stream = self._last
+        if stream is None or stream.sink is None or stream._chunks or stream.receiving is not Receiving.OPEN:
+            return None
+        most = min(stream._allowance, self._allowance[Priority.BULK])
+        return stream, stream.sink[:most]
+
+    def landed(self, stream: MuxStream, size: int) -> list[DataReceived]:
+        """``size`` bytes came and stand at the beginning of what :meth:`lane` gave for ``stream``."""
+        assert stream.sink is not None
+        self._allowance[stream.priority] -= size
+        stream._allowance -= size
+        stream.unread += size
+        stream.sink = stream.sink[size:]
+        self._consumed(stream, size)
+        return [] if stream.sink else [DataReceived(stream)]
+
     def _on_open(self, id: int, payload: memoryview, events: list[Event]) -> None:
         if id & 1 == self._opener:
             raise self._broken(f"it opened stream {id}, whose number is ours to give")
@@ -162,6 +181,8 @@ class MuxInput:
             raise self._broken(f"{n} bytes on stream {id}, its credit is {stream._allowance}")
         stream._allowance -= n
         stream.unread += n
+        if priority:
+            self._last = stream
         chunks = stream._chunks
         if (sink := stream.sink) is not None and n <= len(sink) and not chunks:
             if isinstance(payload, SealedBody):
@@ -303,6 +324,8 @@ class MuxInput:
             and self._streams.pop(stream.id, None) is not None
         ):
             self._open_count[stream.id & 1] -= 1
+            if stream is self._last:
+                self._last = None
 
     def _say(self, stream: MuxStream, kind: Frame, value: int) -> None:
         if not stream.outgoing:

@@ -7,12 +7,17 @@ Implementations: :mod:`shoal.transport.tcp` (kernel sockets) and :mod:`shoal.tra
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import trio
 
 from .address import Address
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .pump import Lane, Run
+    from .records import Record, RecordOpener
 
 
 class ByteStream(trio.abc.HalfCloseableStream):
@@ -26,6 +31,8 @@ class ByteStream(trio.abc.HalfCloseableStream):
     remote: Address
     #: Our own end of the pipe.
     local: Address
+    #: Bytes that go through it best in one turn of whoever reads or writes; 0: a record at a time.
+    run = 0
 
     async def receive_into(self, buffer: memoryview) -> int:
         """As ``receive_some(len(buffer))``, into ``buffer`` (writable bytes, not empty): how many, 0 at the end.
@@ -42,6 +49,30 @@ class ByteStream(trio.abc.HalfCloseableStream):
         Raises :class:`trio.BrokenResourceError`, :class:`trio.ClosedResourceError`.
         """
         return 0
+
+    async def send_run(self, wires: Sequence[bytes | bytearray | memoryview]) -> None:
+        """As ``send_all`` of one after the other."""
+        for wire in wires:
+            await self.send_all(wire)
+
+    def receive_now(self, buffer: memoryview) -> int | None:
+        """As :meth:`receive_into` of what is there: None when nothing is. Only where :attr:`run` is not 0.
+
+        After None, or a turn's worth of bytes, the reader waits: :meth:`wait_receivable`.
+        """
+        raise NotImplementedError
+
+    def land(self, opener: RecordOpener, lane: Lane, most: int) -> tuple[Run, list[Record]]:
+        """:meth:`RecordOpener.land` from here, in the place of :meth:`receive_now`."""
+        raise NotImplementedError
+
+    def failed(self, error: int) -> NoReturn:
+        """Raise what the ``error`` that :meth:`land` has met means here."""
+        raise NotImplementedError
+
+    async def wait_receivable(self) -> None:
+        """Wait until :meth:`receive_now` has something, or ask again; where it was not None last time, a checkpoint."""
+        raise NotImplementedError
 
     def allow_unsent(self, size: int) -> None:
         """A hint: about ``size`` bytes may wait in the operating system. More is faster, but what comes later waits."""

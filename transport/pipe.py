@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .network import ByteStream
     from .pipehello import PipeChannel
-    from .records import Record, RecordSealer
+    from .records import Record, RecordOpener, RecordSealer
     from .secure import Established
 
 _FRAME = struct.Struct(">BI")
@@ -34,8 +34,8 @@ class Channel(Protocol):
     @property
     def sealer(self) -> RecordSealer: ...
     def receive(self, data: Buffer) -> Sequence[Established | Record]: ...
-    def room(self) -> memoryview | None: ...
-    def fill(self, size: int) -> Sequence[Established | Record]: ...
+    @property
+    def opener(self) -> RecordOpener | None: ...
     def eof(self) -> None: ...
 
 
@@ -47,12 +47,12 @@ class Pipe:
 
     __slots__ = (  # a dictionary of so many takes 1.6 kB of an idle link
         "_answered",
-        "_fast",
         "_measured",
         "_pace",
         "_pings_due",
         "_pong",
         "_token",
+        "_unsent",
         "_whole",
         "asked",
         "bandwidth",
@@ -139,7 +139,7 @@ class Pipe:
         self._pings_due: list[bytes] = []
         self._pong: int | None = None
         self._pace: float | None = None  # smoothed seconds per byte of larger records
-        self._fast = False  # the line, so that more may wait in the kernel
+        self._unsent = defaults.UNSENT[0][1]  # what may wait in the kernel
 
     def __repr__(self) -> str:
         return f"<Pipe {self.index} {self.way} to {self.remote}>"
@@ -152,6 +152,11 @@ class Pipe:
     def usable(self) -> bool:
         """True when records may be given to it."""
         return self.confirmed and not self.retiring and self.reason is None
+
+    @property
+    def run(self) -> int:
+        """Bytes of records to write in one turn, the last one counted as nothing."""
+        return min(self.stream.run, int((self.bandwidth or 0.0) * defaults.RUN_TIME))
 
     def fail(self, reason: RemoteError) -> None:
         """It is dead: its tasks end."""
@@ -252,7 +257,7 @@ class Pipe:
         self._pace = sample if self._pace is None else 0.5 * (self._pace + sample)
         self.bandwidth = 1.0 / max(self._pace, 1e-12)
         self.record_limit = deadlines.record_size(self.bandwidth, self.record_limit)
-        fast = self.bandwidth > (defaults.SLOW_LINE if self._fast else defaults.FAST_LINE)
-        if fast != self._fast:
-            self._fast = fast
-            self.stream.allow_unsent(defaults.UNSENT_FAST if fast else defaults.UNSENT_SLOW)
+        unsent = deadlines.unsent(self.bandwidth, self._unsent)
+        if unsent != self._unsent:
+            self._unsent = unsent
+            self.stream.allow_unsent(unsent)

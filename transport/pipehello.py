@@ -102,20 +102,14 @@ class PipeChannel:
 
     def __init__(self, sealer: RecordSealer, opener: RecordOpener) -> None:
         self.sealer = sealer
-        self._opener = opener
+        self.opener = opener
 
     def receive(self, data: Buffer) -> list[Record]:
         """Raises :class:`RecordError`."""
-        return self._opener.feed(data)
-
-    def room(self) -> memoryview | None:
-        return self._opener.room()
-
-    def fill(self, size: int) -> list[Record]:
-        return self._opener.fill(size)
+        return self.opener.feed(data)
 
     def eof(self) -> None:
-        self._opener.eof()
+        self.opener.eof()
 
 
 class PipeOpening:

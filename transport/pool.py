@@ -48,6 +48,7 @@ class BufferPool:
 class _Pools(threading.local):
     def __init__(self) -> None:
         self.pool = BufferPool()
+        self.scratch = memoryview(bytearray(defaults.READ_SIZE))
 
 
 _pools = _Pools()
@@ -56,3 +57,8 @@ _pools = _Pools()
 def take() -> memoryview:
     """:meth:`BufferPool.take` of this thread's pool."""
     return _pools.pool.take()
+
+
+def scratch() -> memoryview:
+    """:data:`defaults.READ_SIZE` bytes of this thread, of use until whoever asked for them waits."""
+    return _pools.scratch

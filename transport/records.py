@@ -24,7 +24,7 @@ from typing import TypeAlias
 
 import attrs
 
-from . import defaults, pool
+from . import defaults, pool, pump
 from .aead import SUITES, Aead
 from .errors import ProtocolMisuse, RecordError
 
@@ -37,6 +37,7 @@ HEADER = _HEADER.size
 MAX_HEAD = 511
 _SPLIT = 1 << 31
 _LENGTH_BITS = 22
+_LANE_SHAPE = 1 << 9 | pump.SPLIT_HEAD
 _LENGTH = (1 << _LENGTH_BITS) - 1
 assert defaults.MAX_RECORD + 64 <= _LENGTH
 
@@ -59,6 +60,16 @@ class _KeyChain:
         key = hashlib.blake2b(self.suite.name.encode(), key=self._chain, person=b"shoal record key")
         self._chain = hashlib.blake2b(key=self._chain, person=b"shoal next chain", digest_size=32).digest()
         self.aead = Aead(self.suite, key.digest()[: self.suite.key])
+
+    def left(self) -> int:
+        """Records until the key steps."""
+        return self._rekey_after - self.counter % self._rekey_after
+
+    def skip(self, count: int) -> None:
+        """:meth:`advance` as often, at most :meth:`left` times."""
+        if count:
+            self.counter += count - 1
+            self.advance()
 
     def advance(self) -> None:
         """Count one record that was sealed or opened; step to the next key when it is time."""
@@ -143,6 +154,7 @@ class RecordSealer:
     def __init__(self, cipher: str, secret: bytes, *, rekey_after: int = defaults.REKEY_RECORDS) -> None:
         self._keys = _KeyChain(cipher, secret, rekey_after)
         self._tail = bytes(self._keys.suite.tag)
+        self._jobs: list[pump.Job] = []
         #: Bytes that a record is longer than its plaintext.
         self.overhead = HEADER + len(self._tail)
 
@@ -156,15 +168,34 @@ class RecordSealer:
         head = self._keys.aead, self._keys.counter
         return Sealed(self.seal(parts), head)
 
+    def seal_later(self, head: bytes, body: Buffer) -> Sealed:
+        """A split record that is sealed by :meth:`seal_now`, with all others since the last one: until then neither its
+        wire may be sent nor ``body`` change. ``head``: at most :data:`MAX_HEAD` bytes."""
+        keys = self._keys
+        if len(self._jobs) == pump.MOST_JOBS:
+            self.seal_now()
+        if keys.left() < 2:
+            self.seal_now()
+            return self._seal_split(head, body)
+        wire, _ = self._frame(head, body)
+        self._jobs.append((wire, len(head), body))
+        sealed = Sealed(wire, (keys.aead, keys.counter), (keys.aead, keys.counter + 1))
+        if keys.left() == 2:
+            self.seal_now(upto=keys.counter + 2)
+        keys.skip(2)
+        return sealed
+
+    def seal_now(self, upto: int | None = None) -> None:
+        """Seal what :meth:`seal_later` was given."""
+        jobs, self._jobs = self._jobs, []
+        if jobs:
+            keys = self._keys
+            pump.seal(keys.aead, (keys.counter if upto is None else upto) - 2 * len(jobs), jobs)
+
     def _seal_split(self, head: bytes, body: Buffer) -> Sealed:
         keys, tag = self._keys, len(self._tail)
-        self._check(len(head) + len(body))
-        length = len(head) + len(body) + 2 * tag
-        header = _HEADER.pack(_SPLIT | len(head) << _LENGTH_BITS | length)
-        large = length >= defaults.DIRECT_RECORD
-        wire = pool.take()[: HEADER + length] if large else memoryview(bytearray(HEADER + length))
+        wire, header = self._frame(head, body)
         at = HEADER + len(head)
-        wire[:at] = header + head
         first = keys.aead, keys.counter
         keys.aead.seal(wire, HEADER, at, keys.counter, header)
         keys.advance()
@@ -172,6 +203,18 @@ class RecordSealer:
         keys.aead.seal_from(body, wire, at + tag, keys.counter, header)
         keys.advance()
         return Sealed(wire, first, second)
+
+    def _frame(self, head: bytes, body: Buffer) -> tuple[memoryview, bytes]:
+        """The wire of a split record with its length and ``head`` in clear, and the length."""
+        tag = len(self._tail)
+        self._check(len(head) + len(body))
+        length = len(head) + len(body) + 2 * tag
+        header = _HEADER.pack(_SPLIT | len(head) << _LENGTH_BITS | length)
+        large = length >= defaults.DIRECT_RECORD
+        wire = pool.take()[: HEADER + length] if large else memoryview(bytearray(HEADER + length))
+        at = HEADER + len(head)
+        wire[:at] = header + head
+        return wire, header
 
     def seal(self, parts: Sequence[Buffer]) -> bytearray | memoryview:
         """One record holding the concatenation of ``parts``: the bytes for the wire, in a buffer of its own.
@@ -260,6 +303,47 @@ class RecordOpener:
             self._failure = failure
             raise
 
+    @property
+    def at_lane(self) -> bool:
+        """True when what comes next may be for :meth:`land`: a large split record of one frame is under way."""
+        header = self._header
+        if self._filled < 0 or self._failure is not None or self._filled >= len(self._body) - HEADER:
+            return False
+        return _HEADER.unpack(header)[0] >> _LENGTH_BITS == _LANE_SHAPE and self._keys.left() >= 2
+
+    def land(self, descriptor: int, lane: pump.Lane, most: int) -> tuple[pump.Run, list[Record]]:
+        """Receive from a socket what the native helper knows how to, about ``most`` bytes of it, where :attr:`at_lane`.
+
+        Also returns the records that it left: to be taken in after what the :class:`pump.Run` says, as those of
+        :meth:`fill`. Raises :class:`RecordError`; then nothing of this run counts.
+        """
+        keys, suite, length = self._keys, self._keys.suite, self._length
+        assert isinstance(self._body, memoryview)
+        status, records, size, came, word, filled, drained, control, bulk, counter, error = pump.active.receive(
+            descriptor, suite.addresses[1], suite.nonce, suite.counter_at, suite.tag, keys.aead.key,
+            keys.counter, self._body.obj, _HEADER.unpack(self._header)[0], self._filled, defaults.DIRECT_RECORD,
+            self._largest, lane.number, lane.stream, lane.sink, min(keys.left() // 2, most // length + 1),
+        )  # fmt: skip
+        run = pump.Run(records, size, came, drained, control, bulk, error)
+        whole, length = memoryview(self._body.obj), word & _LENGTH
+        keys.skip(counter - keys.counter)
+        self._header = _HEADER.pack(word)
+        try:
+            if status == pump.FORGED:
+                raise RecordError(f"record {keys.counter} was altered, replayed or reordered")
+            self._length, self._body, self._filled = length, whole[: length + HEADER], filled
+            if status == pump.LANDED:
+                rest = bytes(whole[length:filled])
+                self._header, self._body, self._filled = b"", bytearray(), -1
+                return run, self._feed(memoryview(rest))
+            if status == pump.HEADED:
+                rest = bytes(whole[length:filled])
+                return run, [self._opened(), *self._feed(memoryview(rest))]
+        except RecordError as failure:
+            self._failure = failure
+            raise
+        return run, []
+
     def eof(self) -> None:
         """The pipe has ended. Raises :class:`RecordError` when that cuts a record."""
         if self._failure is not None:
@@ -311,12 +395,19 @@ class RecordOpener:
         stop = (word >> _LENGTH_BITS & MAX_HEAD) + self._tag if word & _SPLIT else length
         if not keys.aead.open(buffer, 0, stop, keys.counter, header):
             raise RecordError(f"record {keys.counter} was altered, replayed or reordered")
+        return self._opened()
+
+    def _opened(self) -> Record:
+        """The record under way, whose tag (of a split one its head's) was verified."""
+        keys, header, length = self._keys, self._header, self._length
+        word = _HEADER.unpack(header)[0]
         keys.advance()
+        view = memoryview(self._body)[:length]
         self._largest = max(self._largest, length)
         self._header, self._body, self._filled = b"", bytearray(), -1
-        view = memoryview(buffer)[:length]
         if not word & _SPLIT:
             return Record(view[: length - self._tag])
+        stop = (word >> _LENGTH_BITS & MAX_HEAD) + self._tag
         body = SealedBody(view, stop, keys.aead, keys.counter, header)
         keys.advance()
         return Record(view[: stop - self._tag], body)

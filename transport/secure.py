@@ -260,18 +260,10 @@ class SecureChannel:
             self._failure = failure
             raise
 
-    def room(self) -> memoryview | None:
-        """Where the next bytes may be put without a copy, to be counted with :meth:`fill`; None: :meth:`receive`."""
-        return None if self._opener is None or self._unconfirmed else self._opener.room()
-
-    def fill(self, size: int) -> Sequence[Established | Record]:
-        """``size`` bytes have come to the start of :meth:`room`: as :meth:`receive`."""
-        assert self._opener is not None
-        try:
-            return self._opener.fill(size)
-        except RecordError as failure:
-            self._failure = RecordError(failure.message, peer=self.peer.short)
-            raise self._failure from None
+    @property
+    def opener(self) -> RecordOpener | None:
+        """What bytes may be given to directly, from when on only records come."""
+        return None if self._unconfirmed else self._opener
 
     def eof(self) -> None:
         """The pipe has ended. Raises :class:`HandshakeError` or :class:`RecordError` when that cuts something short."""

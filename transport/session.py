@@ -19,6 +19,7 @@ import attrs
 
 from . import defaults
 from .errors import RemoteProtocolError
+from .pump import SPLIT_HEAD, Run
 from .records import Buffer, Record, RecordSealer, Sealed
 
 _HEAD = struct.Struct(">BIII")
@@ -144,6 +145,12 @@ class Inbox:
         """:attr:`expected` is on its way to the peer."""
         self._told, self._untold = self._expected, 0
 
+    def landed(self, records: int, size: int) -> None:
+        """The next ``records`` came, with ``size`` bytes of payload, while none was held."""
+        assert not self._early
+        self._expected += records
+        self._untold += size
+
     def take(self, number: int, payload: Record) -> Sequence[Record]:
         """A record came: the payloads that are now in order. Raises :class:`RemoteProtocolError` for one far ahead."""
         ahead = (number - self._expected) & _MASK
@@ -227,6 +234,33 @@ class Session:
         if kind > PIPE:
             raise RemoteProtocolError(f"a record of an unknown kind, {kind}")
         return kind, self.into[kind].take(number, payload)
+
+    def landed(self, run: Run) -> None:
+        """As :meth:`receive` of the records of bulk that ``run`` counts, which came in order while none was held.
+
+        Raises :class:`RemoteProtocolError`.
+        """
+        self.note(run.size + run.records * SPLIT_HEAD)
+        self.out[0].acknowledge(run.control)
+        self.out[1].acknowledge(run.bulk)
+        self.into[BULK].landed(run.records, run.size + run.records * (SPLIT_HEAD - HEAD_BYTES))
+
+    def compose_run(
+        self, pipe: int, sealer: RecordSealer, piece: Callable[[], tuple[bytes, memoryview] | None], most: int
+    ) -> list[bytearray | memoryview]:
+        """New records of bulk for the wire, each of a ``piece``: a frame's head and data; about ``most`` bytes."""
+        outbox = self.out[BULK]
+        wires: list[bytearray | memoryview] = []
+        try:
+            while most > 0 and not outbox.full and outbox.repeat() is None and (found := piece()) is not None:
+                sealed = sealer.seal_later(self._head(BULK, outbox.next) + found[0], found[1])
+                outbox.keep(pipe, sealed)
+                self.note(len(sealed.wire))
+                wires.append(sealed.wire)
+                most -= len(sealed.wire)
+        finally:
+            sealer.seal_now()  # what is kept can be opened again, whatever happens
+        return wires
 
     def seal(self, sealer: RecordSealer, frames: bytes) -> bytearray | memoryview:
         """A record of :data:`PIPE` for the wire."""

@@ -12,7 +12,7 @@ import trio
 from shoal.transport import deadlines, defaults
 from shoal.transport.aead import NOMINAL_CIPHERS
 from shoal.transport.deadlines import LoopLag
-from shoal.transport.errors import HandshakeError, LinkClosed, RemoteProtocolError, WaitExpired
+from shoal.transport.errors import HandshakeError, LinkClosed, RecordError, RemoteProtocolError, WaitExpired
 from shoal.transport.establish import join_pipe, open_pipe
 from shoal.transport.link import Link, LinkStream, Priority
 from shoal.transport.memory import Route
@@ -178,7 +178,7 @@ async def test_a_connection_that_ends_inside_a_record_is_a_pipe_lost_and_no_faul
             buffer[: len(data)] = data
             return len(data)
 
-        raw.receive_some, raw.receive_into = receive_some, receive_into  # type: ignore[method-assign]
+        raw.receive_some, raw.receive_into, raw.run = receive_some, receive_into, 0  # type: ignore[method-assign]
         async with trio.open_nursery() as nursery:
 
             def trouble() -> None:
@@ -312,6 +312,38 @@ async def test_altered_bytes_on_one_pipe_of_two_end_that_pipe_alone() -> None:
         await settled(bench.pair.a)
         assert bench.pair.b.pipes_lost == 1
         await exchange(bench.pair, 1_000_000, Priority.BULK)
+
+
+async def test_an_altered_body_ends_the_link_as_its_record_counts_already() -> None:
+    async with lab(Virtual()) as bench:
+        await bench.add(bulk_only=True)
+        for link in (bench.pair.a, bench.pair.b):
+            await settled(link, 2)
+        for end in bench.raw[1]:
+            alter(end, 300_000)
+        ours = await bench.pair.a.open_stream("x", Priority.BULK)
+        theirs = await bench.pair.accept()
+        with pytest.raises(ExceptionGroup) as caught:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(theirs.read_exactly_into, memoryview(bytearray(2_000_000)))
+                await ours.send_all(pattern(2_000_000))
+        assert caught.group_contains(LinkClosed, match="altered")
+        assert isinstance(bench.pair.b.close_reason, RecordError)
+
+
+def alter(raw: ByteStream, at: int) -> None:
+    """One bit of what comes on ``raw`` is another one, ``at`` bytes from here."""
+    receive, got = raw.receive_some, 0
+
+    async def receive_some(max_bytes: int | None = None) -> bytearray:
+        nonlocal got
+        data = bytearray(await receive(max_bytes))
+        if got <= at < got + len(data):
+            data[at - got] ^= 1
+        got += len(data)
+        return data
+
+    raw.receive_some = receive_some  # type: ignore[method-assign]
 
 
 async def test_bulk_takes_the_bulk_pipes_and_control_the_best() -> None:

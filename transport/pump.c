@@ -1,0 +1,239 @@
+/* Runs of large records in C: sealing many in one call, and receiving many straight to where their data belong.
+ * pump.py says what each function does; records.py does the same in Python, with the same bytes on the wire.
+ *
+ * The GIL is released; buffers stay locked by their Py_buffer, and every length is checked against them first. Nothing
+ * that was received is looked at before its tag is verified, and nothing is counted before its body's tag is, too. The
+ * ciphers are libsodium's own functions, whose addresses come from PyNaCl.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/types.h>
+
+enum { REVISION = 1 };     /* of what the functions do; pump.py expects the same */
+enum { HEADER = 4 };       /* the length before a record */
+enum { MOST_JOBS = 64 };   /* records sealed in one call */
+enum { MOST_NONCE = 32 };  /* bytes of the longest nonce of a suite */
+enum { MOST_TAG = 32 };
+enum { SPLIT_HEAD = 22 };  /* head of a split record of one DATA frame: that of the session (13), that of the mux (9) */
+enum { BULK = 1, DATA = 2 };
+
+typedef unsigned long long ull;
+typedef int (*encrypt_fn)(unsigned char *c, ull *clen, const unsigned char *m, ull mlen, const unsigned char *ad,
+                          ull adlen, const unsigned char *nsec, const unsigned char *npub, const unsigned char *k);
+typedef int (*decrypt_fn)(unsigned char *m, ull *mlen, unsigned char *nsec, const unsigned char *c, ull clen,
+                          const unsigned char *ad, ull adlen, const unsigned char *npub, const unsigned char *k);
+
+/* One suite under one key: see aead.py. */
+typedef struct {
+    uintptr_t function;
+    Py_ssize_t nonce, counter_at, tag, key_size;
+    const char *key; /* of the size that Aead has checked */
+} cipher;
+
+static int bad_cipher(const cipher *suite)
+{
+    if (suite->function && suite->nonce <= MOST_NONCE && suite->counter_at >= 0 &&
+        suite->counter_at + 8 <= suite->nonce && suite->tag > 0 && suite->tag <= MOST_TAG && suite->key_size >= 16)
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "not the sizes of a cipher");
+    return 1;
+}
+
+static void set_nonce(unsigned char *nonce, const cipher *suite, uint64_t counter)
+{
+    memset(nonce, 0, MOST_NONCE);
+    for (int i = 0; i < 8; i++)
+        nonce[suite->counter_at + i] = (unsigned char)(counter >> 8 * i);
+}
+
+static uint32_t big(const unsigned char *at)
+{
+    return (uint32_t)at[0] << 24 | (uint32_t)at[1] << 16 | (uint32_t)at[2] << 8 | at[3];
+}
+
+static PyObject *py_seal(PyObject *self, PyObject *args)
+{
+    cipher suite;
+    ull function, counter;
+    PyObject *jobs;
+    if (!PyArg_ParseTuple(args, "Knnny#KO!", &function, &suite.nonce, &suite.counter_at, &suite.tag, &suite.key, &suite.key_size,
+                          &counter,                           &PyList_Type, &jobs))
+        return NULL;
+    suite.function = (uintptr_t)function;
+    if (bad_cipher(&suite))
+        return NULL;
+    Py_ssize_t count = PyList_Size(jobs), held = 0;
+    Py_buffer wires[MOST_JOBS], bodies[MOST_JOBS];
+    Py_ssize_t heads[MOST_JOBS];
+    int wrong = count > MOST_JOBS;
+    for (; held < count && !wrong; held++) {
+        PyObject *job = PyList_GetItem(jobs, held), *wire, *body;
+        if (!PyTuple_Check(job) || !PyArg_ParseTuple(job, "OnO", &wire, &heads[held], &body))
+            break;
+        if (PyObject_GetBuffer(wire, &wires[held], PyBUF_WRITABLE) < 0)
+            break;
+        if (PyObject_GetBuffer(body, &bodies[held], PyBUF_SIMPLE) < 0) {
+            PyBuffer_Release(&wires[held]);
+            break;
+        }
+        wrong = heads[held] < 0 || heads[held] > wires[held].len ||
+                wires[held].len != HEADER + heads[held] + bodies[held].len + 2 * suite.tag;
+    }
+    int done = held == count && !wrong;
+    if (done) {
+        Py_BEGIN_ALLOW_THREADS
+        unsigned char nonce[MOST_NONCE];
+        encrypt_fn encrypt = (encrypt_fn)suite.function;
+        const unsigned char *key = (const unsigned char *)suite.key;
+        for (Py_ssize_t i = 0; i < count; i++) {
+            unsigned char *wire = wires[i].buf, *head = wire + HEADER, *body = head + heads[i] + suite.tag;
+            set_nonce(nonce, &suite, counter++);
+            encrypt(head, NULL, head, (ull)heads[i], wire, HEADER, NULL, nonce, key);
+            set_nonce(nonce, &suite, counter++);
+            encrypt(body, NULL, bodies[i].buf, (ull)bodies[i].len, wire, HEADER, NULL, nonce, key);
+        }
+        Py_END_ALLOW_THREADS
+    } else if (!PyErr_Occurred()) {
+        PyErr_SetString(PyExc_ValueError, "a record of another size than its parts, or too many of them");
+    }
+    for (Py_ssize_t i = 0; i < held; i++) {
+        PyBuffer_Release(&wires[i]);
+        PyBuffer_Release(&bodies[i]);
+    }
+    return done ? Py_NewRef(Py_None) : NULL;
+}
+
+/* Why `receive` ended; pump.py has the same names. */
+enum { WAIT, ENDED, FAILED, FORGED, HEADED, LANDED };
+
+static PyObject *py_receive(PyObject *self, PyObject *args)
+{
+    cipher suite;
+    ull function, counter;
+    int fd;
+    unsigned int word, number, stream;
+    Py_ssize_t filled, largest, least, most;
+    PyObject *buffer_of, *sink_of;
+    if (!PyArg_ParseTuple(args, "iKnnny#KOInnnIIOn", &fd, &function, &suite.nonce, &suite.counter_at, &suite.tag,
+                          &suite.key, &suite.key_size, &counter, &buffer_of, &word, &filled, &least, &largest, &number, &stream, &sink_of,
+                          &most))
+        return NULL;
+    suite.function = (uintptr_t)function;
+    if (bad_cipher(&suite))
+        return NULL;
+    Py_buffer buffer, sink;
+    if (PyObject_GetBuffer(buffer_of, &buffer, PyBUF_WRITABLE) < 0)
+        return NULL;
+    if (PyObject_GetBuffer(sink_of, &sink, PyBUF_WRITABLE) < 0) {
+        PyBuffer_Release(&buffer);
+        return NULL;
+    }
+    const uint32_t shape = 1u << 31 | (uint32_t)SPLIT_HEAD << 22, mask = (1u << 22) - 1;
+    const Py_ssize_t stop = SPLIT_HEAD + suite.tag;
+    Py_ssize_t length = word & mask, records = 0, landed = 0, came = 0;
+    unsigned int control = 0, bulk = 0;
+    int status = WAIT, drained = 0, error = 0;
+    if ((word & ~mask) != shape || length < stop + suite.tag + 1 || length + HEADER > buffer.len || filled < 0 ||
+        filled >= length || most < 1) {
+        PyErr_SetString(PyExc_ValueError, "not what a run of records begins with");
+        PyBuffer_Release(&buffer);
+        PyBuffer_Release(&sink);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    unsigned char nonce[MOST_NONCE], header[HEADER], *whole = buffer.buf;
+    decrypt_fn decrypt = (decrypt_fn)suite.function;
+    const unsigned char *key = (const unsigned char *)suite.key;
+    for (;;) {
+        size_t asked = (size_t)(length + HEADER - filled);
+        ssize_t size = recv(fd, whole + filled, asked, MSG_DONTWAIT);
+        if (size < 0 && errno == EINTR)
+            continue;
+        if (size <= 0) {
+            drained = size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
+            error = size < 0 && !drained ? errno : 0;
+            status = size == 0 ? ENDED : drained ? WAIT : FAILED;
+            break;
+        }
+        filled += size;
+        came += size;
+        drained = (size_t)size < asked;
+        if (filled < length) {
+            status = WAIT;
+            break;
+        }
+        for (int i = 0; i < HEADER; i++)
+            header[i] = (unsigned char)(word >> (24 - 8 * i));
+        set_nonce(nonce, &suite, counter);
+        if (decrypt(whole, NULL, NULL, whole, (ull)stop, header, HEADER, nonce, key) != 0) {
+            status = FORGED;
+            break;
+        }
+        Py_ssize_t body = length - stop - suite.tag;
+        if (whole[0] != BULK || big(whole + 1) != number || whole[13] != DATA || big(whole + 14) != stream ||
+            big(whole + 18) != (uint32_t)body || body > sink.len - landed) {
+            status = HEADED;
+            break;
+        }
+        set_nonce(nonce, &suite, counter + 1);
+        if (decrypt((unsigned char *)sink.buf + landed, NULL, NULL, whole + stop, (ull)(length - stop), header, HEADER,
+                    nonce, key) != 0) {
+            counter++;
+            status = FORGED;
+            break;
+        }
+        control = big(whole + 5);
+        bulk = big(whole + 9);
+        counter += 2;
+        number++;
+        records++;
+        landed += body;
+        status = LANDED;
+        if (filled < length + HEADER || records == most)
+            break;
+        uint32_t following = big(whole + length);
+        Py_ssize_t next = following & mask;
+        if ((following & ~mask) != shape || next < least || next > largest || next < stop + suite.tag + 1 ||
+            next + HEADER > buffer.len)
+            break;
+        word = following;
+        length = next;
+        filled = 0;
+        status = WAIT;
+        if (landed == sink.len)
+            break;
+    }
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&buffer);
+    PyBuffer_Release(&sink);
+    return Py_BuildValue("innnInOIIKi", status, records, landed, came, word, filled, drained ? Py_True : Py_False,
+                         control, bulk, counter, error);
+}
+
+static PyMethodDef methods[] = {
+    {"seal", py_seal, METH_VARARGS, "seal(encrypt, nonce, counter_at, tag, key, counter, jobs)"},
+    {"receive", py_receive, METH_VARARGS,
+     "receive(fd, decrypt, nonce, counter_at, tag, key, counter, buffer, word, filled, least, largest, number, stream, "
+     "sink, most)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_pump", "Runs of large records in C; see pump.py.", -1, methods, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__pump(void)
+{
+    PyObject *made = PyModule_Create(&module);
+    if (made && PyModule_AddIntConstant(made, "REVISION", REVISION) < 0) {
+        Py_DECREF(made);
+        return NULL;
+    }
+    return made;
+}
