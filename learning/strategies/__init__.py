@@ -17,6 +17,8 @@ BUILTIN: Mapping[str, tuple[str, str]] = {
     "noloco": (".noloco", "NoLoCo"),
     "allreduce": (".allreduce", "AllReduce"),
     "local": (".local", "Local"),
+    "gossip": (".averaging", "Gossip"),
+    "dimat": (".dimat", "Dimat"),
 }
 
 

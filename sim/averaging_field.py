@@ -1,0 +1,324 @@
+"""Peers on a graph that average models which began apart, all in one pass: for sweeps over methods, graphs and data.
+
+What is combined, and how, is :mod:`shoal.learning.averaging` and :mod:`shoal.learning.matching`, the code of the
+strategies ``gossip`` and ``dimat``. Everything else of a swarm is left out, so that hundreds of runs are minutes. A run
+is a pure function of its :class:`Case`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import attrs
+import networkx as nx
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..learning import exact
+from ..learning.averaging import Averaging, variances
+from ..learning.matching import Layer, layers_of, match, permute
+from ..learning.shard import dirichlet_split, frozen_random
+from ..learning.state import Layout, flatten_model
+from ..learning.tasks.digits import Digits, load
+from ..transport.errors import ConfigError
+
+#: Methods by name: (all begin from the same weights?, what the average is).
+CORRECTED = {
+    "corrected": 0.0,  # target: the others' variances
+    "corrected:self": 1.0,
+    "corrected:conservative": 0.5,
+}
+SAME = ("same init", "same init, corrected", "fedavg")
+METHODS = ("plain", *CORRECTED, "dimat", *SAME, "solo")
+#: Whom a peer meets: all its neighbours at once, or one of them, in a random matching of the graph.
+FORMS = ("neighbours", "pairs")
+GRAPHS = ("ring", "barabasi-albert", "regular", "full", "random")
+MODELS = ("tanh", "digits")
+
+#: Own samples on which units are compared.
+COMPARED = 256
+
+
+@attrs.frozen
+class Field:
+    """What all runs of a sweep have in common.
+
+    ``alpha``: Dirichlet concentration of the classes over the peers; None: the same mixture for all. ``model``:
+    ``tanh``, five linear layers with 64 units, Xavier weights and SGD; ``digits``, that of the built-in task with its
+    own optimiser. ``steps`` local steps of ``batch`` samples in each of ``rounds`` rounds; ``rate`` of SGD. ``own``:
+    share of the own model in the average; 0: as much as each of the others.
+    """
+
+    peers: int = 16
+    rounds: int = 60
+    steps: int = 5
+    batch: int = 32
+    rate: float = 0.05
+    momentum: float = 0.0
+    alpha: float | None = None
+    model: str = "tanh"
+    own: float = 0.0
+    exchanges: int = 1
+
+    @property
+    def label(self) -> str:
+        data = "IID" if self.alpha is None else f"Dirichlet {self.alpha:g}"
+        return f"{data}, {self.model}"
+
+
+@attrs.frozen
+class Case:
+    """One run."""
+
+    field: Field
+    method: str
+    graph: str
+    form: str
+    seed: int
+
+
+@attrs.frozen
+class Outcome:
+    """After each round: mean over the peers of the accuracy of their models on the held-out images, 0 … 1, and the mean
+    variance of the weights, in parts of what it was in the beginning. ``worst``: of the peers, after the last round."""
+
+    accuracy: tuple[float, ...]
+    variance: tuple[float, ...]
+    worst: float
+
+
+def run(case: Case) -> Outcome:
+    """Train; deterministic."""
+    exact.prepare_torch()
+    field = case.field
+    models = Models(field, case.seed, same=case.method in SAME)
+    draw = np.random.default_rng([case.seed, 1])
+    meetings = meetings_of(case)
+    data, parts = load(), _parts(field, case.seed)
+    began = models.spread()
+    accuracy, variance, worst = list[float](), list[float](), 0.0
+    for _ in range(field.rounds):
+        for step in range(field.steps):
+            picked = torch.from_numpy(np.stack([draw.choice(part, field.batch) for part in parts]))
+            models.step(data.train_x[picked], data.train_y[picked])
+            if (step + 1) % (field.steps // field.exchanges) or case.method in ("solo", "fedavg"):
+                continue
+            models.load(_met(case, models, next(meetings), parts, draw))
+        if case.method == "fedavg":
+            sizes = [float(len(part)) for part in parts]
+            models.load(exact.weighted_mean(list(models.vectors()), sizes).expand(field.peers, -1))
+        found = models.accuracies(data.test_x, data.test_y)
+        accuracy.append(float(found.mean()))
+        variance.append(models.spread() / began)
+        worst = float(found.min())
+    return Outcome(tuple(accuracy), tuple(variance), worst)
+
+
+# -- who meets whom ----------------------------------------------------------------------------------------------------
+
+
+def graph_of(name: str, peers: int, seed: int) -> nx.Graph:
+    """A connected graph over 0 … peers - 1. Raises :class:`ConfigError` for a name that is none of ``GRAPHS``."""
+    match name:
+        case "ring":
+            return nx.cycle_graph(peers)
+        case "barabasi-albert":
+            return nx.barabasi_albert_graph(peers, 2, seed=seed)
+        case "regular" | "random":
+            while True:
+                found = nx.random_regular_graph(min(4, peers - 1), peers, seed=seed)
+                if nx.is_connected(found):
+                    return found
+                seed += 1 << 16
+        case "full":
+            return nx.complete_graph(peers)
+        case _:
+            raise ConfigError(f"no graph is called {name!r}; there are {', '.join(GRAPHS)}")
+
+
+def meetings_of(case: Case) -> Iterator[list[list[int]]]:
+    """For each round: whom each peer averages with. ``random`` is another graph in each round."""
+    random = frozen_random(case.seed, "meetings")
+    while True:
+        graph = graph_of(case.graph, case.field.peers, case.seed if case.graph != "random" else random.randint(1 << 30))
+        if case.form == "neighbours":
+            fixed = [sorted(graph.neighbors(peer)) for peer in range(case.field.peers)]
+            yield fixed
+            while case.graph != "random":
+                yield fixed
+        else:
+            yield _matching(graph, random)
+
+
+def _matching(graph: nx.Graph, random: np.random.RandomState) -> list[list[int]]:
+    """Pairs along edges, taken in random order, until no edge between two free peers is left."""
+    met: list[list[int]] = [[] for _ in graph]
+    edges = sorted(graph.edges)
+    for index in random.permutation(len(edges)):
+        one, other = edges[index]
+        if not met[one] and not met[other]:
+            met[one], met[other] = [other], [one]
+    return met
+
+
+def weights_of(met: Sequence[Sequence[int]], own: float) -> NDArray[np.float64]:
+    """π, (peers, peers): the share of each peer's model in each peer's average.
+
+    ``own`` 0: Metropolis' weights 1 / (1 + the larger number of neighbours), the rest is one's own: doubly stochastic
+    on every graph, and everybody's share in the consensus the same. Else ``own`` is one's own, the rest equal.
+    """
+    result = np.zeros((len(met), len(met)))
+    for peer, others in enumerate(met):
+        for other in others:
+            result[peer, other] = (1 - own) / len(others) if own else 1 / (1 + max(len(others), len(met[other])))
+        result[peer, peer] = 1 - result[peer].sum()
+    return result
+
+
+# -- averaging ---------------------------------------------------------------------------------------------------------
+
+
+def _met(
+    case: Case, models: Models, met: list[list[int]], parts: Sequence[NDArray[np.int64]], draw: np.random.Generator
+) -> Tensor:
+    vectors, layout = models.vectors(), models.layout
+    shares = weights_of(met, case.field.own)
+    spreads = torch.stack([variances(layout, vector) for vector in vectors])
+    results = []
+    for peer, others in enumerate(met):
+        own = vectors[peer]
+        if not others:
+            results.append(own)
+            continue
+        part = torch.from_numpy(shares[peer, others] / shares[peer, others].sum()).float()
+        theirs = vectors[others]
+        if case.method == "dimat":
+            picked = torch.from_numpy(draw.choice(parts[peer], min(COMPARED, len(parts[peer])), replace=False))
+            theirs = models.matched(own, theirs, load().train_x[picked])
+        correct = case.method in CORRECTED or case.method.endswith(", corrected")
+        target = CORRECTED.get(case.method, 0.0)
+        rule = Averaging(float(shares[peer, peer]), target, correct)
+        results.append(rule.combine(layout, own, part @ theirs, spreads[peer], part @ spreads[others]))
+    return torch.stack(results)
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+class Models:
+    """As many chains of linear layers as there are peers, trained in one pass, each on data of its own."""
+
+    def __init__(self, field: Field, seed: int, *, same: bool) -> None:
+        rows = []
+        for peer in range(field.peers):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed * 1000 + (0 if same else peer))
+                model = _model(field.model)
+            rows.append(flatten_model(Layout.of(model), model))
+        self.layout = Layout.of(model)
+        self.layers: tuple[Layer, ...] = layers_of(model, self.layout)
+        self._act = torch.tanh if field.model == "tanh" else torch.relu
+        self._parts = [
+            (
+                torch.empty(field.peers, layer.outputs, layer.inputs, requires_grad=True),
+                torch.empty(field.peers, 1, layer.outputs, requires_grad=True),
+            )
+            for layer in self.layers
+        ]
+        self.load(torch.stack(rows))
+        flat = [tensor for pair in self._parts for tensor in pair]
+        self._optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(flat, lr=field.rate, momentum=field.momentum)
+            if field.model == "tanh"
+            else torch.optim.AdamW(flat, lr=Digits.learning_rate)
+        )
+
+    def vectors(self) -> Tensor:
+        """A copy of all states, (peers, size)."""
+        result = torch.empty(len(self._parts[0][0]), self.layout.size)
+        for layer, pair in zip(self.layers, self._parts, strict=True):
+            for part, view in zip(pair, self._views(layer, result), strict=True):
+                view.copy_(part.detach())
+        return result
+
+    def load(self, vectors: Tensor) -> None:
+        with torch.no_grad():
+            for layer, pair in zip(self.layers, self._parts, strict=True):
+                for part, view in zip(pair, self._views(layer, vectors), strict=True):
+                    part.copy_(view)
+
+    @staticmethod
+    def _views(layer: Layer, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        assert layer.bias is not None
+        end = layer.weight + layer.outputs * layer.inputs
+        weight = vectors[:, layer.weight : end].view(-1, layer.outputs, layer.inputs)
+        return weight, vectors[:, None, layer.bias : layer.bias + layer.outputs]
+
+    def spread(self) -> float:
+        """The mean variance of the weight matrices of all models."""
+        return float(torch.stack([weight.detach().flatten(1).var(1) for weight, _ in self._parts]).mean())
+
+    def _forward(
+        self, parts: Sequence[tuple[Tensor, Tensor]], images: Tensor, keep: list[Tensor] | None = None
+    ) -> Tensor:
+        h = images
+        for index, (weight, bias) in enumerate(parts):
+            h = torch.baddbmm(bias, h, weight.transpose(1, 2))
+            if keep is not None:
+                keep.append(h)
+            if index < len(parts) - 1:
+                h = self._act(h)
+        return h
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """One step of each on (peers, b, 64) and (peers, b)."""
+        self._optimizer.zero_grad(set_to_none=True)
+        logits = self._forward(self._parts, images)
+        # The sum over peers of their mean losses: each one's gradient is its own.
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) * len(labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+
+    def accuracies(self, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits = self._forward(self._parts, images.expand(len(self._parts[0][0]), -1, -1))
+        return (logits.argmax(-1) == labels).float().mean(1)
+
+    def matched(self, own: Tensor, theirs: Tensor, images: Tensor) -> Tensor:
+        """``theirs`` (k, size) with their units in the order of ``own``, by activations on ``images``."""
+        with torch.no_grad():
+            seen: list[Tensor] = []
+            both = torch.cat([own[None], theirs])
+            self._forward([self._views(layer, both) for layer in self.layers], images.expand(len(both), -1, -1), seen)
+        given = [{layer.name: h[i] for layer, h in zip(self.layers, seen, strict=True)} for i in range(1 + len(theirs))]
+        return torch.stack(
+            [
+                permute(self.layers, vector, match(self.layers, given[0], other))
+                for vector, other in zip(theirs, given[1:], strict=True)
+            ]
+        )
+
+
+def _model(name: str) -> nn.Module:
+    if name == "digits":
+        return Digits().model()
+    layers: list[nn.Module] = []
+    for outputs in (64, 64, 64, 64, 10):
+        linear = nn.Linear(64, outputs)
+        nn.init.xavier_normal_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+@functools.lru_cache(maxsize=64)
+def _parts(field: Field, seed: int) -> tuple[NDArray[np.int64], ...]:
+    labels = load().train_y.numpy()
+    if field.alpha is None:
+        order = np.random.default_rng([seed, 0]).permutation(len(labels))
+        return tuple(np.array_split(order, field.peers))
+    return tuple(dirichlet_split(labels, field.peers, field.alpha, seed))
