@@ -200,23 +200,28 @@ def better(total_a: int, digest_a: bytes, total_b: int, digest_b: bytes) -> bool
     return (total_a, digest_a) > (total_b, digest_b)
 
 
-def group_of(seed: int, round: int, peer: PeerId, view: Sequence[PeerId], size: int) -> tuple[tuple[PeerId, ...], str]:
-    """The gossip group of ``peer`` in ``round``: a shared-seed shuffle of the view, in even groups of at most ``size``.
+def random_groups(seed: int, round: int, view: Sequence[PeerId], size: int) -> tuple[tuple[PeerId, ...], ...]:
+    """A shared-seed shuffle of the view, in even groups of at most ``size``, each in canonical order.
 
     For ``size`` 2 these are NoLoCo's random pairs (one peer is left alone when the view is odd).
     """
     label = seed.to_bytes(16, "big", signed=True) + round.to_bytes(8, "big")
     order = sorted(view, key=lambda p: hashlib.blake2b(label + p.key, digest_size=16, person=b"shoal group").digest())
     count = -(-len(order) // size)
-    at = order.index(peer)
     base, extra = divmod(len(order), count)
-    start = 0
+    groups, start = [], 0
     for group in range(count):
-        width = base + (1 if group < extra else 0)
-        if at < start + width:
-            return tuple(sorted(order[start : start + width])), f"group {group + 1} of {count}"
-        start += width
-    raise AssertionError("unreachable: every position lies in a group")
+        stop = start + base + (1 if group < extra else 0)
+        groups.append(tuple(sorted(order[start:stop])))
+        start = stop
+    return tuple(groups)
+
+
+def group_of(seed: int, round: int, peer: PeerId, view: Sequence[PeerId], size: int) -> tuple[tuple[PeerId, ...], str]:
+    """The gossip group of ``peer`` in ``round`` among :func:`random_groups`, and the reason."""
+    groups = random_groups(seed, round, view, size)
+    index = next(index for index, group in enumerate(groups) if peer in group)
+    return groups[index], f"group {index + 1} of {len(groups)}"
 
 
 def proposal_of(promises: Mapping[PeerId, Accepted | None]) -> Accepted | None:
