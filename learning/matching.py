@@ -12,7 +12,6 @@ dead, so that the assignment is one even where a ReLU gives nothing but zeros.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -73,10 +72,11 @@ def layers_of(model: nn.Module, layout: Layout) -> tuple[Layer, ...]:
 def correlation(mine: Tensor, theirs: Tensor) -> NDArray[np.float64]:
     """C, (units, units), of two matrices (samples, units) over the same samples. What is not finite (a model that
     diverged, a single sample) correlates with nothing."""
-    x, y = (given.double() - given.double().mean(0) for given in (mine, theirs))
-    x, y = x / math.sqrt(max(len(x) - 1, 1)), y / math.sqrt(max(len(y) - 1, 1))
+    x, y = (given - given.mean(0) for given in (mine, theirs))
     scale = x.norm(dim=0)[:, None] * y.norm(dim=0)[None, :]
-    return np.nan_to_num((x.T @ y / (scale + EPSILON)).numpy(), nan=0.0, posinf=0.0, neginf=0.0)
+    # Both are sums over the samples, which cancels n - 1.
+    found = x.T @ y / (scale + EPSILON * max(len(x) - 1, 1))
+    return np.nan_to_num(found.double().numpy(), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def assign(similarity: NDArray[np.float64]) -> Tensor:

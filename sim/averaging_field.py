@@ -8,35 +8,43 @@ is a pure function of its :class:`Case`.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 
 import attrs
-import networkx as nx
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..learning import exact
-from ..learning.averaging import Averaging, variances
+from ..learning import exact, topologies
+from ..learning.averaging import mix, restore_, variances
 from ..learning.matching import Layer, layers_of, match, permute
-from ..learning.shard import dirichlet_split, frozen_random
+from ..learning.shard import dirichlet_split
 from ..learning.state import Layout, flatten_model
 from ..learning.tasks.digits import Digits, load
-from ..transport.errors import ConfigError
+from .field import identity_of
 
-#: Methods by name: (all begin from the same weights?, what the average is).
-CORRECTED = {
-    "corrected": 0.0,  # target: the others' variances
+#: Methods that correct variances, and the share of a peer's own variance in the target.
+TARGETS = {
+    "corrected": 0.0,
     "corrected:self": 1.0,
     "corrected:conservative": 0.5,
+    "dimat, corrected": 0.0,
+    "same init, corrected": 0.0,
 }
+MATCHED = ("dimat", "dimat, corrected")
+#: Methods in which all begin from the same weights. FedAvg: each round the mean of all, by the sizes of their parts.
 SAME = ("same init", "same init, corrected", "fedavg")
-METHODS = ("plain", *CORRECTED, "dimat", *SAME, "solo")
-#: Whom a peer meets: all its neighbours at once, or one of them, in a random matching of the graph.
-FORMS = ("neighbours", "pairs")
-GRAPHS = ("ring", "barabasi-albert", "regular", "full", "random")
+METHODS = ("plain", "corrected", "corrected:self", "corrected:conservative", *MATCHED, *SAME, "solo")
+#: Methods without any graph.
+GRAPHLESS = ("solo", "fedavg")
+#: Whom a peer meets in an exchange: all its neighbours, or one of them, in a random matching of the graph.
+FORMS = ("pairs", "neighbours")
+GRAPHS = ("ring", "barabasi-albert:2", "regular:4", "full", "random")
+#: What ``random`` is where all neighbours are met.
+RANDOM_GRAPH = "regular:4"
 MODELS = ("tanh", "digits")
 
 #: Own samples on which units are compared.
@@ -105,9 +113,14 @@ def run(case: Case) -> Outcome:
         for step in range(field.steps):
             picked = torch.from_numpy(np.stack([draw.choice(part, field.batch) for part in parts]))
             models.step(data.train_x[picked], data.train_y[picked])
-            if (step + 1) % (field.steps // field.exchanges) or case.method in ("solo", "fedavg"):
+            if (step + 1) % (field.steps // field.exchanges) or case.method in GRAPHLESS:
                 continue
-            models.load(_met(case, models, next(meetings), parts, draw))
+            seen = None
+            if case.method in MATCHED:
+                picked = torch.from_numpy(np.stack([draw.choice(part, COMPARED) for part in parts]))
+                seen = data.train_x[picked]
+            shares = torch.from_numpy(weights_of(next(meetings), field.own)).float()
+            models.load(averaged(case, models, shares, seen))
         if case.method == "fedavg":
             sizes = [float(len(part)) for part in parts]
             models.load(exact.weighted_mean(list(models.vectors()), sizes).expand(field.peers, -1))
@@ -121,51 +134,23 @@ def run(case: Case) -> Outcome:
 # -- who meets whom ----------------------------------------------------------------------------------------------------
 
 
-def graph_of(name: str, peers: int, seed: int) -> nx.Graph:
-    """A connected graph over 0 … peers - 1. Raises :class:`ConfigError` for a name that is none of ``GRAPHS``."""
-    match name:
-        case "ring":
-            return nx.cycle_graph(peers)
-        case "barabasi-albert":
-            return nx.barabasi_albert_graph(peers, 2, seed=seed)
-        case "regular" | "random":
-            while True:
-                found = nx.random_regular_graph(min(4, peers - 1), peers, seed=seed)
-                if nx.is_connected(found):
-                    return found
-                seed += 1 << 16
-        case "full":
-            return nx.complete_graph(peers)
-        case _:
-            raise ConfigError(f"no graph is called {name!r}; there are {', '.join(GRAPHS)}")
-
-
-def meetings_of(case: Case) -> Iterator[list[list[int]]]:
-    """For each round: whom each peer averages with. ``random`` is another graph in each round."""
-    random = frozen_random(case.seed, "meetings")
-    while True:
-        graph = graph_of(case.graph, case.field.peers, case.seed if case.graph != "random" else random.randint(1 << 30))
+def meetings_of(case: Case) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """For each exchange: whom each peer averages with. ``random`` is another graph in each of them."""
+    peers = tuple(identity_of(case.seed, number) for number in range(case.field.peers))
+    number = {peer: index for index, peer in enumerate(peers)}
+    for exchange in itertools.count(1):
+        topology, seed = case.graph, case.seed
         if case.form == "neighbours":
-            fixed = [sorted(graph.neighbors(peer)) for peer in range(case.field.peers)]
-            yield fixed
-            while case.graph != "random":
-                yield fixed
+            if topology == "random":
+                topology, seed = RANDOM_GRAPH, case.seed * 10_000 + exchange
+            found = topologies.neighbours(topology, seed, peers)
         else:
-            yield _matching(graph, random)
+            groups, _ = topologies.groups(topology, seed, exchange, peers, 2)
+            found = {peer: tuple(other for other in group if other != peer) for group in groups for peer in group}
+        yield tuple(tuple(number[other] for other in found[peer]) for peer in peers)
 
 
-def _matching(graph: nx.Graph, random: np.random.RandomState) -> list[list[int]]:
-    """Pairs along edges, taken in random order, until no edge between two free peers is left."""
-    met: list[list[int]] = [[] for _ in graph]
-    edges = sorted(graph.edges)
-    for index in random.permutation(len(edges)):
-        one, other = edges[index]
-        if not met[one] and not met[other]:
-            met[one], met[other] = [other], [one]
-    return met
-
-
-def weights_of(met: Sequence[Sequence[int]], own: float) -> NDArray[np.float64]:
+def weights_of(met: Sequence[Sequence[int]], own: float = 0.0) -> NDArray[np.float64]:
     """π, (peers, peers): the share of each peer's model in each peer's average.
 
     ``own`` 0: Metropolis' weights 1 / (1 + the larger number of neighbours), the rest is one's own: doubly stochastic
@@ -182,28 +167,25 @@ def weights_of(met: Sequence[Sequence[int]], own: float) -> NDArray[np.float64]:
 # -- averaging ---------------------------------------------------------------------------------------------------------
 
 
-def _met(
-    case: Case, models: Models, met: list[list[int]], parts: Sequence[NDArray[np.int64]], draw: np.random.Generator
-) -> Tensor:
+def averaged(case: Case, models: Models, shares: Tensor, seen: Tensor | None) -> Tensor:
+    """The states of all peers after an exchange; ``shares``: π; ``seen``: own samples of each, (peers, n, 64)."""
     vectors, layout = models.vectors(), models.layout
-    shares = weights_of(met, case.field.own)
-    spreads = torch.stack([variances(layout, vector) for vector in vectors])
-    results = []
-    for peer, others in enumerate(met):
-        own = vectors[peer]
-        if not others:
-            results.append(own)
-            continue
-        part = torch.from_numpy(shares[peer, others] / shares[peer, others].sum()).float()
-        theirs = vectors[others]
-        if case.method == "dimat":
-            picked = torch.from_numpy(draw.choice(parts[peer], min(COMPARED, len(parts[peer])), replace=False))
-            theirs = models.matched(own, theirs, load().train_x[picked])
-        correct = case.method in CORRECTED or case.method.endswith(", corrected")
-        target = CORRECTED.get(case.method, 0.0)
-        rule = Averaging(float(shares[peer, peer]), target, correct)
-        results.append(rule.combine(layout, own, part @ theirs, spreads[peer], part @ spreads[others]))
-    return torch.stack(results)
+    own = shares.diagonal()[:, None]
+    alone = own > 1 - 1e-6
+    theirs = (shares - torch.diag(own[:, 0])) / torch.where(alone, 1.0, 1 - own)
+    if seen is not None:
+        others = vectors.clone()
+        for peer, share in enumerate(theirs):
+            met = share > 0
+            if bool(met.any()):
+                others[peer] = share[met] @ models.matched(vectors[peer], vectors[met], seen[peer])
+    else:
+        others = theirs @ vectors
+    result = mix(vectors, others, own)
+    if case.method in TARGETS:
+        spreads = variances(layout, vectors)
+        result = restore_(layout, result, mix(spreads, theirs @ spreads, TARGETS[case.method]))
+    return torch.where(alone, vectors, result)
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import attrs
 import pytest
 import torch
-import trio
 
-from shoal.learning import exact
 from shoal.learning.peer import Peer
-from shoal.learning.reduce.codecs import resolve
 from shoal.learning.strategies.base import Strategy
 from shoal.node.node import Founding
-from shoal.sim.field import Churn, FieldCase, FieldResult, run_field
-from shoal.sim.field_links import Line, Links, cost
+from shoal.sim.field import FieldCase, FieldResult, run_field
+from shoal.sim.field_links import Line, Links
 from shoal.sim.world import Scenario, simulate
-from shoal.transport.errors import ConfigError
 from shoal.transport.memory_flow import Route
 
 from . import tiny
