@@ -135,7 +135,7 @@ def restore_(layout: Layout, vectors: Tensor, target: Tensor) -> Tensor:
 
 
 def _centred(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``part - mean``, mean and unbiased variance over the last dimension. (torch.var on the CPU is ten times slower.)"""
+    """``part - mean``, mean and unbiased variance over the last dimension; several times as fast as torch.var."""
     mean = part.mean(-1, keepdim=True)
     apart = part - mean
     return apart, mean, torch.linalg.vector_norm(apart, dim=-1, keepdim=True).square() / (part.shape[-1] - 1)

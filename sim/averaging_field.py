@@ -71,6 +71,7 @@ class Field:
     model: str = "tanh"
     own: float = 0.0
     exchanges: int = 1
+    decay: bool = True
 
     @property
     def label(self) -> str:
@@ -109,7 +110,8 @@ def run(case: Case) -> Outcome:
     data, parts = load(), _parts(field, case.seed)
     began = models.spread()
     accuracy, variance, worst = list[float](), list[float](), 0.0
-    for _ in range(field.rounds):
+    for round in range(field.rounds):
+        models.slow_down(1 - round / field.rounds if field.decay else 1.0)
         for step in range(field.steps):
             picked = torch.from_numpy(np.stack([draw.choice(part, field.batch) for part in parts]))
             models.step(data.train_x[picked], data.train_y[picked])
@@ -171,21 +173,21 @@ def averaged(case: Case, models: Models, shares: Tensor, seen: Tensor | None) ->
     """The states of all peers after an exchange; ``shares``: π; ``seen``: own samples of each, (peers, n, 64)."""
     vectors, layout = models.vectors(), models.layout
     own = shares.diagonal()[:, None]
-    alone = own > 1 - 1e-6
-    theirs = (shares - torch.diag(own[:, 0])) / torch.where(alone, 1.0, 1 - own)
-    if seen is not None:
-        others = vectors.clone()
-        for peer, share in enumerate(theirs):
-            met = share > 0
-            if bool(met.any()):
-                others[peer] = share[met] @ models.matched(vectors[peer], vectors[met], seen[peer])
+    # Who is alone in this exchange has a share of 1, and others' of 0.
+    theirs = (shares - torch.diag(own[:, 0])) / (1 - own).clamp(min=1e-6)
+    if seen is None:
+        result = shares @ vectors
     else:
-        others = theirs @ vectors
-    result = mix(vectors, others, own)
+        result = own * vectors
+        for peer, share in enumerate(shares):
+            met = [other for other in range(len(share)) if other != peer and share[other] > 0]
+            if met:
+                result[peer] += share[met] @ models.matched(vectors[peer], vectors[met], seen[peer])
     if case.method in TARGETS:
         spreads = variances(layout, vectors)
-        result = restore_(layout, result, mix(spreads, theirs @ spreads, TARGETS[case.method]))
-    return torch.where(alone, vectors, result)
+        target = mix(spreads, theirs @ spreads, TARGETS[case.method])
+        restore_(layout, result, torch.where(own < 1, target, spreads))
+    return result
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -213,11 +215,17 @@ class Models:
         ]
         self.load(torch.stack(rows))
         flat = [tensor for pair in self._parts for tensor in pair]
+        self._rate = field.rate if field.model == "tanh" else Digits.learning_rate
         self._optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(flat, lr=field.rate, momentum=field.momentum)
+            torch.optim.SGD(flat, lr=self._rate, momentum=field.momentum)
             if field.model == "tanh"
-            else torch.optim.AdamW(flat, lr=Digits.learning_rate)
+            else torch.optim.AdamW(flat, lr=self._rate)
         )
+
+    def slow_down(self, share: float) -> None:
+        """Go on with this share of the rate."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate * share
 
     def vectors(self) -> Tensor:
         """A copy of all states, (peers, size)."""
