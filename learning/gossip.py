@@ -1,9 +1,9 @@
 """Membership as a view that spreads by gossip: a small group per round, no roster that all must agree on.
 
 Every peer keeps, for each member it knows, the round in which it was last heard. Views are exchanged with random
-members every few seconds and merged by maximum. A round's group is a shared-seed shuffle of the view, so members with
-equal views agree on it without a word; where views differ for a moment, a peer is left alone for a round and loses
-nothing but the exchange.
+members every few seconds and merged by maximum. A round's groups are a function of the seed and the view (a shuffle, or
+what the run's topology says: :mod:`.topologies`), so members with equal views agree on them without a word; where views
+differ for a moment, a peer is left alone for a round and loses nothing but the exchange.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import trio
 from ..transport.errors import DecodeError, RemoteError, RemoteRefused
 from ..transport.identity import PeerId
 from ..transport.rpc import Call
-from . import defaults
+from . import defaults, topologies
 from .membership import Membership, Placement, certify
 from .rounds.decisions import group_of
 from .rounds.instance import Instance
@@ -159,7 +159,11 @@ class Gossip(Membership):
         if size == 1:
             self.placed = Placement(round, None, b"", (self.me,), known.index(self.me), len(known), ())
             return self.placed
-        voters, self._group = group_of(self.spec.seed, round, self.me, view, size)
+        if self.spec.topology:
+            asked = self.spec.group or self.run.strategy.group
+            voters, self._group = topologies.group_of(self.spec.topology, self.spec.seed, round, self.me, view, asked)
+        else:
+            voters, self._group = group_of(self.spec.seed, round, self.me, view, size)
         prev = self.run.run_id
         self.placed = Placement(
             round=round,

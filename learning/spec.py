@@ -25,6 +25,9 @@ MAX_AUDIT = 16.0
 #: Rounds of a trial, at most.
 MAX_ADMISSION = 1000
 
+#: Characters of a topology's text, likewise.
+MAX_TOPOLOGY = 64
+
 #: Characters of an aggregator's text, likewise.
 MAX_AGGREGATOR = 256
 
@@ -56,7 +59,8 @@ class RunSpec:
     fresh model. ``codec``: how contributions and results of rounds travel, where a strategy says nothing else.
     ``aggregator``: the rule that combines contributions, see docs/aggregation.md. ``audit``: slices at which each peer
     looks in a round, in the mean, see docs/audits.md; 0: none, and nothing is signed. ``admission``: rounds in which a
-    newcomer's work must be fit before it votes and has weight, see docs/byzantine.md; 0: it does at once.
+    newcomer's work must be fit before it votes and has weight, see docs/byzantine.md; 0: it does at once. ``topology``:
+    who meets whom in gossip, see :mod:`.topologies`; empty: random groups.
     """
 
     task: str
@@ -76,6 +80,7 @@ class RunSpec:
     aggregator: str = "mean"
     audit: float = 0.0
     admission: int = 0
+    topology: str = ""
 
 
 @attrs.frozen
@@ -108,6 +113,8 @@ class SignedSpec:
             raise BadSpec(f"run spec with the codec {spec.codec[:MAX_CODEC_NAME]!r}", peer=spec.founder.short)
         if not _is_plain(spec.aggregator, MAX_AGGREGATOR):
             raise BadSpec(f"run spec with the aggregator {spec.aggregator[:MAX_CODEC_NAME]!r}", peer=spec.founder.short)
+        if spec.topology and not _is_plain(spec.topology, MAX_TOPOLOGY):
+            raise BadSpec(f"run spec with the topology {spec.topology[:MAX_TOPOLOGY]!r}", peer=spec.founder.short)
         if any(c in spec.task for c in ":./\\"):
             # A spec only ever carries a display name. A name that looks importable is refused outright.
             raise BadSpec(

@@ -46,8 +46,11 @@ def check(topology: str) -> None:
                           f"{WITH_DEGREE[kind]}")  # fmt: skip
 
 
-def check_strategy(topology: str, strategy: str, replicated: bool) -> None:
-    """Raises :class:`ConfigError` when a run of ``strategy`` can have no ``topology``. Empty: none was asked for."""
+def check_strategy(topology: str, strategy: str, replicated: bool, group: int) -> None:
+    """Raises :class:`ConfigError` when a run of ``strategy`` can have no ``topology``. Empty: none was asked for.
+
+    ``replicated``, ``group``: of the strategy, see :class:`.strategies.base.Strategy`.
+    """
     if not topology:
         return
     check(topology)
@@ -56,6 +59,8 @@ def check_strategy(topology: str, strategy: str, replicated: bool) -> None:
             f"strategy {strategy} does its rounds with all peers, whose states are the same: a topology ({topology}) "
             "is for strategies that gossip, such as noloco"
         )
+    if group == 1:
+        raise ConfigError(f"strategy {strategy} exchanges nothing, along no topology ({topology})")
 
 
 def groups(topology: str, seed: int, round: int, peers: Sequence[PeerId], size: int) -> tuple[Groups, str]:

@@ -265,6 +265,11 @@ def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--min-peers", type=positive, metavar="N", help="begin once N peers are there (default 1)")
     run.add_argument("--group", type=count, metavar="N", help="peers in one group reduce (default 0: all of them)")
     run.add_argument(
+        "--topology", metavar="NAME",
+        help="who meets whom where peers gossip (noloco): random (default), all, grid, or pairs along the edges of a "
+        "ring, full, regular:DEGREE or barabasi-albert:EDGES",
+    )  # fmt: skip
+    run.add_argument(
         "--codec", metavar="NAME",
         help="how what is exchanged travels: fp32 (default), fp16, bf16, int8 (a quarter of the bytes), e3m0 (an "
         "eighth), topk:SHARE",

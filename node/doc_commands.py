@@ -170,6 +170,7 @@ def _render_spec(content: Content, run: bytes) -> str:
         ("mode", spec.mode),
         ("rounds", str(spec.rounds or "until stopped")),
         ("peers", f"at least {spec.min_peers}" + (f", in groups of {spec.group}" if spec.group else "")),
+        ("topology", spec.topology or "as the strategy has it"),
         ("codec", spec.codec),
         ("aggregator", spec.aggregator),
         ("audits", f"each peer looks at {spec.audit:g} slices a round" if spec.audit else "none"),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..learning import strategies, tasks
+from ..learning import strategies, tasks, topologies
 from ..transport.address import Address
 from ..transport.errors import ConfigError
 from ..transport.host import RealHost
@@ -86,6 +86,8 @@ def check_usage(options: argparse.Namespace) -> None:
         _check_task(options.task)
     if getattr(options, "strategy", None):
         strategies.check_name(options.strategy)
+    if getattr(options, "topology", None):
+        topologies.check(options.topology)
     parse_hosts(options.host, options.port or 0)
     parse_via(options.via)
     parse_export(options.export)
@@ -172,6 +174,7 @@ def conflicts(options: argparse.Namespace, spec: RunSpec, record: NodeRecord) ->
         ("--rounds", options.rounds, spec.rounds),
         ("--min-peers", options.min_peers, spec.min_peers),
         ("--group", options.group, spec.group),
+        ("--topology", options.topology, spec.topology),
         ("--codec", options.codec, spec.codec),
         ("--aggregator", options.aggregator, spec.aggregator),
         ("--audit", options.audit, spec.audit),
@@ -216,6 +219,7 @@ def _run(
             strategy_args=tuple(sorted(dict(options.strategy_args).items())),
             mode=options.mode or "available",
             group=options.group or 0,
+            topology=options.topology or "",
             codec=options.codec or "fp32",
             aggregator=options.aggregator or "mean",
             audit=options.audit,

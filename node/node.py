@@ -11,6 +11,7 @@ import trio
 from torch import Tensor
 
 from ..dht.kademlia.node import Dht
+from ..learning import topologies
 from ..learning.admission import admission_of
 from ..learning.checkpoints import Keeping, read_model
 from ..learning.events import Event, RoundReport, RunStatus, Standing
@@ -59,6 +60,7 @@ class Founding:
     rounds: int = 0
     seed: int = 0
     codec: str = "fp32"
+    topology: str = ""
     aggregator: str = "mean"
     audit: float | None = None
     admission: int | None = None
@@ -163,7 +165,10 @@ class Node:
             nursery.start_soon(self._until_stopped, nursery.cancel_scope)
             self.signed = await self._find_spec()
             spec = self.signed.open()
-            resolve_codec(spec.codec)  # of a newer version, perhaps: better said now than in the first round
+            # Of a newer version, perhaps: better said now than in the first round.
+            resolve_codec(spec.codec)
+            if spec.topology:
+                topologies.check(spec.topology)
             nursery.start_soon(self.dht.run)
             task = await self._load_task(spec)
             await self.host.run_blocking(lambda: self.store.blobs)
@@ -257,6 +262,7 @@ class Node:
         # Wrong arguments fail here, before anything is signed.
         strategy = resolve_strategy(founding.strategy, arguments)
         resolve_codec(founding.codec)
+        topologies.check_strategy(founding.topology, founding.strategy, strategy.replicated, strategy.group)
         model = self._trainer.model if self._trainer is not None else await self.host.run_blocking(task.model)
         name = title(task)
         if not is_task_name(name):
@@ -281,6 +287,7 @@ class Node:
             created=self.host.wall(),
             origin=origin,
             codec=founding.codec,
+            topology=founding.topology,
             aggregator=founding.aggregator,
             audit=audit_of(founding.audit, founding.aggregator, founding.codec),
             admission=admission_of(founding.admission, founding.aggregator, strategy.replicated),

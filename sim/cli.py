@@ -110,6 +110,10 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--set", metavar="NAME=VALUE", action="append", default=[], dest="strategy_args", type=cli.assignment,
         help="an argument of the strategy; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--topology", default="", metavar="NAME",
+        help="who meets whom where peers gossip: random (default), all, grid, ring, full, regular:4, barabasi-albert:2",
+    )  # fmt: skip
     parser.add_argument("--aggregator", default="mean", metavar="RULE", help="how contributions are combined (mean)")
     parser.add_argument(
         "--audit", type=float, metavar="N",

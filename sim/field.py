@@ -26,7 +26,6 @@ from ..learning.strategies import resolve as resolve_strategy
 from ..learning.strategies.base import Strategy
 from ..learning.task import Task, resolve, score
 from ..learning.tasks.digits import ALPHA, Digits
-from ..learning.worker import Worker
 from ..node.boundary import first_error
 from ..transport.errors import ConfigError
 from ..transport.identity import Identity, PeerId
@@ -35,6 +34,7 @@ from .determinism import run_virtual, seeded
 from .field_links import Links, transfer
 from .field_rounds import Meeting
 from .field_run import FieldRun
+from .field_worker import FieldWorker, Gym
 from .virtual import VirtualHost
 
 
@@ -66,7 +66,8 @@ class FieldCase:
     reduced, where the strategy says nothing else. ``slowness``: number of a peer → how many times as long its training
     takes. ``time_budget``: seconds to train in a round instead of steps, as in a run; the mean is weighted by samples.
     ``evaluate_every``: rounds; 0: only at both ends. ``local``: peers whose own models are evaluated, None: all.
-    ``first``: number of the first round, of which the order of a peer's samples follows.
+    ``first``: number of the first round, of which the order of a peer's samples follows. ``batched``: replicas that
+    train at the same time are computed in one call; the bits are the same (:mod:`.field_batch`).
     """
 
     strategy: str = "diloco"
@@ -86,6 +87,7 @@ class FieldCase:
     evaluate_every: int = 1
     local: int | None = None
     first: int = 1
+    batched: bool = True
     make_task: Callable[[], Task] | None = None
     make_strategy: Callable[[], Strategy] | None = None
 
@@ -169,7 +171,7 @@ class Field:
             self.strategy = resolve_strategy(
                 case.strategy, {**probe.recommended.get(case.strategy, {}), **dict(case.args)}
             )
-        topologies.check_strategy(case.topology, case.strategy, self.strategy.replicated)
+        topologies.check_strategy(case.topology, case.strategy, self.strategy.replicated, self.strategy.group)
         if case.peers < 1 or case.rounds < 0:
             raise ConfigError(f"a field of {case.peers} peers and {case.rounds} rounds")
         self.first, self.last = case.first, case.first + case.rounds - 1
@@ -192,6 +194,7 @@ class Field:
         self._ended: dict[int, _Ended] = {}
         self._points: list[FieldPoint] = []
         self._notes: list[tuple[float, int, str]] = []
+        self._gym = Gym(probe, case.batched)
         self._task_of_referee = probe
         self._referee = probe.model().eval()
         self._layout = Layout.of(self._referee)
@@ -225,7 +228,7 @@ class Field:
         case, me = self.case, self.ids[number]
         before = self.runs.get(number)
         host = VirtualHost(f"node{number}", self._network, seed=case.seed, slowness=self._slowness.get(number, 1.0))
-        trainer = Worker(host, self._task(), Shard(case.seed, me.key, 0, 0, 1))
+        trainer = FieldWorker(host, self._task(), Shard(case.seed, me.key, 0, 0, 1), host.slowness, self._gym)
         owned = before.peer.own_vectors() if before is not None else {}
         run = self.runs[number] = FieldRun(self, number, me, host, trainer, owned)
         if join:

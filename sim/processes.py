@@ -105,6 +105,7 @@ class Settings:
     audit: float | None
     admission: int | None
     mode: str
+    topology: str
     rounds: int
     seed: int
     folder: Path
@@ -243,6 +244,8 @@ class Swarm:
             arguments += ["--strategy", settings.strategy, "--mode", settings.mode, "--rounds", str(settings.rounds)]
             arguments += ["--min-peers", str(self.plan.first), "--seed", str(settings.seed)]
             arguments += ["--aggregator", settings.aggregator]
+            if settings.topology:
+                arguments += ["--topology", settings.topology]
             if settings.audit is not None:
                 arguments += ["--audit", f"{settings.audit:g}"]
             if settings.admission is not None:

@@ -19,6 +19,7 @@ import cattrs
 import trio
 from rich.console import Console
 
+from ..learning import topologies
 from ..node.boundary import first_error
 from ..node.cli import FAILED, OK
 from ..transport.errors import ConfigError
@@ -37,6 +38,8 @@ def simulate(options: argparse.Namespace) -> int:
     """Run the command. Returns the exit code; raises :class:`ConfigError` for arguments that make no swarm."""
     known = defaults.TASKS.get(options.task, defaults.OTHER_TASK)
     lonely = options.strategy == "local"
+    if options.topology:
+        topologies.check(options.topology)
     if lonely and (options.kill or options.late):
         raise ConfigError("with --strategy local nothing is exchanged: nobody can be killed in a round or join late")
     rounds = options.rounds or known.rounds * defaults.MORE_ROUNDS.get(options.strategy, 1)
@@ -63,6 +66,7 @@ def simulate(options: argparse.Namespace) -> int:
         audit=options.audit,
         admission=options.admission,
         mode=options.mode,
+        topology=options.topology,
         rounds=rounds,
         seed=options.seed,
         folder=folder,

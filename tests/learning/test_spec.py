@@ -99,5 +99,11 @@ def test_an_aggregator_that_is_no_short_printable_text_is_refused(aggregator: st
         SignedSpec.sign(FOUNDER, attrs.evolve(SPEC, aggregator=aggregator)).open()
 
 
+@pytest.mark.parametrize("topology", ["x" * 65, "\x1b[2Jring", "ring\n", "ｒｉｎｇ"])
+def test_a_topology_that_is_no_short_printable_name_is_refused(topology: str) -> None:
+    with pytest.raises(DecodeError, match="run spec with the topology"):
+        SignedSpec.sign(FOUNDER, attrs.evolve(SPEC, topology=topology)).open()
+
+
 def test_a_parameter_is_shown_with_its_shape_and_type() -> None:
     assert [str(parameter) for parameter in SPEC.parameters] == ["layer.weight 10x64 float32", "scale scalar float32"]

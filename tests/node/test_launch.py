@@ -11,7 +11,9 @@ from shoal.node.launch import conflicts
 from tests.learning.test_spec import SPEC
 
 RECORD = NodeRecord("ticket", "digits", "", 4001, founder=True)
-HELD = attrs.evolve(SPEC, aggregator="descent:f=1+mean", audit=1.0, admission=3, codec="int8", min_peers=3)
+HELD = attrs.evolve(
+    SPEC, aggregator="descent:f=1+mean", audit=1.0, admission=3, codec="int8", topology="ring", min_peers=3
+)
 
 
 @pytest.mark.parametrize(
@@ -19,6 +21,8 @@ HELD = attrs.evolve(SPEC, aggregator="descent:f=1+mean", audit=1.0, admission=3,
     [
         ([], []),
         (["--aggregator", "descent:f=1+mean", "--audit", "1", "--admission", "3", "--codec", "int8"], []),
+        (["--topology", "ring"], []),
+        (["--topology", "full"], ["--topology full (it has ring)"]),
         (["--aggregator", "median"], ["--aggregator median (it has descent:f=1+mean)"]),
         (["--audit", "0"], ["--audit 0.0 (it has 1.0)"]),
         (["--admission", "0"], ["--admission 0 (it has 3)"]),
