@@ -16,6 +16,9 @@ TRAIN_SLICE = 0.05
 #: Seconds of compute that one training step is modelled to take in virtual time, unless the task says otherwise.
 STEP_SECONDS = 0.05
 
+#: Bytes of a message to or from a training process at most: a traceback may be long. Vectors do not travel in them.
+APART_MESSAGE = 1 << 20
+
 # --- messages to people -----------------------------------------------------------------------------------------------
 
 #: Differing parameters named in full when a model does not match the run's; the rest are counted.

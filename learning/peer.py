@@ -41,7 +41,14 @@ class Trainer(Protocol):
 
     def set_shard(self, shard: Shard) -> None: ...
     def reset_optimizer(self) -> None: ...
-    async def train(self, steps: int | None = None, seconds: float | None = None) -> TrainResult: ...
+    async def train(
+        self,
+        steps: int | None = None,
+        seconds: float | None = None,
+        *,
+        rate: float | None = None,
+        drift: Tensor | None = None,
+    ) -> TrainResult: ...
     async def gradient(self) -> tuple[Tensor, TrainResult]: ...
     async def apply(self, gradient: Tensor) -> None: ...
     async def weights(self, out: Tensor | None = None) -> Tensor: ...
@@ -196,20 +203,28 @@ class Peer:
         """The task's optimiser as state to :meth:`keep`."""
         optimizer = getattr(self._trainer, "optimizer", None)
         if optimizer is None:
-            raise ConfigError("this strategy needs the task's optimiser, which an own training loop keeps to itself")
+            raise ConfigError(
+                "this strategy needs the task's optimiser, which an own training loop or process keeps to itself"
+            )
         self.shares_optimizer = True
         return OptimizerState(optimizer)
 
-    async def train(self, steps: int) -> None:
-        """Train ``steps`` steps, or for the run's time budget; ends early when the round was decided without us."""
+    async def train(self, steps: int, *, rate: float | None = None, drift: Tensor | None = None) -> int:
+        """Train ``steps`` steps, or for the run's time budget; ends early when the round was decided without us.
+
+        ``rate``: plain gradient descent with this learning rate, instead of the task's optimiser. ``drift``: a vector
+        that is added to every gradient. Returns the steps taken: 0 when it ended early.
+        """
         budget = self._run.time_budget
+        result: TrainResult | None = None
         with trio.CancelScope() as scope:
             self._run.when_decided(scope.cancel)
             if budget is None:
-                result = await self._trainer.train(steps=steps)
+                result = await self._trainer.train(steps=steps, rate=rate, drift=drift)
             else:
-                result = await self._trainer.train(seconds=budget)
+                result = await self._trainer.train(seconds=budget, rate=rate, drift=drift)
             self._count(result)
+        return 0 if result is None else result.steps
 
     async def gradient(self) -> Tensor:
         """The gradient of one batch at the present weights: flat, zero for buffers."""
@@ -279,6 +294,8 @@ class Round:
 
     def __init__(self, run: Conduct, group: Group) -> None:
         self._run, self.index, self.group = run, group.round, group
+        #: Whose contributions the results are made of, once there is one.
+        self.members: tuple[bytes, ...] = ()
 
     def sample(self, count: int) -> tuple[bytes, ...]:
         """``count`` of the peers of this round (all, if there are fewer), in canonical order: the same on all of them,

@@ -108,6 +108,7 @@ class Run:
         self._flipped: dict[int, None] = {}
         self._strategy_scope = trio.CancelScope()
         self._adopted = False
+        self._open: Round | None = None
         self._metric: float | None = None
         self._metric_name = metric_name(task, {})
         self._loss: float | None = None
@@ -256,7 +257,9 @@ class Run:
         if place.round in self.faults.flip and place.round not in self._flipped:
             self._flipped[place.round] = None
             await self.trainer.load(with_a_bit_turned(await self.trainer.weights(), self.me.key))
-        return Round(self, Group(place.round, self.me.key, tuple(peer.key for peer in place.voters), place.prev))
+        peers = tuple(peer.key for peer in place.voters)
+        self._open = Round(self, Group(place.round, self.me.key, peers, place.prev))
+        return self._open
 
     def _make_instance(self) -> Instance:
         setting = setting_of(self, self._worked, self._snapshots.size)
@@ -300,6 +303,8 @@ class Run:
             raise OutOfStep(f"the result of round {commit.record.round} cannot be had any more")
         if self.me not in commit.record.members and plan is not None and plan.layout != given.layout:
             raise OutOfStep(f"we reduced other tensors: {given.layout} instead of {plan.layout}")
+        if self._open is not None:
+            self._open.members = tuple(peer.key for peer in commit.record.members)
         self._committed(commit.record.round, instance, instance.voter.attempt + (plan.epoch if plan else 0))
         return result
 

@@ -41,6 +41,14 @@ class _Tally:
     loss: float = 0.0
 
 
+@attrs.frozen
+class _Descent:
+    """How steps are taken: the optimiser, and what is added to each parameter's gradient before."""
+
+    optimizer: torch.optim.Optimizer
+    drifts: list[tuple[nn.Parameter, Tensor]]
+
+
 class Worker:
     """Owns a task's model, optimiser and stream of batches.
 
@@ -81,18 +89,27 @@ class Worker:
         # Only noted here: the worker thread may be drawing from the old one at this moment.
         self._wanted = shard
 
-    async def train(self, steps: int | None = None, seconds: float | None = None) -> TrainResult:
+    async def train(
+        self,
+        steps: int | None = None,
+        seconds: float | None = None,
+        *,
+        rate: float | None = None,
+        drift: Tensor | None = None,
+    ) -> TrainResult:
         """Take ``steps`` optimiser steps, or as many as begin within ``seconds``, or whichever ends first.
 
-        A loss that is NaN or infinite is reported in the result, not raised. Cancelled, it stops at the end of the
-        running slice (about ``defaults.TRAIN_SLICE`` seconds, at least one step); the steps taken stay taken.
+        ``rate``: steps of plain gradient descent with this learning rate instead of the task's optimiser, whose state
+        stays as it is. ``drift``: flat float32 vector ``(layout.size,)`` that is added to every gradient. A loss that
+        is NaN or infinite is reported in the result, not raised. Cancelled, it stops at the end of the running slice
+        (about ``defaults.TRAIN_SLICE`` seconds, at least one step); the steps taken stay taken.
         """
         if steps is None and seconds is None:
             raise ProtocolMisuse("train() needs a number of steps or of seconds")
         if self._training:
             raise ProtocolMisuse("train() is already running on this worker")
         self._training = True
-        tally = _Tally()
+        tally, descent = _Tally(), self._descent(rate, drift)
         start = self._host.now()
         try:
             while True:
@@ -100,7 +117,7 @@ class Worker:
                 time_left = math.inf if seconds is None else start + seconds - self._host.now()
                 if left <= 0 or time_left <= 0:
                     break
-                await self._train_slice(tally, min(left, self._slice_steps(time_left)))
+                await self._train_slice(tally, min(left, self._slice_steps(time_left)), descent)
         finally:
             self._training = False
         mean = tally.loss / tally.samples if tally.samples else math.nan
@@ -224,10 +241,10 @@ class Worker:
             return 1
         return max(1, int(min(defaults.TRAIN_SLICE, time_left) / self.step_seconds))
 
-    async def _train_slice(self, tally: _Tally, steps: float) -> None:
+    async def _train_slice(self, tally: _Tally, steps: float, descent: _Descent) -> None:
         count = int(steps)
         start = self._host.now()
-        await self._compute(count * self.task.step_seconds, self._steps, count, tally)
+        await self._compute(count * self.task.step_seconds, self._steps, count, tally, descent)
         measured = (self._host.now() - start) / count
         # The first step pays for allocations and loading the data; a mean that started there would recover slowly.
         self.step_seconds = (
@@ -243,13 +260,24 @@ class Worker:
         exact.flush_denormals()
         return fn(*args)
 
-    def _steps(self, count: int, tally: _Tally) -> None:
+    def _descent(self, rate: float | None, drift: Tensor | None) -> _Descent:
+        optimizer = self.optimizer if rate is None else torch.optim.SGD(self.model.parameters(), lr=rate)
+        pairs: list[tuple[nn.Parameter, Tensor]] = []
+        if drift is not None:
+            values = unflatten(self.layout, drift)
+            pairs = [(p, values[name].to(p)) for name, p in self.model.named_parameters() if p.requires_grad]
+        return _Descent(optimizer, pairs)
+
+    def _steps(self, count: int, tally: _Tally, descent: _Descent) -> None:
         self.model.train()
         losses: list[Tensor] = []
         for _ in range(count):
-            self.optimizer.zero_grad(set_to_none=True)
+            descent.optimizer.zero_grad(set_to_none=True)
             losses.append(self._backward(tally))
-            self.optimizer.step()
+            for parameter, drift in descent.drifts:
+                if parameter.grad is not None:
+                    parameter.grad.add_(drift)
+            descent.optimizer.step()
         self._accumulate(losses, tally)
 
     def _backward(self, tally: _Tally) -> Tensor:

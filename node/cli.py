@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ..learning.strategies import names as strategy_names
 from ..transport.errors import ConfigError, ShoalError
 
 #: Exit codes, also in `shoal --help`.
@@ -247,7 +248,7 @@ def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     parser.add_argument("task", nargs="?", metavar="TASK", help="a built-in task (digits, stdlib) or module:Class")
     run = parser.add_argument_group("the run (fixed once it is founded)")
-    run.add_argument("--strategy", metavar="NAME", help="diloco (default), noloco, allreduce or local")
+    run.add_argument("--strategy", metavar="NAME", help=f"diloco (default), or one of {strategy_names()}")
     run.add_argument(
         "--set", metavar="NAME=VALUE", action="append", default=[], dest="strategy_args", type=assignment,
         help="an argument of the strategy, for instance inner_steps=50; may be repeated",
@@ -320,6 +321,10 @@ def _add_node_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CPU threads for training (default: $OMP_NUM_THREADS, or all cores but one)",
     )
+    node.add_argument(
+        "--train-apart", action="store_true",
+        help="train in a process of its own: for models with steps of a few ms, which a busy network would slow down",
+    )  # fmt: skip
     node.add_argument(
         "--time-budget", type=_seconds, metavar="SECONDS",
         help="train at most this long per round; the mean is weighted by samples, so slow machines take part",

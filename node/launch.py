@@ -243,6 +243,7 @@ def _run(
         traversal=Traversal(turn=parse_turn(options.turn)),
         map_port=not options.no_port_mapping,
         device=device,
+        train_apart=options.train_apart,
         time_budget=options.time_budget,
         evaluate_every=options.evaluate_every,
         faults=parse_faults(options.fault),

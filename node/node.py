@@ -13,6 +13,7 @@ from torch import Tensor
 from ..dht.kademlia.node import Dht
 from ..learning import topologies
 from ..learning.admission import admission_of
+from ..learning.apart import Apart
 from ..learning.checkpoints import Keeping, read_model
 from ..learning.events import Event, RoundReport, RunStatus, Standing
 from ..learning.faults import Faults
@@ -21,6 +22,7 @@ from ..learning.placing import audit_of, rule_of
 from ..learning.reduce.codecs import resolve as resolve_codec
 from ..learning.run import Run
 from ..learning.rundocs import RunDocuments
+from ..learning.shard import Shard
 from ..learning.spec import BadSpec, RunSpec, SignedSpec, is_task_name
 from ..learning.store import RunStore
 from ..learning.strategies import resolve as resolve_strategy
@@ -74,10 +76,11 @@ class NodeConfig:
     for memory only; a run found there is resumed. ``documents``: the database of the run's documents, likewise.
     ``task``: as named on this machine, empty for the built-in one that the run names. ``founding`` or ``ticket``: one
     of them unless ``folder`` holds a run. ``psk``: 32 bytes, the key of a private swarm to found (a ticket brings its
-    own). ``via``: addresses of relays and other peers to begin with. ``traversal``: how to get through NATs, None: not
-    at all; ``map_port``: ask the router for a port. ``snapshot``: of an earlier life's DHT. ``version``: of this
-    program, for others to see. ``linger``: seconds to stay, at most, for others that are not finished yet.
-    ``keeping``: which states stay on disk. ``origin``: a model file that the run to found begins with.
+    own). ``train_apart``: train in a process of its own. ``via``: addresses of relays and other peers to begin with.
+    ``traversal``: how to get through NATs, None: not at all; ``map_port``: ask the router for a port. ``snapshot``: of
+    an earlier life's DHT. ``version``: of this program, for others to see. ``linger``: seconds to stay, at most, for
+    others that are not finished yet. ``keeping``: which states stay on disk. ``origin``: a model file that the run to
+    found begins with.
     """
 
     bind: tuple[Address, ...] = ()
@@ -92,6 +95,7 @@ class NodeConfig:
     traversal: Traversal | None = None
     map_port: bool = False
     device: str = "cpu"
+    train_apart: bool = False
     time_budget: float | None = None
     evaluate_every: int = 1
     faults: Faults = attrs.field(factory=Faults)
@@ -172,6 +176,9 @@ class Node:
             nursery.start_soon(self.dht.run)
             task = await self._load_task(spec)
             await self.host.run_blocking(lambda: self.store.blobs)
+            trainer = self._trainer
+            if self.config.train_apart:
+                trainer = await nursery.start(self._train_apart, task, spec)
             run = Run(
                 self.endpoint,
                 self.dht,
@@ -185,7 +192,7 @@ class Node:
                 faults=self.config.faults,
                 # Addresses that have answered already would only be dialled a second time.
                 bootstrap=() if len(self.dht.table) else self._bootstrap(),
-                trainer=self._trainer,
+                trainer=trainer,
                 keeping=self.config.keeping,
                 origin=self._origin,
             )
@@ -203,6 +210,12 @@ class Node:
             await self.documents.leave()
             nursery.cancel_scope.cancel()
         self.outcome = self.outcome or "left"
+
+    async def _train_apart(self, task: Task, spec: RunSpec, *, task_status: trio.TaskStatus[Trainer]) -> None:
+        shard = Shard(spec.seed, self.identity.peer_id.key, 0, 0, 1)
+        async with Apart.open(task, self.config.task or spec.task, shard, self.config.device) as trainer:
+            task_status.started(trainer)
+            await trio.sleep_forever()
 
     def stop(self) -> None:
         """Say goodbye and end: :meth:`run` returns within about :data:`defaults.GOODBYE` seconds."""

@@ -149,11 +149,21 @@ class OwnLoop:
             self._jobs.clear()
             self._changed.notify_all()
 
-    async def train(self, steps: int | None = None, seconds: float | None = None) -> TrainResult:
+    async def train(
+        self,
+        steps: int | None = None,
+        seconds: float | None = None,
+        *,
+        rate: float | None = None,
+        drift: Tensor | None = None,
+    ) -> TrainResult:
         """Wait until the loop has taken ``steps`` steps, or those it begins within ``seconds``.
 
+        Raises :class:`ConfigError` for a ``rate`` or ``drift``: how the loop takes its steps is its own affair.
         The mean loss is 0 if the loop reports none. Cancelled, the loop stops at its next step; steps stay taken.
         """
+        if rate is not None or drift is not None:
+            raise ConfigError("this strategy takes the steps of training itself, which an own training loop does")
         self._initial = None
         done = trio.Event()
         began = trio.current_time()

@@ -137,6 +137,12 @@ gloo            torch.distributed.all_reduce with a rank killed in its middle: t
 """
 
 
+OVERLAP = """\
+Streaming DiLoCo on real nodes over loopback: what a step of training takes while a third of the model is being reduced,
+and while nothing is; with training in the node's process, and in a process of its own (--train-apart).
+"""
+
+
 SOAK = """\
 Real nodes, everything but the command line, that reduce vectors of 4 KiB to 1 MiB, round after round, in strict mode.
 About once a second one of them is killed with SIGKILL, stopped for 2 s, or started again with its key and its folder.
@@ -291,6 +297,16 @@ def arguments() -> argparse.ArgumentParser:
     weighing.add_argument("--mb", type=numbers, default=(64,), metavar="N,…", help="MiB of the tensor (default: 64)")
     weighing.add_argument("--runs", type=int, default=5, metavar="N", help="rounds (default: 5)")
     weighing.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the rows to FILE")
+    hiding = commands.add_parser(
+        "overlap", help="training while a fragment is under way", description=OVERLAP, formatter_class=shape
+    )
+    hiding.add_argument("--peers", type=several, default=(2,), metavar="N", help="processes (default: 2)")
+    hiding.add_argument(
+        "--step-ms", type=numbers, default=(2, 5, 10, 30), metavar="N,…", help="of a step (default: 2,5,10,30)"
+    )
+    hiding.add_argument("--rounds", type=int, default=16, metavar="N", help="fragments of a run (default: 16)")
+    hiding.add_argument("--runs", type=int, default=3, metavar="N", help="runs per case (default: 3)")
+    hiding.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the rows to FILE")
     for command in (two, three, four, five):
         command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
         command.add_argument(
@@ -340,6 +356,7 @@ def main() -> int:
         kill,
         link,
         memory,
+        overlap,
         rpc,
         soak,
         topology,
@@ -359,6 +376,7 @@ def main() -> int:
         "blobs": blobs.run,
         "kill": kill.run,
         "memory": memory.run,
+        "overlap": overlap.run,
         "soak": soak.run,
         "codecs": codecs.run,
         "topology": topology.run,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ..learning.strategies import names as strategy_names
 from ..node import cli
 from ..node.cli import command, count, positive
 
@@ -36,6 +37,16 @@ that a peer sends. What computing takes is not part of the virtual time.
 
 Exits 0 only if everybody is in the last round and it takes at most the least time that the uplinks allow (the optimum
 of the slice planner, without latency) divided by 0.9, with unequal uplinks times 1.1.
+"""
+
+STRATEGIES_EPILOG = """\
+Real strategies, training, codecs and data in virtual time; lines and the bytes of reduces are modelled. All methods
+train the same number of steps on each peer. The target is nine tenths of the way that data parallel training comes.
+
+examples:
+  shoal lab strategies --seeds 2 --lines home              a first look: minutes
+  shoal lab strategies --plot strategies.png               everything on digits
+  shoal lab strategies --task stdlib-small --peers 4 --steps 150 --methods diloco,streaming,async
 """
 
 BYZANTINE_EPILOG = """\
@@ -104,7 +115,7 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--peers", type=positive, default=8, metavar="N", help="node processes, late ones included (8)")
     parser.add_argument("--task", default="digits", metavar="NAME", help="a built-in task or module:Class (digits)")
     parser.add_argument(
-        "--strategy", default="diloco", metavar="NAME", help="diloco (default), noloco, allreduce, local"
+        "--strategy", default="diloco", metavar="NAME", help=f"diloco (default), or one of {strategy_names()}"
     )
     parser.add_argument(
         "--set", metavar="NAME=VALUE", action="append", default=[], dest="strategy_args", type=cli.assignment,
@@ -173,6 +184,7 @@ def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
     _add_reduce(trials)
     _add_byzantine(trials)
+    _add_strategies(trials)
     dht = command(
         trials, "dht", "thousands of nodes of the DHT in virtual time, and whether lookups find what they should",
         ".lab_dht:dht", package=__package__, epilog=DHT_EPILOG,
@@ -250,6 +262,31 @@ def _add_byzantine(trials: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--processes", type=positive, metavar="N", help="runs at a time (one for each core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw heat-maps")
+
+
+def _add_strategies(trials: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = command(
+        trials, "strategies", "ways of learning together: loss against bytes and against time, on all kinds of lines",
+        ".lab_strategies:strategies", package=__package__, epilog=STRATEGIES_EPILOG,
+    )  # fmt: skip
+    parser.add_argument(
+        "--methods", type=_list, metavar="A,B", help="strategies, with arguments: 'diloco streaming:bits=4,overlap=2'"
+    )
+    parser.add_argument("--task", type=_names, default=("digits",), metavar="A,B", help="built-in tasks (digits)")
+    parser.add_argument(
+        "--alpha", type=_alphas, default=(None, 0.1), metavar="A,B",
+        help="how the classes of digits are spread over peers: Dirichlet concentrations, `iid` (iid,0.1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lines", type=_names, default=("datacentre", "home", "mixed"), metavar="A,B",
+        help="kinds of lines and machines (datacentre,home,mixed)",
+    )  # fmt: skip
+    parser.add_argument("--peers", type=positive, default=8, metavar="N", help="peers (8)")
+    parser.add_argument("--steps", type=positive, default=600, metavar="N", help="training steps of each peer (600)")
+    parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="runs of each case (5)")
+    parser.add_argument("--processes", type=positive, metavar="N", help="runs at a time (one for each core)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every point of every run as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw loss against bytes and against time")
 
 
 def _liars(text: str) -> tuple[int, str]:

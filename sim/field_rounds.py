@@ -301,6 +301,8 @@ class FieldExchange:
             self._run.field.count(holder, size)
             await trio.sleep(transfer(size, meeting.lines[holder], meeting.lines[me]))
         given.coding.settle(me in meeting.members)
+        if self._run.opened is not None:
+            self._run.opened.members = tuple(peer.key for peer in meeting.members)
         for handle in self._handles:
             self._hand_over(handle)
         self._over.set()

@@ -41,6 +41,7 @@ class FieldRun:
         self.loss: float | None = None
         self.scope = trio.CancelScope()
         self.done = self._open = False
+        self.opened: Round | None = None
 
     @property
     def nursery(self) -> trio.Nursery:
@@ -83,7 +84,9 @@ class FieldRun:
         self.trainer.set_shard(Shard(self.field.case.seed, self.me.key, round, place.index, place.count))
         self.exchange, self._open = FieldExchange(self, place.meeting), True
         prev = hashlib.blake2b(f"{self.field.case.seed} {round - 1}".encode(), digest_size=32).digest()
-        return Round(self, Group(round, self.me.key, tuple(peer.key for peer in place.meeting.everybody), prev))
+        peers = tuple(peer.key for peer in place.meeting.everybody)
+        self.opened = Round(self, Group(round, self.me.key, peers, prev))
+        return self.opened
 
     def open_exchange(self, round: int) -> FieldExchange:
         """The exchange of ``round``. Raises :class:`ConfigError` when that is not the round we are in."""

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-import signal
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import attrs
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..learning.aggregate import resolve as resolve_rule
@@ -26,6 +21,7 @@ from .attacks import ATTACKS
 from .attacks import resolve as resolve_attack
 from .byzantine_field import Case, Field, Outcome, run
 from .outputs import check_outputs, save_figure, write_text
+from .sweep import run_all
 
 #: Rules of a sweep, without f. The mean, and the mean of vectors of equal length, are what all others must beat.
 RULES = (
@@ -41,10 +37,6 @@ NONE = "none"
 UNDER_ATTACK, UNATTACKED = 2.0, 1.0
 #: Points by which Flag must beat the mean under attacks by length, as far as such attacks were made.
 FLAG_GAIN, BY_LENGTH = 50.0, ("gaussian", "reverse")
-
-
-#: Seconds between two words of progress where no terminal shows it.
-TELL_EVERY = 60.0
 
 
 @attrs.frozen
@@ -255,7 +247,7 @@ def sweep_over(
                     case = Case(field, text, "" if attack == NONE else attack, active, seed)
                     # Without liars a run is the same however many there might be.
                     cases.setdefault(case, []).append((index, rule, attack))
-    outcomes = _run_all(list(cases), processes or os.cpu_count() or 1, console)
+    outcomes = run_all(run, list(cases), processes, console)
     gathered: list[dict[tuple[str, str], list[Outcome]]] = [{} for _ in plan]
     for case, places in cases.items():
         for index, rule, attack in places:
@@ -293,51 +285,6 @@ def _cell(outcomes: Sequence[Outcome]) -> Cell:
     if qualities:
         quality = statistics.fmean(q[0] for q in qualities), statistics.fmean(q[1] for q in qualities)
     return Cell(tuple(100 * o.accuracy for o in outcomes), quality, sum(o.skipped for o in outcomes))
-
-
-def _run_all(cases: Sequence[Case], processes: int, console: Console | None) -> dict[Case, Outcome]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=console is None or not console.is_terminal) as progress:
-        task = progress.add_task("training", total=len(cases))
-        found: dict[Case, Outcome] = {}
-        began = told = time.monotonic()
-
-        def note(case: Case, outcome: Outcome) -> None:
-            nonlocal told
-            found[case] = outcome
-            progress.advance(task)
-            now = time.monotonic()
-            if console is not None and not console.is_terminal and now - told > TELL_EVERY:
-                told, left = now, (now - began) * (len(cases) / len(found) - 1.0)
-                console.print(f"{len(found)} of {len(cases)} runs; about {left / 60:.0f} minutes left")
-
-        if processes == 1:
-            for case in cases:
-                note(case, run(case))
-            return found
-        # Not forked: torch's threads do not survive that. Leaving the block ends all of them, whatever they do.
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(min(processes, len(cases)), _end_with_the_parent) as pool:
-            for case, outcome in pool.imap_unordered(_run_one, cases):
-                note(case, outcome)
-        return found
-
-
-def _run_one(case: Case) -> tuple[Case, Outcome]:
-    return case, run(case)
-
-
-def _end_with_the_parent() -> None:
-    """In a process of the pool: Ctrl-C is for the parent alone, and when that is gone, nobody waits for us."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def tables(sweep: Sweep, block: Block, width: int) -> list[Table]:

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 #: Strategies that a run spec may name.
 BUILTIN: Mapping[str, tuple[str, str]] = {
     "diloco": (".diloco", "DiLoCo"),
+    "streaming": (".streaming", "StreamingDiLoCo"),
+    "async": (".async_diloco", "AsyncDiLoCo"),
+    "co2": (".co2", "CO2"),
     "noloco": (".noloco", "NoLoCo"),
+    "fedavg": (".fedavg", "FedAvg"),
+    "scaffold": (".scaffold", "Scaffold"),
     "allreduce": (".allreduce", "AllReduce"),
     "local": (".local", "Local"),
     "gossip": (".averaging", "Gossip"),
@@ -22,10 +27,15 @@ BUILTIN: Mapping[str, tuple[str, str]] = {
 }
 
 
+def names() -> str:
+    """All of them, for people; needs no torch."""
+    return ", ".join(sorted(BUILTIN))
+
+
 def check_name(name: str) -> None:
     """Raises :class:`ConfigError` for a name that is none of these; needs no torch."""
     if name not in BUILTIN:
-        raise ConfigError(f"unknown strategy {name!r}: built-in strategies are {', '.join(sorted(BUILTIN))}")
+        raise ConfigError(f"unknown strategy {name!r}: built-in strategies are {names()}")
 
 
 def resolve(name: str, args: Mapping[str, float]) -> Strategy:

@@ -29,6 +29,11 @@ class Strategy(ABC):
     async def run(self, peer: Peer) -> None:
         """Train until ``peer.rounds()`` ends. When membership is lost: cancelled, begun anew from a committed state."""
 
+    @property
+    def round_steps(self) -> int:
+        """Steps of training in one round."""
+        return int(getattr(self, "inner_steps", 1))
+
     @classmethod
     def configure(cls, name: str, args: Mapping[str, float]) -> Self:
         """Build from ``(name, value)`` pairs. Raises :class:`ConfigError` naming an unknown or unusable parameter."""
@@ -72,3 +77,9 @@ def switch(instance: object, attribute: attrs.Attribute[Any], value: int) -> Non
     """Attrs validator: 0 (off) or 1 (on)."""
     if value not in (0, 1):
         raise ValueError(f"{attribute.name} must be 0 or 1, got {value}")
+
+
+def not_negative(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
+    """Attrs validator: zero or more."""
+    if not value >= 0:
+        raise ValueError(f"{attribute.name} must not be negative, got {value}")

@@ -58,6 +58,7 @@ KINDS = {
     "victim": "victim:KillPeer",
     "soaker": "soaker:Soaker",
     "blobs": "blobs:BlobPeer",
+    "overlapper": "overlap:Overlapper",
     **{
         f"{system}-{end.lower()}": f"systems.{module}:{name}{end}"
         for system, module, name in (

@@ -1,4 +1,4 @@
-"""The light world of many peers: the bits of the full protocol, its times and bytes, and what strategies lean on."""
+"""The light world of many peers: bits of the full protocol, its times and bytes, and what strategies may rely on."""
 
 from __future__ import annotations
 
