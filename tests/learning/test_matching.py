@@ -19,7 +19,8 @@ def net(act: type[nn.Module], seed: int, bias: bool = True) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(
-            nn.Flatten(), nn.Linear(20, 30, bias=bias), act(), nn.Dropout(0.5), nn.Linear(30, 25), act(), nn.Linear(25, 4)
+            nn.Flatten(), nn.Linear(20, 30, bias=bias), act(), nn.Dropout(0.5), nn.Linear(30, 25), act(),
+            nn.Linear(25, 4),
         ).eval()  # fmt: skip
 
 
