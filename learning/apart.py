@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,10 +30,11 @@ from ..transport import deadlines
 from ..transport.errors import ConfigError, DecodeError, LocalError
 from ..transport.wire import pack, unpack
 from . import defaults
+from .directions import Direction, Move
 from .shard import Shard
 from .state import Layout
 from .task import Task
-from .worker import TrainResult
+from .worker import Part, TrainResult
 
 What = Literal["train", "gradient", "apply", "weights", "load", "evaluate", "reset", "sync"]
 
@@ -70,6 +71,25 @@ class Cancel:
 
 
 @attrs.frozen
+class Look:
+    """To the child: see :meth:`.worker.Worker.probe`."""
+
+    look: int
+    directions: tuple[Direction, ...]
+    eps: float
+    sides: tuple[int, ...]
+    part: Part | None
+
+
+@attrs.frozen
+class Descend:
+    """To the child: move the parameters."""
+
+    descend: int
+    moves: tuple[Move, ...]
+
+
+@attrs.frozen
 class Turn:
     """To the child: take batches from ``shard``."""
 
@@ -78,7 +98,8 @@ class Turn:
 
 @attrs.frozen
 class Done:
-    """From the child. ``loss``: None for one that is not finite. ``values``: of an evaluation, likewise."""
+    """From the child. ``loss``: None for one that is not finite. ``values``: of an evaluation; ``losses``: of looks;
+    likewise."""
 
     id: int
     steps: int = 0
@@ -86,6 +107,7 @@ class Done:
     loss: float | None = None
     seconds: float = 0.0
     values: dict[str, float | None] = attrs.field(factory=dict)
+    losses: tuple[tuple[float | None, ...], ...] = ()
 
 
 @attrs.frozen
@@ -99,7 +121,7 @@ class Failed:
 
 @attrs.frozen
 class ToChild:
-    message: Do | Cancel | Turn
+    message: Do | Cancel | Turn | Look | Descend
 
 
 @attrs.frozen
@@ -109,6 +131,11 @@ class FromChild:
 
 class TrainingFailed(LocalError):
     """A hook of the task raised in the training process, or the process is gone."""
+
+
+def id_of(do: Do | Look | Descend) -> int:
+    """What the answer to ``do`` is called."""
+    return do.look if isinstance(do, Look) else do.descend if isinstance(do, Descend) else do.id
 
 
 def framed(message: object) -> bytes:
@@ -234,6 +261,16 @@ class Apart:
             done = await self._with_vector("evaluate", vector)
         return {name: _number(value) for name, value in done.values.items()}
 
+    async def probe(
+        self, directions: Sequence[Direction], eps: float, sides: Sequence[int], part: Part | None = None
+    ) -> tuple[list[tuple[float, ...]], TrainResult]:
+        await self._prepare()
+        done = await self._ask(Look(next(self._ids), tuple(directions), eps, tuple(sides), part))
+        return [tuple(_number(loss) for loss in each) for each in done.losses], _result(done)
+
+    async def descend(self, moves: Sequence[Move]) -> None:
+        await self._ask(Descend(next(self._ids), tuple(moves)))
+
     # -- messages -------------------------------------------------------------------------------------------
 
     async def _prepare(self) -> None:
@@ -256,12 +293,12 @@ class Apart:
         found = torch.from_numpy(np.array(self._shared[self.layout.size :]))
         return found if out is None else out.copy_(found)
 
-    async def _ask(self, do: Do) -> Done:
+    async def _ask(self, do: Do | Look | Descend) -> Done:
         await self._send_do(do)
-        return await self._answer(do.id)
+        return await self._answer(id_of(do))
 
-    async def _send_do(self, do: Do) -> None:
-        self._waiting[do.id] = trio.Event()
+    async def _send_do(self, do: Do | Look | Descend) -> None:
+        self._waiting[id_of(do)] = trio.Event()
         await self._send(framed(ToChild(do)))
 
     async def _send(self, data: bytes) -> None:

@@ -8,6 +8,7 @@ import sys
 import traceback
 from typing import BinaryIO
 
+import attrs
 import numpy as np
 import torch
 import trio
@@ -16,7 +17,7 @@ from ..transport.errors import ConfigError
 from ..transport.host import RealHost
 from ..transport.wire import unpack
 from . import defaults, exact
-from .apart import Cancel, Do, Done, Failed, FromChild, Setup, ToChild, Turn, framed
+from .apart import Cancel, Descend, Do, Done, Failed, FromChild, Look, Setup, ToChild, Turn, framed, id_of
 from .task import resolve
 from .worker import TrainResult, Worker
 
@@ -64,6 +65,8 @@ class _Child:
                     case Cancel():
                         if message.cancel in self._training:
                             self._training[message.cancel].cancel()
+                    case Look() | Descend():
+                        await self._do(message, None, trio.CancelScope())
                     case Do():
                         # In the order in which they came; only training goes on while others are done.
                         vector = (
@@ -84,22 +87,29 @@ class _Child:
                 self._fail(id, error)
         return self._worker
 
-    async def _do(self, do: Do, vector: torch.Tensor | None, scope: trio.CancelScope) -> None:
-        worker = self._made(do.id)
+    async def _do(self, do: Do | Look | Descend, vector: torch.Tensor | None, scope: trio.CancelScope) -> None:
+        id = id_of(do)
+        worker = self._made(id)
         if worker is None:
             return
-        done = Done(do.id)
+        done = Done(id)
         try:
             with scope:
                 done = await self._done(worker, do, vector)
         except Exception as error:  # noqa: BLE001  # boundary: hooks of the user, told to the node
-            self._fail(do.id, error)
+            self._fail(id, error)
         else:
             self._sink.write(framed(FromChild(done)))
         finally:
-            self._training.pop(do.id, None)
+            self._training.pop(id, None)
 
-    async def _done(self, worker: Worker, do: Do, vector: torch.Tensor | None) -> Done:
+    async def _done(self, worker: Worker, do: Do | Look | Descend, vector: torch.Tensor | None) -> Done:
+        if isinstance(do, Look):
+            losses, result = await worker.probe(do.directions, do.eps, do.sides, do.part)
+            return attrs.evolve(self._told(do.look, result), losses=tuple(tuple(map(_finite, each)) for each in losses))
+        if isinstance(do, Descend):
+            await worker.descend(do.moves)
+            return Done(do.descend)
         if do.what == "train":
             result = await worker.train(do.steps, do.seconds, rate=do.rate, drift=vector)
             return self._told(do.id, result)

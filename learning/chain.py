@@ -24,6 +24,7 @@ from .divergence import Divergence
 from .membership import Membership, Placement, certify
 from .peer import OutOfStep
 from .proofs import Proofs
+from .replay import Replayer
 from .rounds import remembering
 from .rounds.decisions import better, candidates, may_branch, short
 from .rounds.instance import Instance
@@ -38,9 +39,10 @@ from .rounds.messages import (
     sign_accept,
     verify_certificate,
 )
+from .rounds.payloads import GATHER, payloads_fault
 from .rounds.terms import Terms, fill
 from .store import Head
-from .sync import BRANCH, AskBranch, BranchSigned, HeadInfo, agreed_digest, describe_load, load_state
+from .sync import BRANCH, AskBranch, BranchSigned, HeadInfo, agreed_digest
 from .trust import SMALL
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class Chain(Membership):
         self._waited: dict[PeerId, float] = {}
         self._returned: dict[PeerId, None] = {}
         self._nudge = trio.Event()
-        self.proofs = Proofs(run)
+        self.proofs, self.replayer = Proofs(run), Replayer(run)
         self.states = Divergence(self)
         run.hub.on_foreign_commit = self._on_foreign_commit
         self.endpoint.serve(BRANCH, self._on_branch)
@@ -178,16 +180,11 @@ class Chain(Membership):
         if digest is None:
             self._set_reason(why)
             return False
-        round = head.record.round
-        try:
-            vectors, done = await load_state(
-                self.run.blobs, digest, round, self.run.layout.size, holders, self.tell_of_holder
-            )
-        except RemoteError as error:
-            self.run.emit("run", "state-failed", detail=str(error))
+        ours = None if self.states.doubt is not None or (self.spec.origin and not self._has_state) else self.head.record
+        vectors = await self.replayer.obtain(ours, head.record, digest, holders, why)
+        if vectors is None:
             return False
         await self.run.adopt(vectors, head)
-        self.run.emit("run", "loaded", detail=f"round {round} {describe_load(done, digest)}; {why}")
         return True
 
     def adopt(self, head: Head) -> None:
@@ -202,6 +199,7 @@ class Chain(Membership):
     def _move(self, head: Head) -> None:
         """``head`` is where we are now."""
         self.head = head
+        self.run.ledger.add(head.record)
         self.proofs.belong(head)
 
     async def ask(self, peers: tuple[PeerId, ...]) -> dict[PeerId, HeadInfo]:
@@ -246,7 +244,7 @@ class Chain(Membership):
             return "it does not follow our last commit"
         # In available mode every accepted value that was given up makes another branch (docs/agreement.md).
         redone = 0 if self._mode(len(voters)) == "strict" else defaults.MAX_REDONE
-        if record.kind != "reduce" or not head.branch <= record.branch <= head.branch + redone:
+        if record.kind not in ("reduce", GATHER) or not head.branch <= record.branch <= head.branch + redone:
             return f"a record of kind {record.kind!r} and branch {record.branch}"
         if not len(record.members) == len(record.samples) == len(record.weights):
             return "members, samples and weights differ in number"
@@ -257,6 +255,7 @@ class Chain(Membership):
         if not 1 <= len(record.roster) <= defaults.MAX_ROSTER or list(record.roster) != sorted(set(record.roster)):
             return "its roster is empty, too long or not in order"
         wrong = admission.fault(record, self.placed) or remembering.fault(record, self.placed.scores, self.run.rule)
+        wrong = wrong or payloads_fault(record, self.placed.key or b"")
         if wrong is not None:
             return wrong
         if record.state and ours and record.state != ours:
@@ -365,6 +364,7 @@ class Chain(Membership):
             samples=(),
             weights=(),
             opinions=(),
+            payloads=(),
             scores=remembering.carried(roster, remembering.known(head)),
             roster=roster,
             branch=head.branch + 1,

@@ -185,6 +185,24 @@ HOLD_MAX = 3600.0
 JOIN_GRACE = 60.0
 JOIN_GRACE_AGAIN = 600.0
 
+# --- replay -----------------------------------------------------------------------------------------------------------
+
+#: Records of a run that a peer keeps in memory for those who replay them, of about 1 KB each for four members.
+LEDGER_RECORDS = 2048
+
+#: Records in one answer, and their bytes: a message has 1 MiB and 65,536 values.
+LEDGER_PAGE = 128
+LEDGER_BYTES = 600_000
+
+#: Rounds that are replayed at most instead of loading the state.
+REPLAY_ROUNDS = 1024
+
+#: Seconds to move one element along one direction: signs take 4 ns on one core, normal numbers five times that. And
+#: what a replay may take in any case, or as long as the state would take at so many bytes per second.
+REPLAY_ELEMENT = 5e-9
+REPLAY_SECONDS = 5.0
+REPLAY_RATE = 2e6
+
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 #: Rounds between two checkpoints, and seconds after which one is kept in any case: rounds of large models take minutes.
@@ -253,6 +271,8 @@ BEATS_MISSED, BEAT_SLACK = 2.5, 5.0
 COMMITS_KEPT = 32
 #: Members named in such a note; of more, only their number.
 COMMIT_MEMBERS = 32
+#: Bytes of a record that stands in such a note: of some 16 members. Larger ones are only had from members.
+NOTE_RECORD = 4096
 #: Seconds after which the second in line writes a commit down that the first did not.
 COMMIT_SECOND = 5.0
 #: Points of its history that a member keeps: 256 of 40 bytes, compacted 10 kB.

@@ -35,7 +35,8 @@ class RoundReport:
     ``t``: seconds since the run began here; ``wall_s``: from the end of training to the commit.
     ``loss``: mean training loss of this peer in this round; ``metric``: of the task's main metric on
     held-out data, evaluated after this round, or None when this round was not evaluated. ``quality``: of the
-    ``members``, how far the run's aggregator took each seriously, 0 … 1; empty where it does not say.
+    ``members``, how far the run's aggregator took each seriously, 0 … 1; empty where it does not say. ``payload``:
+    bytes that all of them gave together, in a round in which nothing was combined.
     """
 
     round: int
@@ -51,6 +52,7 @@ class RoundReport:
     metric: float | None
     digest: str
     quality: tuple[float, ...] = ()
+    payload: int = 0
 
 
 @attrs.frozen

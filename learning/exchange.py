@@ -27,6 +27,7 @@ from .reduce.coding import PLAIN, Coding, Feedback
 from .reduce.filling import Filling
 from .reduce.staging import Copy
 from .reduce.tensors import Bundle, Tensors, empty_vector
+from .rounds.payloads import MAX_PAYLOAD, said
 
 if TYPE_CHECKING:
     from .run import Run
@@ -39,7 +40,8 @@ class Contribution:
     """What this peer brings into a round: ``vector`` (float32, CPU, ``(length,)``), as far as ``filling`` says.
 
     ``at``: when it began, on the host's clock. ``why``: why it brings nothing; empty if it does.
-    ``coding``: how it travels. ``layout``: which tensors it is made of, see :attr:`Bundle.layout`.
+    ``coding``: how it travels. ``layout``: which tensors it is made of, see :attr:`Bundle.layout`. ``payload``: what is
+    given instead of a vector.
     """
 
     at: float
@@ -49,6 +51,7 @@ class Contribution:
     why: str = ""
     coding: Coding = PLAIN
     layout: str = ""
+    payload: bytes | None = None
 
 
 class Reducing(Generic[T]):
@@ -112,6 +115,7 @@ class Exchange:
         self._queue_in, self._queue = trio.open_memory_channel[Reducing[Any]](math.inf)
         self._decided = trio.Event()
         self._result: Tensor | None = None
+        self._said: dict[bytes, bytes] = {}
         self._error: ShoalError | None = None
         self._closed = ""
         self._scope = trio.CancelScope()
@@ -131,6 +135,8 @@ class Exchange:
         """See :meth:`shoal.learning.peer.Round.reduce_async`."""
         if self._closed:
             raise ConfigError(f"round {self._round} is over ({self._closed}): reduce in the round that is open now")
+        if self._contribution is not None and self._contribution.payload is not None:
+            raise ConfigError(f"round {self._round} has a payload: nothing is reduced in it")
         bundle = Bundle.of(tensors)
         target = None if out is None else bundle.target(out)
         first = not self._handles
@@ -166,6 +172,31 @@ class Exchange:
         self._run.nursery.start_soon(self._deliver, handle)
         return handle
 
+    async def gather(self, payload: bytes) -> dict[bytes, bytes]:
+        """See :meth:`shoal.learning.peer.Round.gather`."""
+        if self._closed or self._handles or self._contribution is not None:
+            why = f"it is over ({self._closed})" if self._closed else "it has an exchange already"
+            raise ConfigError(f"round {self._round} takes no payload: {why}")
+        if len(payload) > MAX_PAYLOAD:
+            raise ConfigError(f"a payload of {len(payload)} bytes: at most {MAX_PAYLOAD} in a round")
+        given = Contribution(self._host.now(), 0, None, Filling(0), payload=payload)
+        self._contribution = given
+        # In a task of its own: cancelled, we still see the round to its end.
+        self._run.nursery.start_soon(self._collect, given)
+        await self._decided.wait()
+        if self._error is not None:
+            raise self._error
+        return self._said
+
+    async def _collect(self, given: Contribution) -> None:
+        try:
+            with self._scope:
+                await self._agree(given)
+        finally:
+            self._decided.set()
+            if self._error is None and self._result is None:
+                self._error = ConfigError(f"round {self._round} is over: it was given up")
+
     async def settle(self) -> None:
         """The strategy is done with this round. Raises :class:`ConfigError` for a handle that nobody awaited."""
         left = [handle for handle in self._handles if not handle._awaited and not handle._cancelled]
@@ -178,6 +209,8 @@ class Exchange:
             if self._given < self._length:
                 self._withdraw(self._short())
             # Cancelled ones: the round is still ours to see to its end.
+            await self._decided.wait()
+        elif self._contribution is not None and not self._closed:
             await self._decided.wait()
         if self._error is not None:
             raise self._error
@@ -247,10 +280,11 @@ class Exchange:
 
     async def _agree(self, given: Contribution) -> None:
         try:
-            self._result = await self._run.agree(given)
+            record, self._result = await self._run.agree(given)
         except ShoalError as error:
             self._error = error
             return
+        self._said = said(record)
         if self._run.faults.disguise is not None:
             self._run.faults.disguise.saw(self._result)
 

@@ -22,6 +22,7 @@ from .membership import Membership, Placement, certify
 from .rounds.decisions import group_of
 from .rounds.instance import Instance
 from .rounds.messages import Commit, CommitRecord, instance_key
+from .rounds.payloads import payloads_fault
 from .rounds.terms import Terms, fill
 from .store import Head
 from .sync import VIEW, HeadInfo, Seen, View, ask_heads, describe_load, load_state
@@ -199,7 +200,7 @@ class Gossip(Membership):
             return "a group has nobody on trial, and remembers nothing"
         if not len(record.members) == len(record.samples) == len(record.weights):
             return "members, samples and weights differ in number"
-        return None
+        return payloads_fault(record, self.placed.key or b"")
 
     async def confirm(self, record: CommitRecord) -> None:
         """Nothing: groups have no state in common."""

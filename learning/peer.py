@@ -13,12 +13,13 @@ import trio
 from torch import Tensor, nn
 
 from ..transport.errors import ConfigError, RemoteError
+from .directions import Direction, Move, trainable_of
 from .exchange import Reducing
 from .reduce.coding import Feedback
 from .reduce.tensors import Tensors
 from .shard import Shard
 from .state import Layout
-from .worker import TrainResult
+from .worker import Part, TrainResult
 
 #: Of each of several states: what each of several modules gives, (samples, units).
 Activations: TypeAlias = list[dict[str, Tensor]]
@@ -51,6 +52,10 @@ class Trainer(Protocol):
     ) -> TrainResult: ...
     async def gradient(self) -> tuple[Tensor, TrainResult]: ...
     async def apply(self, gradient: Tensor) -> None: ...
+    async def probe(
+        self, directions: Sequence[Direction], eps: float, sides: Sequence[int], part: Part | None = None
+    ) -> tuple[list[tuple[float, ...]], TrainResult]: ...
+    async def descend(self, moves: Sequence[Move]) -> None: ...
     async def weights(self, out: Tensor | None = None) -> Tensor: ...
     async def load(self, vector: Tensor) -> None: ...
     async def fresh(self, peer: bytes) -> Tensor: ...
@@ -82,6 +87,7 @@ class Reduces(Protocol):
         *,
         why: str = "",
     ) -> Reducing[T]: ...
+    async def gather(self, payload: bytes) -> dict[bytes, bytes]: ...
 
 
 class Conduct(Protocol):
@@ -94,6 +100,9 @@ class Conduct(Protocol):
 
     @property
     def name(self) -> bytes: ...
+
+    run_id: bytes
+
     def when_decided(self, then: Callable[[], None]) -> None: ...
     def note_loss(self, tally: Tally) -> None: ...
     async def end_round(self) -> None: ...
@@ -144,9 +153,19 @@ class Peer:
         return self._run.name
 
     @property
+    def run(self) -> bytes:
+        """32 bytes that name the run."""
+        return self._run.run_id
+
+    @property
     def layout(self) -> Layout:
         """Where the model's tensors stand in its flat vector."""
         return self._run.layout
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Names of the parameters that are trained."""
+        return tuple(trainable_of(self._trainer.model))
 
     async def weights(self) -> Tensor:
         """A copy of the model's state."""
@@ -235,6 +254,21 @@ class Peer:
     async def apply(self, gradient: Tensor) -> None:
         """One step of the task's optimiser with this gradient."""
         await self._trainer.apply(gradient)
+
+    async def probe(
+        self, directions: Sequence[Direction], eps: float, sides: Sequence[int] = (1, -1), part: Part | None = None
+    ) -> list[tuple[float, ...]]:
+        """For each direction z the losses at θ + side · ``eps`` · z, each direction on a batch of its own.
+
+        In inference mode, and the model stays as it is, bit for bit. ``part``: the data, instead of our next batches.
+        """
+        losses, result = await self._trainer.probe(directions, eps, sides, part)
+        self._count(result)
+        return losses
+
+    async def descend(self, moves: Sequence[Move]) -> None:
+        """Move all trainable parameters (float32) by all ``moves`` together: the same bits on every peer."""
+        await self._trainer.descend(moves)
 
     def rounds(self) -> Rounds:
         """The rounds of the run, until it ends. Raises out of the loop when this peer must load the state again."""
@@ -356,6 +390,17 @@ class Round:
         after the first one count for the next round. ``codec``, ``feedback`` and ``why`` are those of the first.
         """
         return self._run.open_exchange(self.index).submit(tensors, of, out, codec, feedback, why=why)
+
+    async def gather(self, payload: bytes) -> dict[bytes, bytes]:
+        """Give a few bytes (at most 1 KiB), and get what every member of this round gave: by the 32 bytes that name it,
+        in canonical order, the same on all of them.
+
+        It is all that happens in such a round: nothing is reduced in it, and it is agreed in one exchange. Who came too
+        late is not in it. All that was given stands in the record of the round, signed by who gave it. Cancelled, the
+        round goes on without the result. Raises :class:`ConfigError` for too many bytes and for a second exchange in a
+        round, :class:`OutOfStep` when the result cannot be had any more.
+        """
+        return await self._run.open_exchange(self.index).gather(payload)
 
     async def skip(self) -> None:
         """End the round without any exchange."""

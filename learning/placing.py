@@ -27,6 +27,11 @@ def rule_of(spec: RunSpec, strategy: Strategy) -> Aggregator:
     rule = resolve(spec.aggregator)
     if rule.is_mean:
         return rule
+    if strategy.ledger:
+        raise ConfigError(
+            f"strategy {spec.strategy} combines nothing that a rule could look at: its aggregator is mean, not "
+            f"{spec.aggregator}"
+        )
     if not strategy.replicated:
         raise ConfigError(
             f"strategy {spec.strategy} exchanges weights in groups of whoever is there, of which a rule tolerates no "

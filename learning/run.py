@@ -20,7 +20,7 @@ from ..transport.errors import ConfigError, RemoteError
 from ..transport.identity import PeerId
 from . import defaults
 from .chain import Chain
-from .checkpoints import Keeper, Keeping, write_model
+from .checkpoints import Keeper, Keeping
 from .events import Event, RoundReport, RunStatus
 from .exchange import Contribution, Exchange
 from .faults import Faults, with_a_bit_turned
@@ -29,9 +29,11 @@ from .liars import Liars
 from .membership import Membership
 from .peer import Group, OutOfStep, Peer, Round, Tally, Trainer
 from .placing import rule_of, setting_of
+from .replay import Ledger
 from .rounds.actions import Note
 from .rounds.hub import Hub
 from .rounds.instance import Instance
+from .rounds.messages import CommitRecord
 from .rounds.post import Post
 from .rounds.presence import Presence
 from .shard import Shard
@@ -42,7 +44,7 @@ from .state import Layout
 from .store import Head, RunStore
 from .strategies import resolve as resolve_strategy
 from .task import Task, compare_signatures, metric_name, score, signature
-from .telling import status_of
+from .telling import export, status_of
 from .worker import Worker
 
 log = logging.getLogger(__name__)
@@ -79,7 +81,7 @@ class Run:
         self.endpoint, self.dht, self.host, self.me = endpoint, dht, endpoint.host, endpoint.peer_id
         self.signed, self.spec, self.run_id = spec, spec.open(), spec.run_id
         self.task, self.store, self.time_budget, self.bootstrap = task, store, time_budget, bootstrap
-        self.faults, self.origin = faults or Faults(), origin
+        self.faults, self.origin, self.name = faults or Faults(), origin, self.me.key
         self.strategy = resolve_strategy(self.spec.strategy, dict(self.spec.strategy_args))
         self.rule = rule_of(self.spec, self.strategy)
         self._on_event, self._evaluate_every = on_event, evaluate_every
@@ -94,7 +96,7 @@ class Run:
         self._snapshots = Snapshots(self.blobs)
         self.standings, self.liars = Standings(self.me), Liars(self)
         self._keeper = Keeper(self.host, store, self.run_id, keeping or Keeping(), self.emit)
-        self.restored: dict[str, Tensor] = {}
+        self.ledger, self.restored = Ledger(), dict[str, Tensor]()
         self.owned: dict[str, Tensor] = {}
         self.reports: list[RoundReport] = []
         self.finished = trio.Event()
@@ -196,11 +198,6 @@ class Run:
 
     # -- what the strategy's objects call ------------------------------------------------------------
 
-    @property
-    def name(self) -> bytes:
-        """32 bytes that name this peer."""
-        return self.me.key
-
     def over(self) -> bool:
         """Whether a finite run has had all its rounds."""
         return 0 < self.spec.rounds <= self.round
@@ -274,8 +271,8 @@ class Run:
             raise ConfigError(f"round {round} is not open: reduce within the loop over peer.rounds()")
         return self.exchange
 
-    async def agree(self, given: Contribution) -> Tensor:
-        """The committed mean of this round (fp32, 1-D), our contribution among those of the others.
+    async def agree(self, given: Contribution) -> tuple[CommitRecord, Tensor]:
+        """The committed record and mean of this round (fp32, 1-D), our contribution among those of the others.
 
         Raises :class:`OutOfStep` when it cannot be had any more.
         """
@@ -283,13 +280,15 @@ class Run:
         self._trained, self._worked = given.at, given.at - self._round_began
         tally = self._given = self._peer.tally
         self._peer.tally = Tally()  # what is trained from here on belongs to the next round's contribution
-        weight = 1 if self.time_budget is None else tally.samples
+        gathers = given.payload is not None
+        weight = 1 if self.time_budget is None or gathers else tally.samples
         while True:
             instance = self._instance
             instance.voter.layout = given.layout
-            why = given.why or ("" if tally.samples else "no samples")
+            why = given.why or ("" if tally.samples or gathers else "no samples")
             vector, filling = (None, None) if why else (given.vector, given.filling)
-            instance.begin(vector, tally.samples, weight, given.length, why, filling, given.coding)
+            offered = None if why else given.payload
+            instance.begin(vector, tally.samples, weight, given.length, why, filling, given.coding, offered)
             await self._until_decided(instance)
             if instance.commit is not None:
                 break
@@ -306,7 +305,7 @@ class Run:
         if self._open is not None:
             self._open.members = tuple(peer.key for peer in commit.record.members)
         self._committed(commit.record.round, instance, instance.voter.attempt + (plan.epoch if plan else 0))
-        return result
+        return commit.record, result
 
     def withdrawn(self, given: Contribution, broken: bool) -> None:
         """Our contribution is not sent, or taken back: ``given.why``. ``broken``: its numbers are not finite."""
@@ -380,6 +379,7 @@ class Run:
             reason=record.reason,
             roster=record.roster,
             quality=instance.scales.quality_of(record),
+            payload=sum(len(each.data) for each in record.payloads),
         )
 
     def _report(
@@ -392,6 +392,7 @@ class Run:
         reason: str,
         roster: tuple[PeerId, ...] | None = None,
         quality: tuple[float, ...] = (),
+        payload: int = 0,
     ) -> None:
         after = voters if roster is None else roster
         self.round = self.membership.round
@@ -418,6 +419,7 @@ class Run:
             metric=None,
             digest="",
             quality=quality,
+            payload=payload,
         )
 
     def _close_instance(self) -> None:
@@ -468,13 +470,7 @@ class Run:
     async def export(self, path: Path) -> str:
         """Write the last final state to ``path``, see :func:`write_model`. Raises :class:`ConfigError` before there is
         one."""
-        if not self.snapshots:
-            raise ConfigError("there is no state to export yet")
-        snapshot = self.snapshots[-1]
-        await snapshot.ready.wait()
-        return await self.host.run_blocking(
-            write_model, path, self.spec, self.run_id, snapshot.round, snapshot.vectors, snapshot.digest
-        )
+        return await export(self, path)
 
     def weights(self) -> Tensor:
         """A copy of the weights of the last final state."""

@@ -28,6 +28,7 @@ from .rundocs_content import (
     Point,
     ban_entry,
     read_commits,
+    read_ledger,
     read_metrics,
     run_documents,
     spec_entry,
@@ -165,6 +166,7 @@ class RunDocuments:
         record = head.record
         if record.round != report.round or not record.members:
             return
+        data = pack(record) if record.payloads else b""
         order = writers(record.digest, record.members)[:2]
         if self.me not in order:
             return
@@ -179,6 +181,7 @@ class RunDocuments:
             samples=sum(record.samples),
             total=record.total,
             certificate=hashlib.blake2b(pack(head.certificate), digest_size=8).hexdigest(),
+            record=data if len(data) <= defaults.NOTE_RECORD else b"",
         )
         if order[0] == self.me:
             self._keep(note)
@@ -243,6 +246,9 @@ class RunDocuments:
         changes = self._open["commits"].subscribe()
         while True:
             self._vouch()
+            if self.run_here.strategy.ledger:
+                ledger = self.run_here.ledger
+                ledger.note(read_ledger(self._open["commits"].read(), ledger.noted))
             await trio.sleep(defaults.LOOK_EVERY)
             await changes.changed()
 

@@ -7,7 +7,8 @@ name      authors     what each author writes
 ========  ==========  ==================================================================================================
 spec      founder     the signed spec of the run
 roster    members     since when it is here, when it was last, in which round, with which version
-commits   members     the last rounds that fell to it to write down: digest, members, samples, hash of the certificate
+commits   members     the last rounds that fell to it to write down: digest, members, samples, hash of the certificate;
+                      of rounds that gathered bytes the whole record, which makes it the ledger (:mod:`.replay`)
 metrics   members     its loss and metric by round; old points are thinned out
 bans      members     whom it has a proof against, with the proof: two histories of a document, a lie in a round
 ========  ==========  ==================================================================================================
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -34,6 +35,7 @@ from .spec import SignedSpec
 
 if TYPE_CHECKING:
     from .rounds.lies import Lie
+    from .rounds.messages import CommitRecord
 
 #: What a document says: author → root types by name.
 Content = Mapping[PeerId, Mapping[str, Any]]
@@ -161,6 +163,7 @@ class CommitNote:
     """A round as ``writer`` noted it. ``members``: who contributed, at most the first ones of ``count``.
 
     ``digest``, ``certificate``: the first 16 hex digits of hashes; whoever doubts them asks a member for the record.
+    ``record``: packed, of a round that gathered bytes.
     """
 
     writer: PeerId
@@ -173,8 +176,10 @@ class CommitNote:
     samples: int
     total: int
     certificate: str
+    record: bytes = b""
 
     def entry(self) -> dict[str, Any]:
+        known = {"record": self.record} if self.record else {}
         return {
             "round": self.round,
             "branch": self.branch,
@@ -185,6 +190,7 @@ class CommitNote:
             "samples": self.samples,
             "total": self.total,
             "certificate": self.certificate,
+            **known,
         }
 
     @property
@@ -217,9 +223,29 @@ def read_commits(content: Content) -> list[CommitNote]:
             listed = named[: defaults.COMMIT_MEMBERS] if isinstance(named, list) else []
             members = tuple(peer for peer in map(_peer, listed) if peer is not None)
             digest, certificate = _text(entry.get("digest"))[:16], _text(entry.get("certificate"))[:16]
-            note = CommitNote(writer, round, branch, at, digest, members, count, samples, total, certificate)
+            data = entry.get("record")
+            record = data if isinstance(data, bytes) and len(data) <= defaults.NOTE_RECORD else b""
+            note = CommitNote(writer, round, branch, at, digest, members, count, samples, total, certificate, record)
             found.setdefault((round, digest), note)
     return [found[key] for key in sorted(found)]
+
+
+def read_ledger(content: Content, known: Collection[bytes] = ()) -> dict[bytes, CommitRecord]:
+    """The records in what was written down, by digest, but those ``known``. Nothing proves them but that others name
+    their digest."""
+    from .rounds.messages import CommitRecord  # loads torch
+
+    found: dict[bytes, CommitRecord] = {}
+    seen = {digest.hex()[:16] for digest in known}
+    for note in read_commits(content)[-defaults.LEDGER_RECORDS :]:
+        if not note.record or note.digest in seen:
+            continue
+        try:
+            record = unpack(CommitRecord, note.record)
+        except DecodeError:
+            continue
+        found[record.digest] = record
+    return found
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

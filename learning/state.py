@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import attrs
 import numpy as np
@@ -73,6 +73,16 @@ class Layout:
             raise ProtocolMisuse(f"element {index} lies outside a state of {self.size}")
         # Of several offsets that are equal the last one belongs to a parameter that is not empty.
         return self.names[bisect.bisect_right(self.offsets, index) - 1]
+
+    def parts(self, vector: Tensor, names: Collection[str]) -> list[tuple[str, Tensor]]:
+        """The tensors called ``names``, each as its stretch of ``vector``, 1-D and not copied."""
+        _check_vector(self, vector)
+        wanted, sizes = dict.fromkeys(names), (int(np.prod(shape, dtype=np.int64)) for shape in self.shapes)
+        return [
+            (name, vector[offset : offset + size])
+            for name, offset, size in zip(self.names, self.offsets, sizes, strict=True)
+            if name in wanted
+        ]
 
     def encode(self) -> bytes:
         """Canonical bytes of the layout, for digests: distinct layouts have distinct bytes."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
+from ..transport.errors import ConfigError
+from .checkpoints import write_model
 from .events import RunStatus
 from .rounds.decisions import told
 
@@ -42,4 +45,15 @@ def status_of(run: Run) -> RunStatus:
         branch=record.branch if record is not None else 0,
         finished=run.finished.is_set(),
         trial=() if record is None else tuple((each.peer.text, each.left) for each in record.trial),
+    )
+
+
+async def export(run: Run, path: Path) -> str:
+    """See :meth:`Run.export`."""
+    if not run.snapshots:
+        raise ConfigError("there is no state to export yet")
+    snapshot = run.snapshots[-1]
+    await snapshot.ready.wait()
+    return await run.host.run_blocking(
+        write_model, path, run.spec, run.run_id, snapshot.round, snapshot.vectors, snapshot.digest
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..transport.errors import ConfigError, ProtocolMisuse
 from ..transport.host import Host
 from . import defaults, exact
+from .directions import Direction, Move, Moved, descend, trainable_of
 from .reduce.staging import Copy, Pair
 from .shard import Shard
 from .state import Layout, flatten, flatten_model, unflatten, unflatten_into
@@ -30,6 +31,15 @@ class TrainResult:
     samples: int
     loss_mean: float
     seconds: float
+
+
+@attrs.frozen
+class Part:
+    """Part ``index`` of ``count`` of the data, in an order that all draw alike who say the same ``peer`` (32 bytes)."""
+
+    peer: bytes
+    index: int
+    count: int
 
 
 @attrs.define
@@ -153,6 +163,32 @@ class Worker:
 
         await self._compute(0.0, work)
 
+    async def probe(
+        self, directions: Sequence[Direction], eps: float, sides: Sequence[int], part: Part | None = None
+    ) -> tuple[list[tuple[float, ...]], TrainResult]:
+        """For each direction z the losses at θ + side · ``eps`` · z, for each of ``sides``, each z on its own batch.
+
+        In eval and inference mode; the model is as it was, bit for bit. ``part``: its first batches are used instead
+        of this worker's next ones. The mean loss of the result is over all looks. Cancelled between two batches only.
+        """
+        losses: list[tuple[float, ...]] = []
+        drawn = None if part is None else self._drawn(attrs.evolve(self._wanted, epoch=0, **attrs.asdict(part)))
+        start, samples, total = self._host.now(), 0, 0.0
+        for direction in directions:
+            # A forward pass is a third of a step.
+            modelled = self.task.step_seconds * len(sides) / 3
+            found, count = await self._compute(modelled, self._look, direction, eps, sides, drawn)
+            losses.append(found)
+            samples += count
+            total += count * sum(found) / max(1, len(found))
+        mean = total / samples if samples else math.nan
+        return losses, TrainResult(len(losses), samples, mean, self._host.now() - start)
+
+    async def descend(self, moves: Sequence[Move]) -> None:
+        """θ ← θ - Σ step · z over the trainable parameters, float32 all of them, exactly as everybody does it."""
+        trainable = [(name, parameter.detach()) for name, parameter in trainable_of(self.model).items()]
+        await self._compute(0.0, descend, trainable, moves)
+
     def reset_optimizer(self) -> None:
         """A fresh optimiser: NaN in the moments of the old one would poison every later step."""
         self.optimizer = self.task.optimizer(self.model)
@@ -233,6 +269,26 @@ class Worker:
                     unflatten_into(self.layout, own, self.model)
 
         return await self._compute(0.0, work)
+
+    def _look(
+        self, direction: Direction, eps: float, sides: Sequence[int], drawn: Iterator[Batch] | None
+    ) -> tuple[tuple[float, ...], int]:
+        batch = to_device(self._next_batch() if drawn is None else next(drawn), self.device)
+        parameters, losses = trainable_of(self.model), []
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                for side in sides:
+                    with Moved(parameters, direction, side * eps):
+                        losses.append(float(self.task.loss(self.model, batch)))
+        finally:
+            self.model.train()
+        return tuple(losses), self.task.batch_size(batch)
+
+    def _drawn(self, shard: Shard) -> Iterator[Batch]:
+        while True:
+            yield from self.task.batches(shard)
+            shard = attrs.evolve(shard, epoch=shard.epoch + 1)
 
     # --- slices -------------------------------------------------------------------------------------------------------
 

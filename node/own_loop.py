@@ -20,9 +20,10 @@ import trio
 from torch import Tensor, nn
 
 from ..learning import exact
+from ..learning.directions import Direction, Move
 from ..learning.shard import Shard
 from ..learning.state import Layout, flatten_model, unflatten_into
-from ..learning.worker import TrainResult
+from ..learning.worker import Part, TrainResult
 from ..transport.errors import ConfigError, ProtocolMisuse
 
 T = TypeVar("T")
@@ -235,6 +236,14 @@ class OwnLoop:
 
     async def apply(self, gradient: Tensor) -> None:
         raise ConfigError("this strategy exchanges gradients, which an own training loop keeps to itself; use diloco")
+
+    async def probe(
+        self, directions: Sequence[Direction], eps: float, sides: Sequence[int], part: Part | None = None
+    ) -> tuple[list[tuple[float, ...]], TrainResult]:
+        raise ConfigError("this strategy measures losses, which an own training loop keeps to itself; use diloco")
+
+    async def descend(self, moves: Sequence[Move]) -> None:
+        raise ConfigError("this strategy measures losses, which an own training loop keeps to itself; use diloco")
 
     def set_shard(self, shard: Shard) -> None:
         """Nothing: the loop brings its own data."""

@@ -26,6 +26,7 @@ OTHER_TASK = TaskDefaults(rounds=12)
 #: Measured on two cores, 8 peers; see README.
 TASKS: Mapping[str, TaskDefaults] = {
     "digits": TaskDefaults(rounds=20, at_least=0.95, above_isolated=0.1),
+    "digits-finetune": TaskDefaults(rounds=32, at_least=0.93),
     "stdlib": TaskDefaults(rounds=28, ngram=True),
     "stdlib-small": TaskDefaults(rounds=12, ngram=True),
 }

@@ -114,6 +114,23 @@ def cost(
     return attrs.evolve(bulk, sent=tuple(sent))
 
 
+def gathering(
+    takers: tuple[PeerId, ...], lines: tuple[Line, ...], payloads: Sequence[int], round: int
+) -> tuple[float, list[int]]:
+    """Seconds of a round that gathers ``payloads`` (bytes, with 64 of signature each), and the bytes of each taker.
+
+    Ready, propose, accept, commit: a member sends two messages, the leader two to each, which hold all payloads.
+    """
+    count = len(takers)
+    if count == 1:
+        return 0.0, [0]
+    leader, held = candidates(b"", round, takers)[0], sum(size + 64 for size in payloads)
+    mean = held // max(1, len(payloads))
+    of_leader = 2 * (LEADER_MESSAGE + NAMED * count + held) * (count - 1)
+    sent = [of_leader if taker == leader else 2 * MESSAGE + mean for taker in takers]
+    return 4 * longest([line.latency for line in lines]), sent
+
+
 @functools.lru_cache(maxsize=4096)
 def _bulk(
     givers: tuple[PeerId, ...], takers: tuple[PeerId, ...], lines: tuple[Line, ...], length: int, codec: str

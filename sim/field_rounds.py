@@ -21,13 +21,14 @@ from torch import Tensor
 from ..learning import defaults, exact
 from ..learning.exchange import Reducing
 from ..learning.reduce.codecs import FP32, Codec, combine
-from ..learning.reduce.coding import Coding, Feedback
+from ..learning.reduce.coding import PLAIN, Coding, Feedback
 from ..learning.reduce.tensors import Bundle, Tensors, empty_vector
 from ..learning.rounds.messages import quorum
+from ..learning.rounds.payloads import MAX_PAYLOAD
 from ..transport import deadlines
 from ..transport.errors import ConfigError
 from ..transport.identity import PeerId
-from .field_links import BETWEEN, Cost, Line, cost, transfer
+from .field_links import BETWEEN, Cost, Line, cost, gathering, transfer
 
 if TYPE_CHECKING:
     from .field_run import FieldRun
@@ -52,6 +53,7 @@ class Given:
     filled: int = 0
     last: int = 0
     filled_at: float = 0.0
+    payload: bytes | None = None
     changed: trio.Event = attrs.field(factory=trio.Event)
 
     @property
@@ -79,6 +81,7 @@ class Meeting:
         self.decided = trio.Event()
         self.members: tuple[PeerId, ...] = ()
         self.result: Tensor | None = None
+        self.said: dict[bytes, bytes] = {}
         self.cost: Cost | None = None
         self._changed = trio.Event()
         self._begun = False
@@ -117,6 +120,9 @@ class Meeting:
         ready = tuple(self._ready())
         if not ready:
             return  # all have left
+        if any(self.given[p].payload is not None for p in ready):
+            await self._gather(ready)
+            return
         kind = self._kind(ready)
         givers = tuple(p for p in ready if not self.given[p].why and self._kind((p,)) == kind)
         self.cost = spent = cost(
@@ -140,6 +146,20 @@ class Meeting:
         for peer, size in zip(ready, spent.sent, strict=True):
             self._count(peer, size)
         await trio.sleep_until(until + spent.seconds - spent.freeze)
+        self.decided.set()
+
+    async def _gather(self, ready: tuple[PeerId, ...]) -> None:
+        """Ready, propose, accept, commit: a record that holds what each gave."""
+        self.frozen = True
+        self.members = tuple(p for p in ready if self.given[p].payload is not None and not self.given[p].why)
+        self.said = {p.key: self.given[p].payload or b"" for p in self.members}
+        self.result = empty_vector(0)
+        trip, sent = gathering(
+            ready, tuple(self.lines[p] for p in ready), [len(x) for x in self.said.values()], self.round
+        )
+        for peer, size in zip(ready, sent, strict=True):
+            self._count(peer, size)
+        await trio.sleep(trip)
         self.decided.set()
 
     async def _filled(self, given: Given, spent: Cost) -> None:
@@ -239,6 +259,22 @@ class FieldExchange:
         self._handles.append(handle)
         self._fill(handle)
         return handle
+
+    async def gather(self, payload: bytes) -> dict[bytes, bytes]:
+        """See :meth:`shoal.learning.peer.Round.gather`."""
+        if self._closed or self.given is not None:
+            raise ConfigError(f"round {self.meeting.round} takes no payload: it is over, or has an exchange already")
+        if len(payload) > MAX_PAYLOAD:
+            raise ConfigError(f"a payload of {len(payload)} bytes: at most {MAX_PAYLOAD} in a round")
+        run, tally = self._run, self._run.take_tally()
+        self.given = Given(
+            peer=run.me, length=0, vector=None, samples=tally.samples, weight=1.0, coding=PLAIN,
+            worked=trio.current_time() - run.began, layout="", payload=payload,
+        )  # fmt: skip
+        self.meeting.join(self.given, run.nursery)
+        run.nursery.start_soon(self._deliver, False)
+        await self._over.wait()
+        return self.meeting.said
 
     def _begin(self, bundle: Bundle, length: int, codec: str | None, feedback: Feedback | None, why: str) -> None:
         if length > defaults.VECTORS_PER_ROUND * self._run.layout.size:

@@ -32,6 +32,7 @@ class FieldRun:
         self.layout: Layout = trainer.layout
         self.restored: dict[str, Tensor] = {}
         self.owned = owned
+        self.run_id = hashlib.blake2b(b"field %d" % field.case.seed, digest_size=32).digest()
         self.time_budget = field.case.time_budget
         self.codec = field.case.codec
         self.peer = Peer(self, trainer)

@@ -14,6 +14,7 @@ from collections import deque
 import attrs
 import torch
 import trio
+from torch import Tensor
 
 from ..learning import defaults
 from ..learning.shard import Shard
@@ -68,8 +69,17 @@ class FieldWorker(Worker):
         #: Drawn, and not trained on after all.
         self._ahead: deque[Batch] = deque()
 
-    async def train(self, steps: int | None = None, seconds: float | None = None) -> TrainResult:
-        """As :meth:`Worker.train`."""
+    async def train(
+        self,
+        steps: int | None = None,
+        seconds: float | None = None,
+        *,
+        rate: float | None = None,
+        drift: Tensor | None = None,
+    ) -> TrainResult:
+        """As :meth:`Worker.train`. With a rate or a drift each peer is computed by itself."""
+        if rate is not None or drift is not None:
+            return await super().train(steps, seconds, rate=rate, drift=drift)
         if steps is None and seconds is None:
             raise ProtocolMisuse("train() needs a number of steps or of seconds")
         if self._training:

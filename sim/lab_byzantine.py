@@ -6,7 +6,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from .attacks import ATTACKS
 from .attacks import resolve as resolve_attack
 from .byzantine_field import Case, Field, Outcome, run
 from .outputs import check_outputs, save_figure, write_text
-from .sweep import run_all
+from .sweep import run_all, stopwatch
 
 #: Rules of a sweep, without f. The mean, and the mean of vectors of equal length, are what all others must beat.
 RULES = (
@@ -224,7 +223,7 @@ def sweep_over(
     console: Console | None = None,
 ) -> Sweep:
     """Every combination, ``processes`` runs at a time (default: a core each). Raises :class:`ConfigError`."""
-    began = time.monotonic()
+    seconds = stopwatch()
     cases: dict[Case, list[tuple[int, str, str]]] = {}
     impossible: list[dict[str, str]] = []
     plan = [(field, count) for field in fields for count in liars]
@@ -256,7 +255,7 @@ def sweep_over(
         Block(field, count, {key: _cell(found) for key, found in gathered[index].items()}, impossible[index])
         for index, (field, count) in enumerate(plan)
     )
-    return Sweep(rules, attacks, seeds, blocks, time.monotonic() - began)
+    return Sweep(rules, attacks, seeds, blocks, seconds())
 
 
 def with_liars(rule: str, liars: int) -> str:

@@ -6,7 +6,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from . import defaults
 from .field import FieldCase, FieldPoint, run_field
 from .field_links import Line, Links
 from .outputs import check_outputs, save_figure, write_text
-from .sweep import run_all
+from .sweep import run_all, stopwatch
 
 #: Methods of a sweep, as ``strategy`` or ``strategy:name=value,name=value``.
 METHODS = (
@@ -198,7 +197,7 @@ def sweep_over(
     console: Console | None = None,
 ) -> Sweep:
     """Every combination, ``processes`` runs at a time. Raises :class:`ConfigError`."""
-    began = time.monotonic()
+    seconds = stopwatch()
     plan: list[tuple[str, float | None, str]] = []
     for name in tasks:
         # Only the split of digits can be chosen; elsewhere a peer has files of its own.
@@ -219,7 +218,7 @@ def sweep_over(
         Block(name, alpha, setting, {text: tuple(each) for text, each in runs[index].items()})
         for index, (name, alpha, setting) in enumerate(plan)
     )
-    return Sweep(tuple(m.text for m in methods), peers, steps, seeds, blocks, time.monotonic() - began)
+    return Sweep(tuple(m.text for m in methods), peers, steps, seeds, blocks, seconds())
 
 
 def case_of(

@@ -135,6 +135,8 @@ def closing(report: Report) -> RenderableType:
     summary = f"{len(report.rounds)} rounds ({retries} retries) in {report.wall_s:.1f} s"
     if sent:
         summary += f", {size(sum(sent) / len(sent))} sent per peer"
+    if payload := sum(r.payload for r in report.rounds):
+        summary += f"; {payload:,} bytes of gradients in all, {payload / len(report.rounds):.0f} a round"
     return Group(peers, comparison, claims, Text(summary))
 
 

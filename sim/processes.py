@@ -64,8 +64,18 @@ class Plan:
     attack: str = ""
 
 
-def make_plan(*, peers: int, kill: int, late: int, rounds: int, seed: int, liars: int = 0, attack: str = "") -> Plan:
-    """Draw victims, rounds and phases. Raises :class:`ConfigError` when the numbers leave no swarm."""
+def make_plan(
+    *,
+    peers: int,
+    kill: int,
+    late: int,
+    rounds: int,
+    seed: int,
+    liars: int = 0,
+    attack: str = "",
+    phases: Sequence[str] = KILL_PHASES,
+) -> Plan:
+    """Draw victims, rounds and ``phases``. Raises :class:`ConfigError` when the numbers leave no swarm."""
     first = peers - late
     if first < 1:
         raise ConfigError(f"--late {late} of --peers {peers} leaves nobody to begin the run")
@@ -84,7 +94,7 @@ def make_plan(*, peers: int, kill: int, late: int, rounds: int, seed: int, liars
     draw = random.Random(f"shoal sim {seed}")
     names = tuple(f"node-{number}" for number in range(peers))
     kills = tuple(
-        Kill(name, draw.randint(2, max(2, rounds // 2)), draw.choice(KILL_PHASES))
+        Kill(name, draw.randint(2, max(2, rounds // 2)), draw.choice(phases))
         for name in sorted(draw.sample(names[:first], kill))
     )
     # The last ones, and never the first, with whose weights training begins.

@@ -142,4 +142,5 @@ def _merge(number: int, reports: Sequence[RoundReport]) -> RoundOutcome:
         retries=max(report.retries for report in reports),
         dropped=tuple(sorted({peer for report in reports for peer in report.dropped})),
         reason=telling.reason,
+        payload=max(report.payload for report in reports),
     )

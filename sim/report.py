@@ -16,6 +16,8 @@ from .outputs import write_text
 STATUSES = ("finished", "killed", "expelled", "left", "failed")
 #: The phases of a round between scatter and commit: where a kill is meant to hurt.
 KILL_PHASES = ("scatter", "combine", "gather")
+#: The same where nothing is combined: before its word, and before it agrees to the record.
+GATHER_KILL_PHASES = ("convene", "commit")
 
 
 @attrs.frozen
@@ -49,7 +51,8 @@ class PeerOutcome:
 
 @attrs.frozen
 class RoundOutcome:
-    """One committed round. ``wall_s``: from the end of training to the commit, the slowest member's."""
+    """One committed round. ``wall_s``: from the end of training to the commit, the slowest member's.
+    ``payload``: bytes that its members gave where nothing was combined."""
 
     round: int
     members: tuple[str, ...]
@@ -57,6 +60,7 @@ class RoundOutcome:
     retries: int
     dropped: tuple[str, ...]
     reason: str
+    payload: int = 0
 
 
 @attrs.frozen
@@ -174,7 +178,7 @@ def _check_kills(report: Report, kills: int) -> Claim:
     killed = [event for event in report.events if event.what == "kill"]
     dropped = {peer for r in report.rounds for peer in r.dropped}
     unnamed = [event.peer[:8] for event in killed if event.peer not in dropped]
-    misplaced = [event.phase for event in killed if event.phase not in KILL_PHASES]
+    misplaced = [event.phase for event in killed if event.phase not in (*KILL_PHASES, *GATHER_KILL_PHASES)]
     found = ", ".join(f"{e.peer[:8]} killed in round {e.round} at {e.phase}" for e in killed) or "nobody was killed"
     if unnamed:
         found += f"; no round names {' '.join(unnamed)} as dropped"

@@ -20,6 +20,7 @@ import trio
 from rich.console import Console
 
 from ..learning import topologies
+from ..learning.strategies import LEDGERS
 from ..node.boundary import first_error
 from ..node.cli import FAILED, OK
 from ..transport.errors import ConfigError
@@ -31,7 +32,7 @@ from .live import LiveView, closing
 from .outputs import check_outputs
 from .processes import NodeProcess, Plan, Settings, SimulationFailed, Swarm, make_plan
 from .recorder import Recorder
-from .report import Baseline, Expectation, Report, judge
+from .report import GATHER_KILL_PHASES, KILL_PHASES, Baseline, Expectation, Report, judge
 
 
 def simulate(options: argparse.Namespace) -> int:
@@ -53,7 +54,14 @@ def simulate(options: argparse.Namespace) -> int:
 
         check(attack)
     plan = make_plan(
-        peers=options.peers, kill=kill, late=late, rounds=rounds, seed=options.seed, liars=liars, attack=attack
+        peers=options.peers,
+        kill=kill,
+        late=late,
+        rounds=rounds,
+        seed=options.seed,
+        liars=liars,
+        attack=attack,
+        phases=GATHER_KILL_PHASES if options.strategy in LEDGERS else KILL_PHASES,
     )
     check_outputs(options.json, options.plot)
     folder = _folder(options.workdir)

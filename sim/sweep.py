@@ -21,6 +21,12 @@ R = TypeVar("R")
 TELL_EVERY = 60.0
 
 
+def stopwatch() -> Callable[[], float]:
+    """A function that gives the seconds since now: how long a sweep takes, for who waits for it."""
+    began = time.monotonic()
+    return lambda: time.monotonic() - began
+
+
 @attrs.frozen
 class _Each(Generic[C, R]):
     """Picklable: a case with what became of it."""

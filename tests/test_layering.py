@@ -63,7 +63,7 @@ WORLD_USES = {
     ("node/doc_commands.py", "time"): "a command that shows local times and reads files from outside; it is no node",
     ("sim/netlab_delay.py", "time"): "a cable of the NAT lab; it is no node",
     ("sim/lab_dht.py", "time"): "how long a virtual world takes in real seconds; it is no node",
-    ("sim/lab_byzantine.py", "time"): "how long a sweep takes in real seconds, for who waits for it; it is no node",
+    ("sim/sweep.py", "time"): "how long a sweep takes in real seconds, for who waits for it; it is no node",
     ("sim/simulate.py", "time"): "how long the whole simulation takes, before and after its event loop; it is no node",
 }
 WORLD_CALLS = (

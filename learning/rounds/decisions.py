@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from ...transport.identity import PeerId
 from .messages import Accepted, Plan, Ready, quorum
+from .payloads import GATHER
 
 
 def candidates(prev: bytes, round: int, voters: Sequence[PeerId]) -> tuple[PeerId, ...]:
@@ -231,10 +232,15 @@ def proposal_of(promises: Mapping[PeerId, Accepted | None]) -> Accepted | None:
 
 
 def holders_of(value: Accepted, ready: Mapping[PeerId, Ready]) -> tuple[PeerId, ...]:
-    """Who of those that are ready accepted ``value``, at whatever ballot, and still holds its result."""
-    digest = value.record.digest
+    """Who of those that are ready accepted ``value``, at whatever ballot, and still holds its result.
+
+    Where nothing was combined the record itself is all there is to hold.
+    """
+    digest, whole = value.record.digest, value.record.kind == GATHER
     return tuple(
-        peer for peer, r in ready.items() if r.holds and r.accepted is not None and r.accepted.record.digest == digest
+        peer
+        for peer, r in ready.items()
+        if (r.holds or whole) and r.accepted is not None and r.accepted.record.digest == digest
     )
 
 

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import attrs
 import trio
 from torch import Tensor
 
@@ -56,6 +57,7 @@ from .messages import (
     verify_certificate,
 )
 from .passes import Passes
+from .payloads import GATHER, Payload
 from .post import Post
 from .results import Results
 from .scales import Scales
@@ -176,10 +178,12 @@ class Instance:
         why: str,
         filling: Filling | None = None,
         coding: Coding = PLAIN,
+        payload: bytes | None = None,
     ) -> None:
         """Training is over: contribute ``vector`` (fp32, 1-D, finite), or nothing and say ``why``.
 
         ``filling``: how much of the vector is there already; None for all of it. ``coding``: how it travels.
+        ``payload``: what is given instead of a vector; ``length`` is 0 then.
         """
         self.began = self._host.now()
         self.buffers.own, self.buffers.coding = vector, coding
@@ -190,8 +194,10 @@ class Instance:
             if self.leader is not None:
                 self.leader.spare = self.voter.spare
         rates = measured(self._endpoint, self.voters)
-        gives, why, codec = vector is not None, printable(why), coding.codec.name
+        given = None if payload is None else Payload.sign(self._endpoint.identity, self.key, payload)
+        gives, why, codec = vector is not None or given is not None, printable(why), coding.codec.name
         offer = Ready(self.key, self.round, 0, gives, samples, weight, length, None, False, why, rates, codec)
+        offer = attrs.evolve(offer, payload=given)
         self._feed(lambda: self.voter.begin(self._host.now(), offer))
 
     def withdraw(self, why: str) -> None:
@@ -204,7 +210,7 @@ class Instance:
         await self.decided.wait()
         assert self.commit is not None
         record = self.commit.record
-        if not record.fingerprint:
+        if not record.fingerprint and record.kind != GATHER:
             return None
         holders = tuple(accept.peer for accept in self.commit.certificate.accepts if accept.peer != self.me)
         if await self.results.obtain(record, holders) is None:

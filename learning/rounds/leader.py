@@ -1,8 +1,9 @@
-"""The leader of one attempt of a round, sans-IO: fixes members, freezes, heals, proposes, commits.
+r"""The leader of one attempt of a round, sans-IO: fixes members, freezes, heals, proposes, commits.
 
 Theory of operation::
 
     convene --may_begin--> scatter --all owners Held--> gather --all receivers full--> propose --quorum--> done
+       |  \-- nothing to combine, only payloads ---------------------------------------^
        |                      ^  |                        |
        |                      |  +-- an owner is lost ----+   epoch + 1: its ranges go to the other owners
        +-- a promise holds an accepted value: propose that value again, nothing else
@@ -26,6 +27,7 @@ from .actions import Action, Fingerprint, Note, Send, Weigh
 from .challenges import Challenges
 from .claims import Denied, Receipts
 from .decisions import (
+    contributors,
     holders_of,
     may_abandon,
     may_begin,
@@ -247,6 +249,9 @@ class Leader(Judging):
         self._reason = reason = again + reason
         if not go:
             return []
+        members, (length, _, _), without = contributors(self._ready)
+        if not length:
+            return self._collect(now, members, reason + without)
         guests = {peer: ready for peer, ready in self._guests.items() if peer not in self.lost}
         plan = first_plan(self.key, self.attempt, self._ready, self.me, self.needed, reason, self.rule, guests)
         few = too_few(self.rule, len(plan.members))

@@ -20,6 +20,7 @@ from ..reduce.rates import NOTHING, Rates
 from ..reduce.slices import Slice
 from .bounded import Bounded
 from .claims import Accuse, Denied, Missing, Proof, Receipts
+from .payloads import Payload
 
 #: Samples, and weight in the mean, of one contribution at most: sums over a roster and over all rounds of a run stay
 #: below 2^63.
@@ -56,15 +57,17 @@ class CommitRecord(Bounded):
     """What a round agreed on. Its digest chains the rounds: ``prev`` is the digest of the one before.
 
     ``kind``: ``genesis`` (the founder's first record), ``enrol`` (roster change without training),
-    ``reduce`` (a round), ``branch`` (survivors of a lost majority go on). ``members`` contributed, in
+    ``reduce`` (a round), ``gather`` (a round in which nothing is combined), ``branch`` (survivors of a lost majority go
+    on). ``members`` contributed, in
     PeerId order, with ``samples`` each and ``weights`` in the mean. ``roster``: the voters of the next
     round. ``state``: digest of the state after the round before (empty in gossip groups). ``fingerprint``:
     keyed MAC of the result, key derived from ``nonces``. ``total``: samples committed since genesis.
 
     ``trial``: who is on trial in the next round, in PeerId order, none of them a voter. ``opinions``: what members of
     this one say of the work of those who were on trial in it (:class:`.trials.Opinion`). ``scores``: what the rule of
-    the run remembers of each of the ``roster`` (:mod:`.remembering`). All empty in most rounds, and then they are not
-    in the bytes of the record: it is as it was before there were such things.
+    the run remembers of each of the ``roster`` (:mod:`.remembering`). ``payloads``: what each member of a ``gather``
+    gave. All empty in most rounds, and then they are not in the bytes of the record: it is as it was before there were
+    such things.
     """
 
     run: bytes
@@ -85,6 +88,7 @@ class CommitRecord(Bounded):
     trial: tuple[OnTrial, ...] = ()
     opinions: tuple[bytes, ...] = ()
     scores: tuple[int, ...] = ()
+    payloads: tuple[Payload, ...] = ()
 
     @property
     def digest(self) -> bytes:
@@ -99,6 +103,7 @@ converter.register_unstructure_hook(
         trial=override(omit_if_default=True),
         opinions=override(omit_if_default=True),
         scores=override(omit_if_default=True),
+        payloads=override(omit_if_default=True),
     ),
 )
 
@@ -135,7 +140,8 @@ class Ready(Bounded):
     ``contributes`` is False when it has nothing to give this round; ``why`` then says why not. ``holds``: whether the
     sender still holds the result of ``accepted`` (a restarted peer does not). ``rates``: what it measured on its lines.
     ``codec``: how its contribution is coded, and the result, if most say so. ``layout``: which tensors the vector is
-    made of, in words that are equal where they are; empty where it is of none in particular.
+    made of, in words that are equal where they are; empty where it is of none in particular. ``payload``: what it gives
+    instead of a vector, whose length is 0 then (:mod:`.payloads`).
     """
 
     key: bytes
@@ -151,6 +157,7 @@ class Ready(Bounded):
     rates: Rates = NOTHING
     codec: str = "fp32"
     layout: str = ""
+    payload: Payload | None = None
 
     def __attrs_post_init__(self) -> None:
         Bounded.__attrs_post_init__(self)
@@ -158,6 +165,13 @@ class Ready(Bounded):
             raise ValueError(f"{max(self.samples, self.weight)} samples in one round")
         check_codec(self.codec)
         check_layout(self.layout)
+        if self.payload is not None and self.length:
+            raise ValueError("a payload beside a vector")
+
+
+converter.register_unstructure_hook(
+    Ready, make_dict_unstructure_fn(Ready, converter, payload=override(omit_if_default=True))
+)
 
 
 @attrs.frozen

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
+import attrs
+
 from ...transport.identity import Identity, PeerId
 from ..aggregate.aggregator import Aggregator
 from .actions import Action, Note, Pace, Promise, Send
@@ -25,7 +27,8 @@ from .messages import (
     Waiting,
     accept_bytes,
 )
-from .remembering import NOTHING
+from .payloads import GATHER
+from .remembering import NOTHING, carried
 from .terms import Terms, accepts_needed
 from .trials import counted, gathered, next_trial, served
 from .weighing import MEAN, too_few
@@ -134,6 +137,27 @@ class Proposer:
         free = room - len(roster)
         trial, more = next_trial(after, roster, self.voters, present, gone, wishes, free, terms.admission)
         return roster, trial, opinions if self.trial else (), why + more
+
+    def _collect(self, now: float, members: tuple[PeerId, ...], why: str) -> list[Action]:
+        """Nothing is to be combined: what ``members`` gave is the record, and all there is to agree on."""
+        given = {peer: self._ready[peer].payload for peer in members}
+        sound = {peer: each for peer, each in given.items() if each is not None and each.of(peer, self.key)}
+        roster, trial, opinions, after = self._next(len(self._ready))
+        samples = tuple(self._ready[peer].samples for peer in sound)
+        weights = tuple(self._ready[peer].weight for peer in sound)
+        record = self._terms.draft(tuple(sound), samples, weights, roster, (), f"{why}; roster {after}")
+        self.record = attrs.evolve(
+            record,
+            kind=GATHER,
+            branch=record.branch if self._branch is None else self._branch,
+            trial=trial,
+            opinions=opinions,
+            scores=carried(roster, self._scores),
+            payloads=tuple(sound.values()),
+        )
+        actions: list[Action] = [Note("convene", "members", why)]
+        actions += [Note("convene", "refused", "its payload is not its own", p) for p in members if p not in sound]
+        return [*actions, *self._propose(now, tuple(self._ready))]
 
     def _propose(self, now: float, holders: tuple[PeerId, ...]) -> list[Action]:
         assert self.record is not None

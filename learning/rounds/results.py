@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import torch
 import trio
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from .downloads import download
 from .messages import CommitRecord
 from .methods import Want
 from .passes import Passes
+from .payloads import GATHER
 from .setting import Setting
 from .voter import Voter
 
@@ -69,6 +71,9 @@ class Results:
         """
         digest = record.digest
         if self.final_digest == digest:
+            return None
+        if record.kind == GATHER:
+            self.final, self.final_digest = torch.empty(0), digest
             return None
         if record.algorithm not in ALGORITHMS:
             return f"unknown fingerprint algorithm {record.algorithm[:20]!r}"

@@ -59,6 +59,7 @@ def fill(
         trial=(),
         opinions=(),
         scores=(),
+        payloads=(),
         reason=f"{record.reason}{reason}"[:REASON_LENGTH],
     )
 

@@ -56,6 +56,7 @@ from .messages import (
     sign_accept,
     sign_held,
 )  # fmt: skip
+from .payloads import GATHER
 from .planning import freeze_fault, plan_fault
 from .remembering import NOTHING, disputed
 from .weighing import MEAN, too_few
@@ -187,7 +188,13 @@ class Voter(Assessing):
         self._refused_at = -1
         self.accepted, self._holds_accepted = Accepted(attempt, record), True
         self._heard = now
+        # Where something is combined this phase begins with the result.
+        begins: list[Action] = []
+        if record.kind == GATHER:
+            self.phase, self.reason = "commit", "the record is sound, waiting for the commit"
+            begins = [Note("commit", "begin")]
         return [
+            *begins,
             Persist(self.promised, self.accepted),
             Send(self.leader(attempt), sign_accept(self._identity, self.key, attempt, record.digest)),
         ]
@@ -406,7 +413,7 @@ class Voter(Assessing):
             return [Send(sender, Reject(self.key, message.attempt, self.promised, "promised a later attempt"))]
         if sender != self.leader(message.attempt) or self._far(message.attempt):
             return []
-        wrong = self._check(message.record)
+        wrong = self._check(message.record) or self._unlike(message.record)
         if wrong is None and self.frozen is not None and self.frozen.members == message.record.members:
             wrong = disputed(message.record, self._learnt)
         if self.plan is not None and self.plan.attempt == message.attempt and (liars := self._tainted(self.plan)):
@@ -433,6 +440,12 @@ class Voter(Assessing):
         self._moved = now
         holders = tuple(h for h in message.holders if h in self.voters and h != self.me)
         return [*actions, Verify(message.attempt, message.record, holders)]
+
+    def _unlike(self, record: CommitRecord) -> str | None:
+        """Whether ``record`` ends another kind of round than the one we are in."""
+        if self.offer is None or (self.offer.length == 0) == (record.kind == GATHER):
+            return None
+        return "nothing is combined, and we came to reduce" if self.offer.length else "we have nothing to combine"
 
     def _on_commit(self, message: Commit) -> list[Action]:
         # The driver has verified the certificate before it hands a commit to us.

@@ -21,10 +21,14 @@ BUILTIN: Mapping[str, tuple[str, str]] = {
     "fedavg": (".fedavg", "FedAvg"),
     "scaffold": (".scaffold", "Scaffold"),
     "allreduce": (".allreduce", "AllReduce"),
+    "spsa": (".spsa", "SPSA"),
     "local": (".local", "Local"),
     "gossip": (".averaging", "Gossip"),
     "dimat": (".dimat", "Dimat"),
 }
+
+#: Those whose rounds combine nothing: what is said in them is all (:attr:`Strategy.ledger`).
+LEDGERS = frozenset(("spsa",))
 
 
 def names() -> str:

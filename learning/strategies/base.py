@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import attrs
@@ -12,7 +12,10 @@ import attrs
 from ...transport.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..peer import Peer
+    from ..state import Layout
 
 
 class Strategy(ABC):
@@ -20,10 +23,13 @@ class Strategy(ABC):
 
     ``replicated``: all peers hold identical state after each round, which the commits of the run then prove.
     Otherwise rounds happen in gossip groups of ``group`` peers (0: of all) and states differ.
+
+    ``ledger``: a state follows from any earlier one and what was said in the rounds between (:meth:`replay`).
     """
 
     replicated: ClassVar[bool] = True
     group: ClassVar[int] = 0
+    ledger: ClassVar[bool] = False
 
     @abstractmethod
     async def run(self, peer: Peer) -> None:
@@ -33,6 +39,19 @@ class Strategy(ABC):
     def round_steps(self) -> int:
         """Steps of training in one round."""
         return int(getattr(self, "inner_steps", 1))
+
+    def replay(
+        self,
+        run: bytes,
+        layout: Layout,
+        trainable: Sequence[str],
+        vectors: dict[str, Tensor],
+        round: int,
+        voters: Sequence[bytes],
+        said: Mapping[bytes, bytes],
+    ) -> None:
+        """Bring a state, in place, from before ``round`` to after it. ``said``: see :meth:`Round.gather`. Blocking."""
+        raise NotImplementedError
 
     @classmethod
     def configure(cls, name: str, args: Mapping[str, float]) -> Self:

@@ -9,6 +9,7 @@ from ...transport.errors import ConfigError
 #: Built-in tasks: the only names that a run spec from the network may resolve to.
 BUILTIN: Mapping[str, tuple[str, str]] = {
     "digits": (".tasks.digits", "Digits"),
+    "digits-finetune": (".tasks.finetune", "DigitsFinetune"),
     "stdlib": (".tasks.stdlib", "Stdlib"),
     "stdlib-small": (".tasks.stdlib", "StdlibSmall"),
     "stdlib-large": (".tasks.stdlib", "StdlibLarge"),

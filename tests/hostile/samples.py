@@ -18,6 +18,7 @@ from shoal.dht.documents.messages import Accused, Advert, Node, Want
 from shoal.dht.documents.policy import DocumentSpec, Listed, Members, Owner
 from shoal.learning.reduce.codecs import NAMES
 from shoal.learning.rounds.lies import Lie
+from shoal.learning.rounds.payloads import Payload
 from shoal.learning.rounds.statements import Combined
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.identity import Identity, PeerId
@@ -192,6 +193,7 @@ def _named(kind: Any) -> Callable[[random.Random], Any]:
 
 
 _SPECIAL: dict[Any, Callable[[random.Random], Any]] = {
+    Payload: lambda rng: Payload(rng.randbytes(rng.choice((0, 1, 8, 1024))), rng.randbytes(64)),
     Combined: _combined,
     Lie: _lie,
     **{kind: _named(kind) for kind in (Advert, Node, Want, Accused)},

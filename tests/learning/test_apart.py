@@ -13,9 +13,10 @@ import torch
 import trio
 
 from shoal.learning.apart import Apart, TrainingFailed
+from shoal.learning.directions import Direction, Move
 from shoal.learning.shard import Shard
 from shoal.learning.task import Task, resolve
-from shoal.learning.worker import Worker
+from shoal.learning.worker import Part, Worker
 from shoal.transport.errors import ConfigError
 from shoal.transport.host import RealHost
 
@@ -89,6 +90,15 @@ def test_a_process_of_its_own_trains_to_the_same_bits() -> None:
             await each.load(0.5 * await each.weights())
             each.reset_optimizer()
             await each.train(2)
+        assert torch.equal(await trainer.weights(), await worker.weights())
+        directions = [Direction(bytes(range(16))), Direction(bytes(16), "normal")]
+        part = Part(bytes(32), 1, 3)
+        for more in ((), (part,)):
+            (losses, one), (found, two) = [await t.probe(directions, 1e-3, (1, -1), *more) for t in (trainer, worker)]
+            assert losses == found and (one.steps, one.samples) == (two.steps, two.samples)
+        moves = [Move(direction, 0.01) for direction in directions]
+        for each in (trainer, worker):
+            await each.descend(moves)
         assert torch.equal(await trainer.weights(), await worker.weights())
         zero = torch.zeros(worker.layout.size)
         assert await trainer.evaluate() == await worker.evaluate()

@@ -39,6 +39,7 @@ from shoal.learning.rounds.messages import (
     sign_held,
     verify_certificate,
 )
+from shoal.learning.rounds.payloads import Payload
 from shoal.transport.errors import DecodeError
 from shoal.transport.identity import Identity, PeerId
 from shoal.transport.wire import pack, unpack
@@ -68,6 +69,7 @@ RECORD = CommitRecord(
 
 EVERY = (
     Ready(KEY, 1, 0, True, 10, 1, 100, Accepted(0, RECORD), True, ""),
+    Ready(KEY, 1, 0, True, 10, 1, 0, None, False, "", payload=Payload.sign(IDENTITIES[0], KEY, b"a few bytes")),
     Waiting(KEY, 0, VOTERS[:2], "waiting"),
     Convene(KEY, 1, 3),
     Plan(KEY, 0, 0, VOTERS[:1], (1,), (1,), VOTERS, (Slice(0, 100, VOTERS[0]),), 100, "why"),
@@ -152,6 +154,7 @@ def test_the_digest_of_a_record_stays_what_it_is() -> None:
 @pytest.mark.parametrize("field", [f.name for f in attrs.fields(CommitRecord)])
 def test_every_field_of_a_record_is_in_its_digest(field: str) -> None:
     record = attrs.evolve(RECORD, trial=(OnTrial(VOTERS[3], 2),), opinions=(b"o",), scores=(1,))
+    record = attrs.evolve(record, payloads=(Payload(b"said", b"s" * 64),))
     value = getattr(record, field)
     match value:
         case int():
@@ -225,7 +228,7 @@ def test_a_certificate_or_record_with_such_numbers_does_not_decode_either() -> N
             unpack(type(part), pack(sound))
 
 
-@pytest.mark.parametrize("message", [EVERY[0], EVERY[3]], ids=["Ready", "Plan"])
+@pytest.mark.parametrize("message", [EVERY[0], EVERY[4]], ids=["Ready", "Plan"])
 def test_a_layout_that_is_longer_than_any_of_ours_or_unprintable_does_not_decode(message: object) -> None:
     sound = unpack(type(message), pack(message))
     for layout, wrong in (("3, " * 100, "a layout of 300 characters"), ("3\x1b[2J", "control characters")):
@@ -238,4 +241,4 @@ def test_messages_are_told_apart_by_their_class() -> None:
     with pytest.raises(DecodeError):
         unpack(Accept, pack(EVERY[0]))
     with pytest.raises(DecodeError):
-        unpack(Held, pack(EVERY[5]))
+        unpack(Held, pack(EVERY[6]))

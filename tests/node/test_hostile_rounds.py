@@ -44,6 +44,7 @@ from shoal.learning.rounds.messages import (
     sign_accept,
 )
 from shoal.learning.rounds.methods import SAY, SCATTER, SHARE, WANT, Scatter, Shared, Want
+from shoal.learning.rounds.payloads import Payload
 from shoal.learning.state import bytes_view
 from shoal.sim.world import World, simulate
 from shoal.transport.endpoint import Endpoint
@@ -92,6 +93,7 @@ def everything(key: bytes, record: CommitRecord, me: PeerId) -> list[object]:
     owner = (Slice(0, tiny.SIZE, me),)
     return [
         Ready(key, record.round, 0, True, 1, 1, tiny.SIZE, Accepted(9, record), True, ""),
+        Ready(key, record.round, 0, True, 1, 1, 0, None, False, "", payload=Payload(b"mine", bytes(64))),
         Waiting(key, 0, (), "wait for me"),
         Convene(key, record.round, 5),
         Plan(key, 0, 0, (me,), (1,), (1,), (me,), owner, tiny.SIZE, "mine"),
