@@ -229,14 +229,14 @@ class Worker:
             self.model.eval()
             try:
                 with torch.no_grad():
-                    return [self._look(vector, modules, batches) for vector in vectors]
+                    return [self._outputs(vector, modules, batches) for vector in vectors]
             finally:
                 self.model.train()
                 unflatten_into(self.layout, own, self.model)
 
         return await self._compute(0.0, work)
 
-    def _look(self, vector: Tensor, modules: Sequence[str], batches: list[Batch]) -> dict[str, Tensor]:
+    def _outputs(self, vector: Tensor, modules: Sequence[str], batches: list[Batch]) -> dict[str, Tensor]:
         unflatten_into(self.layout, vector, self.model)
         found: dict[str, list[Tensor]] = {name: [] for name in modules}
 
