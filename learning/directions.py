@@ -14,6 +14,7 @@ untouched, bit for bit, and what it costs is the largest parameter once more.
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -99,7 +100,7 @@ def trainable_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def moved(name: str, tensor: Tensor, direction: Direction, step: float) -> Tensor:
     """``tensor`` + ``step`` · z, rounded once to its dtype, on its device."""
-    found = torch.empty(tensor.numel(), dtype=torch.float32)
+    found = _room(tensor.numel())
     steps, out = direction.steps(name, tensor.numel(), step), found.numpy()
     source: Floats | None = None
     if tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous():
@@ -114,6 +115,14 @@ def moved(name: str, tensor: Tensor, direction: Direction, step: float) -> Tenso
     if source is not None:
         return found.view(tensor.shape)
     return (tensor.detach().float() + found.to(tensor.device).view(tensor.shape)).to(tensor.dtype)
+
+
+def _room(size: int) -> Tensor:
+    """A vector whose memory goes back to the system with it: an allocator keeps a few large ones that were given back,
+    and three layers instead of one would be in memory."""
+    if 4 * size < defaults.BUCKET // 8:
+        return torch.empty(size, dtype=torch.float32)
+    return torch.frombuffer(mmap.mmap(-1, 4 * size), dtype=torch.float32)
 
 
 class Moved(TorchFunctionMode):

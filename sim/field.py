@@ -176,7 +176,7 @@ class Field:
             raise ConfigError(f"a field of {case.peers} peers and {case.rounds} rounds")
         self.first, self.last = case.first, case.first + case.rounds - 1
         #: Peers in a group, 0: all.
-        self.group = (case.group or self.strategy.group) if not self.strategy.replicated else 0
+        self.group = 0 if self.strategy.replicated else case.group or self.strategy.group
         self._network = MemoryWorld(seeded(case.seed, "network"))
         self.ids = tuple(identity_of(case.seed, number) for number in range(case.peers))
         self.lines = {peer: case.links.line(number) for number, peer in enumerate(self.ids)}
@@ -289,7 +289,7 @@ class Field:
         state, kept = self.state_of(donor), donor.peer.vectors()
         joiner.restored = {name: vector.clone() for name, vector in kept.items()}
         unflatten_into(self._layout, state, joiner.trainer.model)
-        joiner.round = round - 1
+        joiner.round, joiner.entered = round - 1, round
         self._known[joiner.me] = None
         self._living[joiner.me] = joiner
         size = 4 * (state.numel() + sum(vector.numel() for vector in kept.values()))
@@ -298,7 +298,7 @@ class Field:
 
     def _meet(self, round: int, roster: tuple[PeerId, ...]) -> dict[PeerId, Meeting]:
         case, found = self.case, {}
-        if self.strategy.replicated:
+        if self.strategy.replicated or not (case.topology or self.group):
             groups: topologies.Groups = (roster,)
         elif self.group == 1:
             groups = tuple((peer,) for peer in roster)
@@ -333,6 +333,8 @@ class Field:
     def settled(self, run: FieldRun) -> None:
         """``run`` has ended a round, and its state is final."""
         round, case = run.round, self.case
+        if round < run.entered:
+            return  # the state that it has joined with: it was not in that round
         ended = self._ended.setdefault(round, _Ended())
         every = case.evaluate_every
         due = round in (self.first - 1, self.last) or bool(every and (round - self.first + 1) % every == 0)

@@ -87,11 +87,11 @@ class Batcher:
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._skeleton = task.model()
+        self._lossy = _Lossy(task, task.model()).train()
         self._cohorts = 0
         self._padding = True
         self.off = ""
-        if any(True for _ in self._skeleton.buffers()):
+        if any(True for _ in self._lossy.buffers()):
             self.off = "a model with buffers"
 
     def train(self, replicas: Sequence[Replica]) -> None:
@@ -102,8 +102,9 @@ class Batcher:
                 continue
             try:
                 self._together(cohort)
-            except (Unfit, RuntimeError) as error:
-                self._give_up(cohort, str(error).splitlines()[0])
+            except (Unfit, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+                # A loss that cannot be mapped over replicas (it reads numbers, draws, branches): alone it can.
+                self._give_up(cohort, f"{type(error).__name__}: {error}".splitlines()[0])
                 continue
             self._cohorts += 1
             if self._cohorts <= FIRST or self._cohorts % EVERY == 0:
@@ -214,18 +215,20 @@ class Batcher:
         return losses
 
     def _loss(self, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
-        return self._task.loss(_Called(self._skeleton, parameters), batch)
+        named = {f"model.{name}": value for name, value in parameters.items()}
+        found: Tensor = functional_call(self._lossy, named, (batch,))
+        return found
 
 
-class _Called(nn.Module):
-    """The model with other parameters, as the task's loss calls it."""
+class _Lossy(nn.Module):
+    """A model with its loss, so that another one's parameters can stand in for both."""
 
-    def __init__(self, skeleton: nn.Module, parameters: dict[str, Tensor]) -> None:
+    def __init__(self, task: Task, model: nn.Module) -> None:
         super().__init__()
-        self._call = lambda *inputs, **named: functional_call(skeleton, parameters, inputs, named)
+        self.task, self.model = task, model
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        return self._call(*inputs, **named)
+    def forward(self, batch: Batch) -> Tensor:
+        return self.task.loss(self.model, batch)
 
 
 def _cohorts(replicas: Sequence[Replica]) -> Iterator[list[Replica]]:

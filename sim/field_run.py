@@ -38,6 +38,8 @@ class FieldRun:
         self.peer = Peer(self, trainer)
         self.exchange: FieldExchange | None = None
         self.round = field.first - 1
+        #: Where it came in, if it joined; whoever was there from the beginning has a state before the first round.
+        self.entered = self.round
         self.began = 0.0
         self.loss: float | None = None
         self.scope = trio.CancelScope()

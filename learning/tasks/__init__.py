@@ -11,6 +11,7 @@ BUILTIN: Mapping[str, tuple[str, str]] = {
     "digits": (".tasks.digits", "Digits"),
     "digits-finetune": (".tasks.finetune", "DigitsFinetune"),
     "stdlib": (".tasks.stdlib", "Stdlib"),
+    "stdlib-finetune": (".tasks.finetune", "StdlibFinetune"),
     "stdlib-small": (".tasks.stdlib", "StdlibSmall"),
     "stdlib-large": (".tasks.stdlib", "StdlibLarge"),
 }

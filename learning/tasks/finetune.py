@@ -1,25 +1,53 @@
-"""``digits-finetune``: the model of ``digits``, pre-trained on other scans of the same digits, to be adapted.
+"""Models that are trained already, and data that they were not trained on.
 
-The scans that it was trained on are grey: half the contrast, brighter paper. It reads them well, and the run's own
-images less so.
+``digits-finetune``: the model of ``digits``, pre-trained on other scans of the same digits. Those are grey: half the
+contrast, brighter paper. It reads them well, and the run's own images less so. ``stdlib-finetune``: a model of Python's
+source text on C++ headers.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ...transport.errors import ConfigError
 from ..shard import frozen_random
 from .digits import Digits, load
+from .stdlib import HELD_OUT, Corpus, StdlibSmall, corpus_of
 
 #: What the pre-training saw of an image x in -1..1: CONTRAST x + PAPER.
 CONTRAST, PAPER = 0.5, 0.8
 #: Its steps, of 64 images: some seconds of CPU.
 STEPS = 600
+
+
+@functools.cache
+def headers() -> Corpus:
+    """C++ headers that come with torch: as different from Python's source as text on every machine can be."""
+    root = Path(torch.__file__).parent / "include" / "c10"
+    files = sorted(root.rglob("*.h"), key=lambda path: path.relative_to(root).as_posix())
+    if len(files) < 2 * HELD_OUT:
+        raise ConfigError(f"torch's headers at {root} are not there to train on; use another task")
+    return corpus_of(files)
+
+
+class StdlibFinetune(StdlibSmall):
+    """The model of ``stdlib-small`` on another language. Found its run with the export of one: ``--from FILE``."""
+
+    name: ClassVar[str] = "stdlib-finetune"
+    batch: ClassVar[int] = 16
+    recommended: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        "spsa": {"grads": 16, "lr": 0.003},
+        "diloco": {"inner_steps": 10, "outer_lr": 1.0, "momentum": 0.0},
+    }
+
+    def corpus(self) -> Corpus:
+        return headers()
 
 
 @functools.cache

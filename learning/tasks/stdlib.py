@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -48,7 +48,12 @@ def corpus() -> Corpus:
     kept = [path for path in kept if not path.startswith("config-")]
     if len(kept) < 2 * HELD_OUT:
         raise ConfigError(f"the standard library at {root} has no source files to train on; use another task")
-    texts = [np.frombuffer((root / path).read_bytes(), dtype=np.uint8) for path in kept]
+    return corpus_of([root / path for path in kept])
+
+
+def corpus_of(files: Sequence[Path]) -> Corpus:
+    """Of source files, in this order."""
+    texts = [np.frombuffer(path.read_bytes(), dtype=np.uint8) for path in files]
     held_out = [text for i, text in enumerate(texts) if i % HELD_OUT == HELD_OUT - 1]
     train = [text for i, text in enumerate(texts) if i % HELD_OUT != HELD_OUT - 1 and len(text)]
     return Corpus(train=tuple(train), held_out=np.concatenate(held_out))
@@ -74,6 +79,10 @@ class Stdlib(Task):
     learning_rate: ClassVar[float] = 2e-3
     warmup: ClassVar[int] = 20
 
+    def corpus(self) -> Corpus:
+        """What it learns from."""
+        return corpus()
+
     def model(self) -> nn.Module:
         return ByteGPT(self.width, self.layers, self.heads)
 
@@ -85,7 +94,7 @@ class Stdlib(Task):
 
     def batches(self, shard: Shard) -> Iterator[Tensor]:
         """Endless: int64 ``(batch, context + 1)``, random windows of this peer's files (each file is one peer's)."""
-        files = corpus().train
+        files = self.corpus().train
         order = frozen_random(shard.seed, "stdlib files", shard.count).permutation(len(files))
         text = np.concatenate([files[i] for i in order[shard.index :: shard.count]])
         rng = shard.rng("windows")
@@ -100,7 +109,7 @@ class Stdlib(Task):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
-        windows = torch.from_numpy(held_out_windows(self.context).astype(np.int64))
+        windows = torch.from_numpy(windows_of(self.corpus().held_out, self.context).astype(np.int64))
         pieces = [windows[i : i + 32].to(device) for i in range(0, len(windows), 32)]
         nats = [float(self.loss(model, piece)) * len(piece) for piece in pieces]
         return {"bits_per_byte": sum(nats) / len(windows) / math.log(2)}
@@ -136,7 +145,11 @@ def held_out_windows(context: int, before: int = 0) -> NDArray[np.uint8]:
 
     The last ``context`` bytes of a window are scored. ``before`` (at most 2) bytes more of what stands before.
     """
-    text = corpus().held_out
+    return windows_of(corpus().held_out, context, before)
+
+
+def windows_of(text: NDArray[np.uint8], context: int, before: int = 0) -> NDArray[np.uint8]:
+    """See :func:`held_out_windows`: of any text."""
     starts = np.linspace(2, len(text) - context - 1, EVALUATION_WINDOWS).astype(np.int64)
     windows: NDArray[np.uint8] = text[starts[:, None] + np.arange(-before, context + 1)]
     return windows

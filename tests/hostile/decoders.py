@@ -36,14 +36,18 @@ from shoal.learning.aggregate.products import pack_triangle, triangle_fault, tri
 from shoal.learning.events import Standing
 from shoal.learning.reduce.codecs import resolve as resolve_codec
 from shoal.learning.reduce.leaves import bounds, build, leaf_elements
+from shoal.learning.replay import Ledger
 from shoal.learning.rounds.lies import Lie
-from shoal.learning.rounds.messages import instance_key
+from shoal.learning.rounds.messages import CommitRecord, instance_key
+from shoal.learning.rounds.payloads import GATHER, Payload
 from shoal.learning.rounds.statements import Combined, combined_bytes, context_of, inputs_of
 from shoal.learning.rounds.trials import Opinion
 from shoal.learning.rounds.weighing import decide
+from shoal.learning.rundocs_content import CommitNote, read_ledger
 from shoal.learning.spec import SignedSpec
 from shoal.learning.standing import Standings, fault
 from shoal.learning.store import Head, RunStore, Vote
+from shoal.learning.strategies.spsa import SPSA
 from shoal.node import control, swarm_key
 from shoal.node.datadir import DataDir, NodeRecord
 from shoal.node.ticket import Ticket
@@ -726,6 +730,33 @@ def _judge_opinion(data: bytes) -> Any:
     return opinion
 
 
+def _moves(data: bytes) -> Any:
+    """Whatever two peers say moves a model by no more than bytes can."""
+    peers, found = [identity.peer_id.key for identity in IDENTITIES[:2]], []
+    for rule in (SPSA(grads=4), SPSA(grads=2, pairs=1), SPSA(grads=2, pairs=1, shared=1, root=1)):
+        for part in (data, data[: len(data) // 2]):
+            found += rule.moves(bytes(32), 1, peers, {peers[0]: part, peers[1]: data[len(data) // 2 :]})
+    assert all(abs(move.step) <= 10 * 855 for move in found)
+    return found
+
+
+def _noted(rng: random.Random) -> bytes:
+    """A record as a member notes it down."""
+    members = tuple(sorted(identity.peer_id for identity in IDENTITIES[:2]))
+    record = sample(CommitRecord, rng, tame=True)
+    record = attrs.evolve(record, kind=GATHER, members=members, payloads=(Payload(b"x", bytes(64)),) * 2)
+    return pack(record)
+
+
+def _read_note(data: bytes) -> Any:
+    note = CommitNote(ALICE.peer_id, 1, 0, 1.0, "d" * 16, (), 1, 1, 1, "c" * 16, data)
+    found = read_ledger({ALICE.peer_id: {"commits": {note.key: note.entry()}}})
+    ledger = Ledger(4)
+    ledger.note(found)
+    assert all(ledger.back(digest, b"", 9) for digest in found)
+    return tuple(found.values())
+
+
 def _lie(rng: random.Random) -> bytes:
     """A true one, of three voters whose first owns a slice and signed that the median is something else."""
     identities = sorted(IDENTITIES[:3], key=lambda identity: identity.peer_id)
@@ -775,6 +806,8 @@ def decoders() -> dict[str, Decoder]:
         Decoder("inner products", _products, _weigh),
         Decoder("lie of an owner", _lie, _convict, sealed=True),
         Decoder("opinion", _opinion, _judge_opinion, sealed=True),
+        Decoder("payload of gradients", lambda rng: rng.randbytes(rng.choice((4, 8, 32))), _moves),
+        Decoder("ledger note", _noted, _read_note),
         Decoder("run spec", _spec, _open_spec, sealed=True),
         _secure(True, None), _secure(False, None), _secure(True, psk), _secure(False, psk),
         _hello(True), _hello(False),

@@ -25,6 +25,7 @@ DYNAMIC = {
     ("shoal.transport.rpc", "method.response"): "the response of a Method",
     ("shoal.transport.serving", "found.method.request"): "the request of a Method",
     ("shoal.learning.rundocs_content", "Lie"): "rounds.lies.Lie, imported where there is one: decoders.py has it",
+    ("shoal.learning.rundocs_content", "CommitRecord"): "a record in a note of a commit: in Propose and Commit as well",
     ("shoal.learning.store", "kind"): "RunStore._unpack: SignedSpec, Vote, Head",
     ("shoal.transport.relay", "kind"): "receive_message: Reserve, Circuit, RelayAnswer",
     ("shoal.node.datadir", "kind"): "DataDir._read: NodeRecord",

@@ -18,6 +18,7 @@ from shoal.sim import defaults
 from shoal.sim.attacks import check, resolve
 from shoal.sim.liar import Lie
 from shoal.sim.processes import KILL_PHASES, make_plan
+from shoal.sim.report import GATHER_KILL_PHASES
 from shoal.transport.errors import ConfigError
 
 TASK = """
@@ -202,6 +203,24 @@ def test_a_swarm_survives_a_kill_and_takes_in_a_late_peer(tmp_path: Path) -> Non
     assert [r["round"] for r in report["rounds"]] == list(range(1, 15))
     assert plot_file.read_bytes().startswith(b"\x89PNG")
     assert nodes_of(tmp_path) == []
+
+
+@pytest.mark.process
+def test_a_swarm_that_exchanges_bytes_survives_a_sigkill_and_takes_in_a_late_peer(tmp_path: Path) -> None:
+    report_file = tmp_path / "report.json"
+    arguments = ["--task", "digits-finetune", "--strategy", "spsa", "--peers", "4", "--kill", "1", "--late", "1"]
+    with shoal_sim(tmp_path, *arguments, "--rounds", "24", "--json", str(report_file)) as child:
+        output, _ = child.communicate(timeout=170)
+    assert child.returncode == 0, output
+    assert "every claim held" in output and "bytes of gradients in all" in output
+    report = json.loads(report_file.read_text())
+    assert report["baseline"]["start"] <= 0.86 and report["swarm"] >= 0.93
+    payloads = [r["payload"] for r in report["rounds"]]
+    assert len(payloads) == 24 and sum(payloads) <= 2048
+    assert all(payload == 8 * len(r["members"]) for payload, r in zip(payloads, report["rounds"], strict=True))
+    finished = [peer for peer in report["peers"] if peer["status"] == "finished"]
+    assert len(finished) == 3 and len({peer["digest"] for peer in finished}) == 1
+    assert next(event for event in report["events"] if event["what"] == "kill")["phase"] in GATHER_KILL_PHASES
 
 
 @pytest.mark.process
