@@ -6,7 +6,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ..transport.errors import ConfigError
 from . import defaults
 from .averaging_field import EVERY, GRAPHLESS, GRAPHS, METHODS, Case, Field, Outcome, run
 from .outputs import check_outputs, save_figure, write_text
-from .sweep import run_all
+from .sweep import run_all, stopwatch
 
 #: What is required: points that plain averaging stays below, that the correction reaches (same mixture for all, and
 #: Dirichlet), and by which it may stay behind those that began alike and behind FedAvg.
@@ -174,7 +173,7 @@ def sweep_over(
     console: Console | None = None,
 ) -> Sweep:
     """Every combination, ``processes`` runs at a time (default: a core each)."""
-    began = time.monotonic()
+    elapsed = stopwatch()
     # Without a graph there are no exchanges: such a run stands in all blocks of its data.
     plan: dict[Case, list[tuple[int, str, str]]] = {}
     for index, field in enumerate(fields):
@@ -192,7 +191,7 @@ def sweep_over(
     blocks = tuple(
         Block(field, {key: tuple(found) for key, found in runs[index].items()}) for index, field in enumerate(fields)
     )
-    return Sweep(methods, graphs, form, seeds, blocks, time.monotonic() - began)
+    return Sweep(methods, graphs, form, seeds, blocks, elapsed())
 
 
 def table(sweep: Sweep, block: Block) -> Table:
