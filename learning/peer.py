@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import attrs
 import torch
@@ -20,6 +20,9 @@ from .reduce.tensors import Tensors
 from .shard import Shard
 from .state import Layout
 from .worker import Part, TrainResult
+
+#: Of each of several states: what each of several modules gives, (samples, units).
+Activations: TypeAlias = list[dict[str, Tensor]]
 
 
 class Kept(Protocol):
@@ -55,6 +58,8 @@ class Trainer(Protocol):
     async def descend(self, moves: Sequence[Move]) -> None: ...
     async def weights(self, out: Tensor | None = None) -> Tensor: ...
     async def load(self, vector: Tensor) -> None: ...
+    async def fresh(self, peer: bytes) -> Tensor: ...
+    async def activations(self, vectors: Sequence[Tensor], modules: Sequence[str], samples: int) -> Activations: ...
     async def evaluate(self, vector: Tensor | None = None) -> dict[str, float]: ...
 
 
@@ -169,6 +174,25 @@ class Peer:
     async def load(self, vector: Tensor) -> None:
         """Replace the model's state."""
         await self._trainer.load(vector)
+
+    async def fresh(self) -> Tensor:
+        """Initial weights of this peer's own: drawn from its name and the run's seed, the same whenever asked. With an
+        own training loop: those that its model had before it was given the run's."""
+        return await self._trainer.fresh(self.id)
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained, to look at how it is built; its values change in another thread."""
+        return self._trainer.model
+
+    async def activations(self, vectors: Sequence[Tensor], modules: Sequence[str], samples: int) -> Activations:
+        """What ``modules`` (by name) of the model give on about ``samples`` of this peer's own samples, with each of
+        ``vectors`` as its state: for each vector a dict of matrices (samples, units), fp32 on the CPU.
+
+        The same samples for all of them; takes none from the training. Raises :class:`ConfigError` with an own training
+        loop, which keeps its data to itself.
+        """
+        return await self._trainer.activations(vectors, modules, samples)
 
     def agree(self, vector: Tensor) -> None:
         """``vector`` is the swarm's state after this round, where the model has gone on from it: it is what gets

@@ -57,7 +57,7 @@ def check_strategy(topology: str, strategy: str, replicated: bool, group: int) -
     if replicated:
         raise ConfigError(
             f"strategy {strategy} does its rounds with all peers, whose states are the same: a topology ({topology}) "
-            "is for strategies that gossip, such as noloco"
+            "is for strategies that gossip, such as noloco and gossip"
         )
     if group == 1:
         raise ConfigError(f"strategy {strategy} exchanges nothing, along no topology ({topology})")

@@ -201,6 +201,57 @@ class Worker:
         """Take the state from a vector as :meth:`weights` gives it. The optimiser's own state stays."""
         await self._compute(0.0, unflatten_into, self.layout, vector, self.model)
 
+    async def fresh(self, peer: bytes) -> Tensor:
+        """Initial weights drawn from the run's seed and ``peer``, as a vector; the model stays as it is."""
+
+        def work() -> Tensor:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(
+                    attrs.evolve(self._wanted, peer=peer, round=0, index=0, count=1, epoch=0).entropy("fresh") >> 1
+                )
+                return flatten_model(self.layout, self.task.model())
+
+        return await self._compute(0.0, work)
+
+    async def activations(
+        self, vectors: Sequence[Tensor], modules: Sequence[str], samples: int
+    ) -> list[dict[str, Tensor]]:
+        """See :meth:`shoal.learning.peer.Peer.activations`. Batches come from a stream of their own."""
+
+        def work() -> list[dict[str, Tensor]]:
+            own = flatten_model(self.layout, self.model)
+            batches, seen = [], 0
+            for batch in self.task.batches(self._wanted):
+                batches.append(to_device(batch, self.device))
+                seen += self.task.batch_size(batch)
+                if seen >= samples:
+                    break
+            self.model.eval()
+            try:
+                with torch.no_grad():
+                    return [self._outputs(vector, modules, batches) for vector in vectors]
+            finally:
+                self.model.train()
+                unflatten_into(self.layout, own, self.model)
+
+        return await self._compute(0.0, work)
+
+    def _outputs(self, vector: Tensor, modules: Sequence[str], batches: list[Batch]) -> dict[str, Tensor]:
+        unflatten_into(self.layout, vector, self.model)
+        found: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+        def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+            return lambda module, given, result: found[name].append(result.detach().flatten(0, -2).float().cpu())
+
+        hooks = [self.model.get_submodule(name).register_forward_hook(keep(name)) for name in modules]
+        try:
+            for batch in batches:
+                self.task.loss(self.model, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
     async def evaluate(self, vector: Tensor | None = None) -> dict[str, float]:
         """The task's held-out metrics for the model as it is, or for ``vector`` (the model is put back afterwards)."""
 

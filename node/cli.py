@@ -267,8 +267,8 @@ def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--group", type=count, metavar="N", help="peers in one group reduce (default 0: all of them)")
     run.add_argument(
         "--topology", metavar="NAME",
-        help="who meets whom where peers gossip (noloco): random (default), all, grid, or pairs along the edges of a "
-        "ring, full, regular:DEGREE or barabasi-albert:EDGES",
+        help="who meets whom where peers gossip (noloco, gossip): random (default), all, grid, or pairs along the "
+        "edges of a ring, full, regular:DEGREE or barabasi-albert:EDGES",
     )  # fmt: skip
     run.add_argument(
         "--codec", metavar="NAME",

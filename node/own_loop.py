@@ -24,7 +24,7 @@ from ..learning.directions import Direction, Move
 from ..learning.shard import Shard
 from ..learning.state import Layout, flatten_model, unflatten_into
 from ..learning.worker import Part, TrainResult
-from ..transport.errors import ConfigError
+from ..transport.errors import ConfigError, ProtocolMisuse
 
 T = TypeVar("T")
 
@@ -55,6 +55,8 @@ class OwnLoop:
             raise ConfigError(f"samples per step must be at least 1, got {samples}")
         self.model = model
         self.layout = Layout.of(model)
+        #: What it came with, until the first steps: the run's state is loaded over it.
+        self._initial: Tensor | None = flatten_model(self.layout, model)
         self._evaluate = evaluate
         self._samples = samples
         self._changed = threading.Condition()
@@ -163,6 +165,7 @@ class OwnLoop:
         """
         if rate is not None or drift is not None:
             raise ConfigError("this strategy takes the steps of training itself, which an own training loop does")
+        self._initial = None
         done = trio.Event()
         began = trio.current_time()
         with self._changed:
@@ -193,6 +196,19 @@ class OwnLoop:
     async def load(self, vector: Tensor) -> None:
         """Take the state from a vector; the optimiser's state stays with its owner."""
         await self._on_loop(lambda: unflatten_into(self.layout, vector, self.model))
+
+    async def fresh(self, peer: bytes) -> Tensor:
+        """The weights that the loop's model came with."""
+        if self._initial is None:
+            raise ProtocolMisuse("fresh weights are asked for before the first steps")
+        return self._initial
+
+    async def activations(
+        self, vectors: Sequence[Tensor], modules: Sequence[str], samples: int
+    ) -> list[dict[str, Tensor]]:
+        raise ConfigError(
+            "this strategy compares activations, for which an own training loop gives no data; use gossip"
+        )
 
     async def evaluate(self, vector: Tensor | None = None) -> dict[str, float]:
         """The user's held-out metrics for the model as it is, or for ``vector``; empty without an ``evaluate``."""

@@ -23,6 +23,8 @@ BUILTIN: Mapping[str, tuple[str, str]] = {
     "allreduce": (".allreduce", "AllReduce"),
     "spsa": (".spsa", "SPSA"),
     "local": (".local", "Local"),
+    "gossip": (".averaging", "Gossip"),
+    "dimat": (".dimat", "Dimat"),
 }
 
 #: Those whose rounds combine nothing: what is said in them is all (:attr:`Strategy.ledger`).

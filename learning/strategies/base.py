@@ -86,6 +86,18 @@ def fraction(instance: object, attribute: attrs.Attribute[Any], value: float) ->
         raise ValueError(f"{attribute.name} must be in 0..1 (1 excluded), got {value}")
 
 
+def share(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
+    """Attrs validator: 0 <= value <= 1."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{attribute.name} must be in 0..1, got {value}")
+
+
+def switch(instance: object, attribute: attrs.Attribute[Any], value: int) -> None:
+    """Attrs validator: 0 (off) or 1 (on)."""
+    if value not in (0, 1):
+        raise ValueError(f"{attribute.name} must be 0 or 1, got {value}")
+
+
 def not_negative(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
     """Attrs validator: zero or more."""
     if not value >= 0:

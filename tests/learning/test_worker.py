@@ -344,3 +344,34 @@ def test_batches_of_any_nesting_move_to_the_device() -> None:
     assert moved["x"][1][0].device.type == "meta"
     assert moved["x"][1][1] == "text"
     assert type(moved["x"][1]) is tuple
+
+
+async def test_fresh_weights_are_a_peers_own_and_the_same_whenever_asked() -> None:
+    ours = worker()
+    before, state = await ours.weights(), torch.get_rng_state()
+    one, again, other = await ours.fresh(b"a" * 32), await ours.fresh(b"a" * 32), await ours.fresh(b"b" * 32)
+    assert torch.equal(one, again) and not torch.equal(one, other) and not torch.equal(one, before)
+    assert torch.equal(await ours.weights(), before) and torch.equal(torch.get_rng_state(), state)
+    ours.set_shard(attrs.evolve(SHARD, round=7, index=1))
+    assert torch.equal(await ours.fresh(b"a" * 32), one)
+
+
+class Quiet(Line):
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        error: Tensor = (model(batch[0]) - batch[1]).square().mean()
+        return error
+
+
+async def test_activations_are_those_of_each_state_on_the_same_samples_and_change_nothing() -> None:
+    ours, beside = worker(Quiet()), worker(Quiet())
+    await ours.train(steps=1)
+    await beside.train(steps=1)
+    before = await ours.weights()
+    other = await ours.fresh(b"a" * 32)
+    mine, theirs, again = await ours.activations([before, other, before], ["0", "2"], 5)
+    assert mine["0"].shape == (6, 4) and mine["2"].shape == (6, 1)  # whole batches, until there are enough
+    assert torch.equal(mine["0"], again["0"]) and not torch.equal(mine["0"], theirs["0"])
+    assert torch.equal(await ours.weights(), before) and ours.model.training
+    await ours.train(steps=3)
+    await beside.train(steps=3)
+    assert torch.equal(await ours.weights(), await beside.weights())

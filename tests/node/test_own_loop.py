@@ -13,7 +13,7 @@ from torch import nn
 
 from shoal.learning.state import flatten_model
 from shoal.node.own_loop import OwnLoop
-from shoal.transport.errors import ConfigError
+from shoal.transport.errors import ConfigError, ProtocolMisuse
 
 pytestmark = pytest.mark.real
 
@@ -181,6 +181,20 @@ async def test_strategies_that_exchange_gradients_are_refused() -> None:
         await loop.gradient()
     with pytest.raises(ConfigError, match="use diloco"):
         await loop.apply(flatten_model(loop.layout, loop.model))
+
+
+async def test_a_loops_own_weights_can_be_had_until_it_trains_and_its_data_not_at_all() -> None:
+    loop = OwnLoop(a_model())
+    before = flatten_model(loop.layout, loop.model)
+    with torch.no_grad():
+        loop.model.weight.zero_()  # type: ignore[operator, union-attr]
+    assert torch.equal(await loop.fresh(bytes(32)), before)
+    with pytest.raises(ConfigError, match="use gossip"):
+        await loop.activations([before], [], 1)
+    with trio.move_on_after(0.01):
+        await loop.train(steps=1)
+    with pytest.raises(ProtocolMisuse):
+        await loop.fresh(bytes(32))
 
 
 async def test_a_loop_that_reports_no_loss_has_a_finite_one() -> None:
