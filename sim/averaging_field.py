@@ -208,7 +208,7 @@ class Models:
                 torch.manual_seed(seed * 1000 + (0 if same else peer))
                 model = _model(field.model)
             rows.append(flatten_model(Layout.of(model), model))
-        self.layout = Layout.of(model)
+        self.layout = Layout.of(_model(field.model))
         self.layers: tuple[Layer, ...] = layers_of(model, self.layout)
         self._act = torch.tanh if field.model == "tanh" else torch.relu
         self._parts = [

@@ -324,8 +324,8 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
             if wires:
                 pipe.sent_bulk = True
                 return wires
-        wire = self._compose(pipe)
-        return [] if wire is None else [wire]
+        composed = self._compose(pipe)
+        return [] if composed is None else [composed]
 
     def _only_bulk(self, pipe: Pipe) -> bool:
         """Whether bulk is next on ``pipe``, where its stream takes many records at once."""

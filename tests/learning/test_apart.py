@@ -100,6 +100,7 @@ def test_a_process_of_its_own_trains_to_the_same_bits() -> None:
         for each in (trainer, worker):
             await each.descend(moves)
         assert torch.equal(await trainer.weights(), await worker.weights())
+        assert torch.equal(await trainer.fresh(bytes(32)), await worker.fresh(bytes(32)))
         zero = torch.zeros(worker.layout.size)
         assert await trainer.evaluate() == await worker.evaluate()
         assert await trainer.evaluate(zero) == await worker.evaluate(zero)

@@ -323,10 +323,14 @@ async def test_an_altered_body_ends_the_link_as_its_record_counts_already() -> N
             alter(end, 300_000)
         ours = await bench.pair.a.open_stream("x", Priority.BULK)
         theirs = await bench.pair.accept()
-        with pytest.raises(ExceptionGroup) as caught:
+
+        async def both() -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(theirs.read_exactly_into, memoryview(bytearray(2_000_000)))
                 await ours.send_all(pattern(2_000_000))
+
+        with pytest.raises(ExceptionGroup) as caught:
+            await both()
         assert caught.group_contains(LinkClosed, match="altered")
         assert isinstance(bench.pair.b.close_reason, RecordError)
 
