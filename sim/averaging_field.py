@@ -202,14 +202,14 @@ class Models:
     """As many chains of linear layers as there are peers, trained in one pass, each on data of its own."""
 
     def __init__(self, field: Field, seed: int, *, same: bool) -> None:
-        rows = []
+        rows, template = [], _model(field.model)
         for peer in range(field.peers):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed * 1000 + (0 if same else peer))
                 model = _model(field.model)
             rows.append(flatten_model(Layout.of(model), model))
-        self.layout = Layout.of(_model(field.model))
-        self.layers: tuple[Layer, ...] = layers_of(model, self.layout)
+        self.layout = Layout.of(template)
+        self.layers: tuple[Layer, ...] = layers_of(template, self.layout)
         self._act = torch.tanh if field.model == "tanh" else torch.relu
         self._parts = [
             (
