@@ -42,7 +42,7 @@ class StdlibFinetune(StdlibSmall):
     name: ClassVar[str] = "stdlib-finetune"
     batch: ClassVar[int] = 16
     recommended: ClassVar[Mapping[str, Mapping[str, float]]] = {
-        "spsa": {"grads": 16, "lr": 0.003},
+        "spsa": {"grads": 16, "lr": 0.04},
         "diloco": {"inner_steps": 10, "outer_lr": 1.0, "momentum": 0.0},
     }
 

@@ -88,7 +88,7 @@ def adapt(seeds: int) -> None:
     print(f"before: {score(task, model):.4f} bits per byte of C++, {score(source, model):.4f} of Python")
     for seed in range(seeds):
         model.load_state_dict(start)
-        for round, value in enumerate(spsa(SPSA(grads=16, lr=0.006), task, model, 24, seed), 1):
+        for round, value in enumerate(spsa(SPSA(grads=16, lr=0.04), task, model, 24, seed), 1):
             if round % 4 == 0:
                 print(f"spsa seed {seed} round {round}, {64 * round} bytes: {value:.4f}", flush=True)
     shared = start
