@@ -99,8 +99,9 @@ class Aggregator:
     def pivot_of(self, p: int) -> int | None:
         """Of p rows the one whose inner products, with all squares, are all that :meth:`decide` looks at; None: it
         looks at more."""
-        alone = isinstance(self.rule, GramRule) and not self.before and self.memory is None
-        return self.rule.pivot_of(p) if alone else None
+        if self.before or self.memory is not None or not isinstance(self.rule, GramRule):
+            return None
+        return self.rule.pivot_of(p)
 
     @property
     def is_mean(self) -> bool:
