@@ -313,9 +313,9 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
 
     def _compose_run(self, pipe: Pipe) -> Sequence[bytearray | memoryview]:
         """The next records of ``pipe`` for the wire: as many as should go out in one turn."""
-        wire = pipe.take_unsent()
-        if wire is not None:
-            return [wire]
+        unsent = pipe.take_unsent()
+        if unsent is not None:
+            return [unsent]
         if self._only_bulk(pipe):
             limit = min(pipe.record_limit, defaults.MAX_RECORD) - HEAD_BYTES
             wires = self._session.compose_run(
