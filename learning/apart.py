@@ -36,7 +36,7 @@ from .state import Layout
 from .task import Task
 from .worker import Part, TrainResult
 
-What = Literal["train", "gradient", "apply", "weights", "load", "evaluate", "reset", "sync"]
+What = Literal["train", "gradient", "apply", "weights", "load", "evaluate", "fresh", "reset", "sync"]
 
 
 @attrs.frozen
@@ -53,7 +53,7 @@ class Setup:
 
 @attrs.frozen
 class Do:
-    """To the child: do ``what``. ``vector``: there is one in the file for it."""
+    """To the child: do ``what``. ``vector``: there is one in the file for it. ``peer``: whose fresh weights."""
 
     id: int
     what: What
@@ -61,6 +61,7 @@ class Do:
     seconds: float | None = None
     rate: float | None = None
     vector: bool = False
+    peer: bytes = b""
 
 
 @attrs.frozen
@@ -250,6 +251,18 @@ class Apart:
         async with self._vectors:
             await self._ask(Do(next(self._ids), "weights"))
             return self._taken(out)
+
+    async def fresh(self, peer: bytes) -> Tensor:
+        async with self._vectors:
+            await self._ask(Do(next(self._ids), "fresh", peer=peer))
+            return self._taken(None)
+
+    async def activations(
+        self, vectors: Sequence[Tensor], modules: Sequence[str], samples: int
+    ) -> list[dict[str, Tensor]]:
+        raise ConfigError(
+            "this strategy compares activations, which a training process keeps to itself: without --train-apart"
+        )
 
     async def load(self, vector: Tensor) -> None:
         await self._with_vector("load", vector)

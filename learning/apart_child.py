@@ -119,6 +119,8 @@ class _Child:
             return self._told(do.id, result)
         if do.what == "weights":
             self._shared[self._setup.size :] = (await worker.weights()).numpy()
+        elif do.what == "fresh":
+            self._shared[self._setup.size :] = (await worker.fresh(do.peer)).numpy()
         elif do.what == "evaluate":
             return Done(do.id, values={k: _finite(v) for k, v in (await worker.evaluate(vector)).items()})
         elif do.what == "reset":

@@ -76,7 +76,8 @@ def correlation(mine: Tensor, theirs: Tensor) -> NDArray[np.float64]:
     scale = x.norm(dim=0)[:, None] * y.norm(dim=0)[None, :]
     # Both are sums over the samples, which cancels n - 1.
     found = x.T @ y / (scale + EPSILON * max(len(x) - 1, 1))
-    return np.nan_to_num(found.double().numpy(), nan=0.0, posinf=0.0, neginf=0.0)
+    result: NDArray[np.float64] = np.nan_to_num(found.double().numpy(), nan=0.0, posinf=0.0, neginf=0.0)
+    return result
 
 
 def assign(similarity: NDArray[np.float64]) -> Tensor:
