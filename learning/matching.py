@@ -53,7 +53,7 @@ def layers_of(model: nn.Module, layout: Layout) -> tuple[Layer, ...]:
         )
     at = dict(zip(layout.names, layout.offsets, strict=True))
     found: list[Layer] = []
-    for name, module in model.named_children():
+    for name, module in model._modules.items():  # also one that stands in it twice
         if isinstance(module, nn.Linear):
             if f"{name}.weight" not in at or any(layer.weight == at[f"{name}.weight"] for layer in found):
                 raise ConfigError(f"units of layer {name} cannot be matched: it shares its weights")
