@@ -53,7 +53,7 @@ def layers_of(model: nn.Module, layout: Layout) -> tuple[Layer, ...]:
         )
     at = dict(zip(layout.names, layout.offsets, strict=True))
     found: list[Layer] = []
-    for name, module in model.named_children():
+    for name, module in model._modules.items():  # also one that stands in it twice
         if isinstance(module, nn.Linear):
             if f"{name}.weight" not in at or any(layer.weight == at[f"{name}.weight"] for layer in found):
                 raise ConfigError(f"units of layer {name} cannot be matched: it shares its weights")
@@ -76,9 +76,8 @@ def correlation(mine: Tensor, theirs: Tensor) -> NDArray[np.float64]:
     scale = x.norm(dim=0)[:, None] * y.norm(dim=0)[None, :]
     # Both are sums over the samples, which cancels n - 1.
     found = x.T @ y / (scale + EPSILON * max(len(x) - 1, 1))
-    values: NDArray[np.float64] = found.double().numpy()
-    values[~np.isfinite(values)] = 0.0
-    return values
+    result: NDArray[np.float64] = np.nan_to_num(found.double().numpy(), nan=0.0, posinf=0.0, neginf=0.0)
+    return result
 
 
 def assign(similarity: NDArray[np.float64]) -> Tensor:

@@ -202,14 +202,13 @@ class Models:
     """As many chains of linear layers as there are peers, trained in one pass, each on data of its own."""
 
     def __init__(self, field: Field, seed: int, *, same: bool) -> None:
-        rows, template = [], _model(field.model)
+        models = []
         for peer in range(field.peers):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed * 1000 + (0 if same else peer))
-                model = _model(field.model)
-            rows.append(flatten_model(Layout.of(model), model))
-        self.layout = Layout.of(template)
-        self.layers: tuple[Layer, ...] = layers_of(template, self.layout)
+                models.append(_model(field.model))
+        self.layout = Layout.of(models[0])
+        self.layers: tuple[Layer, ...] = layers_of(models[0], self.layout)
         self._act = torch.tanh if field.model == "tanh" else torch.relu
         self._parts = [
             (
@@ -218,7 +217,7 @@ class Models:
             )
             for layer in self.layers
         ]
-        self.load(torch.stack(rows))
+        self.load(torch.stack([flatten_model(self.layout, model) for model in models]))
         flat = [tensor for pair in self._parts for tensor in pair]
         self._rate = field.rate if field.model == "tanh" else Digits.learning_rate
         self._optimizer: torch.optim.Optimizer = (

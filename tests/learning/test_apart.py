@@ -68,6 +68,10 @@ def test_a_process_of_its_own_trains_to_the_same_bits() -> None:
     async def script(trainer: Apart) -> None:
         worker = Worker(RealHost(), task, SHARD)
         assert torch.equal(await trainer.weights(), await worker.weights())
+        assert torch.equal(await trainer.fresh(SHARD.peer), await worker.fresh(SHARD.peer))
+        assert torch.equal(await trainer.weights(), await worker.weights())
+        with pytest.raises(ConfigError, match="without --train-apart"):
+            await trainer.activations([], [], 1)
         other = attrs_evolved(SHARD)
         for each in (trainer, worker):
             each.set_shard(other)

@@ -160,8 +160,8 @@ def test_shares_outside_of_0_and_1_and_variances_that_are_missing_are_refused() 
 
 
 @given(
-    values=st.lists(st.floats(-1e18, 1e18, width=32), min_size=2, max_size=40),
-    wanted=st.floats(1e-20, 1e20, width=32),
+    values=st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40),
+    wanted=st.floats(1e-9, 1e9),
     shift=st.floats(-10, 10),
 )
 def test_a_corrected_tensor_has_the_target_variance_or_is_untouched(

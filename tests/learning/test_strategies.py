@@ -143,7 +143,7 @@ def test_every_built_in_strategy_has_sound_defaults() -> None:
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("dilico", {}, "unknown strategy 'dilico': built-in strategies are allreduce, diloco, local, noloco"),
+        ("dilico", {}, "unknown strategy 'dilico': built-in strategies are allreduce, async, co2, diloco"),
         ("os.path", {}, "unknown strategy 'os.path'"),
         ("diloco", {"lr": 1.0}, "strategy diloco has no parameter 'lr'; it has inner_steps=20, outer_lr=0.7"),
         ("allreduce", {"lr": 1.0}, "strategy allreduce has no parameter 'lr'; it has none"),

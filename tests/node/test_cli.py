@@ -124,8 +124,8 @@ def test_a_task_of_ones_own_that_cannot_be_had(capsys: pytest.CaptureFixture[str
 
 
 def test_an_unknown_strategy_lists_the_built_in_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    error = refused(capsys, "start", "digits", "--strategy", "fedavg", "--host", "127.0.0.1")
-    assert "unknown strategy 'fedavg': built-in strategies are allreduce, diloco, local, noloco" in error
+    error = refused(capsys, "start", "digits", "--strategy", "fedavgm", "--host", "127.0.0.1")
+    assert "unknown strategy 'fedavgm': built-in strategies are allreduce, async, co2, diloco" in error
 
 
 def test_an_unknown_argument_of_a_strategy_lists_what_it_has(capsys: pytest.CaptureFixture[str]) -> None:

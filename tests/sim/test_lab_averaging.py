@@ -41,9 +41,10 @@ def test_every_other_method_learns_too_and_repeats_itself(method: str) -> None:
 
 
 def test_the_variants_of_the_target_and_the_digits_network_learn() -> None:
-    field = attrs.evolve(FIELD, rounds=EVERY, model="digits")
+    field = attrs.evolve(FIELD, rounds=2 * EVERY, model="digits")
     for method in ("corrected:self", "corrected:conservative"):
-        assert run(Case(field, method, "full", "pairs", 0)).accuracy[-1] > 0.5
+        first, last = run(Case(field, method, "full", "pairs", 0)).accuracy
+        assert last > max(first, 0.3)
 
 
 def test_steps_of_all_models_at_once_are_those_of_each_alone() -> None:
