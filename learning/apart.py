@@ -226,7 +226,8 @@ class Apart:
         do = Do(id, "train", steps, None if seconds is None else float(seconds), rate, drift is not None)
         try:
             if drift is None:
-                return _result(await self._ask(do))
+                await self._send_do(do)
+                return _result(await self._answer(id))
             async with self._vectors:
                 self._give(drift)
                 await self._send_do(do)
@@ -305,8 +306,10 @@ class Apart:
         return found if out is None else out.copy_(found)
 
     async def _ask(self, do: Do | Look | Descend) -> Done:
-        await self._send_do(do)
-        return await self._answer(id_of(do))
+        """Not cancelled before it is answered, as work in a thread is not: what is in the file must stay till then."""
+        with trio.CancelScope(shield=True):
+            await self._send_do(do)
+            return await self._answer(id_of(do))
 
     async def _send_do(self, do: Do | Look | Descend) -> None:
         self._waiting[id_of(do)] = trio.Event()
@@ -315,8 +318,10 @@ class Apart:
     async def _send(self, data: bytes) -> None:
         assert self._process.stdin is not None
         try:
+            # Half a message would spoil all that follow. It is smaller than a pipe.
             async with self._sending:
-                await self._process.stdin.send_all(data)
+                with trio.CancelScope(shield=True):
+                    await self._process.stdin.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             await self._end()
 
