@@ -235,9 +235,10 @@ class Apart:
                 await self._ask(Do(next(self._ids), "sync"))
             return _result(await self._answer(id))
         except trio.Cancelled:
-            with trio.CancelScope(shield=True), trio.move_on_after(deadlines.goodbye()):
-                await self._send(framed(ToChild(Cancel(id))))
-                await self._answer(id)
+            if id in self._waiting:
+                with trio.CancelScope(shield=True), trio.move_on_after(deadlines.goodbye()):
+                    await self._send(framed(ToChild(Cancel(id))))
+                    await self._answer(id)
             raise
 
     async def gradient(self) -> tuple[Tensor, TrainResult]:
