@@ -226,7 +226,7 @@ def plot(sweep: Sweep, path: Path) -> None:
 
     figure, grid = pyplot.subplots(
         len(sweep.blocks), len(sweep.graphs), squeeze=False, sharex=True, sharey=True, layout="constrained",
-        figsize=(1.5 + 2.9 * len(sweep.graphs), 0.8 + 2.3 * len(sweep.blocks)),
+        figsize=(max(5.0, 1.5 + 2.9 * len(sweep.graphs)), 0.8 + 2.3 * len(sweep.blocks)),
     )  # fmt: skip
     for row, block in zip(grid, sweep.blocks, strict=True):
         for axes, graph in zip(row, sweep.graphs, strict=True):
@@ -241,5 +241,10 @@ def plot(sweep: Sweep, path: Path) -> None:
     for axes in grid[-1]:
         axes.set_xlabel("round", fontsize="small")
     figure.suptitle(f"accuracy in %, {sweep.blocks[0].field.peers} peers, {sweep.seeds} seeds, {sweep.form}")
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+    figure.legend(
+        *grid[0][0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(5, 1 + len(sweep.graphs)),
+        fontsize="small",
+    )
     save_figure(figure, path)
