@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shoal.learning import defaults
 from shoal.learning.shard import Shard
 from shoal.learning.task import Batch, Task
-from shoal.learning.worker import TrainResult, Worker, _Tally, to_device
+from shoal.learning.worker import TrainResult, Worker, _Descent, _Tally, to_device
 from shoal.transport.errors import ConfigError, ProtocolMisuse
 from shoal.transport.host import Host, RealHost
 from shoal.transport.memory import MemoryWorld
@@ -131,9 +131,9 @@ async def test_slices_last_about_the_slice_time(monkeypatch: pytest.MonkeyPatch)
     counts: list[int] = []
     steps = ours._steps
 
-    def counted(count: int, tally: _Tally) -> None:
+    def counted(count: int, tally: _Tally, descent: _Descent) -> None:
         counts.append(count)
-        steps(count, tally)
+        steps(count, tally, descent)
 
     monkeypatch.setattr(ours, "_steps", counted)
     await ours.train(steps=12)
