@@ -270,7 +270,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
         ["--help"],
         ["status"],
         ["start", "digitz"],
-        ["start", "digits", "--strategy", "fedavg"],
+        ["start", "digits", "--strategy", "fedavgm"],
         ["start", "digits", "--via", "nowhere"],
         ["start", "no_such_module:Thing"],
         ["join", "shoal1abc"],
