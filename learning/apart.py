@@ -262,7 +262,7 @@ class Apart:
 
     async def activations(self, vectors: Sequence[Tensor], modules: Sequence[str], samples: int) -> Activations:
         """Raises :class:`ConfigError`: they would have to travel."""
-        raise ConfigError("this strategy looks at activations, which stay in a training process: no --train-apart")
+        raise ConfigError("this strategy looks at activations, which a training process keeps: without --train-apart")
 
     async def load(self, vector: Tensor) -> None:
         await self._with_vector("load", vector)
