@@ -20,6 +20,7 @@ from shoal.learning.reduce.codecs import NAMES
 from shoal.learning.rounds.lies import Lie
 from shoal.learning.rounds.payloads import Payload
 from shoal.learning.rounds.statements import Combined
+from shoal.learning.shard import Shard
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.identity import Identity, PeerId
 from shoal.transport.webrtc_signal import Description, IceCandidate
@@ -55,6 +56,7 @@ _NAMED = {
     "aggregator": ("mean", "flag", "nnm+median:f=1", "x+y"),
     "audit": (0.0, 0.5, 1.0, 16.0),
     "admission": (0, 3),
+    "topology": ("", "ring", "regular:4", "x:y"),
 }
 
 #: Values by their type that mean something where a message is going: rounds, keys, peers.
@@ -148,6 +150,11 @@ def _lie(rng: random.Random) -> Lie:
     )  # fmt: skip
 
 
+def _shard(rng: random.Random) -> Shard:
+    count = rng.randrange(1, 9)
+    return Shard(rng.randrange(99), rng.randbytes(32), rng.randrange(99), rng.randrange(count), count, rng.randrange(9))
+
+
 def _address(rng: random.Random) -> Address:
     kind, host = rng.choice(
         (("tcp", "127.0.0.1"), ("tcp", "192.0.2.255"), ("tcp", "2001:db8::7"), ("tcp", "fe80::1%eth0"), ("mem", "n7"))
@@ -195,6 +202,7 @@ def _named(kind: Any) -> Callable[[random.Random], Any]:
 _SPECIAL: dict[Any, Callable[[random.Random], Any]] = {
     Payload: lambda rng: Payload(rng.randbytes(rng.choice((0, 1, 8, 1024))), rng.randbytes(64)),
     Combined: _combined,
+    Shard: _shard,
     Lie: _lie,
     **{kind: _named(kind) for kind in (Advert, Node, Want, Accused)},
     PeerId: lambda rng: rng.choice(IDENTITIES).peer_id,
