@@ -61,6 +61,7 @@ HERE = {
     ): "within the block of a stream, whose deadline is the whole's",
     ("exchange.py", "Reducing._wait", "self._ended.wait"): "the end of the round; or close()",
     ("exchange.py", "Exchange.settle", "self._decided.wait"): "Exchange._drive, which sets it however it ends",
+    ("exchange.py", "Exchange.gather", "self._decided.wait"): "Exchange._collect, which sets it however it ends",
     ("exchange.py", "Exchange._deliver", "self._decided.wait"): "Exchange._drive, which sets it however it ends",
     ("exchange.py", "Exchange._looked_at", "given.filling.wait"): "Exchange._fill, after the run's patience",
     ("exchange.py", "Exchange._agree", "self._run.agree"): "Instance.outcome and Membership.guard",

@@ -190,7 +190,7 @@ OUTSIDE = {
     "transport/host.py", "transport/tcp.py", "transport/interfaces.py", "transport/aead.py", "learning/digest.py",
     "node/swarm.py", "node/own_loop.py", "node/launch.py", "node/daemon.py", "node/control.py",
     "node/local_socket.py", "node/commands.py", "node/console.py", "transport/webrtc_child.py", "node/lifetime.py",
-    "node/doc_commands.py",
+    "node/doc_commands.py", "learning/apart_child.py",
 }  # fmt: skip
 
 
