@@ -308,9 +308,11 @@ class Apart:
 
     async def _ask(self, do: Do | Look | Descend) -> Done:
         """Not cancelled before it is answered, as work in a thread is not: what is in the file must stay till then."""
+        done = Done(id_of(do))
         with trio.CancelScope(shield=True):
             await self._send_do(do)
-            return await self._answer(id_of(do))
+            done = await self._answer(done.id)
+        return done
 
     async def _send_do(self, do: Do | Look | Descend) -> None:
         self._waiting[id_of(do)] = trio.Event()
