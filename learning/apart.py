@@ -308,11 +308,10 @@ class Apart:
 
     async def _ask(self, do: Do | Look | Descend) -> Done:
         """Not cancelled before it is answered, as work in a thread is not: what is in the file must stay till then."""
-        done = Done(id_of(do))
         with trio.CancelScope(shield=True):
             await self._send_do(do)
-            done = await self._answer(done.id)
-        return done
+            await self._answered(id_of(do))
+        return self._answer_to(id_of(do))
 
     async def _send_do(self, do: Do | Look | Descend) -> None:
         self._waiting[id_of(do)] = trio.Event()
@@ -329,13 +328,17 @@ class Apart:
             await self._end()
 
     async def _answer(self, id: int) -> Done:
+        await self._answered(id)
+        return self._answer_to(id)
+
+    async def _answered(self, id: int) -> None:
         event = self._waiting.get(id)
         if event is not None and not self._gone:
             await event.wait()  # as long as the hook takes: its death is told at once
-        answer = self._answers.pop(id, None)
-        if event is None or answer is not None or self._gone:
-            self._waiting.pop(id, None)
-        match answer:
+
+    def _answer_to(self, id: int) -> Done:
+        self._waiting.pop(id, None)
+        match answer := self._answers.pop(id, None):
             case Done():
                 return answer
             case Failed():
