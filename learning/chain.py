@@ -39,7 +39,7 @@ from .rounds.messages import (
     sign_accept,
     verify_certificate,
 )
-from .rounds.payloads import GATHER, payloads_fault
+from .rounds.payloads import payloads_fault
 from .rounds.terms import Terms, fill
 from .store import Head
 from .sync import BRANCH, AskBranch, BranchSigned, HeadInfo, agreed_digest
@@ -245,8 +245,8 @@ class Chain(Membership):
             return "it does not follow our last commit"
         # In available mode every accepted value that was given up makes another branch (docs/agreement.md).
         redone = 0 if self._mode(len(voters)) == "strict" else defaults.MAX_REDONE
-        if record.kind not in ("reduce", GATHER) or not head.branch <= record.branch <= head.branch + redone:
-            return f"a record of kind {record.kind!r} and branch {record.branch}"
+        if not head.branch <= record.branch <= head.branch + redone:
+            return f"a record of branch {record.branch} after one of {head.branch}"
         if not len(record.members) == len(record.samples) == len(record.weights):
             return "members, samples and weights differ in number"
         if list(record.members) != sorted(set(record.members)) or any(m not in voters for m in record.members):
@@ -256,7 +256,7 @@ class Chain(Membership):
         if not 1 <= len(record.roster) <= defaults.MAX_ROSTER or list(record.roster) != sorted(set(record.roster)):
             return "its roster is empty, too long or not in order"
         wrong = admission.fault(record, self.placed) or remembering.fault(record, self.placed.scores, self.run.rule)
-        wrong = wrong or payloads_fault(record, self.placed.key or b"")
+        wrong = wrong or payloads_fault(record, self.placed.key or b"", self.kind)
         if wrong is not None:
             return wrong
         if record.state and ours and record.state != ours:

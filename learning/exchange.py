@@ -27,7 +27,7 @@ from .reduce.coding import PLAIN, Coding, Feedback
 from .reduce.filling import Filling
 from .reduce.staging import Copy
 from .reduce.tensors import Bundle, Tensors, empty_vector
-from .rounds.payloads import MAX_PAYLOAD, said
+from .rounds.payloads import GATHER, MAX_PAYLOAD, said
 
 if TYPE_CHECKING:
     from .run import Run
@@ -177,6 +177,8 @@ class Exchange:
         if self._closed or self._handles or self._contribution is not None:
             why = f"it is over ({self._closed})" if self._closed else "it has an exchange already"
             raise ConfigError(f"round {self._round} takes no payload: {why}")
+        if self._run.membership.kind != GATHER:
+            raise ConfigError("only a strategy that declares itself a ledger gathers payloads: see Strategy.ledger")
         if len(payload) > MAX_PAYLOAD:
             raise ConfigError(f"a payload of {len(payload)} bytes: at most {MAX_PAYLOAD} in a round")
         given = Contribution(self._host.now(), 0, None, Filling(0), payload=payload)

@@ -200,7 +200,7 @@ class Gossip(Membership):
             return "a group has nobody on trial, and remembers nothing"
         if not len(record.members) == len(record.samples) == len(record.weights):
             return "members, samples and weights differ in number"
-        return payloads_fault(record, self.placed.key or b"")
+        return payloads_fault(record, self.placed.key or b"", self.kind)
 
     async def confirm(self, record: CommitRecord) -> None:
         """Nothing: groups have no state in common."""

@@ -22,6 +22,7 @@ from . import defaults
 from .rounds.instance import Instance
 from .rounds.messages import Certificate, Commit, CommitRecord, OnTrial, Signed, instance_key, sign_accept
 from .rounds.methods import Ack
+from .rounds.payloads import GATHER, REDUCE
 from .rounds.remembering import NOTHING
 from .rounds.terms import Terms
 from .store import Head
@@ -79,6 +80,11 @@ class Membership(ABC):
         self.endpoint.serve(WISH, self._on_wish)
 
     # -- what the run calls -------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> str:
+        """Of the records of this run's rounds."""
+        return GATHER if self.run.strategy.ledger else REDUCE
 
     @property
     @abstractmethod

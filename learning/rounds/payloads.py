@@ -17,8 +17,8 @@ from ...transport.identity import Identity, PeerId
 if TYPE_CHECKING:
     from .messages import CommitRecord
 
-#: The kind of a record that holds payloads.
-GATHER = "gather"
+#: The kind of a record that holds payloads, and of one in whose round something was combined.
+GATHER, REDUCE = "gather", "reduce"
 
 #: Bytes of one payload. 256 members with as many each make a record of 300 KB; a message may have 1 MiB.
 MAX_PAYLOAD = 1024
@@ -51,9 +51,15 @@ def _signed(key: bytes, data: bytes) -> bytes:
     return _PAYLOAD + key + data
 
 
-def payloads_fault(record: CommitRecord, key: bytes) -> str | None:
-    """What is wrong with the payloads of a record of the instance ``key``; None when its members gave them."""
-    if record.kind != GATHER:
+def payloads_fault(record: CommitRecord, key: bytes, kind: str) -> str | None:
+    """What is wrong with the payloads of a record of the instance ``key``; None when its members gave them.
+
+    ``kind``: that of all rounds of the run. Who has not begun yet cannot tell otherwise what a round is about, and a
+    leader could end one that reduces with a record of nothing.
+    """
+    if record.kind != kind:
+        return f"a record of kind {record.kind!r} in a run whose rounds are of kind {kind!r}"
+    if kind != GATHER:
         return "payloads in a record of another kind" if record.payloads else None
     if record.fingerprint or record.algorithm or record.nonces:
         return "a result in a record of payloads"

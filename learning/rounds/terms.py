@@ -8,6 +8,7 @@ import attrs
 
 from ...transport.identity import PeerId
 from .messages import CommitRecord, quorum
+from .payloads import REDUCE
 
 #: Characters of a record's reason.
 REASON_LENGTH = 400
@@ -47,7 +48,7 @@ def fill(
     record = base()
     return attrs.evolve(
         record,
-        kind="reduce",
+        kind=REDUCE,
         members=members,
         samples=samples,
         weights=weights,

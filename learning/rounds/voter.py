@@ -413,7 +413,7 @@ class Voter(Assessing):
             return [Send(sender, Reject(self.key, message.attempt, self.promised, "promised a later attempt"))]
         if sender != self.leader(message.attempt) or self._far(message.attempt):
             return []
-        wrong = self._check(message.record) or self._unlike(message.record)
+        wrong = self._check(message.record)
         if wrong is None and self.frozen is not None and self.frozen.members == message.record.members:
             wrong = disputed(message.record, self._learnt)
         if self.plan is not None and self.plan.attempt == message.attempt and (liars := self._tainted(self.plan)):
@@ -440,12 +440,6 @@ class Voter(Assessing):
         self._moved = now
         holders = tuple(h for h in message.holders if h in self.voters and h != self.me)
         return [*actions, Verify(message.attempt, message.record, holders)]
-
-    def _unlike(self, record: CommitRecord) -> str | None:
-        """Whether ``record`` ends another kind of round than the one we are in."""
-        if self.offer is None or (self.offer.length == 0) == (record.kind == GATHER):
-            return None
-        return "nothing is combined, and we came to reduce" if self.offer.length else "we have nothing to combine"
 
     def _on_commit(self, message: Commit) -> list[Action]:
         # The driver has verified the certificate before it hands a commit to us.

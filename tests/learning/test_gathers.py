@@ -11,6 +11,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.learning.events import Event
 from shoal.learning.exchange import Exchange
 from shoal.learning.rounds.actions import Action, Done, Persist, Promise, Send, Verify
 from shoal.learning.rounds.messages import ANSWERED, CommitRecord, Propose, Ready, Reject
@@ -29,7 +30,7 @@ class Circle:
     """Peers of one round; messages are handed over in any order that ``chance`` has."""
 
     def __init__(self, count: int, seed: int = 0) -> None:
-        self.shape = Shape(count, real=True)
+        self.shape = Shape(count, real=True, kind=GATHER)
         self.seats = [Seat(self.shape, place) for place in range(count)]
         self.chance, self.now = random.Random(seed), 0.0
         self.post: list[tuple[PeerId, PeerId, object]] = []
@@ -203,19 +204,31 @@ def test_a_word_that_is_not_its_givers_is_left_out() -> None:
     assert victim not in circle.record().members and len(circle.record().members) == 3
 
 
-def test_who_came_to_reduce_agrees_to_no_record_that_holds_nothing() -> None:
-    circle = Circle(3)
-    seat = circle.seats[0]
-    leader = circle.seat(seat.view.order[0])
-    follower = next(s for s in circle.seats if s is not leader)
-    follower.voter.begin(0.0, attrs.evolve(follower.offer(), length=16))
-    record = attrs.evolve(follower.view.terms.draft((), (), (), circle.shape.peers, (), ""), kind=GATHER)
-    (answer,) = [
-        action.message
-        for action in follower.voter.receive(0.1, leader.me, Propose(follower.view.key, 0, record, ()))
-        if isinstance(action, Send)
-    ]
-    assert isinstance(answer, Reject) and "we came to reduce" in answer.reason
+@pytest.mark.parametrize("strategy", ["diloco", "noloco", "spsa"])
+def test_nobody_agrees_to_a_record_of_another_kind_than_the_rounds_of_the_run(strategy: str) -> None:
+    """Neither before it has begun, when it could not tell otherwise what a round is about, nor afterwards."""
+    answers: list[tuple[bool, str, str | None]] = []
+
+    async def script(world: World) -> None:
+        def see(member: Member, event: Event) -> None:
+            if event.phase not in ("train", "convene") or event.what != "begin":
+                return
+            membership = member.run.membership
+            draft = membership.terms().draft((), (), (), membership.placed.voters, (), "")
+            for kind in ("reduce", GATHER, "enrol"):
+                wrong = membership.check(attrs.evolve(draft, kind=kind))
+                answers.append((kind == membership.kind, kind, wrong))
+
+        world.hooks.append(see)
+
+    args = (("grads", 2.0),) if strategy == "spsa" else (("inner_steps", 2.0),)
+    simulate(
+        Scenario(2, Founding(strategy=strategy, strategy_args=args, min_peers=2, rounds=2), make_task=Pull), script
+    )
+    assert len(answers) >= 12
+    for same, kind, wrong in answers:
+        assert (wrong is None) == same, (kind, wrong)
+        assert same or (wrong is not None and f"of kind {kind!r}" in wrong)
 
 
 @settings(max_examples=60, deadline=None)
@@ -241,7 +254,7 @@ def test_whatever_dies_and_comes_back_there_is_one_record_of_true_words(
     circle.run(20_000)
     record = circle.record()
     assert all(seat.commit is not None for seat in circle.seats)
-    assert payloads_fault(record, circle.seats[0].view.key) is None
+    assert payloads_fault(record, circle.seats[0].view.key, GATHER) is None
     for peer, words in said(record).items():
         place = circle.shape.index.get(PeerId(peer), -1)
         assert words.startswith(b"%d of " % place)

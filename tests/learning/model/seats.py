@@ -33,6 +33,7 @@ from shoal.learning.rounds.messages import (
     Ready,
     instance_key,
 )
+from shoal.learning.rounds.payloads import REDUCE
 from shoal.learning.rounds.terms import Terms
 from shoal.learning.rounds.voter import Voter
 from shoal.learning.rounds.weighing import MEAN
@@ -75,7 +76,7 @@ class Shape:
 
     ``rosters``: for every peer the indices of those that it takes for voters (itself among them). ``length``: elements
     of the vector, 16 a slice, so that 1 gives one owner. ``strict``: the mode. ``real``: sign with Ed25519. ``idle``:
-    peers that still train when it begins. ``rule``: what they combine by.
+    peers that still train when it begins. ``rule``: what they combine by. ``kind``: of the rounds of the run.
     """
 
     count: int
@@ -85,6 +86,7 @@ class Shape:
     real: bool = False
     idle: tuple[int, ...] = ()
     rule: Aggregator = MEAN
+    kind: str = REDUCE
 
     @functools.cached_property
     def identities(self) -> tuple[Identity, ...]:
@@ -125,6 +127,7 @@ class View:
         chain = SimpleNamespace(
             run=SimpleNamespace(rule=shape.rule),
             head=head,
+            kind=shape.kind,
             placed=place,
             wishes=lambda: (),
             leaving=lambda: (),
