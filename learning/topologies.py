@@ -28,7 +28,7 @@ PLAIN = ("all", "random", "grid", "ring", "full")
 WITH_DEGREE = {"regular": "regular:4", "barabasi-albert": "barabasi-albert:2"}
 
 #: Edges per peer that may be asked for.
-MAX_DEGREE = 64
+MAX_DEGREE = 16
 
 Groups: TypeAlias = tuple[tuple[PeerId, ...], ...]
 
@@ -185,7 +185,12 @@ def _edges(topology: str, seed: int, count: int) -> tuple[tuple[int, int], ...]:
         graph = networkx.complete_graph(count)
     elif kind == "regular":
         # There is none where both are odd: with one place more, which stays empty, all but a few have the degree.
-        graph = networkx.random_regular_graph(degree, count + (degree * count) % 2, seed=number)
+        places = count + (degree * count) % 2
+        # networkx draws edges until they fit, for minutes and more where most of all edges are to be in the graph.
+        others = places - 1 - degree
+        graph = networkx.random_regular_graph(min(degree, others), places, seed=number)
+        if others < degree:
+            graph = networkx.complement(graph)
     else:
         graph = networkx.barabasi_albert_graph(count, degree, seed=number)
     edges = {(min(one, other), max(one, other)) for one, other in graph.edges if max(one, other) < count}

@@ -107,3 +107,16 @@ def test_a_strategy_whose_peers_are_all_alike_or_alone_has_no_topology() -> None
         topologies.check_strategy("ring", "diloco", replicated=True, group=0)
     with pytest.raises(ConfigError, match="local exchanges nothing"):
         topologies.check_strategy("ring", "local", replicated=False, group=1)
+
+
+@pytest.mark.parametrize("degree", [5, 11, 14, 16])
+def test_a_regular_graph_is_there_however_dense(degree: int) -> None:
+    """networkx draws edges of dense ones until they fit: for minutes, on the event loop of every peer."""
+    for count in range(degree + 1, degree + 9):
+        edges = topologies.neighbours(f"regular:{degree}", 3, peers(count))
+        degrees = sorted(len(others) for others in edges.values())
+        if degree * count % 2 == 0:
+            assert degrees == [degree] * count
+        else:
+            assert degrees[-1] == degree and sum(degrees) >= degree * (count - 1) - 1
+            assert topologies.groups(f"regular:{degree}", 3, 1, peers(count), 2)
