@@ -197,6 +197,10 @@ LEDGER_MEMORY = 32 << 20
 LEDGER_PAGE = 128
 LEDGER_BYTES = 600_000
 
+#: Seconds in which a holder gives all records that are asked of it, some ten pages: one that gives a record at a time,
+#: each just in time, would keep a joiner for an hour.
+LEDGER_WAIT = 10.0
+
 #: Rounds that are replayed at most instead of loading the state.
 REPLAY_ROUNDS = 1024
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
+import trio
 from torch import Tensor
 
 from ..transport.errors import DecodeError, RemoteError
@@ -194,34 +195,45 @@ class Replayer:
         self, before: CommitRecord, goal: CommitRecord, holders: Sequence[PeerId]
     ) -> list[CommitRecord] | None:
         """The records after ``before`` up to ``goal``, oldest first; each is the one that the next one names."""
-        run, base, found = self._run, before.digest, [goal]
-        at = goal.prev
-        why = "nobody has the records"
-        if goal.digest == base:
+        found, why = [goal], "nobody has the records"
+        if goal.digest == before.digest:
             return []
         for holder in holders:
-            try:
-                while at != base and len(found) <= 2 * defaults.REPLAY_ROUNDS:
-                    more = self._run.ledger.back(at, base, defaults.LEDGER_PAGE)
-                    if not more:
-                        ask = AskLedger(run.run_id, at, base, defaults.LEDGER_PAGE)
-                        page = await run.endpoint.call(holder, LEDGER, ask, timeout=defaults.ASK_HEADS)
-                        more = page.records[: defaults.LEDGER_PAGE]
-                    for record in more:
-                        if record.digest != at or record.run != run.run_id:
-                            raise RemoteError(f"{holder.short} gives another record than the one that was asked for")
-                        found.append(record)
-                        at = record.prev
-                        if at == base:
-                            break
-                    if not more or found[-1].round < before.round:
-                        break
-            except (RemoteError, DecodeError) as error:
-                why = str(error)
-            if at == base:
+            with trio.move_on_after(defaults.LEDGER_WAIT) as waited:
+                try:
+                    await self._fetch(found, before, holder)
+                except (RemoteError, DecodeError) as error:
+                    why = str(error)
+            if waited.cancelled_caught:
+                why = f"{holder.short} gave {len(found) - 1} records within {defaults.LEDGER_WAIT:.0f} s"
+            if found[-1].prev == before.digest:
                 return found[::-1]
         self._failed(f"the records do not lead back to round {before.round}: {why}")
         return None
+
+    async def _fetch(self, found: list[CommitRecord], before: CommitRecord, holder: PeerId) -> None:
+        """Add to ``found`` the records between its last one and ``before``, as far as we or ``holder`` have them.
+
+        Raises :class:`RemoteError` when it gives others, or so much that loading the state is less.
+        """
+        run, base, size = self._run, before.digest, sum(map(_size, found))
+        while found[-1].prev != base and found[-1].round >= before.round:
+            more = run.ledger.back(found[-1].prev, base, defaults.LEDGER_PAGE)
+            if not more:
+                ask = AskLedger(run.run_id, found[-1].prev, base, defaults.LEDGER_PAGE)
+                page = await run.endpoint.call(holder, LEDGER, ask, timeout=defaults.ASK_HEADS)
+                more = page.records[: defaults.LEDGER_PAGE]
+            if not more:
+                return
+            for record in more:
+                if record.digest != found[-1].prev or record.run != run.run_id:
+                    raise RemoteError(f"{holder.short} gives another record than the one that was asked for")
+                found.append(record)
+                size += _size(record)
+                if record.prev == base:
+                    return
+            if len(found) > 2 * defaults.REPLAY_ROUNDS or size > defaults.LEDGER_MEMORY:
+                raise RemoteError(f"{len(found)} records, and more, are too many to replay")
 
 
 def replay(

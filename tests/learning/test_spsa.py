@@ -6,7 +6,8 @@ import hashlib
 import math
 import struct
 from functools import partial
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import attrs
 import pytest
@@ -16,20 +17,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from shoal.learning import defaults
 from shoal.learning.directions import Direction, Move, Moved, descend, moved, seed_of, trainable_of
 from shoal.learning.events import Event
 from shoal.learning.onebyte import decode, encode
 from shoal.learning.placing import rule_of
-from shoal.learning.replay import Ledger, worth_it
+from shoal.learning.replay import AskLedger, Ledger, LedgerPage, Replayer, worth_it
 from shoal.learning.rounds.messages import CommitRecord
 from shoal.learning.rounds.payloads import said
+from shoal.learning.run import Run
 from shoal.learning.rundocs_content import read_ledger
 from shoal.learning.state import Layout
 from shoal.learning.strategies import BUILTIN, LEDGERS, resolve
 from shoal.learning.strategies.spsa import SPSA, Master
 from shoal.node.node import Founding
 from shoal.sim.world import Member, Scenario, World, simulate
-from shoal.transport.errors import ConfigError
+from shoal.transport.errors import ConfigError, RemoteError
+from shoal.transport.identity import PeerId
+from shoal.transport.rpc import Call
 
 from ..sim.tiny import Pull
 
@@ -357,14 +362,23 @@ def test_the_ledger_is_a_document_that_every_member_holds() -> None:
         assert member.run.ledger.noted
 
 
-def test_a_ledger_in_memory_is_bounded() -> None:
+PEER = PeerId(PEERS[0])
+
+
+def chained(count: int) -> list[CommitRecord]:
+    """Records, each of which names the one before."""
     record = CommitRecord(
         run=RUN, round=0, kind="gather", prev=RUN, members=(), samples=(), weights=(), roster=(), total=0, branch=0,
         state=b"", nonces=(), algorithm="", fingerprint=b"", reason="",
     )  # fmt: skip
-    ledger, chain = Ledger(3), [record]
-    for round in range(1, 6):
-        chain.append(attrs.evolve(record, round=round, prev=chain[-1].digest))
+    chain = [record]
+    while len(chain) < count:
+        chain.append(attrs.evolve(record, round=len(chain), prev=chain[-1].digest))
+    return chain
+
+
+def test_a_ledger_in_memory_is_bounded() -> None:
+    ledger, chain = Ledger(3), chained(6)
     for each in (*chain, chain[-1]):
         ledger.add(each)
     assert [each.round for each in ledger.back(chain[-1].digest, b"", 9)] == [5, 4, 3]
@@ -388,6 +402,52 @@ def test_a_ledger_that_leads_elsewhere_is_not_believed() -> None:
     assert len(details(world.members[3], "loaded")) == 1
     (why,) = details(world.members[3], "not-replayed")
     assert "not the state of the others" in why
+
+
+def test_a_holder_that_gives_a_record_at_a_time_just_in_time_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def slowly(self: Replayer, call: Call[AskLedger]) -> LedgerPage:
+        await trio.sleep(0.9 * defaults.ASK_HEADS)
+        return LedgerPage(self._run.ledger.back(call.request.at, call.request.base, 1))
+
+    monkeypatch.setattr(Replayer, "_on_ask", slowly)
+    monkeypatch.setattr(Ledger, "note", lambda ledger, records: None)  # the document has them all, and at once
+    took: list[float] = []
+
+    async def script(world: World) -> None:
+        await reach(world, 15)
+        began, joiner = trio.current_time(), world.start(2)
+        await world.until(lambda: bool(details(joiner, "not-replayed")), "giving up")
+        took.append(trio.current_time() - began)
+
+    world = simulate(swarm(3, 120, late=(2,)), script)
+    same_bits(world, 120)
+    assert took[0] < 3 * defaults.LEDGER_WAIT
+    assert "records within 10 s" in details(world.members[2], "not-replayed")[0]
+    assert details(world.members[2], "loaded")
+
+
+async def test_more_records_than_memory_may_hold_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = chained(40)
+    holder, asked = Ledger(), []
+    for record in chain:
+        holder.add(record)
+
+    async def call(peer: PeerId, method: object, ask: AskLedger, timeout: float) -> LedgerPage:
+        asked.append(ask)
+        return LedgerPage(holder.back(ask.at, ask.base, 4))
+
+    endpoint = SimpleNamespace(serve=lambda method, handler: None, call=call)
+    replayer = Replayer(cast(Run, SimpleNamespace(endpoint=endpoint, ledger=Ledger(), run_id=chain[0].run)))
+    found = [chain[-1]]
+    await replayer._fetch(found, chain[0], PEER)
+    assert found[::-1] == chain[1:]
+    asked.clear()
+    monkeypatch.setattr(defaults, "LEDGER_MEMORY", 10_000)
+    with pytest.raises(RemoteError, match="are too many to replay"):
+        await replayer._fetch([chain[-1]], chain[0], PEER)
+    assert len(asked) <= 4
 
 
 @settings(max_examples=5, deadline=None)
