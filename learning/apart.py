@@ -161,6 +161,8 @@ class Apart:
         self._waiting: dict[int, trio.Event] = {}
         self._answers: dict[int, Done | Failed] = {}
         self._gone = ""
+        self._turn: Shard | None = None
+        self._reset = False
         self._sending, self._vectors = trio.Lock(), trio.Lock()
 
     @classmethod
@@ -208,9 +210,6 @@ class Apart:
     def reset_optimizer(self) -> None:
         """A fresh optimiser, before the next training."""
         self._reset = True
-
-    _turn: Shard | None = None
-    _reset = False
 
     async def train(
         self,

@@ -45,7 +45,6 @@ FORMS = ("pairs", "neighbours")
 GRAPHS = ("ring", "barabasi-albert:2", "regular:4", "full", "random")
 #: What ``random`` is where all neighbours are met.
 RANDOM_GRAPH = "regular:4"
-MODELS = ("tanh", "digits")
 
 #: Rounds from one look at the models to the next.
 EVERY = 5

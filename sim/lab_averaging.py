@@ -17,7 +17,7 @@ from ..learning import topologies
 from ..transport.errors import ConfigError
 from . import defaults
 from .averaging_field import EVERY, GRAPHLESS, GRAPHS, METHODS, Case, Field, Outcome, run
-from .outputs import check_outputs, save_figure, write_text
+from .outputs import check_outputs, leave_behind, save_figure, tell
 from .sweep import run_all, stopwatch
 
 #: What is required: points that plain averaging stays below, that the correction reaches (same mixture for all, and
@@ -148,19 +148,14 @@ def averaging(options: argparse.Namespace) -> int:
     sweep = sweep_over(fields, methods, graphs, options.form, options.seeds, options.processes, console)
     for block in sweep.blocks:
         console.print(table(sweep, block))
-    for holds, text in sweep.verdicts():
-        console.print(f"{'[green]holds[/]' if holds else '[bold red]does not hold[/]'}  {text}", soft_wrap=True)
+    code = tell(console, sweep.verdicts())
     console.print(
         f"{sweep.seconds:.0f} s; accuracy of the peers' own models on held-out digits in %, mean and deviation over "
         f"{sweep.seeds} seeds",
         soft_wrap=True,
     )
-    if options.json is not None:
-        write_text(options.json, sweep.to_json())
-    if options.plot is not None:
-        plot(sweep, options.plot)
-        console.print(f"wrote {options.plot}")
-    return 0 if all(holds for holds, _ in sweep.verdicts()) else 1
+    leave_behind(console, sweep.to_json, lambda path: plot(sweep, path), options.json, options.plot)
+    return code
 
 
 def sweep_over(

@@ -19,7 +19,7 @@ from . import defaults
 from .attacks import ATTACKS
 from .attacks import resolve as resolve_attack
 from .byzantine_field import Case, Field, Outcome, run
-from .outputs import check_outputs, save_figure, write_text
+from .outputs import check_outputs, leave_behind, save_figure, tell
 from .sweep import run_all, stopwatch
 
 #: Rules of a sweep, without f. The mean, and the mean of vectors of equal length, are what all others must beat.
@@ -200,17 +200,12 @@ def byzantine(options: argparse.Namespace) -> int:
             console.print(f"[dim]{rule}: {why}[/]")
     for line in sweep.distances():
         console.print(line, soft_wrap=True)
-    for holds, text in sweep.verdicts():
-        console.print(f"{'[green]holds[/]' if holds else '[bold red]does not hold[/]'}  {text}", soft_wrap=True)
+    code = tell(console, sweep.verdicts())
     console.print(
         f"{sweep.seconds:.0f} s; accuracy on held-out digits in %, mean and deviation over {sweep.seeds} seeds"
     )
-    if options.json is not None:
-        write_text(options.json, sweep.to_json())
-    if options.plot is not None:
-        plot(sweep, options.plot)
-        console.print(f"wrote {options.plot}")
-    return 0 if all(holds for holds, _ in sweep.verdicts()) else 1
+    leave_behind(console, sweep.to_json, lambda path: plot(sweep, path), options.json, options.plot)
+    return code
 
 
 def sweep_over(

@@ -20,7 +20,7 @@ from ..transport.errors import ConfigError
 from . import defaults
 from .field import FieldCase, FieldPoint, run_field
 from .field_links import Line, Links
-from .outputs import check_outputs, save_figure, write_text
+from .outputs import check_outputs, leave_behind, save_figure
 from .sweep import run_all, stopwatch
 
 #: Methods of a sweep, as ``strategy`` or ``strategy:name=value,name=value``.
@@ -177,11 +177,7 @@ def strategies(options: argparse.Namespace) -> int:
         f"on held-out data; MB that a peer sends, virtual seconds. {told}. {sweep.seconds:.0f} s",
         soft_wrap=True,
     )
-    if options.json is not None:
-        write_text(options.json, sweep.to_json())
-    if options.plot is not None:
-        plot(sweep, options.plot)
-        console.print(f"wrote {options.plot}")
+    leave_behind(console, sweep.to_json, lambda path: plot(sweep, path), options.json, options.plot)
     return 0
 
 
