@@ -48,14 +48,11 @@ class TensorsLost(RemoteError):
 def gradient_norm(gradients: Iterable[Tensor | None]) -> float:
     """``|‖g‖₂| + 1e-4`` over all ``gradients`` of a stage, of any shapes; None counts as zero.
 
-    Summed in float64 after clipping and after all replicas' gradients are one, so replicas agree up to rounding only:
-    one of them says its norm, and all who average take that number.
+    Of gradients that are clipped already, and the same on all replicas. How these are summed is the machine's affair,
+    so one replica says its norm, and all who average take that number.
     """
-    total = 0.0
-    for gradient in gradients:
-        if gradient is not None:
-            total += float(gradient.detach().double().square().sum())
-    return abs(math.sqrt(total)) + FLOOR
+    norms = [torch.linalg.vector_norm(g.detach(), dtype=torch.float32) for g in gradients if g is not None]
+    return (abs(float(torch.linalg.vector_norm(torch.stack(norms)))) if norms else 0.0) + FLOOR
 
 
 def weights_of(before: float, after: float, exponent: float = 1.0) -> tuple[float, float]:
