@@ -18,6 +18,8 @@ from ..learning.checkpoints import Keeping, read_model
 from ..learning.events import Event, RoundReport, RunStatus, Standing
 from ..learning.faults import Faults
 from ..learning.peer import Trainer
+from ..learning.pipeline.messages import CREW, AskCrew
+from ..learning.pipeline.staged import signature_of_stages
 from ..learning.placing import audit_of, rule_of
 from ..learning.reduce.codecs import resolve as resolve_codec
 from ..learning.run import Run
@@ -32,7 +34,7 @@ from ..transport.address import Address
 from ..transport.endpoint import Endpoint
 from ..transport.errors import ConfigError, DecodeError, PeerUnreachable, RemoteError, RemoteRefused
 from ..transport.host import Host
-from ..transport.identity import Identity
+from ..transport.identity import Identity, PeerId
 from ..transport.traversal import Traversal
 from . import defaults
 from .control import PeerInfo
@@ -41,6 +43,7 @@ from .linkinfo import Traffic, peer_infos
 from .listening import best_of_each, for_ticket, free_bind
 from .mapping import PortKeeper
 from .reach import reach_of
+from .stages import Stages, cut_of
 from .ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -51,7 +54,9 @@ class Founding:
     """The run to found, as far as the task does not say it. See :class:`shoal.learning.spec.RunSpec`.
 
     ``audit``: None for :data:`shoal.learning.defaults.AUDIT_RATE` with any rule but the mean, and none with that;
-    ``admission``: likewise for :data:`~shoal.learning.defaults.ADMISSION`.
+    ``admission``: likewise for :data:`~shoal.learning.defaults.ADMISSION`. ``stages``: parts that the model is cut into,
+    0: it is not; ``micro``: micro-batches of a step, 0: as many as stages; ``swap``, ``activations``: see
+    :class:`shoal.learning.spec.Pipeline`.
     """
 
     strategy: str = "diloco"
@@ -66,6 +71,10 @@ class Founding:
     aggregator: str = "mean"
     audit: float | None = None
     admission: int | None = None
+    stages: int = 0
+    micro: int = 0
+    swap: bool = False
+    activations: str = "fp32"
 
 
 @attrs.frozen
@@ -145,6 +154,8 @@ class Node:
         self._on_event, self._on_round, self._on_note = on_event, on_round, on_note
         self._started = 0.0
         self._origin: dict[str, Tensor] | None = None
+        #: Where the run's model is cut into stages: which one is held here.
+        self.staged: Stages | None = None
         #: Set once the node takes part in a run and has a ticket.
         self.taking_part = trio.Event()
         self._stop = trio.Event()
@@ -175,41 +186,70 @@ class Node:
                 topologies.check(spec.topology)
             nursery.start_soon(self.dht.run)
             task = await self._load_task(spec)
-            await self.host.run_blocking(lambda: self.store.blobs)
-            trainer = self._trainer
-            if self.config.train_apart:
-                trainer = await nursery.start(self._train_apart, task, spec)
-            run = Run(
-                self.endpoint,
-                self.dht,
-                self.signed,
-                task,
-                store=self.store,
-                device=self.config.device,
-                on_event=self._event,
-                time_budget=self.config.time_budget,
-                evaluate_every=self.config.evaluate_every,
-                faults=self.config.faults,
-                # Addresses that have answered already would only be dialled a second time.
-                bootstrap=() if len(self.dht.table) else self._bootstrap(),
-                trainer=trainer,
-                keeping=self.config.keeping,
-                origin=self._origin,
-            )
-            self.run_here = run
-            self.documents = RunDocuments(
-                run, path=self.config.documents, version=self.config.version, note=self._on_note
-            )
+            if spec.pipeline is not None:
+                self.staged = Stages(self, task)
+                await nursery.start(self.staged.run)
+                self._joined(task_status)
+                await self.staged.over.wait()
+            else:
+                trainer = self._trainer
+                if self.config.train_apart:
+                    trainer = await nursery.start(self._train_apart, task, spec)
+                await self.conduct(self.make_run(self.signed, task, self.store, trainer, self._origin), task_status)
+            self.outcome = "finished"
+            nursery.cancel_scope.cancel()
+        self.outcome = self.outcome or "left"
+
+    def _joined(self, task_status: trio.TaskStatus[None]) -> None:
+        self.taking_part.set()
+        task_status.started()
+
+    def make_run(
+        self,
+        signed: SignedSpec,
+        task: Task,
+        store: RunStore,
+        trainer: Trainer | None,
+        origin: dict[str, Tensor] | None,
+        evaluate_every: int | None = None,
+    ) -> Run:
+        """The part of this node in ``signed``, as it was configured."""
+        return Run(
+            self.endpoint,
+            self.dht,
+            signed,
+            task,
+            store=store,
+            device=self.config.device,
+            on_event=self._event,
+            time_budget=self.config.time_budget,
+            evaluate_every=self.config.evaluate_every if evaluate_every is None else evaluate_every,
+            faults=self.config.faults,
+            # Addresses that have answered already would only be dialled a second time.
+            bootstrap=() if len(self.dht.table) else self._bootstrap(),
+            trainer=trainer,
+            keeping=self.config.keeping,
+            origin=origin,
+        )
+
+    async def conduct(
+        self, run: Run, task_status: trio.TaskStatus[None] | None = None, documents: Path | None = None
+    ) -> None:
+        """Take part in ``run`` until it is finished, or cancelled."""
+        await self.host.run_blocking(lambda: run.store.blobs)
+        self.run_here = run
+        self.documents = RunDocuments(
+            run, path=documents or self.config.documents, version=self.config.version, note=self._on_note
+        )
+        async with trio.open_nursery() as nursery:
             await nursery.start(self.documents.run)
             await nursery.start(run.run)
-            self.taking_part.set()
-            task_status.started()
+            if task_status is not None:
+                self._joined(task_status)
             await run.finished.wait()
-            self.outcome = "finished"
             await self._linger(run)
             await self.documents.leave()
             nursery.cancel_scope.cancel()
-        self.outcome = self.outcome or "left"
 
     async def _train_apart(self, task: Task, spec: RunSpec, *, task_status: trio.TaskStatus[Trainer]) -> None:
         shard = Shard(spec.seed, self.identity.peer_id.key, 0, 0, 1)
@@ -276,14 +316,20 @@ class Node:
         strategy = resolve_strategy(founding.strategy, arguments)
         resolve_codec(founding.codec)
         topologies.check_strategy(founding.topology, founding.strategy, strategy.replicated, strategy.group)
-        model = self._trainer.model if self._trainer is not None else await self.host.run_blocking(task.model)
+        pipeline = cut_of(founding, self.config, own_loop=self._trainer is not None)
+        if pipeline is not None:
+            parameters = await self.host.run_blocking(signature_of_stages, task, pipeline.stages)
+        elif self._trainer is not None:
+            parameters = signature(self._trainer.model)
+        else:
+            parameters = signature(await self.host.run_blocking(task.model))
         name = title(task)
         if not is_task_name(name):
             raise ConfigError(f"the task's name {name!r} cannot travel: use letters, digits, - and _ only (Task.name)")
         origin = b""
         if self.config.origin is not None:
             origin, self._origin = await self.host.run_blocking(
-                read_model, self.config.origin, signature(model), founding.strategy
+                read_model, self.config.origin, parameters, founding.strategy
             )
         spec = RunSpec(
             task=name,
@@ -295,7 +341,7 @@ class Node:
             group=founding.group,
             min_peers=founding.min_peers,
             rounds=founding.rounds,
-            parameters=signature(model),
+            parameters=parameters,
             founder=self.identity.peer_id,
             created=self.host.wall(),
             origin=origin,
@@ -304,6 +350,7 @@ class Node:
             aggregator=founding.aggregator,
             audit=audit_of(founding.audit, founding.aggregator, founding.codec),
             admission=admission_of(founding.admission, founding.aggregator, strategy.replicated),
+            pipeline=pipeline,
         )
         rule_of(spec, strategy)
         return SignedSpec.sign(self.identity, spec)
@@ -343,8 +390,7 @@ class Node:
         for peer in known:
             signed: SignedSpec | None = None
             try:
-                info = await self.endpoint.call(peer, HEAD, AskHead(ticket.run_id), timeout=defaults.ASK_TIMEOUT)
-                signed = info.spec
+                signed = await self._ask_one(peer, ticket.run_id)
                 if signed.run_id != ticket.run_id or signed.open().founder != ticket.founder:
                     raise DecodeError("answered with another run than the ticket's", peer=peer.short)
             except BadSpec as error:
@@ -363,6 +409,16 @@ class Node:
             # Each takes part in a run, and it is another one. (A relay, or a node that begins, answers otherwise.)
             lasting=elsewhere == len(failures) > 0,
         )
+
+    async def _ask_one(self, peer: PeerId, run: bytes) -> SignedSpec:
+        try:
+            return (await self.endpoint.call(peer, HEAD, AskHead(run), timeout=defaults.ASK_TIMEOUT)).spec
+        except RemoteRefused as refused:
+            # Where the model is cut into stages, each of them has a run, and nobody a head of the whole.
+            try:
+                return (await self.endpoint.call(peer, CREW, AskCrew(run), timeout=defaults.ASK_TIMEOUT)).spec
+            except RemoteRefused:
+                raise refused from None
 
     async def _load_task(self, spec: RunSpec | None) -> Task:
         """The task of this node: what the user named here, else the built-in one that the spec names."""
