@@ -67,8 +67,8 @@ class Pipeline:
 @attrs.frozen
 class StageOf:
     """This run is that of one stage of the run ``whole``. ``generation``: how often the stage was lost before.
-    ``rate``: times as great its learning rate is as the task's, for it was recovered. ``step``: of training, at which its
-    first round begins."""
+    ``rate``: times as great its learning rate is as the task's, for it was recovered. ``step``: of training,
+    at which its first round begins."""
 
     whole: bytes
     stage: int

@@ -66,8 +66,8 @@ class Task(ABC):
     def stages(self, n: int) -> list[nn.Module]:
         """A new model in ``n`` parts, to be held by different peers: each takes what the one before gave, one tensor.
 
-        Together they are :meth:`model`, built from the same random numbers in the same order. Parts that are built alike
-        have the same names for their parameters. By default an ``nn.Sequential`` is cut between its layers.
+        Together they are :meth:`model`, built from the same random numbers in the same order. Parts that are built
+        alike have the same names for their parameters. By default an ``nn.Sequential`` is cut between its layers.
         """
         from .pipeline.cutting import cut_sequential  # which knows tasks
 

@@ -261,6 +261,7 @@ def _run(
         snapshot=data.read_dht(),
         keeping=Keeping() if options.checkpoint_every is None else Keeping(options.checkpoint_every, apart=0.0),
         origin=getattr(options, "origin", None),
+        whole=options.export is not None,
     )
     extra = DaemonOptions(task, remembered_hosts(options.host, record), parse_export(options.export), options.leash)
     return run_daemon(lambda: Daemon(RealHost(), identity, data, config, extra, Console()))

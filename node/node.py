@@ -54,8 +54,8 @@ class Founding:
     """The run to found, as far as the task does not say it. See :class:`shoal.learning.spec.RunSpec`.
 
     ``audit``: None for :data:`shoal.learning.defaults.AUDIT_RATE` with any rule but the mean, and none with that;
-    ``admission``: likewise for :data:`~shoal.learning.defaults.ADMISSION`. ``stages``: parts that the model is cut into,
-    0: it is not; ``micro``: micro-batches of a step, 0: as many as stages; ``swap``, ``activations``: see
+    ``admission``: likewise for :data:`~shoal.learning.defaults.ADMISSION`. ``stages``: parts that the model is cut
+    into, 0: it is not; ``micro``: micro-batches of a step, 0: as many as stages; ``swap``, ``activations``: see
     :class:`shoal.learning.spec.Pipeline`.
     """
 
@@ -89,7 +89,7 @@ class NodeConfig:
     ``traversal``: how to get through NATs, None: not at all; ``map_port``: ask the router for a port. ``snapshot``: of
     an earlier life's DHT. ``version``: of this program, for others to see. ``linger``: seconds to stay, at most, for
     others that are not finished yet. ``keeping``: which states stay on disk. ``origin``: a model file that the run to
-    found begins with.
+    found begins with. ``whole``: at the end, fetch all stages of a model that was cut, for an export.
     """
 
     bind: tuple[Address, ...] = ()
@@ -114,6 +114,7 @@ class NodeConfig:
     join_timeout: float = defaults.JOIN_TIMEOUT
     keeping: Keeping = attrs.field(factory=Keeping)
     origin: Path | None = None
+    whole: bool = False
 
 
 class Node:
@@ -479,6 +480,14 @@ class Node:
 
     def status(self) -> RunStatus | None:
         return None if self.run_here is None else self.run_here.status()
+
+    async def export(self, path: Path) -> str:
+        """Write the model to ``path``, see :func:`shoal.learning.checkpoints.write_model`. Raises :class:`ConfigError`."""
+        if self.staged is not None:
+            return await self.staged.export(path)
+        if self.run_here is None:
+            raise ConfigError("this node takes part in no run yet; it has no state")
+        return await self.run_here.export(path)
 
     def reach(self) -> str:
         """Who can connect to this node, a sentence."""

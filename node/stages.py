@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 from torch import Tensor
 
+from ..learning.files import save_state
 from ..learning.pipeline.crew import Crew
 from ..learning.pipeline.staged import Staged
 from ..learning.pipeline.trainer import StageTrainer
@@ -63,6 +65,7 @@ class Stages:
             conduct=self._conduct,
             stored=self._stored,
             device=node.config.device,
+            wants_whole=node.config.whole,
             tell=node._on_note,
         )
         self.over = trio.Event()
@@ -76,8 +79,25 @@ class Stages:
             task_status.started()
             await self.staged.run()
             await self.crew.linger()
+            with trio.move_on_after(self._node.config.linger):
+                await self.staged.others_done()
             nursery.cancel_scope.cancel()
         self.over.set()
+
+    def notes(self) -> tuple[tuple[str, str], ...]:
+        """Lines for ``shoal status``."""
+        counts = [len(self.crew.holders(stage)) for stage in range(self.crew.stages)]
+        held = ", ".join(f"{stage}: {count or 'nobody'}" for stage, count in enumerate(counts))
+        return ("stage", self.staged.reason), ("stages", f"peers that hold each: {held}")
+
+    async def export(self, path: Path) -> str:
+        """Write the whole model, as it was when the run ended. Raises :class:`ConfigError` before that."""
+        if self.staged.whole is None or self._node.signed is None:
+            raise ConfigError("a model in stages is exported when its run ends: start the node with --export FILE")
+        rounds = max((self.crew.beat(peer).rounds for peer in self.crew.peers()), default=0)
+        notes = {"round": str(rounds), "run": self.crew.run_id.hex(), "digest": "", "strategy": ""}
+        await self._node.host.run_blocking(save_state, path, self.staged.whole, notes)
+        return f"round {rounds}, all {self.crew.stages} stages"
 
     def _stored(self, name: str) -> RunStore:
         folder = self._node.config.folder

@@ -142,6 +142,7 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--topology", default="", metavar="NAME",
         help="who meets whom where peers gossip: random (default), all, grid, ring, full, regular:4, barabasi-albert:2",
     )  # fmt: skip
+    cli.add_stages(parser)
     parser.add_argument("--aggregator", default="mean", metavar="RULE", help="how contributions are combined (mean)")
     parser.add_argument(
         "--audit", type=float, metavar="N",

@@ -213,9 +213,16 @@ class Crew:
             and (beat.generation, beat.part) == part
         ]
 
+    def keepers(self, stage: int) -> list[PeerId]:
+        """Who has the weights of ``stage``: its holders that train it, and at the end those that trained it."""
+        done = [
+            peer for peer in self.peers() if (b := self.beat(peer)).state == "finished" and b.part and b.stage == stage
+        ]
+        return [*self.holders(stage, ready=True), *done]
+
     def over(self) -> bool:
-        """Whether the run is finished: somebody says so who trains or trained the first stage."""
-        return any(beat.state == "finished" and beat.stage == 0 for beat in map(self.beat, self.peers()))
+        """Whether the run is finished: somebody said so who trained the first stage, and who may be gone since."""
+        return any(beat.state == "finished" and beat.stage == 0 for beat in (self.own, *self.beats.values()))
 
     async def linger(self) -> None:
         """Say what we have to say to everybody once more, before we go."""

@@ -105,13 +105,9 @@ class Flow:
         return load
 
     def next(self) -> tuple[Kind, Load] | None:
-        """What to compute now."""
+        """What to compute now; say ``schedule.done()`` when it is."""
         found = self.schedule.next()
         return None if found is None else (found[0], self.loads[found[1]])
-
-    def computed(self) -> None:
-        """What :meth:`next` gave is computed."""
-        self.schedule.done()
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -176,7 +172,7 @@ class Flow:
                 self.schedule.forward(load.name)
 
     def restart(self) -> None:
-        """Forget what we fed ourselves in this step and what was computed of it: it is begun anew, under new numbers."""
+        """Forget what we fed in this step and what was computed of it: it is begun anew, under new numbers."""
         kept = {}
         self.schedule = Schedule(self.stage, self.stages)
         for name, load in self.loads.items():

@@ -104,7 +104,7 @@ class Holding:
 
     async def fetch_any(self, stage: int) -> Held | None:
         """The stage from one of its holders; None when none of them gives it."""
-        for peer in self._crew.holders(stage, ready=True):
+        for peer in self._crew.keepers(stage):
             try:
                 return await self.fetch(peer, stage)
             except RemoteError as error:

@@ -1,6 +1,6 @@
 """A lost stage comes back from its neighbours: CheckFree and CheckFree+ (Blagoev, Ersoy, Chen, arXiv 2506.15461).
 
-When stage i of a chain is lost with all its replicas, and no checkpoint is kept, its neighbours stand in for it (Alg. 1):
+When stage i of a chain is lost with all its replicas, and no checkpoint is kept, its neighbours stand in (Alg. 1):
 
     W_i = (ω_{i-1} W_{i-1} + ω_{i+1} W_{i+1}) / (ω_{i-1} + ω_{i+1})          :func:`average`
     ω_j = ‖∇W_j‖, the last gradient norm of stage j                          :func:`gradient_norm`, :func:`weights_of`

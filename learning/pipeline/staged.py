@@ -9,7 +9,7 @@ run, with weights made of what others have (:mod:`.rescue`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import attrs
@@ -18,19 +18,19 @@ import trio
 from torch import Tensor
 
 from ...transport.endpoint import Endpoint
-from ...transport.errors import ConfigError, RemoteError
+from ...transport.errors import ConfigError, RemoteError, RemoteRefused
 from ...transport.identity import PeerId
 from ..run import Run
 from ..shard import Shard
 from ..spec import SignedSpec, StageOf
-from ..state import Layout, flatten_model
+from ..state import Layout, flatten_model, unflatten
 from ..store import RunStore
 from ..strategies import resolve as resolve_strategy
 from ..sync import HEAD, AskHead, state_digest
 from ..task import Signature, Task, compare_signatures, signature
 from . import defaults
 from .crew import Crew
-from .cutting import stages_of
+from .cutting import stages_of, whole_names
 from .holding import Holding
 from .messages import Seat
 from .planner import Able, StageCost, assign, rescuer
@@ -60,15 +60,21 @@ class Post:
 
 def signature_of_stages(task: Task, stages: int) -> Signature:
     """Names, shapes and dtypes of a model that is cut so: names begin with the number of the stage. Blocking."""
-    cut = stages_of(task, stages)
+    return _numbered(stages_of(task, stages))
+
+
+def _numbered(cut: Sequence[torch.nn.Module]) -> Signature:
     return tuple(
-        attrs.evolve(each, name=f"{n}.{each.name}") for n, module in enumerate(cut) for each in signature(module)
+        attrs.evolve(each, name=f"{number}.{each.name}")
+        for number, module in enumerate(cut)
+        for each in signature(module)
     )
 
 
 class Staged:
     """``conduct`` runs a stage's run until it is over or cancelled; ``stored`` opens the store of a name.
-    ``memory``: bytes that this peer can use, 0: not known. ``tell``: sentences for people."""
+    ``memory``: bytes that this peer can use, 0: not known. ``wants_whole``: fetch all stages at the end, for an export.
+    ``tell``: sentences for people."""
 
     def __init__(
         self,
@@ -81,6 +87,7 @@ class Staged:
         stored: Callable[[str], RunStore],
         device: str = "cpu",
         memory: int = 0,
+        wants_whole: bool = False,
         tell: Callable[[str], None] = log.info,
     ) -> None:
         self.endpoint, self.crew, self.task, self.host, self.me = endpoint, crew, task, endpoint.host, endpoint.peer_id
@@ -88,7 +95,9 @@ class Staged:
         assert self.spec.pipeline is not None
         self.cut = self.spec.pipeline
         self._make, self._conduct, self._stored, self._device, self._tell = make, conduct, stored, device, tell
-        self._memory = memory
+        self._memory, self._wants_whole = memory, wants_whole
+        #: The whole model by the task's names, at the end, where it was asked for.
+        self.whole: dict[str, Tensor] | None = None
         self._steps_of_round = resolve_strategy(self.spec.strategy, dict(self.spec.strategy_args)).round_steps
         self.reason = "starting"
         self._models: list[torch.nn.Module] = []
@@ -98,11 +107,7 @@ class Staged:
     async def run(self) -> None:
         """Take part until the run is over. Raises :class:`ConfigError` for a task that cannot be cut so."""
         fresh = await self.host.run_blocking(self._cut)
-        parameters = tuple(
-            attrs.evolve(each, name=f"{stage}.{each.name}")
-            for stage, each in ((s, e) for s, module in enumerate(self._models) for e in signature(module))
-        )
-        wrong = compare_signatures(parameters, self.spec.parameters)
+        wrong = compare_signatures(_numbered(self._models), self.spec.parameters)
         if wrong is not None:
             raise ConfigError(f"the model does not match the run's: {wrong}")
         self.layouts = tuple(Layout.of(module) for module in self._models)
@@ -117,6 +122,33 @@ class Staged:
                 break
             await self._hold(post)
         self.reason = "the run is over"
+        self.whole = await self._gather() if self._wants_whole else None
+        self.holding.trainer = None
+        self.crew.say(state="finished", part=b"")
+
+    async def _gather(self) -> dict[str, Tensor]:
+        """The whole model, by the task's own names. Raises :class:`RemoteError` when a stage is not to be had."""
+        found: dict[str, Tensor] = {}
+        names = await self.host.run_blocking(whole_names, self.task, self.cut.stages)
+        for stage, layout in enumerate(self.layouts):
+            held = await self.holding.fetch_any(stage) or await self.holding.newest_copy(stage)
+            if held is None:
+                raise RemoteRefused(
+                    "not-held", f"nobody has stage {stage} any more: the model cannot be exported whole"
+                )
+            found |= {names[stage][name]: tensor for name, tensor in unflatten(layout, held.weights).items()}
+        return found
+
+    async def others_done(self) -> None:
+        """Return once nobody needs our stage any more."""
+        while any(
+            self.crew.beat(peer).state != "spare" and self.crew.beat(peer).part
+            for peer in self.crew.peers()
+            if peer != self.me
+        ):
+            changed = self.crew.changed
+            with trio.move_on_after(defaults.LOOK_EVERY):
+                await changed.wait()
 
     def _cut(self) -> list[Tensor]:
         with torch.random.fork_rng(devices=[]):
@@ -149,17 +181,12 @@ class Staged:
             return None
         if not all(held):
             # At the beginning each stage is founded by the first one who is to hold it; later by a rescuer.
-            first = (
-                {stage: min(s.peer for s in plan if s.stage == stage) for stage in range(self.cut.stages)}
-                if plan
-                else {}
-            )
-            for stage, here in enumerate(held):
-                if not here and first.get(stage) == self.me and not self._ever(stage):
-                    return self._found(stage, 0)
             lost = self._lost()
-            for stage in lost:
-                if self._rescuer(stage) == self.me:
+            for stage, here in enumerate(held):
+                seats = [seat.peer for seat in plan if seat.stage == stage]
+                if not here and seats and min(seats) == self.me and stage not in self._lost_since:
+                    return self._found(stage, 0)
+                if stage in lost and self._rescuer(stage) == self.me:
                     return await self._rescue(stage)
             if mine is None or not held[mine]:
                 self.reason = "waiting for stages to be taken"
@@ -193,32 +220,19 @@ class Staged:
         return Able(peer, max(1, beat.rate) / 1000, beat.memory or 1 << 50, beat.bandwidth or 1e12)
 
     def _costs(self) -> list[StageCost]:
-        return [
-            StageCost(flops=max(1.0, float(layout.size)), memory=16 * layout.size, bytes=0.0) for layout in self.layouts
-        ]
-
-    def _ever(self, stage: int) -> bool:
-        """Whether anybody says that ``stage`` was held before."""
-        return stage in self._lost_since
+        # Work and memory follow the parameters: weights, gradients, two moments.
+        return [StageCost(max(1.0, float(layout.size)), 16.0 * layout.size, 0.0) for layout in self.layouts]
 
     def _best(self) -> int | None:
         """Where a peer that comes later is of most use."""
-        peers = [
-            peer for peer in self.crew.peers() if peer == self.me or self.crew.beat(peer).state in ("loading", "ready")
-        ]
-        held = {peer: self.crew.beat(peer).stage for peer in peers if peer != self.me}
-        seats, self.reason = assign(
-            [self._able(peer) for peer in peers], self._costs(), held={bytes(p): s for p, s in held.items()}
-        )
-        found = seats.get(bytes(self.me))
-        if found is None:
-            return None
-        # Who holds a stage stays where it is: we go where the plan lacks most.
-        counts = {
-            stage: sum(s == stage for s in held.values()) - sum(s == stage for s in seats.values())
-            for stage in range(self.cut.stages)
+        held = {
+            bytes(peer): self.crew.beat(peer).stage
+            for peer in self.crew.peers()
+            if peer != self.me and self.crew.beat(peer).state in ("loading", "ready")
         }
-        return min(counts, key=lambda stage: (counts[stage], stage != found, stage))
+        able = [self._able(PeerId(peer)) for peer in (*held, self.me)]
+        seats, self.reason = assign(able, self._costs(), held=held)
+        return seats.get(bytes(self.me))
 
     # -- lost stages --------------------------------------------------------------------------------------------------
 
@@ -341,6 +355,8 @@ class Staged:
         store = self._stored(f"{post.stage}-{post.signed.run_id.hex()[:12]}")
         run = self._make(post.signed, trainer, store, post.origin)
         self.reason = f"stage {post.stage} of {self.cut.stages}" + (f": {post.how}" if post.how else "")
+        if post.how:
+            run.emit("run", "recovered", detail=f"stage {post.stage}: {post.how}")
         try:
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as nursery:
@@ -349,10 +365,11 @@ class Staged:
                     await self._conduct(run)
                     nursery.cancel_scope.cancel()
         finally:
-            self.holding.trainer = None
-            if run.finished.is_set() and post.stage == 0:
-                self.crew.say(state="finished", stage=0)
+            if (run.finished.is_set() and post.stage == 0) or self.crew.over():
+                # Others may still fetch the stage: it goes with the last word.
+                self.crew.say(state="finished")
             else:
+                self.holding.trainer = None
                 self.crew.say(state="spare", part=b"", generation=0)
 
     async def _report(self, run: Run) -> None:

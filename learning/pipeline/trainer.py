@@ -251,10 +251,12 @@ class StageTrainer(Worker):
         return self._tokens
 
     async def _work(self, kind: Kind, load: Load, nursery: trio.Nursery) -> None:
+        # A step may be given up meanwhile, and its schedule with it.
+        schedule = self.flow.schedule
         share = self.whole.step_seconds * load.samples / max(1, self.cut.stages * self.cut.micro)
         if kind is Kind.FORWARD:
             gradient = await self._compute(share, self._forward, load)
-            self.flow.computed()
+            schedule.done()
             if load.last:
                 if load.sender is not None:
                     nursery.start_soon(self._send_back, load, gradient)
@@ -262,7 +264,7 @@ class StageTrainer(Worker):
                 nursery.start_soon(self._send_on, load)
         else:
             gradient = await self._compute(2 * share, self._backward_of, load)
-            self.flow.computed()
+            schedule.done()
             if load.sender is not None:
                 nursery.start_soon(self._send_back, load, gradient)
 
