@@ -137,11 +137,13 @@ class Crew:
     async def _scout(self) -> None:
         """Ask those that may know the run who else is there; now and then again."""
         pause = defaults.RETRY
+        known: dict[Address, PeerId] = {}
         while True:
             found: dict[PeerId, None] = dict.fromkeys(self.beats)
-            for address in self.bootstrap:
+            # Each is dialled until it has said who it is: another dial would only make a second link.
+            for address in [address for address in self.bootstrap if address not in known]:
                 try:
-                    found[(await self.endpoint.identify(address)).peer] = None
+                    known[address] = (await self.endpoint.identify(address)).peer
                 except RemoteError as error:
                     log.debug("%s: %s", address, error)
             try:
@@ -149,6 +151,7 @@ class Crew:
                     found[record.open(-float("inf")).peer] = None
             except RemoteError as error:
                 log.debug("who takes part is not to be found out: %s", error)
+            found |= dict.fromkeys(known.values())
             found.pop(self.me, None)
             async with trio.open_nursery() as nursery:
                 for peer in list(found)[:32]:
@@ -200,10 +203,10 @@ class Crew:
         ]
         return (-min(found)[0], min(found)[1]) if found else None
 
-    def holders(self, stage: int, *, ready: bool = False) -> list[PeerId]:
-        """Who holds ``stage``, or loads it."""
+    def holders(self, stage: int, *, loading: bool = False) -> list[PeerId]:
+        """Who has the weights of ``stage`` and trains it; ``loading``: also who is about to."""
         part = self.part(stage)
-        states = ("ready",) if ready else ("loading", "ready")
+        states = ("loading", "ready") if loading else ("ready",)
         return [
             peer
             for peer in self.peers()
@@ -218,7 +221,7 @@ class Crew:
         done = [
             peer for peer in self.peers() if (b := self.beat(peer)).state == "finished" and b.part and b.stage == stage
         ]
-        return [*self.holders(stage, ready=True), *done]
+        return [*self.holders(stage), *done]
 
     def over(self) -> bool:
         """Whether the run is finished: somebody said so who trained the first stage, and who may be gone since."""
@@ -234,11 +237,11 @@ class Crew:
 
     def steps(self) -> list[tuple[PeerId, int]]:
         """The feeders, each with the step it was in when it spoke last."""
-        return [(peer, self.beat(peer).step) for peer in self.holders(0, ready=True)]
+        return [(peer, self.beat(peer).step) for peer in self.holders(0)]
 
     def pick(self, stage: int, avoid: Collection[PeerId] = ()) -> PeerId | None:
         """A replica of ``stage`` drawn by speed; those in ``avoid`` only when there is no other."""
-        ready = [peer for peer in self.holders(stage, ready=True) if peer != self.me]
+        ready = [peer for peer in self.holders(stage) if peer != self.me]
         fit = [peer for peer in ready if peer not in avoid] or ready
         if not fit:
             return None

@@ -13,7 +13,7 @@ from ..rounds.methods import Ack
 from ..spec import MAX_STAGES, SignedSpec
 from . import defaults
 
-#: What a peer is doing: it has no stage; it loads one; it trains one; the run is over.
+#: What a peer is doing: it has no stage; it loads one; it has the weights of one and trains it; the run is over.
 STATES = ("spare", "loading", "ready", "finished")
 
 

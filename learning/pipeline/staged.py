@@ -250,7 +250,8 @@ class Staged:
 
     def _rescuer(self, lost: int) -> PeerId | None:
         holders = {stage: [bytes(p) for p in self.crew.holders(stage)] for stage in range(self.cut.stages)}
-        spares = [bytes(peer) for peer in self.crew.spares()]
+        # Who was about to load the stage has nobody to load it from.
+        spares = [bytes(peer) for peer in (*self.crew.spares(), *self.crew.holders(lost, loading=True))]
         found, self.reason = rescuer(holders, spares, lost)
         return None if found is None else PeerId(found)
 
@@ -259,7 +260,8 @@ class Staged:
         while True:
             lost = self._lost()
             if any(self._rescuer(stage) == self.me for stage in lost):
-                self._tell(f"stage {lost[0]} is lost: this peer leaves stage {post.stage} for it")
+                if lost != [post.stage]:
+                    self._tell(f"stage {lost[0]} is lost: this peer leaves stage {post.stage} for it")
                 break
             part = self.crew.part(post.stage)
             if part is not None and part[1] != post.signed.run_id and self.crew.own.part == post.signed.run_id:
@@ -349,9 +351,10 @@ class Staged:
         trainer = await self.host.run_blocking(
             StageTrainer, self.crew, self.task, spec.part, shard, self._steps_of_round, self._device
         )
-        if post.origin is None:
-            await trainer.load(self._fresh[post.stage])
-        self.holding.trainer = trainer
+        await trainer.load(self._fresh[post.stage] if post.origin is None else post.origin["weights"])
+        if post.origin is not None:
+            self.holding.trainer = trainer
+            self.crew.say(state="ready", step=trainer.flow.step)
         store = self._stored(f"{post.stage}-{post.signed.run_id.hex()[:12]}")
         run = self._make(post.signed, trainer, store, post.origin)
         self.reason = f"stage {post.stage} of {self.cut.stages}" + (f": {post.how}" if post.how else "")
@@ -361,7 +364,7 @@ class Staged:
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._watch, post, run, scope)
-                    nursery.start_soon(self._report, run)
+                    nursery.start_soon(self._report, run, trainer)
                     await self._conduct(run)
                     nursery.cancel_scope.cancel()
         finally:
@@ -372,10 +375,12 @@ class Staged:
                 self.holding.trainer = None
                 self.crew.say(state="spare", part=b"", generation=0)
 
-    async def _report(self, run: Run) -> None:
+    async def _report(self, run: Run, trainer: StageTrainer) -> None:
         """Say how far the stage is, and keep copies of others."""
         said = 0
         while True:
+            if self.crew.own.state == "ready":
+                self.holding.trainer = trainer
             if run.round != said:
                 said = run.round
                 self.crew.say(rounds=said)
