@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from ..learning.strategies import names as strategy_names
 from ..transport.errors import ConfigError, ShoalError
+from .stages_cli import add_stages
 
 #: Exit codes, also in `shoal --help`.
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -291,34 +292,13 @@ def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "for instance multikrum:f=1, trimmed_mean:f=2, nnm+median:f=1, flag; see docs/byzantine.md",
     )  # fmt: skip
     run.add_argument("--seed", type=count, metavar="N", help="seed of the split of the data (default 0)")
-    add_stages(run)
+    add_stages(run, count, positive)
     run.add_argument(
         "--private", metavar="KEYFILE", nargs="?", const="",
         help="a private swarm: only who has the ticket gets in, or learns who is there. With KEYFILE several runs and "
         "relays share one key (made there if the file does not exist)",
     )  # fmt: skip
     _add_node_options(parser)
-
-
-def add_stages(group: argparse._ActionsContainer) -> None:
-    group.add_argument(
-        "--stages", type=count, metavar="N",
-        help="cut the model into N stages, each held by other peers: for models larger than one peer; begins once N "
-        "peers are there; see docs/stages.md",
-    )  # fmt: skip
-    group.add_argument(
-        "--micro-batches", type=positive, metavar="N", dest="micro",
-        help="parts of a batch that are under way between stages at once (default: as many as stages)",
-    )  # fmt: skip
-    group.add_argument(
-        "--swap", action="store_true", default=None,
-        help="half of the micro-batches pass the outer inner stages in swapped order, so that one can stand in for "
-        "the other when it is lost (CheckFree+)",
-    )  # fmt: skip
-    group.add_argument(
-        "--activations", metavar="CODEC",
-        help="how activations and their gradients travel between stages: fp32 (default), bf16, int8",
-    )  # fmt: skip
 
 
 def _add_join(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

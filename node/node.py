@@ -12,24 +12,20 @@ from torch import Tensor
 
 from ..dht.kademlia.node import Dht
 from ..learning import topologies
-from ..learning.admission import admission_of
 from ..learning.apart import Apart
-from ..learning.checkpoints import Keeping, read_model
+from ..learning.checkpoints import Keeping
 from ..learning.events import Event, RoundReport, RunStatus, Standing
 from ..learning.faults import Faults
 from ..learning.peer import Trainer
 from ..learning.pipeline.messages import CREW, AskCrew
-from ..learning.pipeline.staged import signature_of_stages
-from ..learning.placing import audit_of, rule_of
 from ..learning.reduce.codecs import resolve as resolve_codec
 from ..learning.run import Run
 from ..learning.rundocs import RunDocuments
 from ..learning.shard import Shard
-from ..learning.spec import BadSpec, RunSpec, SignedSpec, is_task_name
+from ..learning.spec import BadSpec, RunSpec, SignedSpec
 from ..learning.store import RunStore
-from ..learning.strategies import resolve as resolve_strategy
 from ..learning.sync import HEAD, AskHead, ask_heads
-from ..learning.task import BUILTIN, Task, resolve, signature, source_hash, title
+from ..learning.task import BUILTIN, Task, resolve, source_hash, title
 from ..transport.address import Address
 from ..transport.endpoint import Endpoint
 from ..transport.errors import ConfigError, DecodeError, PeerUnreachable, RemoteError, RemoteRefused
@@ -38,43 +34,17 @@ from ..transport.identity import Identity, PeerId
 from ..transport.traversal import Traversal
 from . import defaults
 from .control import PeerInfo
+from .founding import Founding as Founding
+from .founding import found
 from .helping import Helping
 from .linkinfo import Traffic, peer_infos
 from .listening import best_of_each, for_ticket, free_bind
 from .mapping import PortKeeper
 from .reach import reach_of
-from .stages import Stages, cut_of
+from .stages import Stages
 from .ticket import Ticket
 
 log = logging.getLogger(__name__)
-
-
-@attrs.frozen
-class Founding:
-    """The run to found, as far as the task does not say it. See :class:`shoal.learning.spec.RunSpec`.
-
-    ``audit``: None for :data:`shoal.learning.defaults.AUDIT_RATE` with any rule but the mean, and none with that;
-    ``admission``: likewise for :data:`~shoal.learning.defaults.ADMISSION`. ``stages``: parts that the model is cut
-    into, 0: it is not; ``micro``: micro-batches of a step, 0: as many as stages; ``swap``, ``activations``: see
-    :class:`shoal.learning.spec.Pipeline`.
-    """
-
-    strategy: str = "diloco"
-    strategy_args: tuple[tuple[str, float], ...] = ()
-    mode: str = "available"
-    group: int = 0
-    min_peers: int = 1
-    rounds: int = 0
-    seed: int = 0
-    codec: str = "fp32"
-    topology: str = ""
-    aggregator: str = "mean"
-    audit: float | None = None
-    admission: int | None = None
-    stages: int = 0
-    micro: int = 0
-    swap: bool = False
-    activations: str = "fp32"
 
 
 @attrs.frozen
@@ -297,7 +267,7 @@ class Node:
             return await self._fetch_spec(self.config.ticket)
         if self.config.founding is None:
             raise ConfigError("a node needs a run to found, a ticket, or a folder that holds a run")
-        signed = await self._found(self.config.founding)
+        signed, self._origin = await self._found(self.config.founding)
         if self.config.via:
             await self._enter_swarm()
         return signed
@@ -310,51 +280,13 @@ class Node:
         except PeerUnreachable as error:
             self._on_note(f"none of the others answers yet ({error.message}); they are looked for all the time")
 
-    async def _found(self, founding: Founding) -> SignedSpec:
+    async def _found(self, founding: Founding) -> tuple[SignedSpec, dict[str, Tensor] | None]:
         task = await self._load_task(None)
-        arguments = {**task.recommended.get(founding.strategy, {}), **dict(founding.strategy_args)}
-        # Wrong arguments fail here, before anything is signed.
-        strategy = resolve_strategy(founding.strategy, arguments)
-        resolve_codec(founding.codec)
-        topologies.check_strategy(founding.topology, founding.strategy, strategy.replicated, strategy.group)
-        pipeline = cut_of(founding, self.config, own_loop=self._trainer is not None)
-        if pipeline is not None:
-            parameters = await self.host.run_blocking(signature_of_stages, task, pipeline.stages)
-        elif self._trainer is not None:
-            parameters = signature(self._trainer.model)
-        else:
-            parameters = signature(await self.host.run_blocking(task.model))
-        name = title(task)
-        if not is_task_name(name):
-            raise ConfigError(f"the task's name {name!r} cannot travel: use letters, digits, - and _ only (Task.name)")
-        origin = b""
-        if self.config.origin is not None:
-            origin, self._origin = await self.host.run_blocking(
-                read_model, self.config.origin, parameters, founding.strategy
-            )
-        spec = RunSpec(
-            task=name,
-            task_hash=source_hash(task),
-            strategy=founding.strategy,
-            strategy_args=tuple(sorted(arguments.items())),
-            seed=founding.seed,
-            mode=founding.mode,
-            group=founding.group,
-            min_peers=founding.min_peers,
-            rounds=founding.rounds,
-            parameters=parameters,
-            founder=self.identity.peer_id,
-            created=self.host.wall(),
-            origin=origin,
-            codec=founding.codec,
-            topology=founding.topology,
-            aggregator=founding.aggregator,
-            audit=audit_of(founding.audit, founding.aggregator, founding.codec),
-            admission=admission_of(founding.admission, founding.aggregator, strategy.replicated),
-            pipeline=pipeline,
-        )
-        rule_of(spec, strategy)
-        return SignedSpec.sign(self.identity, spec)
+        spec, origin = await found(
+            self.host, founding, task, None if self._trainer is None else self._trainer.model, self.config.origin,
+            self.identity.peer_id, apart=self.config.train_apart,
+        )  # fmt: skip
+        return SignedSpec.sign(self.identity, spec), origin
 
     async def _fetch_spec(self, ticket: Ticket) -> SignedSpec:
         """Ask the peers at the ticket's addresses, and whoever the DHT names, for the run. Retries for a while."""
@@ -482,7 +414,7 @@ class Node:
         return None if self.run_here is None else self.run_here.status()
 
     async def export(self, path: Path) -> str:
-        """Write the model to ``path``, see :func:`shoal.learning.checkpoints.write_model`. Raises :class:`ConfigError`."""
+        """Write the model to ``path`` as safetensors; returns a sentence. Raises :class:`ConfigError`."""
         if self.staged is not None:
             return await self.staged.export(path)
         if self.run_here is None:

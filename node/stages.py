@@ -20,13 +20,14 @@ from ..learning.task import Task
 from ..transport.errors import ConfigError
 
 if TYPE_CHECKING:
-    from .node import Founding, Node, NodeConfig
+    from .founding import Founding
+    from .node import Node
 
 #: Strategies that need more of a model than one stage of it.
 WHOLE = {"spsa": "it has no gradients", "dimat": "it matches units across all layers"}
 
 
-def cut_of(founding: Founding, config: NodeConfig, *, own_loop: bool) -> Pipeline | None:
+def cut_of(founding: Founding, *, own_loop: bool, origin: bool, apart: bool) -> Pipeline | None:
     """How the model of a run to found is cut. Raises :class:`ConfigError` for what cannot go together."""
     if not founding.stages:
         if founding.micro or founding.swap or founding.activations != "fp32":
@@ -40,9 +41,9 @@ def cut_of(founding: Founding, config: NodeConfig, *, own_loop: bool) -> Pipelin
         raise ConfigError(f"--strategy {founding.strategy} does not go with --stages: {WHOLE[founding.strategy]}")
     if own_loop:
         raise ConfigError("an own training loop holds the whole model: found the run without stages")
-    if config.origin is not None:
+    if origin:
         raise ConfigError("--from does not go with --stages yet: each stage begins with the task's fresh weights")
-    if config.train_apart:
+    if apart:
         raise ConfigError("--train-apart does not go with --stages")
     resolve_codec(founding.activations)
     if founding.swap and founding.stages < 4:

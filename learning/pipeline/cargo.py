@@ -27,6 +27,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 def pack_tensor(tensor: Tensor, codec: str = "fp32") -> tuple[Shape, memoryview]:
     """A tensor on its way, and its bytes. ``codec``: of fp32 tensors, all others travel as they are.
 
@@ -37,7 +42,7 @@ def pack_tensor(tensor: Tensor, codec: str = "fp32") -> tuple[Shape, memoryview]
         raise ConfigError(f"a tensor of dtype {name} cannot travel between stages")
     plain = tensor.detach().to("cpu").contiguous()
     if codec == "fp32" or name != "float32" or not plain.numel():
-        data = memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+        data = bytes_of(plain)
         return Shape(tuple(plain.shape), name, "", len(data)), data
     coder = resolve(codec)
     out = bytearray(coder.wire_size(plain.numel()))

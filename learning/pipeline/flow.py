@@ -144,7 +144,8 @@ class Flow:
 
     def counting(self) -> tuple[list[Load], list[Load]]:
         """Of this step: what counts and is in the sum; and what is in the sum and does not count."""
-        right, wrong = [], []
+        right: list[Load] = []
+        wrong: list[Load] = []
         for load in self.loads.values():
             if load.key.step != self.step or not load.counted:
                 continue

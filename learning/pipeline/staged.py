@@ -182,12 +182,12 @@ class Staged:
         if not all(held):
             # At the beginning each stage is founded by the first one who is to hold it; later by a rescuer.
             lost = self._lost()
-            for stage, here in enumerate(held):
-                seats = [seat.peer for seat in plan if seat.stage == stage]
-                if not here and seats and min(seats) == self.me and stage not in self._lost_since:
-                    return self._found(stage, 0)
-                if stage in lost and self._rescuer(stage) == self.me:
-                    return await self._rescue(stage)
+            for number, here in enumerate(held):
+                seats = [seat.peer for seat in plan if seat.stage == number]
+                if not here and seats and min(seats) == self.me and number not in self._lost_since:
+                    return self._found(number, 0)
+                if number in lost and self._rescuer(number) == self.me:
+                    return await self._rescue(number)
             if mine is None or not held[mine]:
                 self.reason = "waiting for stages to be taken"
                 return None
