@@ -166,7 +166,8 @@ class Node:
                 trainer = self._trainer
                 if self.config.train_apart:
                     trainer = await nursery.start(self._train_apart, task, spec)
-                await self.conduct(self.make_run(self.signed, task, self.store, trainer, self._origin), task_status)
+                run = self.make_run(self.signed, task, self.store, trainer, self._origin)
+                await self.conduct(run, nursery, lambda: self._joined(task_status))
             self.outcome = "finished"
             nursery.cancel_scope.cancel()
         self.outcome = self.outcome or "left"
@@ -204,23 +205,24 @@ class Node:
         )
 
     async def conduct(
-        self, run: Run, task_status: trio.TaskStatus[None] | None = None, documents: Path | None = None
+        self,
+        run: Run,
+        nursery: trio.Nursery,
+        joined: Callable[[], None] = lambda: None,
+        documents: Path | None = None,
     ) -> None:
-        """Take part in ``run`` until it is finished, or cancelled."""
+        """Take part in ``run`` until it is finished and nobody needs us for it, in ``nursery``, where it stays."""
         await self.host.run_blocking(lambda: run.store.blobs)
         self.run_here = run
         self.documents = RunDocuments(
             run, path=documents or self.config.documents, version=self.config.version, note=self._on_note
         )
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self.documents.run)
-            await nursery.start(run.run)
-            if task_status is not None:
-                self._joined(task_status)
-            await run.finished.wait()
-            await self._linger(run)
-            await self.documents.leave()
-            nursery.cancel_scope.cancel()
+        await nursery.start(self.documents.run)
+        await nursery.start(run.run)
+        joined()
+        await run.finished.wait()
+        await self._linger(run)
+        await self.documents.leave()
 
     async def _train_apart(self, task: Task, spec: RunSpec, *, task_status: trio.TaskStatus[Trainer]) -> None:
         shard = Shard(spec.seed, self.identity.peer_id.key, 0, 0, 1)

@@ -118,4 +118,6 @@ class Stages:
         of = run.spec.part
         assert of is not None
         own = None if documents is None else documents.with_name(f"stage-{of.stage}-{run.run_id.hex()[:12]}.db")
-        await self._node.conduct(run, documents=own)
+        async with trio.open_nursery() as nursery:
+            await self._node.conduct(run, nursery, documents=own)
+            nursery.cancel_scope.cancel()

@@ -313,7 +313,8 @@ class _Problem:
     ) -> tuple[tuple[int, int], ...] | None:
         """The moves (peer, to where) of one peer to stage ``slow``, and maybe of one from there, after which the slower
         of the two stages is fastest; None: that would not be faster than ``slow`` is."""
-        best, found = total[slow], None
+        best: int = total[slow]
+        found: tuple[tuple[int, int], ...] | None = None
         here = [(n, self.rates[n]) for n, at in enumerate(seats) if at == slow]
         for each, at in enumerate(seats):
             if at == slow or slow not in options[each] or total[at] <= total[slow]:

@@ -102,6 +102,8 @@ class Staged:
         self.reason = "starting"
         self._models: list[torch.nn.Module] = []
         self._lost_since: dict[int, float] = {}
+        #: Stages that somebody was seen to hold.
+        self._seen: dict[int, None] = {}
         self._begun = False
 
     async def run(self) -> None:
@@ -183,8 +185,8 @@ class Staged:
             # At the beginning each stage is founded by the first one who is to hold it; later by a rescuer.
             lost = self._lost()
             for number, here in enumerate(held):
-                seats = [seat.peer for seat in plan if seat.stage == number]
-                if not here and seats and min(seats) == self.me and number not in self._lost_since:
+                seats = [seat.peer for seat in plan if seat.stage == number and self.crew.alive(seat.peer)]
+                if not here and seats and min(seats) == self.me and number not in self._seen:
                     return self._found(number, 0)
                 if number in lost and self._rescuer(number) == self.me:
                     return await self._rescue(number)
@@ -241,10 +243,12 @@ class Staged:
         now, lost = self.host.now(), []
         for stage in range(self.cut.stages):
             if self.crew.holders(stage):
-                self._lost_since[stage] = now
-            elif stage in self._lost_since or (self._begun and not self._plan()):
+                self._lost_since[stage], self._seen[stage] = now, None
+            elif self._begun:
+                # Whoever is to begin with it may still be about to.
+                known = stage in self._seen or not self._plan()
                 since = self._lost_since.setdefault(stage, now)
-                if now - since >= defaults.LOST_GRACE:
+                if now - since >= (defaults.LOST_GRACE if known else defaults.BEGIN_GRACE):
                     lost.append(stage)
         return lost
 

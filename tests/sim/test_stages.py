@@ -113,7 +113,7 @@ def test_stages_train_what_the_unsplit_model_trains(stages: int, peers: int, mic
 
 def test_the_same_seed_gives_the_same_run_to_the_bit() -> None:
     scenario = Scenario(4, founding(2, 4), make_task=Chain, limit=120)
-    assert simulate(scenario).trace.digest() == simulate(scenario).trace.digest()
+    assert simulate(scenario).trace.hexdigest() == simulate(scenario).trace.hexdigest()
 
 
 def killing(stage: int, after: int, delay: float) -> Callable[[World], Awaitable[None]]:
@@ -184,15 +184,17 @@ def test_an_inner_stage_comes_back_as_the_mean_of_its_neighbours() -> None:
 def test_a_stalled_replica_is_gone_round() -> None:
     async def script(world: World) -> None:
         await world.until(lambda: any(e.what == "done" and e.round >= 2 for m in world.live() for e in m.events), "2")
-        twins = [member for member in world.live() if stage_of(member) == 1]
-        assert len(twins) == 2
-        world.freeze(twins[0].number)
+        # Three replicas: two of them are a majority, and need not wait for a lease to run out.
+        (frozen, *others) = [member for member in world.live() if stage_of(member) == 1]
+        assert len(others) == 2
+        before = max(r.round for m in world.live() if stage_of(m) == 0 for r in m.run.reports)
+        world.freeze(frozen.number)
         await trio.sleep(20.0)
         done = max(r.round for m in world.live() if stage_of(m) == 0 for r in m.run.reports)
-        assert done > 3, "the others waited for it"
-        world.kill(twins[0].number)
+        assert done >= before + 3, "the others waited for it"
+        world.kill(frozen.number)
 
-    simulate(Scenario(4, founding(2, 4, rounds=40), make_task=Chain, limit=200), script)
+    simulate(Scenario(6, founding(2, 6, rounds=60), make_task=Chain, limit=300), script)
 
 
 def test_who_comes_later_takes_the_stage_that_needs_it_and_trains() -> None:
