@@ -192,13 +192,21 @@ class _Problem:
         found = self._plan(self.staying)
         if found is not None and self.staying == self.options:
             return found
-        moving = [self._plan(self.options)]
-        if found is not None:  # of many peers, exchanges that begin where all are move fewer than a plan from nothing
+        anew = self._plan(self.options)
+        if found is None:
+            assert anew is not None
+            if self._few(self.options):
+                return anew
+            # Some stage has nobody: whoever must goes there, and all others stay where they are.
+            start = [options[0] if at is None else at for options, at in zip(self.options, self.before, strict=True)]
+            near = self._exchanged(start, self.options)
+            return anew if self._floor(anew) > defaults.MOVE_GAIN * self._floor(near) else near
+        moving = [anew]
+        if not self._few(self.options):  # exchanges that begin where all are move fewer than a plan from nothing
             moving.insert(0, self._exchanged(list(found), self.options))
         for other in moving:
-            if other is not None and (found is None or self._floor(other) > defaults.MOVE_GAIN * self._floor(found)):
-                found = other
-        assert found is not None
+            if other is not None and self._floor(other) > defaults.MOVE_GAIN * self._floor(found):
+                return other
         return found
 
     def tight(self) -> tuple[list[int], list[int]] | None:
@@ -212,6 +220,10 @@ class _Problem:
             total[stage] += row[stage]
         return tuple(total)
 
+    @staticmethod
+    def _few(options: Options) -> bool:
+        return sum(len(each) > 1 for each in options) <= defaults.MAX_FEW
+
     def _floor(self, seats: Sequence[int]) -> int:
         return min(self.sums(seats))
 
@@ -221,7 +233,7 @@ class _Problem:
         if self._cover(seats, options) is not None:
             return None
         seats = self._exchanged(seats, options)
-        if sum(len(each) > 1 for each in options) <= defaults.MAX_FEW:
+        if self._few(options):
             return self._exact(options, self._floor(seats)) or seats
         other = self._priced(options)
         self._cover(other, options)

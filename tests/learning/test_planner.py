@@ -135,13 +135,13 @@ def crowd(seed: int, *, limits: bool, lines: bool) -> tuple[list[Able], list[Sta
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    ("limits", "lines", "share"), [(False, False, 0.98), (True, False, 0.95), (False, True, 0.9), (True, True, 0.9)]
+    ("limits", "lines", "share"), [(False, False, 0.98), (True, False, 0.9), (False, True, 0.9), (True, True, 0.9)]
 )
 def test_64_peers_at_8_stages_come_close_to_what_no_plan_exceeds(
     seed: int, limits: bool, lines: bool, share: float
 ) -> None:
-    """5 % where peers are faster or slower at all stages alike; 10 % where each is limited by its line at some and by
-    its speed at others: there the plan that splits peers is out of reach."""
+    """2 % where peers are faster or slower at all stages alike; 10 % where memory keeps them from some stages, or each is
+    limited by its line at some and by its speed at others: there the plan that splits peers is out of reach."""
     peers, costs = crowd(seed, limits=limits, lines=lines)
     seats, _ = assign(peers, costs)
     assert len(seats) == 64
