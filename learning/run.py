@@ -81,6 +81,8 @@ class Run:
         self.endpoint, self.dht, self.host, self.me = endpoint, dht, endpoint.host, endpoint.peer_id
         self.signed, self.spec, self.run_id = spec, spec.open(), spec.run_id
         self.task, self.store, self.time_budget, self.bootstrap = task, store, time_budget, bootstrap
+        #: The mean is weighted by samples: peers train unequal numbers of them.
+        self.weighs_samples = time_budget is not None
         self.faults, self.origin, self.name = faults or Faults(), origin, self.me.key
         self.strategy = resolve_strategy(self.spec.strategy, dict(self.spec.strategy_args))
         self.rule = rule_of(self.spec, self.strategy)
@@ -281,7 +283,7 @@ class Run:
         tally = self._given = self._peer.tally
         self._peer.tally = Tally()  # what is trained from here on belongs to the next round's contribution
         gathers = given.payload is not None
-        weight = 1 if self.time_budget is None or gathers else tally.samples
+        weight = tally.samples if self.weighs_samples and not gathers else 1
         while True:
             instance = self._instance
             instance.voter.layout = given.layout

@@ -32,6 +32,10 @@ MAX_TOPOLOGY = 64
 MAX_AGGREGATOR = 256
 
 
+#: Stages of a model, at most; micro-batches of a step, at most.
+MAX_STAGES, MAX_MICRO = 64, 256
+
+
 class BadSpec(DecodeError):
     """A spec that its founder has signed and nobody can follow: asking somebody else for it does not help."""
 
@@ -49,6 +53,31 @@ class ParameterSpec:
 
 
 @attrs.frozen
+class Pipeline:
+    """How a model is cut over peers (:mod:`.pipeline`). ``stages``: parts of it. ``micro``: micro-batches of a step.
+    ``swap``: half of them pass the first two and the last two inner stages in the other order (CheckFree+).
+    ``codec``: how activations and their gradients travel."""
+
+    stages: int
+    micro: int
+    swap: bool = False
+    codec: str = "fp32"
+
+
+@attrs.frozen
+class StageOf:
+    """This run is that of one stage of the run ``whole``. ``generation``: how often the stage was lost before.
+    ``rate``: times as great its learning rate is as the task's, for it was recovered. ``step``: of training,
+    at which its first round begins."""
+
+    whole: bytes
+    stage: int
+    generation: int = 0
+    rate: float = 1.0
+    step: int = 0
+
+
+@attrs.frozen
 class RunSpec:
     """Everything that must be equal on all peers of a run.
 
@@ -60,7 +89,8 @@ class RunSpec:
     ``aggregator``: the rule that combines contributions, see docs/aggregation.md. ``audit``: slices at which each peer
     looks in a round, in the mean, see docs/audits.md; 0: none, and nothing is signed. ``admission``: rounds in which a
     newcomer's work must be fit before it votes and has weight, see docs/byzantine.md; 0: it does at once. ``topology``:
-    who meets whom in gossip, see :mod:`.topologies`; empty: random groups.
+    who meets whom in gossip, see :mod:`.topologies`; empty: random groups. ``pipeline``: the model is cut into stages,
+    each of which has a run of its own, founded by its first holder, with ``part`` saying which one it is.
     """
 
     task: str
@@ -81,6 +111,8 @@ class RunSpec:
     audit: float = 0.0
     admission: int = 0
     topology: str = ""
+    pipeline: Pipeline | None = None
+    part: StageOf | None = None
 
 
 @attrs.frozen
@@ -129,7 +161,25 @@ class SignedSpec:
             raise BadSpec(f"run spec with {spec.admission} rounds on trial", peer=spec.founder.short)
         if not (spec.min_peers >= 0 and spec.rounds >= 0 and spec.group >= 0):
             raise BadSpec("run spec with a negative number of peers or rounds", peer=spec.founder.short)
+        wrong = _cut_fault(spec)
+        if wrong is not None:
+            raise BadSpec(f"run spec {wrong}", peer=spec.founder.short)
         return spec
+
+
+def _cut_fault(spec: RunSpec) -> str | None:
+    cut, part = spec.pipeline, spec.part
+    if cut is not None and not (2 <= cut.stages <= MAX_STAGES and 1 <= cut.micro <= MAX_MICRO):
+        return f"with {cut.stages} stages and {cut.micro} micro-batches"
+    if cut is not None and not _is_plain(cut.codec, MAX_CODEC_NAME):
+        return f"with the codec {cut.codec[:MAX_CODEC_NAME]!r} of activations"
+    if part is not None and not (cut is not None and len(part.whole) == 32 and 0 <= part.stage < cut.stages):
+        return "of a stage that no model has"
+    if part is not None and not (
+        0 <= part.generation < 1 << 31 and 0.0 < part.rate <= 1e3 and 0 <= part.step < 1 << 62
+    ):
+        return f"of a stage lost {part.generation} times, with {part.rate} times the learning rate"
+    return None
 
 
 def _is_plain(text: str, limit: int) -> bool:

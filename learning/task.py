@@ -63,6 +63,23 @@ class Task(ABC):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out quality by name. The model is in eval mode and gradients are off."""
 
+    def stages(self, n: int) -> list[nn.Module]:
+        """A new model in ``n`` parts, to be held by different peers: each takes what the one before gave, one tensor.
+
+        Together they are :meth:`model`, built from the same random numbers in the same order. Parts that are built
+        alike have the same names for their parameters. By default an ``nn.Sequential`` is cut between its layers.
+        """
+        from .pipeline.cutting import cut_sequential  # which knows tasks
+
+        model = self.model()
+        try:
+            if isinstance(model, nn.Sequential):
+                return cut_sequential(model, n)
+            why = f"its model is a {type(model).__name__}, no nn.Sequential: override stages()"
+        except ValueError as error:
+            why = f"its model has {error}"
+        raise ConfigError(f"task {title(self)} cannot be cut into {n} stages: {why}")
+
     def batch_size(self, batch: Batch) -> int:
         """Samples in ``batch``: by default the length of the first tensor found in it. The weight in a mean."""
         first = _first_tensor(batch)

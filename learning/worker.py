@@ -158,7 +158,7 @@ class Worker:
                     parameter.grad = torch.empty_like(parameter)
                     pairs.append((parameter.grad, values[name]))
             Copy("deliver", pairs).run()
-            self.optimizer.step()
+            self._take_step(self.optimizer)
             self.optimizer.zero_grad(set_to_none=True)
 
         await self._compute(0.0, work)
@@ -324,6 +324,9 @@ class Worker:
             pairs = [(p, values[name].to(p)) for name, p in self.model.named_parameters() if p.requires_grad]
         return _Descent(optimizer, pairs)
 
+    def _take_step(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+
     def _steps(self, count: int, tally: _Tally, descent: _Descent) -> None:
         self.model.train()
         losses: list[Tensor] = []
@@ -333,7 +336,7 @@ class Worker:
             for parameter, drift in descent.drifts:
                 if parameter.grad is not None:
                     parameter.grad.add_(drift)
-            descent.optimizer.step()
+            self._take_step(descent.optimizer)
         self._accumulate(losses, tally)
 
     def _backward(self, tally: _Tally) -> Tensor:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from ..learning.strategies import names as strategy_names
 from ..transport.errors import ConfigError, ShoalError
+from .stages_cli import add_stages
 
 #: Exit codes, also in `shoal --help`.
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -291,6 +292,7 @@ def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "for instance multikrum:f=1, trimmed_mean:f=2, nnm+median:f=1, flag; see docs/byzantine.md",
     )  # fmt: skip
     run.add_argument("--seed", type=count, metavar="N", help="seed of the split of the data (default 0)")
+    add_stages(run, count, positive)
     run.add_argument(
         "--private", metavar="KEYFILE", nargs="?", const="",
         help="a private swarm: only who has the ticket gets in, or learns who is there. With KEYFILE several runs and "

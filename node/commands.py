@@ -85,7 +85,7 @@ def render_status(found: NodeStatus) -> str:
     run = found.run
     if found.role == "relay":
         rows[0] = ("relay", rows[0][1])
-    elif run is None:
+    elif run is None and not found.notes:
         rows.append(("run", "none yet: still looking for it"))
     if run is not None:
         rows += [

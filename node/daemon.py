@@ -136,7 +136,7 @@ class Daemon:
         run = self.node.run_here
         if run is not None and self._options.export is not None and error is None:
             try:
-                await run.export(self._options.export)
+                await self.node.export(self._options.export)
             except ConfigError as problem:
                 reason = f"{reason}; no export: {problem}"
                 self._console.note(reason)
@@ -191,6 +191,7 @@ class Daemon:
             rounds=len(self.node.run_here.reports) if self.node.run_here is not None else 0,
             run=run,
             private=self.node.psk is not None,
+            notes=() if self.node.staged is None else self.node.staged.notes(),
         )
 
     def _run_here(self) -> Run:
@@ -211,7 +212,7 @@ class Daemon:
                 self._life.begin_stop("shoal stop")
                 return Done()
             case Export(path):
-                return Done(await self._run_here().export(Path(path)))
+                return Done(await self.node.export(Path(path)))
             case GetCheckpoints():
                 return CheckpointList(await list_checkpoints(self._run_here()))
             case RestoreCheckpoint(ref, path):

@@ -181,6 +181,13 @@ def conflicts(options: argparse.Namespace, spec: RunSpec, record: NodeRecord) ->
         ("--admission", options.admission, spec.admission),
         ("--seed", options.seed, spec.seed),
     ]
+    cut = spec.pipeline
+    given += [
+        ("--stages", options.stages, cut.stages if cut else 0),
+        ("--micro-batches", options.micro, cut.micro if cut else 0),
+        ("--swap", options.swap, cut.swap if cut else False),
+        ("--activations", options.activations, cut.codec if cut else "fp32"),
+    ]
     args = dict(spec.strategy_args)
     given += [(f"--set {name}", value, args.get(name)) for name, value in options.strategy_args]
     return [
@@ -227,6 +234,10 @@ def _run(
             min_peers=options.min_peers or 1,
             rounds=options.rounds or 0,
             seed=options.seed or 0,
+            stages=options.stages or 0,
+            micro=options.micro or 0,
+            swap=bool(options.swap),
+            activations=options.activations or "fp32",
         )
     task = options.task or (record.task if record is not None else "")
     config = NodeConfig(
@@ -250,6 +261,7 @@ def _run(
         snapshot=data.read_dht(),
         keeping=Keeping() if options.checkpoint_every is None else Keeping(options.checkpoint_every, apart=0.0),
         origin=getattr(options, "origin", None),
+        whole=options.export is not None,
     )
     extra = DaemonOptions(task, remembered_hosts(options.host, record), parse_export(options.export), options.leash)
     return run_daemon(lambda: Daemon(RealHost(), identity, data, config, extra, Console()))

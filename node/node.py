@@ -12,60 +12,39 @@ from torch import Tensor
 
 from ..dht.kademlia.node import Dht
 from ..learning import topologies
-from ..learning.admission import admission_of
 from ..learning.apart import Apart
-from ..learning.checkpoints import Keeping, read_model
+from ..learning.checkpoints import Keeping
 from ..learning.events import Event, RoundReport, RunStatus, Standing
 from ..learning.faults import Faults
 from ..learning.peer import Trainer
-from ..learning.placing import audit_of, rule_of
+from ..learning.pipeline.messages import CREW, AskCrew
 from ..learning.reduce.codecs import resolve as resolve_codec
 from ..learning.run import Run
 from ..learning.rundocs import RunDocuments
 from ..learning.shard import Shard
-from ..learning.spec import BadSpec, RunSpec, SignedSpec, is_task_name
+from ..learning.spec import BadSpec, RunSpec, SignedSpec
 from ..learning.store import RunStore
-from ..learning.strategies import resolve as resolve_strategy
 from ..learning.sync import HEAD, AskHead, ask_heads
-from ..learning.task import BUILTIN, Task, resolve, signature, source_hash, title
+from ..learning.task import BUILTIN, Task, resolve, source_hash, title
 from ..transport.address import Address
 from ..transport.endpoint import Endpoint
 from ..transport.errors import ConfigError, DecodeError, PeerUnreachable, RemoteError, RemoteRefused
 from ..transport.host import Host
-from ..transport.identity import Identity
+from ..transport.identity import Identity, PeerId
 from ..transport.traversal import Traversal
 from . import defaults
 from .control import PeerInfo
+from .founding import Founding as Founding
+from .founding import found
 from .helping import Helping
 from .linkinfo import Traffic, peer_infos
 from .listening import best_of_each, for_ticket, free_bind
 from .mapping import PortKeeper
 from .reach import reach_of
+from .stages import Stages
 from .ticket import Ticket
 
 log = logging.getLogger(__name__)
-
-
-@attrs.frozen
-class Founding:
-    """The run to found, as far as the task does not say it. See :class:`shoal.learning.spec.RunSpec`.
-
-    ``audit``: None for :data:`shoal.learning.defaults.AUDIT_RATE` with any rule but the mean, and none with that;
-    ``admission``: likewise for :data:`~shoal.learning.defaults.ADMISSION`.
-    """
-
-    strategy: str = "diloco"
-    strategy_args: tuple[tuple[str, float], ...] = ()
-    mode: str = "available"
-    group: int = 0
-    min_peers: int = 1
-    rounds: int = 0
-    seed: int = 0
-    codec: str = "fp32"
-    topology: str = ""
-    aggregator: str = "mean"
-    audit: float | None = None
-    admission: int | None = None
 
 
 @attrs.frozen
@@ -80,7 +59,7 @@ class NodeConfig:
     ``traversal``: how to get through NATs, None: not at all; ``map_port``: ask the router for a port. ``snapshot``: of
     an earlier life's DHT. ``version``: of this program, for others to see. ``linger``: seconds to stay, at most, for
     others that are not finished yet. ``keeping``: which states stay on disk. ``origin``: a model file that the run to
-    found begins with.
+    found begins with. ``whole``: at the end, fetch all stages of a model that was cut, for an export.
     """
 
     bind: tuple[Address, ...] = ()
@@ -105,6 +84,7 @@ class NodeConfig:
     join_timeout: float = defaults.JOIN_TIMEOUT
     keeping: Keeping = attrs.field(factory=Keeping)
     origin: Path | None = None
+    whole: bool = False
 
 
 class Node:
@@ -145,6 +125,8 @@ class Node:
         self._on_event, self._on_round, self._on_note = on_event, on_round, on_note
         self._started = 0.0
         self._origin: dict[str, Tensor] | None = None
+        #: Where the run's model is cut into stages: which one is held here.
+        self.staged: Stages | None = None
         #: Set once the node takes part in a run and has a ticket.
         self.taking_part = trio.Event()
         self._stop = trio.Event()
@@ -175,41 +157,72 @@ class Node:
                 topologies.check(spec.topology)
             nursery.start_soon(self.dht.run)
             task = await self._load_task(spec)
-            await self.host.run_blocking(lambda: self.store.blobs)
-            trainer = self._trainer
-            if self.config.train_apart:
-                trainer = await nursery.start(self._train_apart, task, spec)
-            run = Run(
-                self.endpoint,
-                self.dht,
-                self.signed,
-                task,
-                store=self.store,
-                device=self.config.device,
-                on_event=self._event,
-                time_budget=self.config.time_budget,
-                evaluate_every=self.config.evaluate_every,
-                faults=self.config.faults,
-                # Addresses that have answered already would only be dialled a second time.
-                bootstrap=() if len(self.dht.table) else self._bootstrap(),
-                trainer=trainer,
-                keeping=self.config.keeping,
-                origin=self._origin,
-            )
-            self.run_here = run
-            self.documents = RunDocuments(
-                run, path=self.config.documents, version=self.config.version, note=self._on_note
-            )
-            await nursery.start(self.documents.run)
-            await nursery.start(run.run)
-            self.taking_part.set()
-            task_status.started()
-            await run.finished.wait()
+            if spec.pipeline is not None:
+                self.staged = Stages(self, task)
+                await nursery.start(self.staged.run)
+                self._joined(task_status)
+                await self.staged.over.wait()
+            else:
+                trainer = self._trainer
+                if self.config.train_apart:
+                    trainer = await nursery.start(self._train_apart, task, spec)
+                run = self.make_run(self.signed, task, self.store, trainer, self._origin)
+                await self.conduct(run, nursery, lambda: self._joined(task_status))
             self.outcome = "finished"
-            await self._linger(run)
-            await self.documents.leave()
             nursery.cancel_scope.cancel()
         self.outcome = self.outcome or "left"
+
+    def _joined(self, task_status: trio.TaskStatus[None]) -> None:
+        self.taking_part.set()
+        task_status.started()
+
+    def make_run(
+        self,
+        signed: SignedSpec,
+        task: Task,
+        store: RunStore,
+        trainer: Trainer | None,
+        origin: dict[str, Tensor] | None,
+        evaluate_every: int | None = None,
+    ) -> Run:
+        """The part of this node in ``signed``, as it was configured."""
+        return Run(
+            self.endpoint,
+            self.dht,
+            signed,
+            task,
+            store=store,
+            device=self.config.device,
+            on_event=self._event,
+            time_budget=self.config.time_budget,
+            evaluate_every=self.config.evaluate_every if evaluate_every is None else evaluate_every,
+            faults=self.config.faults,
+            # Addresses that have answered already would only be dialled a second time.
+            bootstrap=() if len(self.dht.table) else self._bootstrap(),
+            trainer=trainer,
+            keeping=self.config.keeping,
+            origin=origin,
+        )
+
+    async def conduct(
+        self,
+        run: Run,
+        nursery: trio.Nursery,
+        joined: Callable[[], None] = lambda: None,
+        documents: Path | None = None,
+    ) -> None:
+        """Take part in ``run`` until it is finished and nobody needs us for it, in ``nursery``, where it stays."""
+        await self.host.run_blocking(lambda: run.store.blobs)
+        self.run_here = run
+        self.documents = RunDocuments(
+            run, path=documents or self.config.documents, version=self.config.version, note=self._on_note
+        )
+        await nursery.start(self.documents.run)
+        await nursery.start(run.run)
+        joined()
+        await run.finished.wait()
+        await self._linger(run)
+        await self.documents.leave()
 
     async def _train_apart(self, task: Task, spec: RunSpec, *, task_status: trio.TaskStatus[Trainer]) -> None:
         shard = Shard(spec.seed, self.identity.peer_id.key, 0, 0, 1)
@@ -256,7 +269,7 @@ class Node:
             return await self._fetch_spec(self.config.ticket)
         if self.config.founding is None:
             raise ConfigError("a node needs a run to found, a ticket, or a folder that holds a run")
-        signed = await self._found(self.config.founding)
+        signed, self._origin = await self._found(self.config.founding)
         if self.config.via:
             await self._enter_swarm()
         return signed
@@ -269,44 +282,13 @@ class Node:
         except PeerUnreachable as error:
             self._on_note(f"none of the others answers yet ({error.message}); they are looked for all the time")
 
-    async def _found(self, founding: Founding) -> SignedSpec:
+    async def _found(self, founding: Founding) -> tuple[SignedSpec, dict[str, Tensor] | None]:
         task = await self._load_task(None)
-        arguments = {**task.recommended.get(founding.strategy, {}), **dict(founding.strategy_args)}
-        # Wrong arguments fail here, before anything is signed.
-        strategy = resolve_strategy(founding.strategy, arguments)
-        resolve_codec(founding.codec)
-        topologies.check_strategy(founding.topology, founding.strategy, strategy.replicated, strategy.group)
-        model = self._trainer.model if self._trainer is not None else await self.host.run_blocking(task.model)
-        name = title(task)
-        if not is_task_name(name):
-            raise ConfigError(f"the task's name {name!r} cannot travel: use letters, digits, - and _ only (Task.name)")
-        origin = b""
-        if self.config.origin is not None:
-            origin, self._origin = await self.host.run_blocking(
-                read_model, self.config.origin, signature(model), founding.strategy
-            )
-        spec = RunSpec(
-            task=name,
-            task_hash=source_hash(task),
-            strategy=founding.strategy,
-            strategy_args=tuple(sorted(arguments.items())),
-            seed=founding.seed,
-            mode=founding.mode,
-            group=founding.group,
-            min_peers=founding.min_peers,
-            rounds=founding.rounds,
-            parameters=signature(model),
-            founder=self.identity.peer_id,
-            created=self.host.wall(),
-            origin=origin,
-            codec=founding.codec,
-            topology=founding.topology,
-            aggregator=founding.aggregator,
-            audit=audit_of(founding.audit, founding.aggregator, founding.codec),
-            admission=admission_of(founding.admission, founding.aggregator, strategy.replicated),
-        )
-        rule_of(spec, strategy)
-        return SignedSpec.sign(self.identity, spec)
+        spec, origin = await found(
+            self.host, founding, task, None if self._trainer is None else self._trainer.model, self.config.origin,
+            self.identity.peer_id, apart=self.config.train_apart,
+        )  # fmt: skip
+        return SignedSpec.sign(self.identity, spec), origin
 
     async def _fetch_spec(self, ticket: Ticket) -> SignedSpec:
         """Ask the peers at the ticket's addresses, and whoever the DHT names, for the run. Retries for a while."""
@@ -343,8 +325,7 @@ class Node:
         for peer in known:
             signed: SignedSpec | None = None
             try:
-                info = await self.endpoint.call(peer, HEAD, AskHead(ticket.run_id), timeout=defaults.ASK_TIMEOUT)
-                signed = info.spec
+                signed = await self._ask_one(peer, ticket.run_id)
                 if signed.run_id != ticket.run_id or signed.open().founder != ticket.founder:
                     raise DecodeError("answered with another run than the ticket's", peer=peer.short)
             except BadSpec as error:
@@ -363,6 +344,16 @@ class Node:
             # Each takes part in a run, and it is another one. (A relay, or a node that begins, answers otherwise.)
             lasting=elsewhere == len(failures) > 0,
         )
+
+    async def _ask_one(self, peer: PeerId, run: bytes) -> SignedSpec:
+        try:
+            return (await self.endpoint.call(peer, HEAD, AskHead(run), timeout=defaults.ASK_TIMEOUT)).spec
+        except RemoteRefused as refused:
+            # Where the model is cut into stages, each of them has a run, and nobody a head of the whole.
+            try:
+                return (await self.endpoint.call(peer, CREW, AskCrew(run), timeout=defaults.ASK_TIMEOUT)).spec
+            except RemoteRefused:
+                raise refused from None
 
     async def _load_task(self, spec: RunSpec | None) -> Task:
         """The task of this node: what the user named here, else the built-in one that the spec names."""
@@ -423,6 +414,14 @@ class Node:
 
     def status(self) -> RunStatus | None:
         return None if self.run_here is None else self.run_here.status()
+
+    async def export(self, path: Path) -> str:
+        """Write the model to ``path`` as safetensors; returns a sentence. Raises :class:`ConfigError`."""
+        if self.staged is not None:
+            return await self.staged.export(path)
+        if self.run_here is None:
+            raise ConfigError("this node takes part in no run yet; it has no state")
+        return await self.run_here.export(path)
 
     def reach(self) -> str:
         """Who can connect to this node, a sentence."""

@@ -10,6 +10,7 @@ from typing import NoReturn
 from ..learning.strategies import names as strategy_names
 from ..node import cli
 from ..node.cli import command, count, positive
+from ..node.stages_cli import add_stages
 
 DHT_EPILOG = """\
 examples:
@@ -157,6 +158,7 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--topology", default="", metavar="NAME",
         help="who meets whom where peers gossip: random (default), all, grid, ring, full, regular:4, barabasi-albert:2",
     )  # fmt: skip
+    add_stages(parser, count, positive)
     parser.add_argument("--aggregator", default="mean", metavar="RULE", help="how contributions are combined (mean)")
     parser.add_argument(
         "--audit", type=float, metavar="N",

@@ -121,6 +121,8 @@ class Settings:
     folder: Path
     log_level: str
     custom: bool
+    #: How the model is cut into stages, as arguments; empty: it is not.
+    stages: tuple[str, ...] = ()
 
 
 class NodeProcess:
@@ -260,6 +262,7 @@ class Swarm:
                 arguments += ["--audit", f"{settings.audit:g}"]
             if settings.admission is not None:
                 arguments += ["--admission", str(settings.admission)]
+            arguments += settings.stages
             for assignment in settings.strategy_args:
                 arguments += ["--set", assignment]
         elif settings.custom:
@@ -291,7 +294,8 @@ class Swarm:
 
     async def _ask_ticket(self, node: NodeProcess) -> str:
         status = await self._status(node)
-        return "" if status is None or status.run is None else status.ticket
+        # Where the model is cut, a node takes part before it has a stage, and with it a run.
+        return "" if status is None or (status.run is None and not self.settings.stages) else status.ticket
 
     async def _living_ticket(self) -> str:
         """The ticket as a node that is alive gives it: the founder may be the one that was killed."""

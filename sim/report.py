@@ -18,6 +18,8 @@ STATUSES = ("finished", "killed", "expelled", "left", "failed")
 KILL_PHASES = ("scatter", "combine", "gather")
 #: The same where nothing is combined: before its word, and before it agrees to the record.
 GATHER_KILL_PHASES = ("convene", "commit")
+#: And where the model is cut into stages, whose holder may be the only one.
+STAGE_KILL_PHASES = ("train",)
 
 
 @attrs.frozen
@@ -86,7 +88,8 @@ class Claim:
 @attrs.frozen
 class Expectation:
     """What is claimed of this simulation. ``identical``: survivors end with the same bits. ``at_least`` and
-    ``above_isolated``: of the metric, None where the task or the number of rounds promises nothing."""
+    ``above_isolated``: of the metric, None where the task or the number of rounds promises nothing. ``recovers``: the
+    model is cut into stages."""
 
     rounds: int
     kills: int
@@ -98,6 +101,7 @@ class Expectation:
     beats_reference: bool = False
     late_rounds: int = 3
     expelled: int = 0
+    recovers: bool = False
 
 
 @attrs.frozen
@@ -157,7 +161,7 @@ def check(report: Report, expected: Expectation) -> list[Claim]:
             )
         )
     if expected.kills:
-        claims.append(_check_kills(report, expected.kills))
+        claims.append(_check_kills(report, expected.kills, expected.recovers))
     if expected.expelled:
         claims.append(_check_expelled(report, expected.expelled))
     if expected.late:
@@ -174,14 +178,21 @@ def check(report: Report, expected: Expectation) -> list[Claim]:
     return claims
 
 
-def _check_kills(report: Report, kills: int) -> Claim:
+def _check_kills(report: Report, kills: int, recovers: bool) -> Claim:
     killed = [event for event in report.events if event.what == "kill"]
     dropped = {peer for r in report.rounds for peer in r.dropped}
     unnamed = [event.peer[:8] for event in killed if event.peer not in dropped]
-    misplaced = [event.phase for event in killed if event.phase not in (*KILL_PHASES, *GATHER_KILL_PHASES)]
+    phases = STAGE_KILL_PHASES if recovers else (*KILL_PHASES, *GATHER_KILL_PHASES)
+    misplaced = [event.phase for event in killed if event.phase not in phases]
     found = ", ".join(f"{e.peer[:8]} killed in round {e.round} at {e.phase}" for e in killed) or "nobody was killed"
     if unnamed:
         found += f"; no round names {' '.join(unnamed)} as dropped"
+    if recovers:
+        # Where it was the only holder of its stage, nobody is left to drop it: the stage is founded anew.
+        found += f"; {sum(event.what == 'recovered' for event in report.events)} stages recovered"
+        unnamed = unnamed[sum(event.what == "recovered" for event in report.events) :]
+        claim = "a peer killed while it trains is dropped by name, or its stage recovered, and the run goes on"
+        return Claim(claim, len(killed) == kills and not unnamed and not misplaced, found)
     return Claim(
         "a peer killed between scatter and commit is dropped by name and the run goes on",
         len(killed) == kills and not unnamed and not misplaced,

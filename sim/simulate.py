@@ -32,7 +32,7 @@ from .live import LiveView, closing
 from .outputs import check_outputs
 from .processes import NodeProcess, Plan, Settings, SimulationFailed, Swarm, make_plan
 from .recorder import Recorder
-from .report import GATHER_KILL_PHASES, KILL_PHASES, Baseline, Expectation, Report, judge
+from .report import GATHER_KILL_PHASES, KILL_PHASES, STAGE_KILL_PHASES, Baseline, Expectation, Report, judge
 
 
 def simulate(options: argparse.Namespace) -> int:
@@ -53,6 +53,12 @@ def simulate(options: argparse.Namespace) -> int:
         from .attacks import check  # brings torch
 
         check(attack)
+    if options.stages and options.peers - late - kill < options.stages:
+        raise ConfigError(
+            f"--stages {options.stages} needs as many peers that begin the run and live; there are "
+            f"{options.peers - late - kill} of --peers {options.peers} (--kill {kill}, --late {late})"
+        )
+    phases = GATHER_KILL_PHASES if options.strategy in LEDGERS else KILL_PHASES
     plan = make_plan(
         peers=options.peers,
         kill=kill,
@@ -61,7 +67,7 @@ def simulate(options: argparse.Namespace) -> int:
         seed=options.seed,
         liars=liars,
         attack=attack,
-        phases=GATHER_KILL_PHASES if options.strategy in LEDGERS else KILL_PHASES,
+        phases=STAGE_KILL_PHASES if options.stages else phases,
     )
     check_outputs(options.json, options.plot)
     folder = _folder(options.workdir)
@@ -80,6 +86,7 @@ def simulate(options: argparse.Namespace) -> int:
         folder=folder,
         log_level=options.log_level,
         custom=":" in options.task,
+        stages=stage_arguments(options),
     )
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -104,6 +111,16 @@ def simulate(options: argparse.Namespace) -> int:
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def stage_arguments(options: argparse.Namespace) -> tuple[str, ...]:
+    """What is said of stages, for the founder's command line."""
+    found: list[str] = []
+    for name, value in (("--stages", options.stages), ("--micro-batches", options.micro)):
+        found += [name, str(value)] if value else []
+    found += ["--swap"] if options.swap else []
+    found += ["--activations", options.activations] if options.activations else []
+    return tuple(found)
 
 
 def _folder(workdir: Path | None) -> Path:
@@ -141,7 +158,7 @@ def _run(plan: Plan, settings: Settings, console: Console, *, live: bool, option
             referee.kill()
             referee.communicate()
     report = _report(settings, recorder, answer, time.monotonic() - began)
-    problems = [*swarm.problems, *_check_exports(recorder, answer)]
+    problems = [*swarm.problems, *_check_exports(recorder, answer, answer.replicated and not settings.stages)]
     report = judge(report, _expectation(plan, settings, answer), problems)
     if options.plot is not None:
         from .plot import plot
@@ -190,7 +207,11 @@ def _question(settings: Settings, recorder: Recorder, nodes: dict[str, NodeProce
         for trace in recorder.traces.values()
         if trace.status == "finished" and nodes[trace.name].export.exists()
     }
-    return Question(settings.task, settings.strategy, settings.seed, parts, True, True, exports)
+    if settings.stages:
+        # Each sample passes all stages, and each of them counts it.
+        samples = sum(trace.samples for trace in known) // int(settings.stages[1])
+        parts = (Part(bytes(32).hex(), 0, 1, samples),)
+    return Question(settings.task, settings.strategy, settings.seed, parts, True, not settings.stages, exports)
 
 
 def _ask(referees: Sequence[subprocess.Popen[str]], question: Question, folder: Path) -> Answer:
@@ -214,14 +235,14 @@ def _ask(referees: Sequence[subprocess.Popen[str]], question: Question, folder: 
     return attrs.evolve(answers[0], isolated=answers[1].isolated)
 
 
-def _check_exports(recorder: Recorder, answer: Answer) -> list[str]:
+def _check_exports(recorder: Recorder, answer: Answer, replicated: bool) -> list[str]:
     """What is wrong with the exported states: unreadable, or not what the node's last commit names."""
     problems = []
     for name, export in answer.exports.items():
         reports = recorder.traces[name].reports
         if export.error:
             problems.append(f"the export of {name} cannot be used: {export.error}")
-        elif answer.replicated and reports and export.digest != reports[-1].digest:
+        elif replicated and reports and export.digest != reports[-1].digest:
             problems.append(f"{name} exported another state ({export.digest[:16]}) than its last commit names")
     return problems
 
@@ -254,14 +275,16 @@ def _report(settings: Settings, recorder: Recorder, answer: Answer, wall: float)
 
 def _expectation(plan: Plan, settings: Settings, answer: Answer) -> Expectation:
     known = defaults.TASKS.get(settings.task, defaults.OTHER_TASK)
-    shared = settings.strategy != "local"
+    shared = settings.strategy != "local" and not settings.stages
     long_enough = settings.rounds >= known.rounds * defaults.MORE_ROUNDS.get(settings.strategy, 1) and shared
     return Expectation(
         rounds=settings.rounds,
         kills=len(plan.kills),
         late=len(plan.late),
         expelled=len(plan.liars) if plan.attack == LYING_OWNER else 0,
-        identical=answer.replicated,
+        # In stages nobody has all of the state; what each exports is from whoever held the stages last.
+        identical=answer.replicated and not settings.stages,
+        recovers=bool(settings.stages),
         higher_is_better=answer.higher_is_better,
         # With the data of liars lost, nothing is promised but that it is worth while to take part.
         at_least=known.at_least if long_enough and answer.replicated and not plan.liars else None,

@@ -277,7 +277,7 @@ class Chain:
         before, after = stages[stage - 1], stages[stage + 1]
         # Those of the last iteration: gradients are there until the next.
         norms = [gradient_norm(p.grad for p in neighbour.parameters()) for neighbour in (before, after)]
-        return average(before.state_dict(), after.state_dict(), weights_of(*norms, exponent), own=own)
+        return average(before.state_dict(), after.state_dict(), weights_of(norms[0], norms[1], exponent), own=own)
 
     def probe(self, done: int) -> Iterator[Jump]:
         """For each stage and way: the loss if that stage were lost now. Nothing is changed."""

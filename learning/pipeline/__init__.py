@@ -1,1 +1,1 @@
-"""Models that no single peer holds: a chain of stages, and how a lost one comes back."""
+"""Models larger than one peer: stages, their schedule and flow, and recovery without checkpoints."""

@@ -1,6 +1,6 @@
 """A lost stage comes back from its neighbours: CheckFree and CheckFree+ (Blagoev, Ersoy, Chen, arXiv 2506.15461).
 
-When stage i of a chain is lost with all its replicas, and there is no checkpoint, its neighbours stand in (Alg. 1):
+When stage i of a chain is lost with all its replicas, and no checkpoint is kept, its neighbours stand in (Alg. 1):
 
     W_i = (ω_{i-1} W_{i-1} + ω_{i+1} W_{i+1}) / (ω_{i-1} + ω_{i+1})          :func:`average`
     ω_j = ‖∇W_j‖, the last gradient norm of stage j                          :func:`gradient_norm`, :func:`weights_of`
@@ -48,11 +48,14 @@ class TensorsLost(RemoteError):
 def gradient_norm(gradients: Iterable[Tensor | None]) -> float:
     """``|‖g‖₂| + 1e-4`` over all ``gradients`` of a stage, of any shapes; None counts as zero.
 
-    Of gradients that are clipped already, and the same on all replicas. How these are summed is the machine's affair,
-    so one replica says its norm, and all who average take that number.
+    Summed in float64 after clipping and after all replicas' gradients are one, so replicas agree up to rounding only:
+    one of them says its norm, and all who average take that number.
     """
-    norms = [torch.linalg.vector_norm(g.detach(), dtype=torch.float32) for g in gradients if g is not None]
-    return (abs(float(torch.linalg.vector_norm(torch.stack(norms)))) if norms else 0.0) + FLOOR
+    total = 0.0
+    for gradient in gradients:
+        if gradient is not None:
+            total += float(gradient.detach().double().square().sum())
+    return abs(math.sqrt(total)) + FLOOR
 
 
 def weights_of(before: float, after: float, exponent: float = 1.0) -> tuple[float, float]:

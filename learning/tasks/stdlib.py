@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,6 +86,20 @@ class Stdlib(Task):
 
     def model(self) -> nn.Module:
         return ByteGPT(self.width, self.layers, self.heads)
+
+    def stages(self, n: int) -> list[nn.Module]:
+        """Embedding, blocks, head: the first stage has the embedding, the last one the head, and blocks are dealt to
+        those between; with 2 stages, to both."""
+        model = self.model()
+        assert isinstance(model, ByteGPT)
+        if not 2 <= n <= self.layers + 2:
+            raise ConfigError(f"task {self.name} cannot be cut into {n} stages: from 2 to {self.layers + 2}")
+        blocks, inner = list(model.blocks), max(1, n - 2)
+        sizes = [len(blocks) // inner + (i < len(blocks) % inner) for i in range(inner)]
+        cuts = [0, *itertools.accumulate(sizes)]
+        pieces: list[nn.Module] = [Blocks(blocks[a:b]) for a, b in itertools.pairwise(cuts)]
+        front, head = Front(model.embed, model.mix, model.reach), nn.Sequential(model.norm, model.head)
+        return [front, *pieces, head] if n > 2 else [nn.Sequential(front, *pieces), head]
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -197,16 +212,17 @@ def _grams(text: NDArray[np.uint8], n: int) -> NDArray[np.int64]:
 
 
 class WarmupAdamW(torch.optim.AdamW):
-    """AdamW whose learning rate rises linearly over its first ``warmup`` steps."""
+    """AdamW whose learning rate rises linearly over its first ``warmup`` steps, counted by its own state: whoever takes
+    that over goes on with the same rate."""
 
     def __init__(self, params: list[dict[str, object]], lr: float, warmup: int) -> None:
         super().__init__(params, lr=lr, betas=(0.9, 0.95))
-        self._peak, self._warmup, self._done = lr, warmup, 0
+        self._peak, self._warmup = lr, warmup
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        self._done += 1
+        done = 1 + max((int(state["step"]) for state in self.state.values()), default=0)
         for group in self.param_groups:
-            group["lr"] = self._peak * min(1.0, self._done / self._warmup)
+            group["lr"] = self._peak * min(1.0, done / self._warmup)
         super().step(closure)
 
 
@@ -231,15 +247,47 @@ class ByteGPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``tokens``: int64 ``(batch, time)``; returns logits ``(batch, time, 256)``."""
-        x = self.embed(tokens)
-        time = x.shape[1]
-        padded = F.pad(x, (0, 0, self.reach - 1, 0))
-        x = x + self.mix(torch.cat([padded[:, i : i + time] for i in range(self.reach)], dim=-1))
-        angles = rotary(time, self.blocks[0].size, x.device)  # type: ignore[arg-type]
-        for block in self.blocks:
-            x = block(x, *angles)
+        x = through_blocks(self.blocks, embedded(tokens, self.embed, self.mix, self.reach))
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+
+class Front(nn.Module):
+    """The first stage of a :class:`ByteGPT`: tokens ``(batch, time)`` to ``(batch, time, width)``."""
+
+    def __init__(self, embed: nn.Embedding, mix: nn.Linear, reach: int) -> None:
+        super().__init__()
+        self.embed, self.mix, self.reach = embed, mix, reach
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return embedded(tokens, self.embed, self.mix, self.reach)
+
+
+class Blocks(nn.Module):
+    """A stage of blocks of a :class:`ByteGPT`, with names that count from 0 in each stage."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return through_blocks(self.blocks, x)
+
+
+def embedded(tokens: Tensor, embed: nn.Module, mix: nn.Module, reach: int) -> Tensor:
+    """Embedding, and the causal convolution over the last ``reach`` bytes."""
+    x: Tensor = embed(tokens)
+    time = x.shape[1]
+    padded = F.pad(x, (0, 0, reach - 1, 0))
+    mixed: Tensor = mix(torch.cat([padded[:, i : i + time] for i in range(reach)], dim=-1))
+    return x + mixed
+
+
+def through_blocks(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    angles = rotary(x.shape[1], blocks[0].size, x.device)  # type: ignore[arg-type]
+    for block in blocks:
+        x = block(x, *angles)
+    return x
 
 
 class Block(nn.Module):

@@ -17,6 +17,7 @@ from typing import Any
 
 import attrs
 import numpy as np
+import torch
 
 from shoal.dht.blobs.bits import Bits
 from shoal.dht.blobs.files import header, read_header
@@ -34,6 +35,8 @@ from shoal.learning import defaults as learning_defaults
 from shoal.learning.aggregate import resolve as resolve_aggregator
 from shoal.learning.aggregate.products import pack_triangle, triangle_fault, triangle_size
 from shoal.learning.events import Standing
+from shoal.learning.pipeline.cargo import pack_batch, pack_tensor, unpack_batch, unpack_tensor
+from shoal.learning.pipeline.messages import Shape
 from shoal.learning.reduce.codecs import resolve as resolve_codec
 from shoal.learning.reduce.leaves import bounds, build, leaf_elements
 from shoal.learning.replay import Ledger
@@ -146,11 +149,34 @@ def _spec(rng: random.Random) -> bytes:
     from shoal.learning.spec import RunSpec
 
     spec = attrs.evolve(sample(RunSpec, rng, tame=True), founder=ALICE.peer_id, task="digits", mode="available")
+    if spec.pipeline is None:
+        spec = attrs.evolve(spec, part=None)
     return pack(SignedSpec.sign(ALICE, spec))
 
 
 def _open_spec(data: bytes) -> Any:
     return unpack(SignedSpec, data).open()
+
+
+def _tensor(rng: random.Random) -> bytes:
+    shape, data = pack_tensor(torch.randn(3, rng.randrange(5)), rng.choice(("fp32", "bf16", "int8")))
+    head = pack(shape)
+    return len(head).to_bytes(4, "big") + head + bytes(data)
+
+
+def _read_tensor(data: bytes) -> Any:
+    size = int.from_bytes(data[:4], "big")
+    return unpack_tensor(unpack(Shape, data[4 : 4 + size]), bytearray(data[4 + size :]))
+
+
+def _nest(rng: random.Random) -> bytes:
+    x = torch.zeros(2)
+    batch = rng.choice((x, (x, x), [x, (x, {"a": x})], {"a": [x], "b": (x, x)}))
+    return pack_batch(batch, rng.choice((None, x)))[1].encode()
+
+
+def _read_nest(data: bytes) -> Any:
+    return unpack_batch([torch.zeros(2)] * 4, data.decode("utf-8", "replace"))
 
 
 def _products(rng: random.Random) -> bytes:
@@ -809,6 +835,8 @@ def decoders() -> dict[str, Decoder]:
         Decoder("payload of gradients", lambda rng: rng.randbytes(rng.choice((4, 8, 32))), _moves),
         Decoder("ledger note", _noted, _read_note),
         Decoder("run spec", _spec, _open_spec, sealed=True),
+        Decoder("stage's tensor", _tensor, _read_tensor),
+        Decoder("nest of a batch", _nest, _read_nest),
         _secure(True, None), _secure(False, None), _secure(True, psk), _secure(False, psk),
         _hello(True), _hello(False),
         Decoder("records", _records_seed, _records, sealed=True),

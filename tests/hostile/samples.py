@@ -16,11 +16,13 @@ import msgpack
 
 from shoal.dht.documents.messages import Accused, Advert, Node, Want
 from shoal.dht.documents.policy import DocumentSpec, Listed, Members, Owner
+from shoal.learning.pipeline.messages import STATES, Beat, Hop, Key, Look, Pull, Push, Seat, Shape
 from shoal.learning.reduce.codecs import NAMES
 from shoal.learning.rounds.lies import Lie
 from shoal.learning.rounds.payloads import Payload
 from shoal.learning.rounds.statements import Combined
 from shoal.learning.shard import Shard
+from shoal.learning.spec import Pipeline, StageOf
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.identity import Identity, PeerId
 from shoal.transport.webrtc_signal import Description, IceCandidate
@@ -199,10 +201,52 @@ def _named(kind: Any) -> Callable[[random.Random], Any]:
     return draw
 
 
+def _beat(rng: random.Random) -> Beat:
+    seats = tuple(Seat(each.peer_id, rng.randrange(4)) for each in IDENTITIES[: rng.randrange(4)])
+    part, numbers = rng.choice((b"", rng.randbytes(32))), [rng.choice(_INTS) for _ in range(6)]
+    return Beat(rng.randbytes(32), rng.choice(STATES), rng.randrange(64), part, *numbers, plan=seats)
+
+
+def _shape(rng: random.Random) -> Shape:
+    dims = tuple(rng.randrange(5) for _ in range(rng.randrange(4)))
+    return Shape(
+        dims, rng.choice(("float32", "int64", "x")), rng.choice(("", "bf16", "x")), rng.choice((0, 4, 64, 999))
+    )
+
+
+def _key(rng: random.Random) -> Key:
+    return Key(rng.choice(IDENTITIES).peer_id, rng.randrange(9), rng.randrange(9))
+
+
+def _order(rng: random.Random) -> tuple[int, ...]:
+    return tuple(rng.sample(range(4), 4))
+
+
+def _push(rng: random.Random) -> Push:
+    shapes = tuple(_shape(rng) for _ in range(rng.randrange(1, 4)))
+    nest = rng.choice(("0", "[0,1]", '{"tuple":[0]}', "", "x"))
+    return Push(
+        rng.randbytes(32), _key(rng), rng.choice(_INTS), _order(rng), rng.randrange(1, 4), rng.randrange(1, 9), shapes,
+        nest,
+    )  # fmt: skip
+
+
+def _pull(rng: random.Random) -> Pull:
+    path = tuple(Hop(each.peer_id, rng.choice(_INTS)) for each in IDENTITIES[: rng.randrange(1, 4)])
+    return Pull(rng.randbytes(32), _key(rng), rng.choice(_INTS), path, _shape(rng), rng.choice(_FLOATS))
+
+
 _SPECIAL: dict[Any, Callable[[random.Random], Any]] = {
     Payload: lambda rng: Payload(rng.randbytes(rng.choice((0, 1, 8, 1024))), rng.randbytes(64)),
     Combined: _combined,
     Shard: _shard,
+    Pipeline: lambda rng: Pipeline(rng.randrange(2, 65), rng.randrange(1, 257), rng.random() < 0.5, "bf16"),
+    StageOf: lambda rng: StageOf(rng.randbytes(32), rng.randrange(2), rng.randrange(9), 1.1, rng.randrange(99)),
+    Beat: _beat,
+    Shape: _shape,
+    Push: _push,
+    Pull: _pull,
+    Look: lambda rng: Look(rng.randbytes(32), _order(rng), rng.randrange(4), _shape(rng)),
     Lie: _lie,
     **{kind: _named(kind) for kind in (Advert, Node, Want, Accused)},
     PeerId: lambda rng: rng.choice(IDENTITIES).peer_id,

@@ -32,6 +32,7 @@ FED_BY = {
     "learning.apart_child": "no bytes from outside: our own parent's",
     "learning.directions": "no bytes from outside: its own digests",
     "learning.onebyte": "payload of gradients",
+    "learning.pipeline.looking": "stage's tensor",
     "learning.rounds.trials": "opinion",
     "learning.strategies.scaffold": "no bytes from outside: its own digests",
     "learning.strategies.spsa": "payload of gradients",

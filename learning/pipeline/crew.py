@@ -1,0 +1,249 @@
+"""Who takes part in a run with stages, and which stage each holds: beats over the links, deaths seen by the links."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+import attrs
+import trio
+
+from ...dht.kademlia.node import Dht
+from ...transport import deadlines
+from ...transport.address import Address, SignedPeerRecord
+from ...transport.endpoint import Endpoint
+from ...transport.errors import RemoteError, RemoteRefused
+from ...transport.identity import PeerId
+from ...transport.rpc import Call
+from ..rounds.presence import Presence
+from ..spec import SignedSpec
+from . import defaults
+from .messages import BEAT, CREW, AskCrew, Beat, CrewInfo
+
+log = logging.getLogger(__name__)
+
+
+class Crew:
+    """``signed``: the whole run's spec. ``bootstrap``: addresses of peers that may take part."""
+
+    def __init__(self, endpoint: Endpoint, dht: Dht, signed: SignedSpec, bootstrap: tuple[Address, ...] = ()) -> None:
+        self.endpoint, self.host, self.dht, self.me = endpoint, endpoint.host, dht, endpoint.peer_id
+        self.signed, self.spec, self.run_id = signed, signed.open(), signed.run_id
+        assert self.spec.pipeline is not None
+        self.stages = self.spec.pipeline.stages
+        self.bootstrap = bootstrap
+        #: What we say of ourselves.
+        self.own = Beat(self.run_id, "spare", 0, b"", 0, 0, 0, 0, 0, 0)
+        self.beats: dict[PeerId, Beat] = {}
+        self._heard: dict[PeerId, float] = {}
+        self._told: dict[PeerId, Beat] = {}
+        self._wake, self.changed = trio.Event(), trio.Event()
+        self.presence: Presence | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Tell and listen, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self.presence = Presence(self.endpoint, nursery)
+            self.presence.on_change = lambda peer, why: self._changed()
+            self.presence.on_link = lambda peer: self._tell_soon()
+            self.endpoint.serve_at_once(BEAT, self._on_beat)
+            self.endpoint.serve_at_once(CREW, self._on_crew)
+            nursery.start_soon(self._speak, nursery)
+            nursery.start_soon(self._scout)
+            nursery.start_soon(self._announce)
+            task_status.started()
+            await trio.sleep_forever()
+
+    # -- what we say --------------------------------------------------------------------------------------------------
+
+    def say(self, **changes: object) -> None:
+        """Change what we say of ourselves, and say it at once."""
+        self.own = attrs.evolve(self.own, **changes)  # type: ignore[arg-type]
+        self._tell_soon()
+        self._changed()
+
+    def _tell_soon(self) -> None:
+        self._wake.set()
+
+    def _changed(self) -> None:
+        self.changed.set()
+        self.changed = trio.Event()
+
+    async def _speak(self, nursery: trio.Nursery) -> None:
+        while True:
+            for peer in list(self.beats):
+                nursery.start_soon(self._tell, peer)
+            self._wake = trio.Event()
+            with trio.move_on_after(defaults.BEAT_EVERY):
+                await self._wake.wait()
+
+    async def _tell(self, peer: PeerId) -> None:
+        try:
+            answer = await self.endpoint.call(peer, BEAT, self.own, timeout=deadlines.silence(defaults.BEAT_TIMEOUT, 0))
+        except RemoteRefused as error:
+            log.debug("%s does not take our beat: %s", peer.short, error)
+        except RemoteError as error:
+            log.debug("%s did not hear our beat: %s", peer.short, error)
+        else:
+            self._take(peer, answer)
+
+    def _on_beat(self, call: Call[Beat]) -> Beat:
+        if call.request.run != self.run_id:
+            raise RemoteRefused("unknown-run", "this peer takes no part in that run")
+        if call.peer not in self.beats and len(self.beats) >= defaults.MAX_CREW:
+            raise RemoteRefused("busy", f"this run has {len(self.beats)} peers already")
+        self._take(call.peer, call.request)
+        return self.own
+
+    def _take(self, peer: PeerId, beat: Beat) -> None:
+        if beat.run != self.run_id or beat.stage >= self.stages:
+            return
+        known = self.beats.get(peer)
+        if known is None and len(self.beats) >= defaults.MAX_CREW:
+            return
+        self._heard[peer] = self.host.now()
+        self.beats[peer] = beat
+        if known is None:
+            assert self.presence is not None
+            self.presence.watch(self.beats)
+            self._tell_soon()
+        if known != beat:
+            self._changed()
+
+    # -- finding others -----------------------------------------------------------------------------------------------
+
+    def _on_crew(self, call: Call[AskCrew]) -> CrewInfo:
+        if call.request.run != self.run_id:
+            raise RemoteRefused("unknown-run", "this peer takes no part in that run")
+        return CrewInfo(self.signed, self.contacts())
+
+    def contacts(self) -> tuple[SignedPeerRecord, ...]:
+        found = [self.endpoint.record()]
+        for peer in self.beats:
+            contact = self.endpoint.contact(peer)
+            if contact is not None and self.alive(peer):
+                found.append(contact)
+        return tuple(found[: defaults.MAX_CREW])
+
+    async def _announce(self) -> None:
+        while True:
+            try:
+                await self.dht.provide(self.run_id)
+                return
+            except RemoteError as error:
+                log.debug("the run could not be announced: %s", error)
+            await trio.sleep(defaults.SCOUT_EVERY)
+
+    async def _scout(self) -> None:
+        """Ask those that may know the run who else is there; now and then again."""
+        pause = defaults.RETRY
+        known: dict[Address, PeerId] = {}
+        while True:
+            found: dict[PeerId, None] = dict.fromkeys(self.beats)
+            # Each is dialled until it has said who it is: another dial would only make a second link.
+            for address in [address for address in self.bootstrap if address not in known]:
+                try:
+                    known[address] = (await self.endpoint.identify(address)).peer
+                except RemoteError as error:
+                    log.debug("%s: %s", address, error)
+            try:
+                for record in await self.dht.providers(self.run_id):
+                    found[record.open(-float("inf")).peer] = None
+            except RemoteError as error:
+                log.debug("who takes part is not to be found out: %s", error)
+            found |= dict.fromkeys(known.values())
+            found.pop(self.me, None)
+            async with trio.open_nursery() as nursery:
+                for peer in list(found)[:32]:
+                    nursery.start_soon(self._ask, peer)
+            pause = min(2 * pause, defaults.SCOUT_EVERY)
+            await trio.sleep(pause)
+
+    async def _ask(self, peer: PeerId) -> None:
+        try:
+            info = await self.endpoint.call(peer, CREW, AskCrew(self.run_id), timeout=defaults.BEAT_TIMEOUT)
+        except RemoteError as error:
+            log.debug("%s does not say who takes part: %s", peer.short, error)
+            return
+        others = [peer]
+        for contact in info.contacts:
+            self.endpoint.learn(contact)
+            others.append(contact.open(self.host.wall()).peer)
+        async with trio.open_nursery() as nursery:
+            for other in others:
+                if other != self.me and other not in self.beats:
+                    nursery.start_soon(self._tell, other)
+
+    # -- what is so ---------------------------------------------------------------------------------------------------
+
+    def alive(self, peer: PeerId) -> bool:
+        """Whether a peer is there: its link is up, and it was heard lately."""
+        if peer == self.me:
+            return True
+        assert self.presence is not None
+        late = self.host.now() - self._heard.get(peer, 0.0) > defaults.BEAT_LOST
+        return peer in self.beats and peer not in self.presence.lost and not late
+
+    def beat(self, peer: PeerId) -> Beat:
+        return self.own if peer == self.me else self.beats[peer]
+
+    def peers(self) -> list[PeerId]:
+        """Everybody who is there, ourselves among them, in canonical order."""
+        return sorted([self.me, *(peer for peer in self.beats if self.alive(peer))])
+
+    def spares(self) -> list[PeerId]:
+        return [peer for peer in self.peers() if self.beat(peer).state == "spare"]
+
+    def part(self, stage: int) -> tuple[int, bytes] | None:
+        """Generation and id of the run of ``stage``: of several the newest, then the smallest. None: nobody has it."""
+        found = [
+            (-beat.generation, beat.part)
+            for beat in map(self.beat, self.peers())
+            if beat.stage == stage and beat.state in ("loading", "ready") and beat.part
+        ]
+        return (-min(found)[0], min(found)[1]) if found else None
+
+    def holders(self, stage: int, *, loading: bool = False) -> list[PeerId]:
+        """Who has the weights of ``stage`` and trains it; ``loading``: also who is about to."""
+        part = self.part(stage)
+        states = ("loading", "ready") if loading else ("ready",)
+        return [
+            peer
+            for peer in self.peers()
+            if part is not None
+            and (beat := self.beat(peer)).stage == stage
+            and beat.state in states
+            and (beat.generation, beat.part) == part
+        ]
+
+    def keepers(self, stage: int) -> list[PeerId]:
+        """Who has the weights of ``stage``: its holders that train it, and at the end those that trained it."""
+        done = [
+            peer for peer in self.peers() if (b := self.beat(peer)).state == "finished" and b.part and b.stage == stage
+        ]
+        return [*self.holders(stage), *done]
+
+    def over(self) -> bool:
+        """Whether the run is finished: somebody said so who trained the first stage, and who may be gone since."""
+        return any(beat.state == "finished" and beat.stage == 0 for beat in (self.own, *self.beats.values()))
+
+    async def linger(self) -> None:
+        """Say what we have to say to everybody once more, before we go."""
+        with trio.move_on_after(deadlines.goodbye()):
+            async with trio.open_nursery() as nursery:
+                for peer in self.beats:
+                    if self.alive(peer):
+                        nursery.start_soon(self._tell, peer)
+
+    def steps(self) -> list[tuple[PeerId, int]]:
+        """The feeders, each with the step it was in when it spoke last."""
+        return [(peer, self.beat(peer).step) for peer in self.holders(0)]
+
+    def pick(self, stage: int, avoid: Collection[PeerId] = ()) -> PeerId | None:
+        """A replica of ``stage`` drawn by speed; those in ``avoid`` only when there is no other."""
+        ready = [peer for peer in self.holders(stage) if peer != self.me]
+        fit = [peer for peer in ready if peer not in avoid] or ready
+        if not fit:
+            return None
+        weights = [max(1, self.beat(peer).rate) for peer in fit]
+        return self.host.random.choices(fit, weights)[0]

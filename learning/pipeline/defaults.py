@@ -1,0 +1,90 @@
+"""Constants of the pipeline, each with its unit and reason."""
+
+from __future__ import annotations
+
+#: Peers of one run with stages that a peer knows of at once.
+MAX_CREW = 256
+
+#: Seconds between two beats to everybody when nothing changes. Deaths are seen by the links, not by silence.
+BEAT_EVERY = 1.0
+
+#: Seconds without a beat, after which a peer whose link is up counts no longer: its event loop hangs or it is stopped.
+BEAT_LOST = 5.0
+
+#: Seconds for an answer to a beat, at least.
+BEAT_TIMEOUT = 3.0
+
+#: Seconds that a stage must have no holder before somebody takes it over: a link that only broke is up again by then.
+LOST_GRACE = 0.4
+
+#: The same at the beginning, for a stage that nobody was ever seen to hold: who is to have it builds its model first.
+BEGIN_GRACE = 20.0
+
+#: Seconds between two looks at who holds what.
+LOOK_EVERY = 0.1
+
+#: Seconds between two searches of the DHT for further peers of the run.
+SCOUT_EVERY = 10.0
+
+#: Micro-batches of one step of one feeder.
+MAX_MICRO_BATCHES = 256
+
+#: Micro-batches that wait here, of all feeders; one more is refused, and its sender takes another way or waits.
+MAX_WAITING = 512
+
+#: Tensors of one micro-batch, their dimensions, elements and bytes.
+MAX_TENSORS, MAX_DIMS = 16, 8
+MAX_ELEMENTS, MAX_BODY = 1 << 28, 1 << 30
+
+#: Characters that describe how a batch is nested; levels of nesting.
+MAX_NEST, MAX_DEPTH = 4096, 8
+
+#: Seconds that a micro-batch may be away, at least, before it is sent another way as well.
+TURN_FLOOR = 1.0
+
+#: Times the usual time that a micro-batch is away, after which it is sent another way as well.
+TURN_FACTOR = 6.0
+
+#: Seconds between two attempts to send a micro-batch when no peer takes it.
+RETRY = 0.05
+
+#: Seconds for the weights of a stage to come, beyond what their bytes take.
+STATE_FLOOR = 5.0
+
+#: Times as great the learning rate of a stage that was recovered (ALGORITHMS.md section 4; CheckFree Alg. 1).
+RECOVERED_RATE = 1.1
+
+#: Calls of the model in one evaluation, at most: each repeats what the evaluation does beside them.
+MAX_LOOKS = 1024
+
+#: Seconds for a look through all stages that are left.
+LOOK_FLOOR = 60.0
+
+#: Rounds from one copy of an inner stage to the next: it is wanted only when two neighbours are lost at once.
+GUARD_EVERY = 5
+
+#: Power of the gradient norms by which CheckFree weighs the neighbours of a lost stage.
+NORM_EXPONENT = 1.0
+
+#: Seconds that a restarted peer waits for word of the others, before it goes on with the stage it had.
+RESUME_WAIT = 3.0
+
+#: Times as fast the slowest stage must become at least for holders to be moved by a plan (:func:`planner.assign`): a
+#: move costs the transfer of a state and a pause of all replicas of the stage, and the measured rates that plans are
+#: made of vary by about as much from one round to the next.
+MOVE_GAIN = 1.2
+
+#: Partial plans that the planner tries to find the best one; where it takes more, a good one is taken. About 15 ms.
+MAX_PLANS = 4096
+
+#: Peers that may move in a plan for which the best one is searched for; with more the search never ends in time.
+MAX_FEW = 16
+
+#: Moves and swaps of peers between stages in one plan, at most: what bounds its time. 64 peers at 8 stages take 30.
+MAX_EXCHANGES = 256
+
+#: Turns in which prices of stages are found for many peers, and how much less than the most a peer may earn.
+PRICE_TURNS, PRICE_SLACK = 40, 0.9
+
+#: Bits of the greatest rate where rates are whole numbers; of what costs nothing.
+RATE_BITS, FREE_BITS = 40, 60

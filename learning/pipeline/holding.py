@@ -1,0 +1,139 @@
+"""The weights of stages as others ask for them: of the stage held here, and copies kept of other stages.
+
+Every stage has guards, which keep a copy of it: the first and the last stage (that hold the embeddings) are guarded by
+their neighbours, which renew their copies after every round (CheckFree+); all others by the stage two further on, now
+and then. A copy is what is left when CheckFree has nothing to average: at both ends, where neighbours are built
+otherwise, and when two neighbouring stages are lost at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+import trio
+from torch import Tensor
+
+from ...transport import deadlines
+from ...transport.errors import RemoteError, RemoteProtocolError, RemoteRefused
+from ...transport.identity import PeerId
+from ...transport.rpc import Call, exchange
+from ..state import bytes_view
+from . import defaults
+from .crew import Crew
+from .messages import STAGE, AskStage, StageState
+
+if TYPE_CHECKING:
+    from .trainer import StageTrainer
+
+log = logging.getLogger(__name__)
+
+
+@attrs.frozen(eq=False)
+class Held:
+    """Weights of a stage, flat fp32, and where they stand: see :class:`StageState`."""
+
+    state: StageState
+    weights: Tensor
+
+
+def guarded_by(stage: int, stages: int) -> tuple[int, bool]:
+    """Which stage the holders of ``stage`` keep a copy of, and whether of every round."""
+    if stage == 1 or stages == 2:
+        return 0 if stage else 1, True
+    if stage == stages - 2:
+        return stages - 1, True
+    return (stage - 2) % stages, False
+
+
+class Holding:
+    """Answers for the weights of the stage held here, and keeps copies. ``sizes``: elements of all stages' models."""
+
+    def __init__(self, crew: Crew, sizes: tuple[int, ...]) -> None:
+        self._crew, self._sizes, self._endpoint = crew, sizes, crew.endpoint
+        self.trainer: StageTrainer | None = None
+        self.copies: dict[int, Held] = {}
+        self._endpoint.serve(STAGE, self._on_ask)
+
+    async def _on_ask(self, call: Call[AskStage]) -> StageState:
+        ask = call.request
+        if ask.run != self._crew.run_id:
+            raise RemoteRefused("unknown-run", "this peer takes no part in that run")
+        if call.peer not in self._crew.beats:
+            raise RemoteRefused("stranger", "say first which stage you hold")
+        held = self.copies.get(ask.stage) if ask.copy else await self.own(ask.stage)
+        if held is None:
+            raise RemoteRefused("not-held", f"stage {ask.stage} is not {'kept' if ask.copy else 'held'} here")
+        await call.write(bytes_view(held.weights))
+        return held.state
+
+    async def own(self, stage: int) -> Held | None:
+        """The weights of the stage held here, if it is ``stage``."""
+        trainer = self.trainer
+        if trainer is None or trainer.stage != stage:
+            return None
+        weights = await trainer.weights()
+        digest = await self._crew.host.run_blocking(_digest, weights)
+        own = self._crew.own
+        state = StageState(stage, weights.numel(), trainer.norm, own.rounds, trainer.flow.step, digest)
+        return Held(state, weights)
+
+    async def fetch(self, peer: PeerId, stage: int, *, copy: bool = False) -> Held:
+        """Raises :class:`RemoteError`, also for what does not match its digest or is not finite."""
+        if peer == self._crew.me:
+            held = self.copies.get(stage) if copy else await self.own(stage)
+            if held is None:
+                raise RemoteRefused("not-held", f"stage {stage} is not here")
+            return held
+        size = self._sizes[stage]
+        weights = torch.empty(size, dtype=torch.float32)
+        link = await self._endpoint.connect(peer)
+        timeout = deadlines.bulk_phase(defaults.STATE_FLOOR, 4 * size, 0.0, None)
+        async with exchange(link, STAGE, AskStage(self._crew.run_id, stage, copy), timeout=timeout) as reply:
+            await reply.read_into(bytes_view(weights))
+            state = await reply.result()
+        digest = await self._crew.host.run_blocking(_digest, weights)
+        if state.stage != stage or state.size != size or state.digest != digest:
+            raise RemoteProtocolError("sent other weights than it says", peer=peer.short)
+        if not bool(torch.isfinite(weights).all()) or not 0.0 <= state.norm < float("inf"):
+            raise RemoteProtocolError("sent weights that are not finite", peer=peer.short)
+        return Held(state, weights)
+
+    async def fetch_any(self, stage: int) -> Held | None:
+        """The stage from one of its holders; None when none of them gives it."""
+        for peer in self._crew.keepers(stage):
+            try:
+                return await self.fetch(peer, stage)
+            except RemoteError as error:
+                log.info("stage %d from %s: %s", stage, peer.short, error)
+        return None
+
+    async def newest_copy(self, stage: int) -> Held | None:
+        """The copy of ``stage`` that has come furthest, of all that peers keep."""
+        found: list[Held] = []
+
+        async def ask(peer: PeerId) -> None:
+            try:
+                found.append(await self.fetch(peer, stage, copy=True))
+            except RemoteError as error:
+                log.debug("no copy of stage %d from %s: %s", stage, peer.short, error)
+
+        async with trio.open_nursery() as nursery:
+            for peer in self._crew.peers():
+                nursery.start_soon(ask, peer)
+        return max(found, key=lambda held: (held.state.rounds, held.state.step, held.state.digest), default=None)
+
+    async def guard(self, stage: int, rounds: int) -> None:
+        """After ``rounds`` rounds of ``stage``, which is held here: renew the copy of what it guards, if it is time."""
+        other, always = guarded_by(stage, self._crew.stages)
+        if always or rounds % defaults.GUARD_EVERY == 1 or other not in self.copies:
+            held = await self.fetch_any(other)
+            if held is not None:
+                self.copies = {other: held}
+
+
+def _digest(weights: Tensor) -> bytes:
+    return hashlib.sha256(bytes_view(weights)).digest()

@@ -1,0 +1,71 @@
+"""New weights for a stage that nobody holds: from its neighbours (CheckFree), or from a copy."""
+
+from __future__ import annotations
+
+import attrs
+from torch import Tensor
+
+from ..state import Layout, flatten, unflatten
+from .crew import Crew
+from .holding import Held, Holding
+from .recovery import average, weights_of
+
+
+@attrs.frozen(eq=False)
+class Rescued:
+    """``weights``: flat fp32. ``rounds``: that the stage had done. ``how``: a sentence for people."""
+
+    weights: Tensor
+    rounds: int
+    how: str
+
+
+def swaps(stage: int, stages: int) -> int | None:
+    """The inner stage whose place ``stage`` takes in half of the micro-batches (CheckFree+); None for all others."""
+    pairs = {1: 2, 2: 1} if stages >= 4 else {}
+    if stages > 5:
+        pairs |= {stages - 2: stages - 3, stages - 3: stages - 2}
+    return pairs.get(stage)
+
+
+async def rescue(
+    crew: Crew, holding: Holding, stage: int, layouts: tuple[Layout, ...], fresh: Tensor, *, swap: bool, exponent: float
+) -> Rescued:
+    """Weights for ``stage``. ``layouts``: of all stages; ``fresh``: initial weights, for want of anything better.
+
+    CheckFree (arXiv 2506.15461, Alg. 1): the mean of both neighbours, weighted by the norms of their last gradients to
+    the power ``exponent``. Where the outer inner stages are swapped (CheckFree+), a lost one is a copy of the stage
+    that mimics it. A stage without a neighbour of its own build, and one that is lost together with a neighbour, is
+    taken from the newest copy that is kept of it.
+    """
+    layout = layouts[stage]
+    alike = [other for other in (stage - 1, stage + 1) if 0 <= other < len(layouts) and _alike(layouts[other], layout)]
+    near = [other for other in (stage - 1, stage + 1) if 0 <= other < len(layouts)]
+    dead = [other for other in near if not crew.holders(other)]
+    rounds = max((crew.beat(peer).rounds for peer in crew.peers()), default=0)
+    mimic = swaps(stage, len(layouts)) if swap else None
+    if mimic is not None and mimic in alike and (held := await holding.fetch_any(mimic)) is not None:
+        return Rescued(held.weights.clone(), rounds, f"a copy of stage {mimic}, which takes its place now and then")
+    found: dict[int, Held] = {}
+    for other in alike:
+        if other not in dead and (held := await holding.fetch_any(other)) is not None:
+            found[other] = held
+    if len(found) == 2:
+        before, after = found[stage - 1], found[stage + 1]
+        shares = weights_of(before.state.norm, after.state.norm, exponent)
+        own = dict(zip(layout.names, layout.shapes, strict=True))
+        mixed = average(unflatten(layout, before.weights), unflatten(layout, after.weights), shares, own=own)
+        how = f"the mean of stages {stage - 1} and {stage + 1}, weighted {shares[0]:.2f} and {shares[1]:.2f}"
+        return Rescued(flatten(layout, [mixed[name] for name in layout.names]), rounds, how)
+    copy = await holding.newest_copy(stage)
+    lost = f"its neighbour {', '.join(map(str, dead))} is lost too; " if dead else ""
+    if copy is not None:
+        return Rescued(copy.weights.clone(), rounds, f"{lost}the copy kept of it after round {copy.state.rounds}")
+    if found:
+        ((other, held),) = found.items()
+        return Rescued(held.weights.clone(), rounds, f"{lost}a copy of stage {other}; nobody kept one of this stage")
+    return Rescued(fresh, rounds, f"{lost}fresh weights: no neighbour is built alike, and nobody kept a copy")
+
+
+def _alike(one: Layout, other: Layout) -> bool:
+    return (one.names, one.shapes, one.dtypes) == (other.names, other.shapes, other.dtypes)

@@ -1,0 +1,392 @@
+"""A peer in a run whose model is cut into stages: takes a stage, trains it, and takes over one that is lost.
+
+Each stage has a run of its own, founded by its first holder, in which its replicas average with the strategy and the
+rule of the whole: rounds, state, joining and healing are those of any run (:mod:`..run`). What couples the stages is
+the flow of micro-batches (:mod:`.trainer`). A stage that nobody holds is founded anew, as the next generation of its
+run, with weights made of what others have (:mod:`.rescue`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+import attrs
+import torch
+import trio
+from torch import Tensor
+
+from ...transport.endpoint import Endpoint
+from ...transport.errors import ConfigError, RemoteError, RemoteRefused
+from ...transport.identity import PeerId
+from ..run import Run
+from ..shard import Shard
+from ..spec import SignedSpec, StageOf
+from ..state import Layout, flatten_model, unflatten
+from ..store import RunStore
+from ..strategies import resolve as resolve_strategy
+from ..sync import HEAD, AskHead, state_digest
+from ..task import Signature, Task, compare_signatures, signature
+from . import defaults
+from .crew import Crew
+from .cutting import stages_of, whole_names
+from .holding import Holding
+from .messages import Seat
+from .planner import Able, StageCost, assign, rescuer
+from .rescue import rescue
+from .trainer import StageTrainer
+
+log = logging.getLogger(__name__)
+
+
+class MakeRun(Protocol):
+    """Makes the run of a stage: see :class:`shoal.learning.run.Run`."""
+
+    def __call__(
+        self, signed: SignedSpec, trainer: StageTrainer, store: RunStore, origin: dict[str, Tensor] | None
+    ) -> Run: ...
+
+
+@attrs.frozen
+class Post:
+    """The stage that is taken: ``signed``: its run. ``origin``: what it begins with, when it is founded so."""
+
+    stage: int
+    signed: SignedSpec
+    origin: dict[str, Tensor] | None = None
+    how: str = ""
+
+
+def signature_of_stages(task: Task, stages: int) -> Signature:
+    """Names, shapes and dtypes of a model that is cut so: names begin with the number of the stage. Blocking."""
+    return _numbered(stages_of(task, stages))
+
+
+def _numbered(cut: Sequence[torch.nn.Module]) -> Signature:
+    return tuple(
+        attrs.evolve(each, name=f"{number}.{each.name}")
+        for number, module in enumerate(cut)
+        for each in signature(module)
+    )
+
+
+class Staged:
+    """``conduct`` runs a stage's run until it is over or cancelled; ``stored`` opens the store of a name.
+    ``memory``: bytes that this peer can use, 0: not known. ``wants_whole``: fetch all stages at the end, for an export.
+    ``tell``: sentences for people."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        crew: Crew,
+        task: Task,
+        *,
+        make: MakeRun,
+        conduct: Callable[[Run], Awaitable[None]],
+        stored: Callable[[str], RunStore],
+        device: str = "cpu",
+        memory: int = 0,
+        wants_whole: bool = False,
+        tell: Callable[[str], None] = log.info,
+    ) -> None:
+        self.endpoint, self.crew, self.task, self.host, self.me = endpoint, crew, task, endpoint.host, endpoint.peer_id
+        self.spec = crew.spec
+        assert self.spec.pipeline is not None
+        self.cut = self.spec.pipeline
+        self._make, self._conduct, self._stored, self._device, self._tell = make, conduct, stored, device, tell
+        self._memory, self._wants_whole = memory, wants_whole
+        #: The whole model by the task's names, at the end, where it was asked for.
+        self.whole: dict[str, Tensor] | None = None
+        self._steps_of_round = resolve_strategy(self.spec.strategy, dict(self.spec.strategy_args)).round_steps
+        self.reason = "starting"
+        self._models: list[torch.nn.Module] = []
+        self._lost_since: dict[int, float] = {}
+        #: Stages that somebody was seen to hold.
+        self._seen: dict[int, None] = {}
+        self._begun = False
+
+    async def run(self) -> None:
+        """Take part until the run is over. Raises :class:`ConfigError` for a task that cannot be cut so."""
+        fresh = await self.host.run_blocking(self._cut)
+        wrong = compare_signatures(_numbered(self._models), self.spec.parameters)
+        if wrong is not None:
+            raise ConfigError(f"the model does not match the run's: {wrong}")
+        self.layouts = tuple(Layout.of(module) for module in self._models)
+        self._signatures = [signature(module) for module in self._models]
+        self._models = []
+        self.holding = Holding(self.crew, tuple(layout.size for layout in self.layouts))
+        self._fresh = fresh
+        self.crew.say(memory=self._memory)
+        while not self.crew.over():
+            post = await self._choose()
+            if post is None:
+                break
+            await self._hold(post)
+        self.reason = "the run is over"
+        self.whole = await self._gather() if self._wants_whole else None
+        self.holding.trainer = None
+        self.crew.say(state="finished", part=b"")
+
+    async def _gather(self) -> dict[str, Tensor]:
+        """The whole model, by the task's own names. Raises :class:`RemoteError` when a stage is not to be had."""
+        found: dict[str, Tensor] = {}
+        names = await self.host.run_blocking(whole_names, self.task, self.cut.stages)
+        for stage, layout in enumerate(self.layouts):
+            held = await self.holding.fetch_any(stage) or await self.holding.newest_copy(stage)
+            if held is None:
+                raise RemoteRefused(
+                    "not-held", f"nobody has stage {stage} any more: the model cannot be exported whole"
+                )
+            found |= {names[stage][name]: tensor for name, tensor in unflatten(layout, held.weights).items()}
+        return found
+
+    async def others_done(self) -> None:
+        """Return once nobody needs our stage any more."""
+        while any(
+            self.crew.beat(peer).state != "spare" and self.crew.beat(peer).part
+            for peer in self.crew.peers()
+            if peer != self.me
+        ):
+            changed = self.crew.changed
+            with trio.move_on_after(defaults.LOOK_EVERY):
+                await changed.wait()
+
+    def _cut(self) -> list[Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.spec.seed % (1 << 63))
+            self._models = stages_of(self.task, self.cut.stages)
+        return [flatten_model(Layout.of(module), module) for module in self._models]
+
+    # -- which stage --------------------------------------------------------------------------------------------------
+
+    async def _choose(self) -> Post | None:
+        """The stage to take; waits until there is one. None when the run is over."""
+        resumed = await self._resume()
+        if resumed is not None:
+            return resumed
+        while not self.crew.over():
+            post = await self._seat()
+            if post is not None:
+                return post
+            changed = self.crew.changed
+            with trio.move_on_after(defaults.LOOK_EVERY):
+                await changed.wait()
+        return None
+
+    async def _seat(self) -> Post | None:
+        held = [bool(self.crew.holders(stage)) for stage in range(self.cut.stages)]
+        self._begun = self._begun or any(held)
+        plan = self._plan()
+        mine = next((seat.stage for seat in plan if seat.peer == self.me), None)
+        if not self._begun and not plan:
+            return None
+        if not all(held):
+            # At the beginning each stage is founded by the first one who is to hold it; later by a rescuer.
+            lost = self._lost()
+            for number, here in enumerate(held):
+                seats = [seat.peer for seat in plan if seat.stage == number and self.crew.alive(seat.peer)]
+                if not here and seats and min(seats) == self.me and number not in self._seen:
+                    return self._found(number, 0)
+                if number in lost and self._rescuer(number) == self.me:
+                    return await self._rescue(number)
+            if mine is None or not held[mine]:
+                self.reason = "waiting for stages to be taken"
+                return None
+        stage = mine if mine is not None and held[mine] else self._best()
+        return None if stage is None else await self._join(stage)
+
+    def _plan(self) -> tuple[Seat, ...]:
+        """Who begins with which stage: the founder says so once enough peers are there."""
+        founder = self.spec.founder
+        if founder != self.me:
+            beat = self.crew.beats.get(founder)
+            return () if beat is None else beat.plan
+        if self.crew.own.plan or self._begun:
+            return self.crew.own.plan
+        peers, wanted = self.crew.peers(), max(self.spec.min_peers, self.cut.stages)
+        if len(peers) < wanted:
+            self.reason = f"{len(peers)} of {wanted} peers are here"
+            return ()
+        seats, reason = assign([self._able(peer) for peer in peers], self._costs())
+        if len(set(seats.values())) < self.cut.stages:
+            self.reason = reason
+            return ()
+        self._tell(f"stages: {reason}")
+        plan = tuple(Seat(PeerId(peer), stage) for peer, stage in sorted(seats.items()))
+        self.crew.say(plan=plan)
+        return plan
+
+    def _able(self, peer: PeerId) -> Able:
+        beat = self.crew.beat(peer)
+        return Able(peer, max(1, beat.rate) / 1000, beat.memory or 1 << 50, beat.bandwidth or 1e12)
+
+    def _costs(self) -> list[StageCost]:
+        # Work and memory follow the parameters: weights, gradients, two moments.
+        return [StageCost(max(1.0, float(layout.size)), 16.0 * layout.size, 0.0) for layout in self.layouts]
+
+    def _best(self) -> int | None:
+        """Where a peer that comes later is of most use."""
+        held = {
+            bytes(peer): self.crew.beat(peer).stage
+            for peer in self.crew.peers()
+            if peer != self.me and self.crew.beat(peer).state in ("loading", "ready")
+        }
+        able = [self._able(PeerId(peer)) for peer in (*held, self.me)]
+        seats, self.reason = assign(able, self._costs(), held=held)
+        return seats.get(bytes(self.me))
+
+    # -- lost stages --------------------------------------------------------------------------------------------------
+
+    def _lost(self) -> list[int]:
+        """Stages that were held and have been without a holder for a while."""
+        now, lost = self.host.now(), []
+        for stage in range(self.cut.stages):
+            if self.crew.holders(stage):
+                self._lost_since[stage], self._seen[stage] = now, None
+            elif self._begun:
+                # Whoever is to begin with it may still be about to.
+                known = stage in self._seen or not self._plan()
+                since = self._lost_since.setdefault(stage, now)
+                if now - since >= (defaults.LOST_GRACE if known else defaults.BEGIN_GRACE):
+                    lost.append(stage)
+        return lost
+
+    def _rescuer(self, lost: int) -> PeerId | None:
+        holders = {stage: [bytes(p) for p in self.crew.holders(stage)] for stage in range(self.cut.stages)}
+        # Who was about to load the stage has nobody to load it from.
+        spares = [bytes(peer) for peer in (*self.crew.spares(), *self.crew.holders(lost, loading=True))]
+        found, self.reason = rescuer(holders, spares, lost)
+        return None if found is None else PeerId(found)
+
+    async def _watch(self, post: Post, run: Run, scope: trio.CancelScope) -> None:
+        """While a stage is held: leave it for one that is lost, or when another run of it won, or the run is over."""
+        while True:
+            lost = self._lost()
+            if any(self._rescuer(stage) == self.me for stage in lost):
+                if lost != [post.stage]:
+                    self._tell(f"stage {lost[0]} is lost: this peer leaves stage {post.stage} for it")
+                break
+            part = self.crew.part(post.stage)
+            if part is not None and part[1] != post.signed.run_id and self.crew.own.part == post.signed.run_id:
+                self._tell(f"stage {post.stage} was taken over by others meanwhile: its run is joined anew")
+                break
+            if self.crew.over() and post.stage != 0:
+                break
+            changed = self.crew.changed
+            with trio.move_on_after(defaults.LOOK_EVERY):
+                await changed.wait()
+        # The other replicas must not wait for us: our link stays, only this run of it ends.
+        await run.leave()
+        scope.cancel()
+
+    async def _rescue(self, stage: int) -> Post:
+        generation = 1 + max((b.generation for b in self.crew.beats.values() if b.stage == stage), default=0)
+        found = await rescue(
+            self.crew, self.holding, stage, self.layouts, self._fresh[stage],
+            swap=self.cut.swap, exponent=defaults.NORM_EXPONENT,
+        )  # fmt: skip
+        self._tell(f"stage {stage} was lost and goes on here: {found.how}")
+        return self._found(stage, generation, {"weights": found.weights}, found.rounds, found.how)
+
+    # -- posts --------------------------------------------------------------------------------------------------------
+
+    def _found(
+        self, stage: int, generation: int, origin: dict[str, Tensor] | None = None, rounds: int = 0, how: str = ""
+    ) -> Post:
+        whole, left = self.spec, max(1, self.spec.rounds - rounds)
+        rate = 1.0 if generation == 0 else defaults.RECOVERED_RATE
+        step = 0 if generation == 0 else max(self.crew.beat(peer).step for peer in self.crew.peers())
+        origin = origin or {"weights": self._fresh[stage]}
+        spec = attrs.evolve(
+            whole,
+            parameters=self._signatures[stage],
+            founder=self.me,
+            created=self.host.wall(),
+            min_peers=1,
+            rounds=left if stage == 0 and whole.rounds else 0,
+            origin=state_digest(0, origin),
+            part=StageOf(self.crew.run_id, stage, generation, rate, step),
+        )
+        return Post(stage, SignedSpec.sign(self.endpoint.identity, spec), origin, how)
+
+    async def _join(self, stage: int) -> Post | None:
+        part = self.crew.part(stage)
+        if part is None:
+            return None
+        for peer in self.crew.holders(stage):
+            if peer == self.me:
+                continue
+            try:
+                info = await self.endpoint.call(peer, HEAD, AskHead(part[1]), timeout=defaults.BEAT_TIMEOUT)
+                spec = info.spec.open()
+            except RemoteError as error:
+                log.debug("stage %d: %s", stage, error)
+                continue
+            of = spec.part
+            if info.spec.run_id == part[1] and of is not None and (of.whole, of.stage) == (self.crew.run_id, stage):
+                return Post(stage, info.spec)
+        return None
+
+    async def _resume(self) -> Post | None:
+        """After a restart: the stage that was held here, where nobody has taken it over."""
+        store, self._resumed = self._stored("held"), True
+        signed = await self.host.run_blocking(store.load_spec)
+        if signed is None or self._begun:
+            return None
+        of = signed.open().part
+        if of is None or of.whole != self.crew.run_id:
+            return None
+        with trio.move_on_after(defaults.RESUME_WAIT):
+            while not self.crew.beats:
+                await self.crew.changed.wait()
+        part = self.crew.part(of.stage)
+        self._begun = True
+        return Post(of.stage, signed) if part is None or part == (of.generation, signed.run_id) else None
+
+    # -- holding a stage ----------------------------------------------------------------------------------------------
+
+    async def _hold(self, post: Post) -> None:
+        spec = post.signed.open()
+        assert spec.part is not None
+        self.crew.say(state="loading", stage=post.stage, part=post.signed.run_id, generation=spec.part.generation)
+        await self.host.run_blocking(self._stored("held").save_spec, post.signed)
+        shard = Shard(self.spec.seed, self.me.key, 0, 0, 1)
+        trainer = await self.host.run_blocking(
+            StageTrainer, self.crew, self.task, spec.part, shard, self._steps_of_round, self._device
+        )
+        await trainer.load(self._fresh[post.stage] if post.origin is None else post.origin["weights"])
+        if post.origin is not None:
+            self.holding.trainer = trainer
+            self.crew.say(state="ready", step=trainer.flow.step)
+        store = self._stored(f"{post.stage}-{post.signed.run_id.hex()[:12]}")
+        run = self._make(post.signed, trainer, store, post.origin)
+        self.reason = f"stage {post.stage} of {self.cut.stages}" + (f": {post.how}" if post.how else "")
+        if post.how:
+            run.emit("run", "recovered", detail=f"stage {post.stage}: {post.how}")
+        try:
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch, post, run, scope)
+                    nursery.start_soon(self._report, run, trainer)
+                    await self._conduct(run)
+                    nursery.cancel_scope.cancel()
+        finally:
+            if (run.finished.is_set() and post.stage == 0) or self.crew.over():
+                # Others may still fetch the stage: it goes with the last word.
+                self.crew.say(state="finished")
+            else:
+                self.holding.trainer = None
+                self.crew.say(state="spare", part=b"", generation=0)
+
+    async def _report(self, run: Run, trainer: StageTrainer) -> None:
+        """Say how far the stage is, and keep copies of others."""
+        said = 0
+        while True:
+            if self.crew.own.state == "ready":
+                self.holding.trainer = trainer
+            if run.round != said:
+                said = run.round
+                self.crew.say(rounds=said)
+                await self.holding.guard(self.crew.own.stage, said)
+            await trio.sleep(defaults.LOOK_EVERY)

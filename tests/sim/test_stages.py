@@ -1,0 +1,241 @@
+"""Models in stages on whole nodes in virtual time: the same numbers as unsplit, and lost stages recovered."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+import trio
+from torch import Tensor, nn
+
+from shoal.learning.events import RoundReport
+from shoal.learning.pipeline.cutting import Whole, stages_of
+from shoal.learning.shard import Shard
+from shoal.learning.state import Layout, flatten_model
+from shoal.learning.task import Task
+from shoal.node.node import Founding
+from shoal.sim.world import Member, Scenario, World, simulate
+
+
+class Chain(Task):
+    """Three layers, four samples at a time, plain gradient descent: what a step does can be computed by hand."""
+
+    name: ClassVar[str] = "chain"
+    step_seconds: ClassVar[float] = 0.05
+    rate: ClassVar[float] = 0.2
+
+    def __init__(self) -> None:
+        self.drawn: list[tuple[Tensor, Tensor]] = []
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3))
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=self.rate)
+
+    def batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(shard.entropy("chain") >> 1)
+        while True:
+            x = torch.randn(8, 6, generator=generator)
+            self.drawn.append((x, x[:, :3].sin()))
+            yield self.drawn[-1]
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        x = torch.linspace(-1, 1, 60).reshape(10, 6)
+        return {"fit": -float(F.mse_loss(model(x), x[:, :3].sin()))}
+
+
+def founding(stages: int, peers: int, *, rounds: int = 6, micro: int = 4, **more: object) -> Founding:
+    return Founding("allreduce", rounds=rounds, min_peers=peers, stages=stages, micro=micro, **more)  # type: ignore[arg-type]
+
+
+def stage_of(member: Member) -> int:
+    assert member.node.staged is not None
+    return member.node.staged.crew.own.stage
+
+
+def weights_of(world: World, stages: int) -> list[Tensor]:
+    """Of every stage, after the last commit of somebody who held it."""
+    found: dict[int, Tensor] = {}
+    for member in world.live():
+        found[stage_of(member)] = member.run.weights()
+    return [found[stage] for stage in range(stages)]
+
+
+def reference(world: World, tasks: dict[int, Chain], rounds: int, stages: int) -> list[Tensor]:
+    """What one machine makes of the same batches: in each round those of all feeders that were members of it."""
+    torch.manual_seed(0)
+    cut = stages_of(Chain(), stages)
+    whole = Whole(cut)
+    optimizer = Chain().optimizer(whole)
+    feeders = [member for member in world.live() if stage_of(member) == 0]
+    reports: dict[int, RoundReport] = {r.round: r for member in feeders for r in member.run.reports}
+    used = dict.fromkeys((member.peer for member in feeders), 0)
+    for round in range(1, rounds + 1):
+        batches = []
+        for member in feeders:
+            if member.peer in reports[round].members:
+                batches.append(tasks[member.number].drawn[used[member.peer]])
+                used[member.peer] += 1
+        x, y = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
+        optimizer.zero_grad()
+        F.mse_loss(whole(x), y).backward()
+        optimizer.step()
+    return [flatten_model(Layout.of(module), module) for module in cut]
+
+
+@pytest.mark.parametrize(
+    ("stages", "peers", "micro"), [(2, 2, 1), (3, 3, 3), (4, 4, 4), (4, 4, 8), (2, 4, 2), (3, 6, 4), (2, 5, 3)]
+)
+def test_stages_train_what_the_unsplit_model_trains(stages: int, peers: int, micro: int) -> None:
+    tasks: list[Chain] = []
+
+    def make() -> Task:
+        tasks.append(Chain())
+        return tasks[-1]
+
+    world = simulate(Scenario(peers, founding(stages, peers, micro=micro), make_task=make, evaluate_every=1, limit=120))
+    by_number = dict(enumerate(tasks))
+    expected = reference(world, by_number, 6, stages)
+    fits = [report.metric for member in world.live() if stage_of(member) == 0 for report in member.run.reports]
+    assert fits[-1] is not None
+    assert fits[0] is not None
+    assert fits[-1] > fits[0]
+    for found, wanted in zip(weights_of(world, stages), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_run_to_the_bit() -> None:
+    scenario = Scenario(4, founding(2, 4), make_task=Chain, limit=120)
+    assert simulate(scenario).trace.hexdigest() == simulate(scenario).trace.hexdigest()
+
+
+def killing(stage: int, after: int, delay: float) -> Callable[[World], Awaitable[None]]:
+    """Kills the only holder of ``stage``, ``delay`` seconds after round ``after``."""
+
+    async def script(world: World) -> None:
+        def committed() -> bool:
+            return any(e.what == "done" and e.round >= after for m in world.live() for e in m.events)
+
+        await world.until(committed, f"round {after}")
+        await trio.sleep(delay)
+        (victim,) = [member for member in world.live() if stage_of(member) == stage]
+        world.kill(victim.number)
+
+    return script
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.07, 0.2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_stage_without_holders_goes_on_elsewhere_within_two_seconds(stage: int, delay: float) -> None:
+    # Five peers: some stage has two or three holders, of which one goes where nobody is left.
+    killed_at, recovered_at, detail = 0.0, 0.0, ""
+
+    async def script(world: World) -> None:
+        nonlocal killed_at
+
+        def note(member: Member, event: object) -> None:
+            nonlocal recovered_at, detail
+            if getattr(event, "what", "") == "recovered":
+                recovered_at, detail = trio.current_time(), event.detail  # type: ignore[attr-defined]
+
+        world.hooks.append(note)
+        await world.until(lambda: any(e.what == "done" and e.round >= 2 for m in world.live() for e in m.events), "2")
+        await trio.sleep(delay)
+        holders = [member for member in world.live() if stage_of(member) == stage]
+        killed_at = trio.current_time()
+        for member in holders:
+            world.kill(member.number)
+
+    world = simulate(Scenario(7, founding(3, 7, rounds=8), make_task=Chain, evaluate_every=1, limit=120), script)
+    assert recovered_at, "nobody took the stage over"
+    assert recovered_at - killed_at < 2.0
+    assert "stage" in detail
+    last = [report.round for member in world.live() if stage_of(member) == 0 for report in member.run.reports]
+    assert max(last) >= 5
+
+
+def test_an_inner_stage_comes_back_as_the_mean_of_its_neighbours() -> None:
+    class Equal(Chain):
+        def model(self) -> nn.Module:
+            return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+
+    details: list[str] = []
+
+    async def script(world: World) -> None:
+        def note(member: Member, event: object) -> None:
+            if getattr(event, "what", "") == "recovered":
+                details.append(event.detail)  # type: ignore[attr-defined]
+
+        world.hooks.append(note)
+        await killing(1, 2, 0.05)(world)
+
+    simulate(Scenario(5, founding(4, 5, rounds=6), make_task=Equal, limit=120), script)
+    assert len(details) == 1
+    assert "the mean of stages 0 and 2" in details[0]
+
+
+def test_a_stalled_replica_is_gone_round() -> None:
+    async def script(world: World) -> None:
+        await world.until(lambda: any(e.what == "done" and e.round >= 2 for m in world.live() for e in m.events), "2")
+        # Three replicas: two of them are a majority, and need not wait for a lease to run out.
+        (frozen, *others) = [member for member in world.live() if stage_of(member) == 1]
+        assert len(others) == 2
+        before = max(r.round for m in world.live() if stage_of(m) == 0 for r in m.run.reports)
+        world.freeze(frozen.number)
+        await trio.sleep(20.0)
+        done = max(r.round for m in world.live() if stage_of(m) == 0 for r in m.run.reports)
+        assert done >= before + 3, "the others waited for it"
+        world.kill(frozen.number)
+
+    simulate(Scenario(6, founding(2, 6, rounds=60), make_task=Chain, limit=300), script)
+
+
+def test_who_comes_later_takes_the_stage_that_needs_it_and_trains() -> None:
+    async def script(world: World) -> None:
+        await world.until(lambda: any(e.what == "done" and e.round >= 1 for m in world.live() for e in m.events), "1")
+        world.start(2)
+
+    world = simulate(Scenario(3, founding(2, 2, rounds=30), make_task=Chain, late=(2,), limit=200), script)
+    late = world.members[2]
+    assert [report for report in late.run.reports if late.peer in report.members]
+
+
+def test_swapped_micro_batches_train_too() -> None:
+    class Equal(Chain):
+        def model(self) -> nn.Module:
+            return nn.Sequential(*[nn.Linear(6, 6) for _ in range(5)], nn.Linear(6, 3))
+
+    world = simulate(Scenario(6, founding(6, 6, rounds=4, swap=True), make_task=Equal, evaluate_every=1, limit=120))
+    fits = [report.metric for member in world.live() if stage_of(member) == 0 for report in member.run.reports]
+    assert fits[-1] is not None
+    assert fits[0] is not None
+    assert fits[-1] > fits[0]
+
+
+def test_two_neighbouring_stages_lost_at_once_come_back_from_copies_and_it_is_said() -> None:
+    details: list[str] = []
+
+    async def script(world: World) -> None:
+        def note(member: Member, event: object) -> None:
+            if getattr(event, "what", "") == "recovered":
+                details.append(event.detail)  # type: ignore[attr-defined]
+
+        world.hooks.append(note)
+        await world.until(lambda: any(e.what == "done" and e.round >= 2 for m in world.live() for e in m.events), "2")
+        for member in [m for m in world.live() if stage_of(m) in (1, 2)]:
+            world.kill(member.number)
+
+    class Equal(Chain):
+        def model(self) -> nn.Module:
+            return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+
+    simulate(Scenario(8, founding(4, 8, rounds=8), make_task=Equal, limit=120), script)
+    assert len(details) == 2
+    assert any("is lost too" in detail for detail in details)
