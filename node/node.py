@@ -158,6 +158,7 @@ class Node:
             nursery.start_soon(self.dht.run)
             task = await self._load_task(spec)
             if spec.pipeline is not None:
+                self._check_staged()
                 self.staged = Stages(self, task)
                 await nursery.start(self.staged.run)
                 self._joined(task_status)
@@ -171,6 +172,14 @@ class Node:
             self.outcome = "finished"
             nursery.cancel_scope.cancel()
         self.outcome = self.outcome or "left"
+
+    def _check_staged(self) -> None:
+        """Raises :class:`ConfigError` for what does not go with a model in stages."""
+        if self._trainer is not None:
+            raise ConfigError("an own training loop holds the whole model, and this run's is cut into stages")
+        for name, given in (("--train-apart", self.config.train_apart), ("--time-budget", self.config.time_budget)):
+            if given:
+                raise ConfigError(f"{name} does not go with a run whose model is cut into stages")
 
     def _joined(self, task_status: trio.TaskStatus[None]) -> None:
         self.taking_part.set()

@@ -140,7 +140,7 @@ def crowd(seed: int, *, limits: bool, lines: bool) -> tuple[list[Able], list[Sta
 def test_64_peers_at_8_stages_come_close_to_what_no_plan_exceeds(
     seed: int, limits: bool, lines: bool, share: float
 ) -> None:
-    """2 % where peers are faster or slower at all stages alike; 10 % where memory keeps them from some stages, or each is
+    """2 % where peers are faster or slower at all stages alike; 10 % where memory keeps them from some, or each is
     limited by its line at some and by its speed at others: there the plan that splits peers is out of reach."""
     peers, costs = crowd(seed, limits=limits, lines=lines)
     seats, _ = assign(peers, costs)
