@@ -188,10 +188,12 @@ def _check_kills(report: Report, kills: int, recovers: bool) -> Claim:
     if unnamed:
         found += f"; no round names {' '.join(unnamed)} as dropped"
     if recovers:
-        # Where it was the only holder of its stage, nobody is left to drop it: the stage is founded anew.
-        found += f"; {sum(event.what == 'recovered' for event in report.events)} stages recovered"
-        unnamed = unnamed[sum(event.what == "recovered" for event in report.events) :]
-        claim = "a peer killed while it trains is dropped by name, or its stage recovered, and the run goes on"
+        # Where it was the only holder of its stage, nobody is left to drop it: the stage is founded anew. The other one of
+        # two goes on as a branch, whose roster never had it.
+        recovered, branched = (sum(event.what == what for event in report.events) for what in ("recovered", "branch"))
+        found += f"; stages recovered {recovered}, gone on as a branch {branched}"
+        unnamed = unnamed[recovered + branched :]
+        claim = "a peer killed while it trains is dropped, or its stage goes on without it, recovered or as a branch"
         return Claim(claim, len(killed) == kills and not unnamed and not misplaced, found)
     return Claim(
         "a peer killed between scatter and commit is dropped by name and the run goes on",
