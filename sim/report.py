@@ -188,8 +188,8 @@ def _check_kills(report: Report, kills: int, recovers: bool) -> Claim:
     if unnamed:
         found += f"; no round names {' '.join(unnamed)} as dropped"
     if recovers:
-        # Where it was the only holder of its stage, nobody is left to drop it: the stage is founded anew. The other one of
-        # two goes on as a branch, whose roster never had it.
+        # Where it was the only holder of its stage, nobody is left to drop it: the stage is founded anew. The other one
+        # of two goes on as a branch, whose roster never had it.
         recovered, branched = (sum(event.what == what for event in report.events) for what in ("recovered", "branch"))
         found += f"; stages recovered {recovered}, gone on as a branch {branched}"
         unnamed = unnamed[recovered + branched :]
