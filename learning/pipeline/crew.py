@@ -218,9 +218,7 @@ class Crew:
 
     def keepers(self, stage: int) -> list[PeerId]:
         """Who has the weights of ``stage``: its holders that train it, and at the end those that trained it."""
-        done = [
-            peer for peer in self.peers() if (b := self.beat(peer)).state == "finished" and b.part and b.stage == stage
-        ]
+        done = [peer for peer in self.peers() if (b := self.beat(peer)).state == "finished" and b.stage == stage]
         return [*self.holders(stage), *done]
 
     def over(self) -> bool:

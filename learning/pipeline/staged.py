@@ -124,8 +124,12 @@ class Staged:
                 break
             await self._hold(post)
         self.reason = "the run is over"
-        self.whole = await self._gather() if self._wants_whole else None
-        self.holding.trainer = None
+        if self._wants_whole:
+            try:
+                self.whole = await self._gather()
+            except RemoteError as error:
+                self._tell(f"the whole model could not be had: {error}")
+        # We need nobody any more; what is held here stays until nobody needs that either.
         self.crew.say(state="finished", part=b"")
 
     async def _gather(self) -> dict[str, Tensor]:

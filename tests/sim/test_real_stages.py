@@ -18,6 +18,19 @@ def shoal(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.process
+def test_three_processes_train_one_model_in_three_stages(tmp_path: Path) -> None:
+    done = shoal(
+        "sim", "--task", "digits", "--stages", "3", "--peers", "3", "--rounds", "4", "--kill", "0", "--late", "0",
+        "--set", "inner_steps=10", "--no-live", "--json", "report.json", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {peer["status"] for peer in report["peers"]} == {"finished"}
+    assert report["swarm"] > report["baseline"]["start"]
+
+
+@pytest.mark.slow
+@pytest.mark.process
 def test_a_killed_stage_is_recovered_and_a_late_peer_trains(tmp_path: Path) -> None:
     done = shoal(
         "sim", "--task", "digits", "--stages", "3", "--peers", "5", "--rounds", "8", "--kill", "1", "--late", "1",
