@@ -217,10 +217,11 @@ class WarmupAdamW(torch.optim.AdamW):
 
     def __init__(self, params: list[dict[str, object]], lr: float, warmup: int) -> None:
         super().__init__(params, lr=lr, betas=(0.9, 0.95))
-        self._peak, self._warmup = lr, warmup
+        self._peak, self._warmup, self._done = lr, warmup, 0
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        done = 1 + max((int(state["step"]) for state in self.state.values()), default=0)
+        before = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
+        self._done = done = max(before, self._done if not self.state else 0) + 1
         for group in self.param_groups:
             group["lr"] = self._peak * min(1.0, done / self._warmup)
         super().step(closure)
