@@ -65,3 +65,23 @@ NORM_EXPONENT = 1.0
 
 #: Seconds that a restarted peer waits for word of the others, before it goes on with the stage it had.
 RESUME_WAIT = 3.0
+
+#: Times as fast the slowest stage must become at least for holders to be moved by a plan (:func:`planner.assign`): a
+#: move costs the transfer of a state and a pause of all replicas of the stage, and the measured rates that plans are
+#: made of vary by about as much from one round to the next.
+MOVE_GAIN = 1.2
+
+#: Partial plans that the planner tries to find the best one; where it takes more, a good one is taken. About 15 ms.
+MAX_PLANS = 4096
+
+#: Peers that may move in a plan for which the best one is searched for; with more the search never ends in time.
+MAX_FEW = 16
+
+#: Moves and swaps of peers between stages in one plan, at most: what bounds its time. 64 peers at 8 stages take 30.
+MAX_EXCHANGES = 256
+
+#: Turns in which prices of stages are found for many peers, and how much less than the most a peer may earn.
+PRICE_TURNS, PRICE_SLACK = 40, 0.9
+
+#: Bits of the greatest rate where rates are whole numbers; of what costs nothing.
+RATE_BITS, FREE_BITS = 40, 60

@@ -148,7 +148,8 @@ class Flow:
 
     def counting(self) -> tuple[list[Load], list[Load]]:
         """Of this step: what counts and is in the sum; and what is in the sum and does not count."""
-        right, wrong = [], []
+        right: list[Load] = []
+        wrong: list[Load] = []
         for load in self.loads.values():
             if load.key.step != self.step or not load.counted:
                 continue
@@ -176,7 +177,7 @@ class Flow:
                 self.schedule.forward(load.name)
 
     def restart(self) -> None:
-        """Forget what we fed ourselves in this step and what was computed of it: it is begun anew, under new numbers."""
+        """Forget what we fed ourselves in this step and what was computed of it: it begins anew, under new numbers."""
         kept = {}
         self.schedule = Schedule(self.stage, self.stages)
         for name, load in self.loads.items():
