@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def pack_tensor(tensor: Tensor, codec: str = "fp32") -> tuple[Shape, memoryview]
         raise ConfigError(f"a tensor of dtype {name} cannot travel between stages")
     plain = tensor.detach().to("cpu").contiguous()
     if codec == "fp32" or name != "float32" or not plain.numel():
-        data = memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+        data = memoryview(plain.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         return Shape(tuple(plain.shape), name, "", len(data)), data
     coder = resolve(codec)
     out = bytearray(coder.wire_size(plain.numel()))
@@ -72,6 +73,8 @@ def unpack_tensor(shape: Shape, data: bytearray) -> Tensor:
     if not shape.size:
         return torch.empty(shape.dims, dtype=_DTYPES[shape.dtype])
     if not shape.codec:
+        if shape.dtype == "bool" and data.translate(None, b"\0\1"):
+            raise DecodeError("a tensor of dtype bool with other bytes than 0 and 1")
         return torch.frombuffer(data, dtype=_DTYPES[shape.dtype]).reshape(shape.dims)
     coder, count = resolve(shape.codec), 1
     for dim in shape.dims:
@@ -96,6 +99,10 @@ def pack_batch(batch: Batch, given: Tensor | None) -> tuple[list[Tensor], str]:
             raise ConfigError(f"a batch nested deeper than {defaults.MAX_DEPTH} levels cannot travel between stages")
         match value:
             case Tensor() if value is given:
+                if name_of(value.dtype) not in _DTYPES or not _are_dims(list(value.shape)):
+                    raise ConfigError(
+                        f"a tensor of dtype {name_of(value.dtype)} and {tuple(value.shape)} cannot travel"
+                    )
                 return {"gone": list(value.shape), "as": name_of(value.dtype)}
             case Tensor():
                 tensors.append(value)
@@ -152,6 +159,6 @@ def _is_item(item: object) -> bool:
 
 
 def _are_dims(dims: list[Any]) -> bool:
-    return len(dims) <= defaults.MAX_DIMS and all(
-        isinstance(d, int) and not isinstance(d, bool) and 0 <= d <= defaults.MAX_ELEMENTS for d in dims
-    )
+    """Each by itself and all together: a product of great ones and a zero is nothing, but no tensor either."""
+    whole = all(isinstance(d, int) and not isinstance(d, bool) and 0 <= d <= defaults.MAX_ELEMENTS for d in dims)
+    return len(dims) <= defaults.MAX_DIMS and whole and math.prod(d or 1 for d in dims) <= defaults.MAX_ELEMENTS
