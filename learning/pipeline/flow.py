@@ -100,7 +100,7 @@ class Flow:
             return None
         if load.gradient is not None or load.output is None or load.output.shape != gradient.shape:
             return None
-        if path[0] != Hop(sender, token) or len(path) != len(load.order) - 1 - load.at:
+        if path[:1] != (Hop(sender, token),) or len(path) != len(load.order) - 1 - load.at:
             return None
         load.gradient, load.path = gradient, path
         self.schedule.backward(load.name)
