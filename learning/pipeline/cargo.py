@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +78,8 @@ def unpack_tensor(shape: Shape, data: bytearray) -> Tensor:
     if not shape.size:
         return torch.empty(shape.dims, dtype=_DTYPES[shape.dtype])
     if not shape.codec:
+        if shape.dtype == "bool" and data.translate(None, b"\0\1"):
+            raise DecodeError("a tensor of dtype bool with other bytes than 0 and 1")
         return torch.frombuffer(data, dtype=_DTYPES[shape.dtype]).reshape(shape.dims)
     coder, count = resolve(shape.codec), 1
     for dim in shape.dims:
@@ -101,6 +104,10 @@ def pack_batch(batch: Batch, given: Tensor | None) -> tuple[list[Tensor], str]:
             raise ConfigError(f"a batch nested deeper than {defaults.MAX_DEPTH} levels cannot travel between stages")
         match value:
             case Tensor() if value is given:
+                if name_of(value.dtype) not in _DTYPES or not _are_dims(list(value.shape)):
+                    raise ConfigError(
+                        f"a tensor of dtype {name_of(value.dtype)} and {tuple(value.shape)} cannot travel"
+                    )
                 return {"gone": list(value.shape), "as": name_of(value.dtype)}
             case Tensor():
                 tensors.append(value)
@@ -157,6 +164,6 @@ def _is_item(item: object) -> bool:
 
 
 def _are_dims(dims: list[Any]) -> bool:
-    return len(dims) <= defaults.MAX_DIMS and all(
-        isinstance(d, int) and not isinstance(d, bool) and 0 <= d <= defaults.MAX_ELEMENTS for d in dims
-    )
+    """Each by itself and all together: a product of great ones and a zero is nothing, but no tensor either."""
+    whole = all(isinstance(d, int) and not isinstance(d, bool) and 0 <= d <= defaults.MAX_ELEMENTS for d in dims)
+    return len(dims) <= defaults.MAX_DIMS and whole and math.prod(d or 1 for d in dims) <= defaults.MAX_ELEMENTS

@@ -43,7 +43,7 @@ def cut_sequential(model: nn.Sequential, n: int) -> list[nn.Module]:
             groups.append([])
         groups[-1].append(layer)
     if len(groups) > 1 and not any(True for layer in groups[0] for _ in layer.parameters()):
-        groups[1] = groups.pop(0) + groups[0]  # what stands before the first layer with parameters goes with it
+        groups[:2] = [groups[0] + groups[1]]  # what stands before the first layer with parameters goes with it
     if len(groups) < n:
         raise ValueError(f"{len(groups)} layers with parameters")
     sizes = [sum(p.numel() for layer in group for p in layer.parameters()) for group in groups]

@@ -47,7 +47,9 @@ class Load:
 
     @property
     def name(self) -> bytes:
-        return b"%s %d %d %d" % (self.key.feeder, self.key.step, self.key.index, self.token)
+        """Of this attempt: two senders may have the same number for one micro-batch."""
+        key = self.key
+        return b"%s %d %d %s %d" % (key.feeder, key.step, key.index, self.sender or b"", self.token)
 
     @property
     def last(self) -> bool:
@@ -98,7 +100,7 @@ class Flow:
             return None
         if load.gradient is not None or load.output is None or load.output.shape != gradient.shape:
             return None
-        if path[0] != Hop(sender, token) or len(path) != len(load.order) - 1 - load.at:
+        if path[:1] != (Hop(sender, token),) or len(path) != len(load.order) - 1 - load.at:
             return None
         load.gradient, load.path = gradient, path
         self.schedule.backward(load.name)
@@ -153,8 +155,15 @@ class Flow:
                 right.append(load)
                 continue
             path = self._won.get((load.key.feeder, self.step), {}).get(load.key.index, ())
-            (right if Hop(self.me, load.token) in path else wrong).append(load)
+            (right if self._passed(load, path) else wrong).append(load)
         return right, wrong
+
+    def _passed(self, load: Load, path: tuple[Hop, ...]) -> bool:
+        """Whether the way ``path`` of a micro-batch leads through ``load``: here, and from the peer that sent it."""
+        here = load.at - 1  # the feeder itself is not in the path
+        if not 0 <= here < len(path) or path[here] != Hop(self.me, load.token):
+            return False
+        return load.sender == (path[here - 1].peer if here else load.key.feeder)
 
     def close(self) -> None:
         """Go on to the next step: what is left of this one is dropped."""

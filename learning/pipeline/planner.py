@@ -49,6 +49,8 @@ Rates: TypeAlias = tuple[int, ...]
 #: Of each peer, in the order of their ids, its stage; the stages it may get.
 Seats: TypeAlias = list[int]
 Options: TypeAlias = list[list[int]]
+#: Peers, and the stages they go to.
+Moves: TypeAlias = tuple[tuple[int, int], ...]
 
 
 def assign(
@@ -192,21 +194,15 @@ class _Problem:
         found = self._plan(self.staying)
         if found is not None and self.staying == self.options:
             return found
-        anew = self._plan(self.options)
-        if found is None:
-            assert anew is not None
-            if self._few(self.options):
-                return anew
-            # Some stage has nobody: whoever must goes there, and all others stay where they are.
-            start = [options[0] if at is None else at for options, at in zip(self.options, self.before, strict=True)]
-            near = self._exchanged(start, self.options)
-            return anew if self._floor(anew) > defaults.MOVE_GAIN * self._floor(near) else near
-        moving = [anew]
-        if not self._few(self.options):  # exchanges that begin where all are move fewer than a plan from nothing
-            moving.insert(0, self._exchanged(list(found), self.options))
+        moving = [self._plan(self.options)]
+        if not _few(self.options):  # exchanges that begin where all are move fewer than a plan from nothing does
+            near = self._greedy(self.staying) if found is None else list(found)
+            self._cover(near, self.options)
+            moving.insert(0, self._exchanged(near, self.options, only_slowest=True))
         for other in moving:
-            if other is not None and self._floor(other) > defaults.MOVE_GAIN * self._floor(found):
-                return other
+            if other is not None and (found is None or self._floor(other) > defaults.MOVE_GAIN * self._floor(found)):
+                found = other
+        assert found is not None
         return found
 
     def tight(self) -> tuple[list[int], list[int]] | None:
@@ -220,10 +216,6 @@ class _Problem:
             total[stage] += row[stage]
         return tuple(total)
 
-    @staticmethod
-    def _few(options: Options) -> bool:
-        return sum(len(each) > 1 for each in options) <= defaults.MAX_FEW
-
     def _floor(self, seats: Sequence[int]) -> int:
         return min(self.sums(seats))
 
@@ -233,7 +225,7 @@ class _Problem:
         if self._cover(seats, options) is not None:
             return None
         seats = self._exchanged(seats, options)
-        if self._few(options):
+        if _few(options):
             return self._exact(options, self._floor(seats)) or seats
         other = self._priced(options)
         self._cover(other, options)
@@ -304,11 +296,12 @@ class _Problem:
                 seats[each] = given
         return None
 
-    def _exchanged(self, seats: Seats, options: Options) -> Seats:
+    def _exchanged(self, seats: Seats, options: Options, *, only_slowest: bool = False) -> Seats:
         """``seats`` after moves and swaps, each of which speeds up a stage and leaves no other behind what it was."""
+        tries = 1 if only_slowest else self.stages
         total = list(self.sums(seats))
         for _ in range(defaults.MAX_EXCHANGES):
-            for slow in sorted(range(self.stages), key=lambda stage: (total[stage], stage)):
+            for slow in sorted(range(self.stages), key=lambda stage: (total[stage], stage))[:tries]:
                 found = self._exchange(seats, options, total, slow)
                 if found is not None:
                     break
@@ -320,18 +313,17 @@ class _Problem:
                 seats[each] = stage
         return seats
 
-    def _exchange(
-        self, seats: Seats, options: Options, total: Sequence[int], slow: int
-    ) -> tuple[tuple[int, int], ...] | None:
-        """The moves (peer, to where) of one peer to stage ``slow``, and maybe of one from there, after which the slower
-        of the two stages is fastest; None: that would not be faster than ``slow`` is."""
-        best: int = total[slow]
-        found: tuple[tuple[int, int], ...] | None = None
-        here = [(n, self.rates[n]) for n, at in enumerate(seats) if at == slow]
-        for each, at in enumerate(seats):
-            if at == slow or slow not in options[each] or total[at] <= total[slow]:
+    def _exchange(self, seats: Seats, options: Options, total: Sequence[int], slow: int) -> Moves | None:
+        """Moves of one peer to stage ``slow``, and maybe of one from there or from a third stage to where it was, after
+        which the slowest of these stages is fastest; None: not faster than ``slow`` is."""
+        best = total[slow]
+        found: Moves | None = None
+        rows = list(zip(range(len(seats)), self.rates, seats, strict=True))
+        here = [(other, row) for other, row, at in rows if at == slow]
+        for each, mine, at in rows:
+            if at == slow or not mine[slow] or slow not in options[each] or total[at] <= total[slow]:
                 continue
-            gain, left = total[slow] + self.rates[each][slow], total[at] - self.rates[each][at]
+            gain, left = total[slow] + mine[slow], total[at] - mine[at]
             if min(gain, left) > best:
                 best, found = min(gain, left), ((each, slow),)
             if gain <= best:
@@ -340,6 +332,22 @@ class _Problem:
                 worse = min(gain - row[slow], left + row[at])
                 if worse > best and at in options[other]:
                     best, found = worse, ((each, slow), (other, at))
+        return found or self._chain(rows, options, total, slow)
+
+    def _chain(
+        self, rows: Sequence[tuple[int, Rates, int]], options: Options, total: Sequence[int], slow: int
+    ) -> Moves | None:
+        best, found = total[slow], None
+        spare = [(other, row, at) for other, row, at in rows if total[at] - row[at] > total[slow]]
+        for each, mine, at in rows:
+            gain, left = total[slow] + mine[slow], total[at] - mine[at]
+            if at == slow or slow not in options[each] or gain <= best:
+                continue
+            for other, row, third in spare:
+                if left + row[at] > best and third not in (at, slow) and at in options[other]:
+                    worse = min(gain, left + row[at], total[third] - row[third])
+                    if worse > best:
+                        best, found = worse, ((each, slow), (other, at))
         return found
 
     # -- few peers ----------------------------------------------------------------------------------------------------
@@ -385,3 +393,7 @@ class _Problem:
             plans = after
         _, (_, number) = min(plans.items(), key=lambda item: ([-rate for rate in sorted(item[0])], item[1]))
         return [number // each % self.stages for each in weight]
+
+
+def _few(options: Options) -> bool:
+    return sum(len(each) > 1 for each in options) <= defaults.MAX_FEW

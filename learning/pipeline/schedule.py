@@ -37,13 +37,18 @@ class Schedule:
 
     def forward(self, key: bytes) -> None:
         """The input of ``key`` is here."""
-        if key not in self._flying and key not in self._forwards:
+        if (key not in self._flying or self._given_up(key)) and key not in self._forwards:
             self._forwards.append(key)
 
     def backward(self, key: bytes) -> None:
         """The gradient of ``key``'s output is here. Ignored for what was not computed forward."""
-        if key in self._flying and key not in self._backwards and self._running != (Kind.BACKWARD, key):
+        here = key in self._flying and not self._given_up(key)
+        if here and key not in self._backwards and self._running != (Kind.BACKWARD, key):
             self._backwards.append(key)
+
+    def _given_up(self, key: bytes) -> bool:
+        """Whether ``key`` was dropped while it was running, which it is still."""
+        return self._dropped and self._running is not None and self._running[1] == key
 
     def next(self) -> tuple[Kind, bytes] | None:
         """What to compute now, which is then running until :meth:`done`; None: nothing can be."""

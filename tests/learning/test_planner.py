@@ -6,9 +6,11 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from shoal.learning.pipeline import defaults
 from shoal.learning.pipeline.planner import Able, StageCost, assign, rescuer
@@ -17,7 +19,7 @@ FREE = StageCost(flops=1, memory=0, bytes=0)
 
 
 def able(n: int, rate: float = 1, memory: float = 1, bandwidth: float = 1) -> Able:
-    return Able(n.to_bytes(32, "big"), rate, memory, bandwidth)
+    return Able(n.to_bytes(32, "little"), rate, memory, bandwidth)
 
 
 def speed(peer: Able, cost: StageCost) -> float:
@@ -96,30 +98,28 @@ def test_the_cases_have_all_kinds_of_limits_in_them() -> None:
 
 
 def bound(peers: list[Able], costs: list[StageCost]) -> float:
-    """Samples a second that no plan exceeds, even one that splits peers over stages.
+    """Samples a second that no plan exceeds: the best of those that split peers over stages, a linear program.
 
-    With prices w of stages that sum to one, a stage rate t needs t <= the sum over peers of max over stages of
-    w * min(rate, t): a peer's rate beyond t is of no use. Prices by multiplicative weights, t by bisection.
+    A stage that is as fast as this has no use for what one peer does beyond it, so peers are cut to it and the program
+    is solved again: what no plan exceeds gets smaller by that.
     """
-    rates = [[speed(p, c) if p.memory >= c.memory else 0.0 for c in costs] for p in peers]
-    low, high = 0.0, sum(map(max, rates))
-    while high - low > 1e-3 * high:
-        middle = (low + high) / 2
-        prices, possible = [1 / len(costs)] * len(costs), True
-        for turn in range(200):
-            total, worth = [0.0] * len(costs), 0.0
-            for row in rates:
-                value, stage = max((w * min(r, middle), s) for s, (w, r) in enumerate(zip(prices, row, strict=True)))
-                total[stage] += min(row[stage], middle)
-                worth += value
-            if worth < middle:
-                possible = False
-                break
-            pace = 0.5 / math.sqrt(turn + 1) / max(total)
-            prices = [w * math.exp(-pace * t) for w, t in zip(prices, total, strict=True)]
-            prices = [w / sum(prices) for w in prices]
-        low, high = (middle, high) if possible else (low, middle)
-    return high
+    rates = np.array([[speed(p, c) if p.memory >= c.memory else 0.0 for c in costs] for p in peers])
+    best = math.inf
+    for _ in range(12):
+        cut = np.minimum(rates, best)
+        goal = np.append(np.zeros(cut.size), -1.0)
+        least = np.zeros((len(costs), cut.size + 1))
+        shares = np.zeros((len(peers), cut.size + 1))
+        least[:, -1] = 1
+        for stage in range(len(costs)):
+            least[stage, stage : cut.size : len(costs)] = -cut[:, stage]
+        for each in range(len(peers)):
+            shares[each, each * len(costs) : (each + 1) * len(costs)] = 1
+        solved = linprog(goal, A_ub=least, b_ub=np.zeros(len(costs)), A_eq=shares, b_eq=np.ones(len(peers)))
+        if -solved.fun >= best * (1 - 1e-9):
+            break
+        best = -solved.fun
+    return float(best)
 
 
 def crowd(seed: int, *, limits: bool, lines: bool) -> tuple[list[Able], list[StageCost]]:
@@ -134,13 +134,13 @@ def crowd(seed: int, *, limits: bool, lines: bool) -> tuple[list[Able], list[Sta
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    ("limits", "lines", "share"), [(False, False, 0.98), (True, False, 0.9), (False, True, 0.9), (True, True, 0.9)]
+    ("limits", "lines", "share"), [(False, False, 0.98), (True, False, 0.95), (False, True, 0.9), (True, True, 0.9)]
 )
 def test_64_peers_at_8_stages_come_close_to_what_no_plan_exceeds(
     seed: int, limits: bool, lines: bool, share: float
 ) -> None:
-    """2 % where peers are faster or slower at all stages alike; 10 % where memory keeps them from some, or each is
-    limited by its line at some and by its speed at others: there the plan that splits peers is out of reach."""
+    """5 % where peers are faster or slower at all stages alike; 10 % where each is limited by its line at some and by
+    its speed at others: there the plan that splits peers is out of reach."""
     peers, costs = crowd(seed, limits=limits, lines=lines)
     seats, _ = assign(peers, costs)
     assert len(seats) == 64
@@ -179,10 +179,15 @@ def test_of_many_peers_those_that_hold_stages_stay_as_well() -> None:
     newcomer = able(64, rate=1)
     seats, _ = assign([*peers, newcomer], costs, held=plan)
     assert {peer: stage for peer, stage in seats.items() if peer != newcomer.peer} == plan
+    lost = min(range(8), key=lambda stage: list(plan.values()).count(stage))
+    held = {peer: stage for peer, stage in plan.items() if stage != lost}
+    left = [peer for peer in peers if peer.peer in held]
+    seats, _ = assign(left, costs, held=held)
+    assert 0 < sum(seats[peer] != stage for peer, stage in held.items()) < len(held) / 2
 
 
 def test_what_a_peer_holds_it_has_the_memory_for() -> None:
-    costs = [attr_memory(5), attr_memory(1)]
+    costs = [needing(5), needing(1)]
     peers = [able(0, memory=2), able(1, memory=2)]
     assert assign(peers, costs)[0] == {}
     assert assign(peers, costs, held={peers[1].peer: 0})[0] == {peers[0].peer: 1, peers[1].peer: 0}
@@ -192,7 +197,7 @@ def test_what_a_peer_holds_it_has_the_memory_for() -> None:
     }
 
 
-def attr_memory(memory: float) -> StageCost:
+def needing(memory: float) -> StageCost:
     return StageCost(flops=1, memory=memory, bytes=0)
 
 
@@ -206,24 +211,24 @@ def test_what_costs_nothing_limits_nothing() -> None:
 
 
 def test_it_is_said_why_there_is_no_plan() -> None:
-    assert assign([able(0, memory=1e6)], [FREE, attr_memory(2e6)]) == (
+    assert assign([able(0, memory=1e6)], [FREE, needing(2e6)]) == (
         {},
         "nobody can hold stage 1, which takes 2 MB",
     )
     assert assign([able(0)], [FREE, FREE]) == ({}, "1 peers for 2 stages")
     assert assign([], [FREE])[0] == {}
     peers = [able(0, memory=1), able(1, memory=1), able(2, memory=3)]
-    seats, reason = assign(peers, [attr_memory(1), attr_memory(2), attr_memory(3)])
+    seats, reason = assign(peers, [needing(1), needing(2), needing(3)])
     assert seats == {}
-    assert reason == "stages 1, 2 can be held by aaaaaaaa only"
+    assert reason == "stages 1, 2 can be held by aiaaaaaa only"
 
 
 def test_peers_too_small_for_every_stage_are_left_out_and_named() -> None:
     small = Able(b"\xff" * 32, 9, 1, 9)
-    seats, reason = assign([small, able(1, memory=2), able(2, memory=2)], [attr_memory(2), attr_memory(2)])
+    seats, reason = assign([small, able(1, memory=2), able(2, memory=2)], [needing(2), needing(2)])
     assert seats == {able(1).peer: 0, able(2).peer: 1}
     assert reason.endswith("left out, too small for every stage: 77777777")
-    assert assign([small], [attr_memory(2)])[1].endswith("left out, too small for every stage: 77777777")
+    assert assign([small], [needing(2)])[1].endswith("left out, too small for every stage: 77777777")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +249,7 @@ def test_numbers_that_cannot_be_are_refused(peers: list[Able], costs: list[Stage
 
 # --- lost stages ------------------------------------------------------------------------------------------------------
 
-IDS = [n.to_bytes(32, "big") for n in range(40)]
+IDS = [n.to_bytes(32, "little") for n in range(40)]
 
 
 def test_a_spare_takes_over_a_lost_stage_before_any_holder() -> None:
@@ -268,7 +273,7 @@ def test_the_only_holder_of_a_stage_never_leaves_it() -> None:
 def test_a_stage_that_is_held_is_not_taken_over() -> None:
     found, reason = rescuer({0: IDS[:3], 1: IDS[4:5]}, IDS[8:], 1)
     assert found is None
-    assert reason.startswith("stage 1 is held by aaaaaaaa")
+    assert reason.startswith("stage 1 is held by aqaaaaaa")
 
 
 @given(st.integers(0, 7), st.randoms(use_true_random=False), st.booleans())
