@@ -48,6 +48,7 @@ class Side:
         self.late = {"punch": 0.0, "punch-go": 0.0}
         self.punched: list[ByteStream] = []
         self.accepted: list[ByteStream] = []
+        self.dialed: list[ByteStream] = []
         self.token: trio.lowlevel.TrioToken | None = None
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._main, name=host.name)
@@ -83,7 +84,7 @@ class Side:
 
             nursery.start_soon(accept)
             await self._stop.wait()
-            for stream in [*self.punched, *self.accepted]:
+            for stream in [*self.punched, *self.accepted, *self.dialed]:
                 await trio.aclose_forcefully(stream)
             nursery.cancel_scope.cancel()
 
@@ -107,7 +108,17 @@ class Side:
 
     async def punch(self) -> tuple[ByteStream | None, float]:
         began = trio.current_time()
-        return await self.puncher.punch(self.other.peer_id, self.ask), trio.current_time() - began
+        stream = await self.puncher.punch(self.other.peer_id, self.ask)
+        if stream is not None:
+            self.dialed.append(stream)  # closed at the end whatever a test does: unclosed sockets warn
+        return stream, trio.current_time() - began
+
+    async def forget(self) -> None:
+        """Close what there is, before another go."""
+        for streams in (self.punched, self.accepted, self.dialed):
+            for stream in streams:
+                await trio.aclose_forcefully(stream)
+            streams.clear()
 
 
 @contextmanager
@@ -140,6 +151,28 @@ async def _heard(stream: ByteStream) -> bytes:
             return await stream.receive_some()
     except trio.BrokenResourceError:
         return b""
+
+
+def meet(a: Side, b: Side, tries: int = 3) -> float:
+    """Punch and check, again if it failed, as nodes do. Seconds of the punch that led to a stream.
+
+    On a busy machine whose timers are late, an answerer can give an attempt up just when the offerer's side of it is
+    established (seen about once in forty runs here): the stream is reset, and nothing but another go helps.
+    """
+    for left in reversed(range(tries)):
+        try:
+            stream, seconds = a.call(a.punch)
+            assert stream is not None
+            check(a, b, stream)
+        except (PeerUnreachable, trio.BrokenResourceError, AssertionError):
+            if not left:
+                raise
+            for side in (a, b):
+                side.call(side.forget)
+            time.sleep(5.0)
+        else:
+            return seconds
+    raise AssertionError("no tries")
 
 
 def check(a: Side, b: Side, stream: ByteStream) -> None:
@@ -179,30 +212,21 @@ def test_hosts_behind_nats_that_keep_the_port_meet(
 @pytest.mark.parametrize("delay", [0.0, DELAY])
 def test_firewalls_before_public_ipv6_addresses_are_punched_alike(delay: float) -> None:
     with two("dual", "dual", delay=delay) as (a, b):
-        stream, seconds = a.call(a.punch)
-        assert stream is not None
-        assert ":" in stream.remote.host
-        print(f"dual-dual delay {delay}: {seconds * 1e3:.0f} ms")
-        check(a, b, stream)
+        print(f"dual-dual delay {delay}: {meet(a, b) * 1e3:.0f} ms")
+        assert all(":" in stream.remote.host for stream in a.dialed)
 
 
 @pytest.mark.parametrize("delay", [0.001, DELAY])
 def test_routers_that_answer_with_resets_are_punched_by_quick_repetition(delay: float) -> None:
     with two("cone", "cone", delay=delay, resets=True) as (a, b):
-        stream, seconds = a.call(a.punch)
-        assert stream is not None
-        print(f"resets, delay {delay}: {seconds * 1e3:.0f} ms")
-        check(a, b, stream)
+        print(f"resets, delay {delay}: {meet(a, b) * 1e3:.0f} ms")
 
 
 @pytest.mark.parametrize("delay", [0.1, 0.15])
 def test_a_direct_path_much_slower_than_that_of_the_signals_is_given_longer_attempts(delay: float) -> None:
     """The first attempts are given up while the connection is half open; the later ones outlast the round trip."""
     with two("cone", "cone", delay=delay) as (a, b):
-        stream, seconds = a.call(a.punch)
-        assert stream is not None
-        print(f"round trip {4 * delay}: {seconds * 1e3:.0f} ms")
-        check(a, b, stream)
+        print(f"round trip {4 * delay}: {meet(a, b) * 1e3:.0f} ms")
 
 
 @pytest.mark.parametrize("late", [0.01, 0.1, 0.6])
@@ -210,22 +234,7 @@ def test_a_direct_path_much_slower_than_that_of_the_signals_is_given_longer_atte
 def test_a_go_that_is_late_is_made_good(late: float, resets: bool) -> None:
     with two("cone", "cone", delay=DELAY, resets=resets) as (a, b):
         a.late["punch-go"] = late
-        for attempts_left in (2, 1, 0):
-            try:
-                stream, seconds = a.call(a.punch)
-                break
-            except PeerUnreachable:
-                # Seen once in some forty runs, on a busy machine whose timers were late as well. Nodes try again too.
-                if not attempts_left:
-                    raise
-                for leftover in (*b.punched, *b.accepted):  # dropped unclosed, their sockets would warn
-                    b.call(leftover.aclose)
-                b.punched.clear()
-                b.accepted.clear()
-                time.sleep(5.0)
-        assert stream is not None
-        print(f"late {late}, resets {resets}: {seconds * 1e3:.0f} ms")
-        check(a, b, stream)
+        print(f"late {late}, resets {resets}: {meet(a, b) * 1e3:.0f} ms")
 
 
 @pytest.mark.parametrize("first", ["offerer", "answerer"])
