@@ -16,7 +16,7 @@ from ..dht.kademlia.node import Dht
 from ..transport import deadlines
 from ..transport.address import Address
 from ..transport.endpoint import Endpoint
-from ..transport.errors import ConfigError, RemoteError
+from ..transport.errors import ConfigError
 from ..transport.identity import PeerId
 from . import defaults
 from .chain import Chain
@@ -136,7 +136,7 @@ class Run:
                 await self.host.run_blocking(self.store.save_spec, self.signed)
                 self.owned = await self.host.run_blocking(self.store.load_own)
                 await self.nursery.start(self.standings.run, self.host, self.store)
-                self.nursery.start_soon(self._announce)
+                self.nursery.start_soon(self.dht.announce, self.run_id, defaults.SCOUT_EVERY)
                 self.nursery.start_soon(self.blobs.run)
                 self.nursery.start_soon(self.membership.scout)
                 task_status.started()
@@ -188,15 +188,6 @@ class Run:
         """Tell the others that we go, so that nobody waits for us. Bounded; failures do not matter."""
         with trio.move_on_after(deadlines.goodbye()):
             await self.membership.leave()
-
-    async def _announce(self) -> None:
-        while True:
-            try:
-                await self.dht.provide(self.run_id)
-                return
-            except RemoteError as error:
-                log.debug("the run could not be announced: %s", error)
-            await trio.sleep(defaults.SCOUT_EVERY)
 
     # -- what the strategy's objects call ------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -25,6 +26,8 @@ from .table import RoutingTable
 from .tracing import Query, trace
 from .values import Values
 from .walk import Walker
+
+log = logging.getLogger(__name__)
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -152,6 +155,16 @@ class Dht:
     async def provide(self, topic: bytes, *, ttl: float | None = None) -> int:
         """See :meth:`.values.Values.provide`."""
         return await self.values.provide(topic, ttl=ttl)
+
+    async def announce(self, topic: bytes, pause: float) -> None:
+        """:meth:`provide`, every ``pause`` seconds until it worked."""
+        while True:
+            try:
+                await self.provide(topic)
+                return
+            except RemoteError as error:
+                log.debug("%s could not be announced: %s", topic.hex()[:8], error)
+            await trio.sleep(pause)
 
     async def unprovide(self, topic: bytes) -> None:
         """See :meth:`.values.Values.unprovide`."""

@@ -45,6 +45,9 @@ def pack_tensor(tensor: Tensor, codec: str = "fp32") -> tuple[Shape, memoryview]
     if codec == "fp32" or name != "float32" or not plain.numel():
         data = bytes_of(plain)
         return Shape(tuple(plain.shape), name, "", len(data)), data
+    if not bool(torch.isfinite(plain).all()):
+        # No codec takes these: whoever gets them sees the same as we do.
+        return pack_tensor(plain)
     coder = resolve(codec)
     out = bytearray(coder.wire_size(plain.numel()))
     coder.encode(plain.reshape(-1), out)

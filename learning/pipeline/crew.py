@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from typing import Any
 
 import attrs
 import trio
@@ -18,7 +19,8 @@ from ...transport.rpc import Call
 from ..rounds.presence import Presence
 from ..spec import SignedSpec
 from . import defaults
-from .messages import BEAT, CREW, AskCrew, Beat, CrewInfo
+from .messages import BEAT, CREW, PART, AskCrew, AskPart, Beat, CrewInfo, PartInfo
+from .parts import newest, part_fault
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,12 @@ class Crew:
         self.stages = self.spec.pipeline.stages
         self.bootstrap = bootstrap
         #: What we say of ourselves.
-        self.own = Beat(self.run_id, "spare", 0, b"", 0, 0, 0, 0, 0, 0)
+        self.own = Beat(self.run_id, "spare", 0, b"", 0, 0, 0, 0, 0)
+        #: Specs of stages' runs that are what they claim to be, by id.
+        self.parts: dict[bytes, SignedSpec] = {}
+        self._proven: dict[bytes, tuple[int, int]] = {}
+        self._asked: dict[tuple[PeerId, bytes], float] = {}
+        self._nursery: trio.Nursery | None = None
         self.beats: dict[PeerId, Beat] = {}
         self._heard: dict[PeerId, float] = {}
         self._told: dict[PeerId, Beat] = {}
@@ -43,22 +50,24 @@ class Crew:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Tell and listen, until cancelled."""
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             self.presence = Presence(self.endpoint, nursery)
             self.presence.on_change = lambda peer, why: self._changed()
             self.presence.on_link = lambda peer: self._tell_soon()
             self.endpoint.serve_at_once(BEAT, self._on_beat)
             self.endpoint.serve_at_once(CREW, self._on_crew)
+            self.endpoint.serve_at_once(PART, self._on_part)
             nursery.start_soon(self._speak, nursery)
             nursery.start_soon(self._scout)
-            nursery.start_soon(self._announce)
+            nursery.start_soon(self.dht.announce, self.run_id, defaults.SCOUT_EVERY)
             task_status.started()
             await trio.sleep_forever()
 
     # -- what we say --------------------------------------------------------------------------------------------------
 
-    def say(self, **changes: object) -> None:
+    def say(self, **changes: Any) -> None:
         """Change what we say of ourselves, and say it at once."""
-        self.own = attrs.evolve(self.own, **changes)  # type: ignore[arg-type]
+        self.own = attrs.evolve(self.own, **changes)
         self._tell_soon()
         self._changed()
 
@@ -71,6 +80,7 @@ class Crew:
 
     async def _speak(self, nursery: trio.Nursery) -> None:
         while True:
+            self._forget()
             for peer in list(self.beats):
                 nursery.start_soon(self._tell, peer)
             self._wake = trio.Event()
@@ -109,6 +119,65 @@ class Crew:
             self._tell_soon()
         if known != beat:
             self._changed()
+        if beat.part and beat.part not in self._proven:
+            self._prove_soon(peer, beat)
+
+    def _forget(self) -> None:
+        """Who is gone for long leaves its place to others."""
+        now = self.host.now()
+        gone = [peer for peer in self.beats if now - self._heard[peer] > defaults.FORGET]
+        for peer in gone:
+            if not (
+                self.beats[peer].state == "finished" and self.beats[peer].stage == 0
+            ):  # which says that all is over
+                del self.beats[peer], self._heard[peer]
+        if gone:
+            assert self.presence is not None
+            self.presence.watch(self.beats)
+
+    # -- whose word counts --------------------------------------------------------------------------------------------
+
+    def prove(self, signed: SignedSpec, stage: int, generation: int) -> str | None:
+        """Believe that ``signed`` is the run of ``stage``, unless something is wrong with it, which is returned.
+
+        A generation counts only when it is the next one of those that we know.
+        """
+        known = newest(self._proven, stage)
+        wrong = part_fault(self.run_id, self.spec, signed, stage, generation)
+        if wrong is None and 0 <= known < generation - 1:
+            wrong = f"it is of generation {generation}, and {known} is the newest one known"
+        if wrong is None and len(self._proven) >= defaults.MAX_PARTS:
+            wrong = "too many runs of stages are known already"
+        if wrong is None:
+            self._proven[signed.run_id], self.parts[signed.run_id] = (stage, generation), signed
+            self._changed()
+        return wrong
+
+    def _prove_soon(self, peer: PeerId, beat: Beat) -> None:
+        """Have ``peer`` show that it is in the run that it names; not all the time."""
+        now, asked = self.host.now(), (peer, beat.part)
+        self._asked = {each: at for each, at in self._asked.items() if now - at < defaults.PROVE_AGAIN}
+        if asked not in self._asked and self._nursery is not None and len(self._asked) < 4 * defaults.MAX_CREW:
+            self._asked[asked] = now
+            self._nursery.start_soon(self._prove, peer, beat)
+
+    async def _prove(self, peer: PeerId, beat: Beat) -> None:
+        try:
+            info = await self.endpoint.call(
+                peer, PART, AskPart(self.run_id, beat.part), timeout=deadlines.silence(defaults.BEAT_TIMEOUT, 0)
+            )
+        except RemoteError as error:
+            log.debug("%s does not show its run of stage %d: %s", peer.short, beat.stage, error)
+            return
+        wrong = self.prove(info.spec, beat.stage, beat.generation) if info.spec.run_id == beat.part else "another run"
+        if wrong is not None:
+            log.warning("%s says that it holds stage %d, which is not believed: %s", peer.short, beat.stage, wrong)
+
+    def _on_part(self, call: Call[AskPart]) -> PartInfo:
+        signed = self.parts.get(call.request.part)
+        if call.request.run != self.run_id or signed is None:
+            raise RemoteRefused("unknown-run", "this peer knows no such run of a stage")
+        return PartInfo(signed)
 
     # -- finding others -----------------------------------------------------------------------------------------------
 
@@ -124,15 +193,6 @@ class Crew:
             if contact is not None and self.alive(peer):
                 found.append(contact)
         return tuple(found[: defaults.MAX_CREW])
-
-    async def _announce(self) -> None:
-        while True:
-            try:
-                await self.dht.provide(self.run_id)
-                return
-            except RemoteError as error:
-                log.debug("the run could not be announced: %s", error)
-            await trio.sleep(defaults.SCOUT_EVERY)
 
     async def _scout(self) -> None:
         """Ask those that may know the run who else is there; now and then again."""
@@ -167,8 +227,11 @@ class Crew:
             return
         others = [peer]
         for contact in info.contacts:
-            self.endpoint.learn(contact)
-            others.append(contact.open(self.host.wall()).peer)
+            try:
+                self.endpoint.learn(contact)
+                others.append(contact.open(self.host.wall()).peer)
+            except RemoteError as error:
+                log.debug("%s knows of a peer that is none: %s", peer.short, error)
         async with trio.open_nursery() as nursery:
             for other in others:
                 if other != self.me and other not in self.beats:
@@ -199,7 +262,9 @@ class Crew:
         found = [
             (-beat.generation, beat.part)
             for beat in map(self.beat, self.peers())
-            if beat.stage == stage and beat.state in ("loading", "ready") and beat.part
+            if beat.stage == stage
+            and beat.state in ("loading", "ready")
+            and self._proven.get(beat.part) == (stage, beat.generation)
         ]
         return (-min(found)[0], min(found)[1]) if found else None
 
@@ -233,6 +298,20 @@ class Crew:
                     if self.alive(peer):
                         nursery.start_soon(self._tell, peer)
 
+    def usual_step(self) -> int:
+        """The step that most of those who train are at: the lower median of what they say."""
+        steps = sorted(self.beat(peer).step for stage in range(self.stages) for peer in self.holders(stage))
+        return steps[(len(steps) - 1) // 2] if steps else self.own.step
+
+    def usual_rounds(self) -> int:
+        """Likewise of rounds done."""
+        rounds = sorted(self.beat(peer).rounds for stage in range(self.stages) for peer in self.holders(stage))
+        return rounds[(len(rounds) - 1) // 2] if rounds else self.own.rounds
+
+    def generation(self, stage: int) -> int:
+        """How often ``stage`` was lost, as far as we know."""
+        return newest(self._proven, stage)
+
     def steps(self) -> list[tuple[PeerId, int]]:
         """The feeders, each with the step it was in when it spoke last."""
         return [(peer, self.beat(peer).step) for peer in self.holders(0)]
@@ -243,5 +322,13 @@ class Crew:
         fit = [peer for peer in ready if peer not in avoid] or ready
         if not fit:
             return None
-        weights = [max(1, self.beat(peer).rate) for peer in fit]
-        return self.host.random.choices(fit, weights)[0]
+        return self.host.random.choices(fit, [self.speed(peer, fit) for peer in fit])[0]
+
+    def speed(self, peer: PeerId, among: Collection[PeerId]) -> float:
+        """Samples in a second, of those that hold the same stage, by what ``peer`` says, as far as that is believed."""
+        said = sorted(rate for rate in (self.beat(other).rate for other in among) if rate)
+        if not said:
+            return 1.0
+        usual = said[(len(said) - 1) // 2] / 1000
+        own = self.beat(peer).rate / 1000
+        return min(max(own or usual, usual / defaults.MAX_RATIO), usual * defaults.MAX_RATIO)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...transport.errors import ConfigError
+from ..shard import Shard
 from ..task import Batch, Task, state_tensors, title
 
 
@@ -156,10 +158,10 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
     return [_rebuilt(batch, pieces, index) for index in range(count)]
 
 
-def _walk(batch: Batch, visit: object) -> None:
+def _walk(batch: Batch, visit: Callable[[Tensor], None]) -> None:
     match batch:
         case Tensor():
-            visit(batch)  # type: ignore[operator]
+            visit(batch)
         case dict():
             for value in batch.values():
                 _walk(value, visit)
@@ -207,3 +209,27 @@ def whole_names(task: Task, n: int) -> list[dict[str, str]]:
     if free:
         raise ConfigError(f"task {title(task)}: no stage holds {', '.join(free)}")
     return names
+
+
+class StageTask(Task):
+    """One stage of ``whole`` as a task: its model and optimiser; the data are the whole's."""
+
+    name: ClassVar[str] = "stage"
+
+    def __init__(self, whole: Task, stages: int, stage: int) -> None:
+        self.whole, self.count, self.stage = whole, stages, stage
+
+    def model(self) -> nn.Module:
+        return stages_of(self.whole, self.count)[self.stage]
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return self.whole.optimizer(model)
+
+    def batches(self, shard: Shard) -> Iterator[Batch]:
+        return self.whole.batches(shard)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        raise ConfigError("a stage alone has no loss")
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        raise ConfigError("a stage alone cannot be evaluated")

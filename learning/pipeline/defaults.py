@@ -29,12 +29,22 @@ SCOUT_EVERY = 10.0
 #: Micro-batches of one step of one feeder.
 MAX_MICRO_BATCHES = 256
 
-#: Micro-batches that wait here, of all feeders; one more is refused, and its sender takes another way or waits.
+#: Micro-batches of one sender that wait here; one more is refused, and it takes another way or waits.
 MAX_WAITING = 512
+
+#: Steps that micro-batches and words of their ways may be ahead of us: feeders wait for each other at every step, and
+#: who has just joined goes through the steps that it missed without any.
+MAX_AHEAD = 8
+
+#: Bytes of micro-batches that wait here, or are being read, of all senders; and of one of them.
+MAX_HELD, MAX_HELD_OF_ONE = 2 << 30, 1 << 30
+
+#: Looks through the stages, and answers with a stage's weights, at a time.
+MAX_SERVED = 8
 
 #: Tensors of one micro-batch, their dimensions, elements and bytes.
 MAX_TENSORS, MAX_DIMS = 16, 8
-MAX_ELEMENTS, MAX_BODY = 1 << 28, 1 << 30
+MAX_ELEMENTS, MAX_BODY = 1 << 28, 1 << 28
 
 #: Characters that describe how a batch is nested; levels of nesting.
 MAX_NEST, MAX_DEPTH = 4096, 8
@@ -44,6 +54,9 @@ TURN_FLOOR = 1.0
 
 #: Times the usual time that a micro-batch is away, after which it is sent another way as well.
 TURN_FACTOR = 6.0
+
+#: Seconds for a micro-batch to be taken, beyond what its bytes take.
+PUSH_FLOOR = 3.0
 
 #: Seconds between two attempts to send a micro-batch when no peer takes it.
 RETRY = 0.05
@@ -88,3 +101,21 @@ PRICE_TURNS, PRICE_SLACK = 40, 0.9
 
 #: Bits of the greatest rate where rates are whole numbers; of what costs nothing.
 RATE_BITS, FREE_BITS = 40, 60
+
+#: Seconds after which a peer that is not there any more is forgotten, so that its place is free for others.
+FORGET = 60.0
+
+#: How far measured speeds are believed: times the median, and its part.
+MAX_RATIO = 8.0
+
+#: Change of the speed that a peer says of itself, as a part of it, from which on it says so.
+RATE_CHANGE = 0.25
+
+#: Seconds between two looks whether peers should hold other stages, and that all must have seen the same for.
+REPLAN_EVERY, REPLAN_STEADY = 10.0, 5.0
+
+#: Runs of stages that are remembered: each loss makes one.
+MAX_PARTS = 4096
+
+#: Seconds until a peer is asked again for the spec of a run that it did not show.
+PROVE_AGAIN = 2.0

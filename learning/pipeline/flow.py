@@ -83,7 +83,9 @@ class Flow:
             return "late"
         if load.name in self.loads:
             return "taken"
-        if len(self.loads) >= defaults.MAX_WAITING:
+        # Whoever is ahead of us waits for us; who claims to be far ahead would only fill the place of others.
+        waiting = sum(other.sender == load.sender for other in self.loads.values())
+        if step > self.step + defaults.MAX_AHEAD or waiting >= defaults.MAX_WAITING:
             return "full"
         self._seen[feeder] = max(step, self._seen.get(feeder, 0))
         self.loads[load.name] = load
@@ -91,14 +93,17 @@ class Flow:
             self.schedule.forward(load.name)
         return "taken"
 
-    def returned(self, sender: PeerId, key: Key, token: int, gradient: Tensor, path: tuple[Hop, ...]) -> Load | None:
-        """The gradient of what we sent on under ``token``. None when it is not wanted (any more), or does not fit."""
+    def wants(self, sender: PeerId, key: Key, token: int) -> Load | None:
+        """What waits for a gradient from ``sender`` under this number."""
         for load in self.loads.values():
             if load.key == key and load.attempts.get(token) == sender:
-                break
-        else:
-            return None
-        if load.gradient is not None or load.output is None or load.output.shape != gradient.shape:
+                return load if load.gradient is None and load.output is not None else None
+        return None
+
+    def returned(self, sender: PeerId, key: Key, token: int, gradient: Tensor, path: tuple[Hop, ...]) -> Load | None:
+        """The gradient of what we sent on under ``token``. None when it is not wanted (any more), or does not fit."""
+        load = self.wants(sender, key, token)
+        if load is None or load.output is None or load.output.shape != gradient.shape:
             return None
         if path[:1] != (Hop(sender, token),) or len(path) != len(load.order) - 1 - load.at:
             return None
@@ -111,6 +116,11 @@ class Flow:
         found = self.schedule.next()
         return None if found is None else (found[0], self.loads[found[1]])
 
+    def give_up(self, load: Load) -> None:
+        """It cannot be computed: whoever sent it may try elsewhere."""
+        self.loads.pop(load.name, None)
+        self.schedule.drop(load.name)
+
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def finish(self, feeder: PeerId, message: StepDone) -> None:
@@ -118,6 +128,8 @@ class Flow:
         if message.step < self.step:
             return
         self.done[feeder] = max(message.step, self.done.get(feeder, -1))
+        if message.step > self.step + defaults.MAX_AHEAD:
+            return
         self._won[feeder, message.step] = {each.index: each.path for each in message.won}
 
     def own_done(self) -> StepDone | None:
@@ -140,9 +152,9 @@ class Flow:
             and self._seen.get(peer, 0) <= self.step
         ]
 
-    def ended(self) -> bool:
-        """Whether anybody said that this step is done, or is past it."""
-        return any(step >= self.step for step in self.done.values()) or any(s > self.step for s in self._seen.values())
+    def ended(self, feeders: Collection[PeerId]) -> bool:
+        """Whether one of ``feeders`` said that this step is done, or is past it."""
+        return any(self.done.get(peer, -1) >= self.step or self._seen.get(peer, -1) > self.step for peer in feeders)
 
     def counting(self) -> tuple[list[Load], list[Load]]:
         """Of this step: what counts and is in the sum; and what is in the sum and does not count."""

@@ -56,6 +56,7 @@ class Holding:
         self._crew, self._sizes, self._endpoint = crew, sizes, crew.endpoint
         self.trainer: StageTrainer | None = None
         self.copies: dict[int, Held] = {}
+        self._served = 0
         self._endpoint.serve(STAGE, self._on_ask)
 
     async def _on_ask(self, call: Call[AskStage]) -> StageState:
@@ -64,11 +65,17 @@ class Holding:
             raise RemoteRefused("unknown-run", "this peer takes no part in that run")
         if call.peer not in self._crew.beats:
             raise RemoteRefused("stranger", "say first which stage you hold")
-        held = self.copies.get(ask.stage) if ask.copy else await self.own(ask.stage)
-        if held is None:
-            raise RemoteRefused("not-held", f"stage {ask.stage} is not {'kept' if ask.copy else 'held'} here")
-        await call.write(bytes_view(held.weights))
-        return held.state
+        if self._served >= defaults.MAX_SERVED:
+            raise RemoteRefused("busy", "too many peers load weights from here already")
+        self._served += 1
+        try:
+            held = self.copies.get(ask.stage) if ask.copy else await self.own(ask.stage)
+            if held is None:
+                raise RemoteRefused("not-held", f"stage {ask.stage} is not {'kept' if ask.copy else 'held'} here")
+            await call.write(bytes_view(held.weights))
+            return held.state
+        finally:
+            self._served -= 1
 
     async def own(self, stage: int) -> Held | None:
         """The weights of the stage held here, if it is ``stage``."""

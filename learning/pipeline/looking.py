@@ -31,6 +31,7 @@ class Looker:
 
     def __init__(self, trainer: StageTrainer) -> None:
         self._trainer, self._crew, self._endpoint = trainer, trainer.crew, trainer.endpoint
+        self._served = 0
         self._endpoint.serve(LOOK, self._on_look)
 
     async def evaluate(self) -> dict[str, float]:
@@ -86,8 +87,8 @@ class Looker:
             text = bytearray(size)
             await reply.read_into(memoryview(text))
             told = unpack(Shape, bytes(text))
-            if (wrong := size_fault(told)) is not None:
-                raise DecodeError(wrong, peer=target.short)
+            if (wrong := size_fault(told)) is not None or told.size > defaults.MAX_BODY or told.codec:
+                raise DecodeError(wrong or "an output that is too large, or coded", peer=target.short)
             body = bytearray(told.size)
             await reply.read_into(memoryview(body))
             await reply.result()
@@ -95,11 +96,20 @@ class Looker:
 
     async def _on_look(self, call: Call[Look]) -> Ack:
         look = call.request
-        self._trainer.known(call.peer, look.run)
+        self._trainer.gate.known(call.peer, look.run)
         if len(look.order) != self._crew.stages or look.order[look.at] != self._trainer.stage:
             raise RemoteRefused("other-stage", f"this peer holds stage {self._trainer.stage}")
-        (given,) = await self._trainer.read(call, [look.shape])
-        shape, data = pack_tensor(await self._look(look.order, look.at, given))
+        self._trainer.gate.holds(call.peer, look.order[look.at - 1])
+        if self._served >= defaults.MAX_SERVED:
+            raise RemoteRefused("busy", "this peer looks for too many others already")
+        self._served += 1
+        try:
+            with self._trainer.gate.room(call.peer, [look.shape], self._trainer.flow.loads.values()):
+                (given,) = await self._trainer.gate.read(call, [look.shape])
+                found = await self._look(look.order, look.at, given)
+        finally:
+            self._served -= 1
+        shape, data = pack_tensor(found)
         head = pack(shape)
         await call.write(len(head).to_bytes(_LENGTH, "big") + head)
         await call.write(data)

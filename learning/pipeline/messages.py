@@ -31,8 +31,8 @@ class Beat(Bounded):
 
     ``stage``: of ``state`` loading or ready, else without meaning. ``part``: id of the stage's own run, empty before it
     has one. ``generation``: how often the stage was lost. ``step``: the step of training it is at. ``rounds``: done by
-    the stage. ``rate``: samples it computes in a second, thousandths; ``memory``: bytes it can use, 0: not known;
-    ``bandwidth``: bytes per second, 0: not known. ``plan``: who begins with which stage, of the founder only.
+    the stage. ``rate``: samples that it computes in a second at its stage, thousandths, 0: not known; ``memory``: bytes
+    it can use, 0: not known. ``plan``: who begins with which stage, of the founder only.
     """
 
     run: bytes
@@ -44,7 +44,6 @@ class Beat(Bounded):
     rounds: int
     rate: int
     memory: int
-    bandwidth: int
     plan: tuple[Seat, ...] = ()
 
     def __attrs_post_init__(self) -> None:
@@ -53,8 +52,8 @@ class Beat(Bounded):
             raise ValueError(f"the state {self.state[:32]!r}")
         if len(self.run) != 32 or len(self.part) not in (0, 32) or self.stage >= MAX_STAGES:
             raise ValueError("a beat of no run, or of no stage")
-        if len(self.plan) > defaults.MAX_CREW:
-            raise ValueError(f"a plan with {len(self.plan)} seats")
+        if len(self.plan) > defaults.MAX_CREW or any(seat.stage >= MAX_STAGES for seat in self.plan):
+            raise ValueError(f"a plan with {len(self.plan)} seats, or for more stages than there may be")
 
 
 @attrs.frozen
@@ -74,6 +73,19 @@ class CrewInfo:
     def __attrs_post_init__(self) -> None:
         if len(self.contacts) > defaults.MAX_CREW:
             raise ValueError(f"{len(self.contacts)} contacts")
+
+
+@attrs.frozen
+class AskPart:
+    """The spec of the stage's run ``part``, which the receiver says to be in."""
+
+    run: bytes
+    part: bytes
+
+
+@attrs.frozen
+class PartInfo:
+    spec: SignedSpec
 
 
 @attrs.frozen
@@ -200,7 +212,7 @@ class Look(Bounded):
 
     def __attrs_post_init__(self) -> None:
         Bounded.__attrs_post_init__(self)
-        if not 0 <= self.at < len(self.order) <= MAX_STAGES or sorted(self.order) != list(range(len(self.order))):
+        if not 0 < self.at < len(self.order) <= MAX_STAGES or sorted(self.order) != list(range(len(self.order))):
             raise ValueError("a way through the stages that is none")
 
 
@@ -228,6 +240,7 @@ class StageState(Bounded):
 
 BEAT = Method("stages.beat", Beat, Beat)
 CREW = Method("stages.crew", AskCrew, CrewInfo)
+PART = Method("stages.part", AskPart, PartInfo)
 PUSH = Method("stages.push", Push, Pushed, Priority.BULK)
 PULL = Method("stages.pull", Pull, Ack, Priority.BULK)
 STEP = Method("stages.step", StepDone, Ack)

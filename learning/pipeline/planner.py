@@ -99,6 +99,21 @@ def assign(
     return {able.peer: stage for able, stage in zip(there, seats, strict=True)}, reason + out
 
 
+def place(newcomer: Able, peers: Iterable[Able], costs: Sequence[StageCost], held: Mapping[bytes, int]) -> int | None:
+    """The stage at which ``newcomer`` helps most while all others stay where they are; None: it can hold none.
+
+    Most: as :func:`assign` compares plans. ``peers``: the others, each with a stage in ``held``.
+    """
+    able = [newcomer, *sorted(peers, key=lambda each: each.peer)]
+    rates, _ = _table(able, costs, held)
+    total = [0] * len(costs)
+    for each, row in zip(able[1:], rates[1:], strict=True):
+        total[held[each.peer]] += row[held[each.peer]]
+    options = [stage for stage, rate in enumerate(rates[0]) if rate]
+    after = {stage: sorted(t + rates[0][s] * (s == stage) for s, t in enumerate(total)) for stage in options}
+    return max(options, key=lambda stage: (after[stage], -stage), default=None)
+
+
 def rescuer(holders: Mapping[int, Collection[bytes]], spares: Collection[bytes], lost: int) -> tuple[bytes | None, str]:
     """Who takes over stage ``lost``, which nobody holds, and why: a spare, or a replica of the stage that has most.
 

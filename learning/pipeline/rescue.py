@@ -42,7 +42,7 @@ async def rescue(
     alike = [other for other in (stage - 1, stage + 1) if 0 <= other < len(layouts) and _alike(layouts[other], layout)]
     near = [other for other in (stage - 1, stage + 1) if 0 <= other < len(layouts)]
     dead = [other for other in near if not crew.holders(other)]
-    rounds = max((crew.beat(peer).rounds for peer in crew.peers()), default=0)
+    rounds = crew.usual_rounds()
     mimic = swaps(stage, len(layouts)) if swap else None
     if mimic is not None and mimic in alike and (held := await holding.fetch_any(mimic)) is not None:
         return Rescued(held.weights.clone(), rounds, f"a copy of stage {mimic}, which takes its place now and then")

@@ -42,8 +42,8 @@ class Schedule:
 
     def backward(self, key: bytes) -> None:
         """The gradient of ``key``'s output is here. Ignored for what was not computed forward."""
-        here = key in self._flying and not self._given_up(key)
-        if here and key not in self._backwards and self._running != (Kind.BACKWARD, key):
+        runs = self._running is not None and self._running[1] == key
+        if key in self._flying and key not in self._backwards and not runs:
             self._backwards.append(key)
 
     def _given_up(self, key: bytes) -> bool:
@@ -93,3 +93,17 @@ class Schedule:
         if self._forwards:
             return f"{len(self._flying)} micro-batches are further on, {len(self._forwards)} wait for them"
         return f"{len(self._flying)} micro-batches are further on" if self._flying else "no micro-batch is here"
+
+
+def way(stages: int, index: int, swap: bool) -> tuple[int, ...]:
+    """The stages that micro-batch ``index`` of a feeder passes, in order.
+
+    With ``swap`` every second one passes the outer inner stages swapped (CheckFree+), so that each learns its
+    neighbour's work.
+    """
+    order, last = list(range(stages)), stages - 2
+    if swap and index % 2 and last >= 2:
+        order[1], order[2] = order[2], order[1]
+        if last > 3:
+            order[last], order[last - 1] = order[last - 1], order[last]
+    return tuple(order)

@@ -9,6 +9,7 @@ run, with weights made of what others have (:mod:`.rescue`).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
@@ -26,14 +27,14 @@ from ..spec import SignedSpec, StageOf
 from ..state import Layout, flatten_model, unflatten
 from ..store import RunStore
 from ..strategies import resolve as resolve_strategy
-from ..sync import HEAD, AskHead, state_digest
+from ..sync import state_digest
 from ..task import Signature, Task, compare_signatures, signature
 from . import defaults
 from .crew import Crew
 from .cutting import stages_of, whole_names
 from .holding import Holding
 from .messages import Seat
-from .planner import Able, StageCost, assign, rescuer
+from .planner import Able, StageCost, assign, place, rescuer
 from .rescue import rescue
 from .trainer import StageTrainer
 
@@ -49,7 +50,7 @@ class MakeRun(Protocol):
 
 
 @attrs.frozen
-class Post:
+class Berth:
     """The stage that is taken: ``signed``: its run. ``origin``: what it begins with, when it is founded so."""
 
     stage: int
@@ -105,6 +106,9 @@ class Staged:
         #: Stages that somebody was seen to hold.
         self._seen: dict[int, None] = {}
         self._begun = False
+        #: Where a new plan wants us; and that we have left our first seat.
+        self._next: int | None = None
+        self._moved = False
 
     async def run(self) -> None:
         """Take part until the run is over. Raises :class:`ConfigError` for a task that cannot be cut so."""
@@ -119,10 +123,10 @@ class Staged:
         self._fresh = fresh
         self.crew.say(memory=self._memory)
         while not self.crew.over():
-            post = await self._choose()
-            if post is None:
+            berth = await self._choose()
+            if berth is None:
                 break
-            await self._hold(post)
+            await self._hold(berth)
         self.reason = "the run is over"
         if self._wants_whole:
             try:
@@ -164,21 +168,21 @@ class Staged:
 
     # -- which stage --------------------------------------------------------------------------------------------------
 
-    async def _choose(self) -> Post | None:
+    async def _choose(self) -> Berth | None:
         """The stage to take; waits until there is one. None when the run is over."""
         resumed = await self._resume()
         if resumed is not None:
             return resumed
         while not self.crew.over():
-            post = await self._seat()
-            if post is not None:
-                return post
+            berth = await self._seat()
+            if berth is not None:
+                return berth
             changed = self.crew.changed
             with trio.move_on_after(defaults.LOOK_EVERY):
                 await changed.wait()
         return None
 
-    async def _seat(self) -> Post | None:
+    async def _seat(self) -> Berth | None:
         held = [bool(self.crew.holders(stage)) for stage in range(self.cut.stages)]
         self._begun = self._begun or any(held)
         plan = self._plan()
@@ -197,15 +201,19 @@ class Staged:
             if mine is None or not held[mine]:
                 self.reason = "waiting for stages to be taken"
                 return None
-        stage = mine if mine is not None and held[mine] else self._best()
-        return None if stage is None else await self._join(stage)
+        wanted, self._next = self._next, None
+        if wanted is not None and held[wanted]:
+            stage: int | None = wanted
+        else:
+            stage = mine if mine is not None and held[mine] and not self._moved else self._best()
+        return None if stage is None else self._join(stage)
 
     def _plan(self) -> tuple[Seat, ...]:
         """Who begins with which stage: the founder says so once enough peers are there."""
         founder = self.spec.founder
         if founder != self.me:
             beat = self.crew.beats.get(founder)
-            return () if beat is None else beat.plan
+            return () if beat is None else tuple(seat for seat in beat.plan if seat.stage < self.cut.stages)
         if self.crew.own.plan or self._begun:
             return self.crew.own.plan
         peers, wanted = self.crew.peers(), max(self.spec.min_peers, self.cut.stages)
@@ -222,23 +230,50 @@ class Staged:
         return plan
 
     def _able(self, peer: PeerId) -> Able:
+        """A peer as it says, as far as that is believed: its speed is that at its stage, seen from the others there."""
         beat = self.crew.beat(peer)
-        return Able(peer, max(1, beat.rate) / 1000, beat.memory or 1 << 50, beat.bandwidth or 1e12)
+        speed = 1.0
+        if beat.state == "ready":
+            among = [other for other in self.crew.peers() if self.crew.beat(other).state == "ready"]
+            said = {other: self._work(other) for other in among if self._work(other)}
+            usual = sorted(said.values())[(len(said) - 1) // 2] if said else 1.0
+            speed = min(max(said.get(peer, usual) / usual, 1 / defaults.MAX_RATIO), defaults.MAX_RATIO)
+        return Able(peer, speed, beat.memory or math.inf, math.inf)
+
+    def _work(self, peer: PeerId) -> float:
+        """What a peer does in a second: samples of its stage, times the stage's parameters; 0: not known."""
+        beat = self.crew.beat(peer)
+        return beat.rate * float(self.layouts[beat.stage].size)
 
     def _costs(self) -> list[StageCost]:
-        # Work and memory follow the parameters: weights, gradients, two moments.
+        # Work and memory follow the parameters: weights, gradients, two moments. What lines can carry is not measured.
         return [StageCost(max(1.0, float(layout.size)), 16.0 * layout.size, 0.0) for layout in self.layouts]
+
+    def _held(self) -> dict[bytes, int]:
+        """Everybody's stage but ours."""
+        beats = {bytes(peer): self.crew.beat(peer) for peer in self.crew.peers() if peer != self.me}
+        return {peer: beat.stage for peer, beat in beats.items() if beat.state in ("loading", "ready")}
 
     def _best(self) -> int | None:
         """Where a peer that comes later is of most use."""
-        held = {
-            bytes(peer): self.crew.beat(peer).stage
-            for peer in self.crew.peers()
-            if peer != self.me and self.crew.beat(peer).state in ("loading", "ready")
-        }
-        able = [self._able(PeerId(peer)) for peer in (*held, self.me)]
-        seats, self.reason = assign(able, self._costs(), held=held)
-        return seats.get(bytes(self.me))
+        held = self._held()
+        found = place(self._able(self.me), [self._able(PeerId(peer)) for peer in held], self._costs(), held)
+        if found is None:
+            self.reason = "no stage fits into the memory of this peer"
+        return found
+
+    def _elsewhere(self, stage: int) -> int | None:
+        """Where we should go from ``stage``: by the plan that all make of what they see. One peer moves at a time, and
+        never the last holder of a stage."""
+        if len(self.crew.holders(stage)) < 2 or any(self.crew.beat(p).state == "loading" for p in self.crew.peers()):
+            return None
+        held = {**self._held(), bytes(self.me): stage}
+        seats, reason = assign([self._able(PeerId(peer)) for peer in held], self._costs(), held=held)
+        movers = sorted(peer for peer, at in seats.items() if at != held[peer])
+        if not movers or movers[0] != self.me:
+            return None
+        self._tell(f"this peer goes from stage {stage} to stage {seats[movers[0]]}: {reason}")
+        return seats[movers[0]]
 
     # -- lost stages --------------------------------------------------------------------------------------------------
 
@@ -263,20 +298,29 @@ class Staged:
         found, self.reason = rescuer(holders, spares, lost)
         return None if found is None else PeerId(found)
 
-    async def _watch(self, post: Post, run: Run, scope: trio.CancelScope) -> None:
-        """While a stage is held: leave it for one that is lost, or when another run of it won, or the run is over."""
+    async def _watch(self, berth: Berth, run: Run, scope: trio.CancelScope) -> None:
+        """While a stage is held: leave it for one that is lost or needs us more, when another run of it won, or when
+        the run is over."""
+        steady, look = self._view(), self.host.now() + defaults.REPLAN_EVERY
         while True:
             lost = self._lost()
             if any(self._rescuer(stage) == self.me for stage in lost):
-                if lost != [post.stage]:
-                    self._tell(f"stage {lost[0]} is lost: this peer leaves stage {post.stage} for it")
+                if lost != [berth.stage]:
+                    self._tell(f"stage {lost[0]} is lost: this peer leaves stage {berth.stage} for it")
                 break
-            part = self.crew.part(post.stage)
-            if part is not None and part[1] != post.signed.run_id and self.crew.own.part == post.signed.run_id:
-                self._tell(f"stage {post.stage} was taken over by others meanwhile: its run is joined anew")
+            part = self.crew.part(berth.stage)
+            if part is not None and part[1] != berth.signed.run_id and self.crew.own.part == berth.signed.run_id:
+                self._tell(f"stage {berth.stage} was taken over by others meanwhile: its run is joined anew")
                 break
-            if self.crew.over() and post.stage != 0:
+            if self.crew.over() and berth.stage != 0:
                 break
+            if self._view() != steady:
+                steady, look = self._view(), max(look, self.host.now() + defaults.REPLAN_STEADY)
+            elif self.host.now() >= look:
+                look = self.host.now() + defaults.REPLAN_EVERY
+                if self.crew.own.state == "ready" and (there := self._elsewhere(berth.stage)) is not None:
+                    self._next, self._moved = there, True
+                    break
             changed = self.crew.changed
             with trio.move_on_after(defaults.LOOK_EVERY):
                 await changed.wait()
@@ -284,8 +328,13 @@ class Staged:
         await run.leave()
         scope.cancel()
 
-    async def _rescue(self, stage: int) -> Post:
-        generation = 1 + max((b.generation for b in self.crew.beats.values() if b.stage == stage), default=0)
+    def _view(self) -> tuple[tuple[PeerId, str, int], ...]:
+        """Who holds what."""
+        beats = [(peer, self.crew.beat(peer)) for peer in self.crew.peers()]
+        return tuple((peer, beat.state, beat.stage) for peer, beat in beats)
+
+    async def _rescue(self, stage: int) -> Berth:
+        generation = 1 + max(0, self.crew.generation(stage))
         found = await rescue(
             self.crew, self.holding, stage, self.layouts, self._fresh[stage],
             swap=self.cut.swap, exponent=defaults.NORM_EXPONENT,
@@ -293,14 +342,14 @@ class Staged:
         self._tell(f"stage {stage} was lost and goes on here: {found.how}")
         return self._found(stage, generation, {"weights": found.weights}, found.rounds, found.how)
 
-    # -- posts --------------------------------------------------------------------------------------------------------
+    # -- berths ------------------------------------------------------------------------------------------------------
 
     def _found(
         self, stage: int, generation: int, origin: dict[str, Tensor] | None = None, rounds: int = 0, how: str = ""
-    ) -> Post:
+    ) -> Berth:
         whole, left = self.spec, max(1, self.spec.rounds - rounds)
         rate = 1.0 if generation == 0 else defaults.RECOVERED_RATE
-        step = 0 if generation == 0 else max(self.crew.beat(peer).step for peer in self.crew.peers())
+        step = 0 if generation == 0 else self.crew.usual_step()
         origin = origin or {"weights": self._fresh[stage]}
         spec = attrs.evolve(
             whole,
@@ -312,30 +361,16 @@ class Staged:
             origin=state_digest(0, origin),
             part=StageOf(self.crew.run_id, stage, generation, rate, step),
         )
-        return Post(stage, SignedSpec.sign(self.endpoint.identity, spec), origin, how)
+        return Berth(stage, SignedSpec.sign(self.endpoint.identity, spec), origin, how)
 
-    async def _join(self, stage: int) -> Post | None:
+    def _join(self, stage: int) -> Berth | None:
+        """The run of ``stage`` that others are in; None when nobody has shown it."""
         part = self.crew.part(stage)
-        if part is None:
-            return None
-        for peer in self.crew.holders(stage):
-            if peer == self.me:
-                continue
-            try:
-                info = await self.endpoint.call(peer, HEAD, AskHead(part[1]), timeout=defaults.BEAT_TIMEOUT)
-                spec = info.spec.open()
-            except RemoteError as error:
-                log.debug("stage %d: %s", stage, error)
-                continue
-            of = spec.part
-            if info.spec.run_id == part[1] and of is not None and (of.whole, of.stage) == (self.crew.run_id, stage):
-                return Post(stage, info.spec)
-        return None
+        return None if part is None else Berth(stage, self.crew.parts[part[1]])
 
-    async def _resume(self) -> Post | None:
+    async def _resume(self) -> Berth | None:
         """After a restart: the stage that was held here, where nobody has taken it over."""
-        store, self._resumed = self._stored("held"), True
-        signed = await self.host.run_blocking(store.load_spec)
+        signed = await self.host.run_blocking(self._stored("held").load_spec)
         if signed is None or self._begun:
             return None
         of = signed.open().part
@@ -346,37 +381,40 @@ class Staged:
                 await self.crew.changed.wait()
         part = self.crew.part(of.stage)
         self._begun = True
-        return Post(of.stage, signed) if part is None or part == (of.generation, signed.run_id) else None
+        return Berth(of.stage, signed) if part is None or part == (of.generation, signed.run_id) else None
 
     # -- holding a stage ----------------------------------------------------------------------------------------------
 
-    async def _hold(self, post: Post) -> None:
-        spec = post.signed.open()
+    async def _hold(self, berth: Berth) -> None:
+        spec = berth.signed.open()
         assert spec.part is not None
-        self.crew.say(state="loading", stage=post.stage, part=post.signed.run_id, generation=spec.part.generation)
-        await self.host.run_blocking(self._stored("held").save_spec, post.signed)
+        wrong = self.crew.prove(berth.signed, berth.stage, spec.part.generation)
+        if wrong is not None:
+            raise ConfigError(f"the run of stage {berth.stage} that is kept here cannot be gone on with: {wrong}")
+        self.crew.say(state="loading", stage=berth.stage, part=berth.signed.run_id, generation=spec.part.generation)
+        await self.host.run_blocking(self._stored("held").save_spec, berth.signed)
         shard = Shard(self.spec.seed, self.me.key, 0, 0, 1)
         trainer = await self.host.run_blocking(
             StageTrainer, self.crew, self.task, spec.part, shard, self._steps_of_round, self._device
         )
-        await trainer.load(self._fresh[post.stage] if post.origin is None else post.origin["weights"])
-        if post.origin is not None:
+        await trainer.load(self._fresh[berth.stage] if berth.origin is None else berth.origin["weights"])
+        if berth.origin is not None:
             self.holding.trainer = trainer
             self.crew.say(state="ready", step=trainer.flow.step)
-        store = self._stored(f"{post.stage}-{post.signed.run_id.hex()[:12]}")
-        run = self._make(post.signed, trainer, store, post.origin)
-        self.reason = f"stage {post.stage} of {self.cut.stages}" + (f": {post.how}" if post.how else "")
-        if post.how:
-            run.emit("run", "recovered", detail=f"stage {post.stage}: {post.how}")
+        store = self._stored(f"{berth.stage}-{berth.signed.run_id.hex()[:12]}")
+        run = self._make(berth.signed, trainer, store, berth.origin)
+        self.reason = f"stage {berth.stage} of {self.cut.stages}" + (f": {berth.how}" if berth.how else "")
+        if berth.how:
+            run.emit("run", "recovered", detail=f"stage {berth.stage}: {berth.how}")
         try:
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._watch, post, run, scope)
+                    nursery.start_soon(self._watch, berth, run, scope)
                     nursery.start_soon(self._report, run, trainer)
                     await self._conduct(run)
                     nursery.cancel_scope.cancel()
         finally:
-            if (run.finished.is_set() and post.stage == 0) or self.crew.over():
+            if (run.finished.is_set() and berth.stage == 0) or self.crew.over():
                 # Others may still fetch the stage: it goes with the last word.
                 self.crew.say(state="finished")
             else:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import torch
 import trio
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...transport import deadlines
-from ...transport.errors import ConfigError, DecodeError, RemoteError, RemoteRefused
+from ...transport.errors import ConfigError, RemoteError, RemoteRefused
 from ...transport.identity import PeerId
 from ...transport.rpc import Call
-from .. import exact
 from ..directions import Direction
 from ..rounds.methods import Ack
 from ..shard import Shard
@@ -23,38 +23,17 @@ from ..spec import StageOf
 from ..task import Batch, Task
 from ..worker import Part, TrainResult, Worker
 from . import defaults
-from .cargo import pack_batch, pack_tensor, size_fault, unpack_batch, unpack_tensor
+from .cargo import pack_batch, pack_tensor, unpack_batch
 from .crew import Crew
-from .cutting import input_of, loss_of, split_batch, stages_of
+from .cutting import StageTask, input_of, loss_of, split_batch
 from .flow import Flow, Load
+from .gate import Gate
 from .looking import Looker
-from .messages import PULL, PUSH, STEP, Hop, Key, Pull, Push, Pushed, Shape, StepDone
+from .messages import PULL, PUSH, STEP, Hop, Key, Pull, Push, Pushed, StepDone
 from .recovery import RateScale, gradient_norm
-from .schedule import Kind
+from .schedule import Kind, way
 
-
-class StageTask(Task):
-    """One stage of ``whole`` as a task: its model and optimiser; the data are the whole's."""
-
-    name: ClassVar[str] = "stage"
-
-    def __init__(self, whole: Task, stages: int, stage: int) -> None:
-        self.whole, self.count, self.stage = whole, stages, stage
-
-    def model(self) -> nn.Module:
-        return stages_of(self.whole, self.count)[self.stage]
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return self.whole.optimizer(model)
-
-    def batches(self, shard: Shard) -> Iterator[Batch]:
-        return self.whole.batches(shard)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        raise ConfigError("a stage alone has no loss")
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        raise ConfigError("a stage alone cannot be evaluated")
+log = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
@@ -76,6 +55,7 @@ class StageTrainer(Worker):
         self.crew, self.whole, self.cut, self.stage, self._rate = crew, task, cut, stage, of.rate
         #: Which steps belong to a round: those of round r are ``first + (r - 1) · steps …``, on all replicas.
         self._first, self._steps_of_round = of.step, steps
+        self._end: int | None = None
         self.endpoint, self.run_id = crew.endpoint, crew.run_id
         self.flow = Flow(crew.me, stage, cut.stages, of.step)
         #: L2 norm of the last step's gradient, as CheckFree weighs stages by it.
@@ -83,8 +63,14 @@ class StageTrainer(Worker):
         self._tokens = crew.host.random.getrandbits(40)
         self._wake = trio.Event()
         self._backs: dict[bytes, trio.Event] = {}
-        #: Seconds that a micro-batch is away, smoothed.
+        #: Seconds that a micro-batch is away, smoothed; and samples computed in a second of computing.
         self._turn: float | None = None
+        self._speed: float | None = None
+        self.gate = Gate(crew, cut.codec)
+        #: Micro-batches that others sent and that could not be computed.
+        self.refused = 0
+        #: One of them may have left something in the sum of gradients.
+        self._spoilt = False
         self._ended_at = math.inf
         self.endpoint.serve(PUSH, self._on_push)
         self.endpoint.serve(PULL, self._on_pull)
@@ -99,7 +85,8 @@ class StageTrainer(Worker):
         the same ones, also who comes later or does it anew."""
         super().set_shard(shard)
         if shard.round:
-            self.flow.go_to(self._first + (shard.round - 1) * self._steps_of_round)
+            self._end = self._first + shard.round * self._steps_of_round
+            self.flow.go_to(self._end - self._steps_of_round)
 
     # -- what a run calls ---------------------------------------------------------------------------------------------
 
@@ -115,11 +102,11 @@ class StageTrainer(Worker):
         descent = self._descent(rate, drift)
         start, taken, samples, loss = self._host.now(), 0, 0, 0.0
         while (steps is None or taken < steps) and (seconds is None or self._host.now() - start < seconds):
-            if self.crew.over():
+            if self.crew.over() or (steps is not None and self._past()):
                 break
             count, total = await self._step()
-            if count:
-                await self._compute(0.0, self._descend, descent, count)
+            if count and not await self._compute(0.0, self._descend, descent, count):
+                total = math.nan  # says why this peer gives nothing
             taken, samples, loss = taken + 1, samples + count, loss + total
         return TrainResult(taken, samples, loss / samples if samples else math.nan, self._host.now() - start)
 
@@ -128,13 +115,14 @@ class StageTrainer(Worker):
         start = self._host.now()
         count, total = await self._step()
 
-        def work() -> Tensor:
-            self._divide(count)
+        def work() -> tuple[Tensor, bool]:
+            sound = self._divide(count)
             gradient = self._flat_gradient()
             self.optimizer.zero_grad(set_to_none=True)
-            return gradient
+            return gradient, sound
 
-        gradient = await self._compute(0.0, work)
+        gradient, sound = await self._compute(0.0, work)
+        total = total if sound else math.nan
         return gradient, TrainResult(1, count, total / count if count else math.nan, self._host.now() - start)
 
     async def probe(
@@ -176,37 +164,40 @@ class StageTrainer(Worker):
             batch = await self._compute(0.0, self._draw)
         while True:
             self.flow.restart()
+            self._spoilt = False
             self.optimizer.zero_grad(set_to_none=True)
             self._say_step()
             try:
                 await self._flow_through(batch)
             except Interrupted:
+                if self._past():
+                    # Too late for this round: a step of the next one belongs to that.
+                    return 0, 0.0
                 continue
             right, wrong = self.flow.counting()
-            if wrong:
+            if wrong or self._spoilt:
                 await self._compute(0.0, self._again, right)
             samples, loss = sum(load.samples for load in right), sum(load.loss for load in right)
             self.flow.close()
             self._ended_at = math.inf
             return samples, loss
 
+    def _past(self) -> bool:
+        """Whether the others are done with all steps of our round."""
+        return self._end is not None and self.flow.step >= self._end
+
     def _say_step(self) -> None:
-        if (self.crew.own.step, self.crew.own.state) != (self.flow.step, "ready"):
-            self.crew.say(step=self.flow.step, state="ready")
+        own, rate = self.crew.own, self.crew.own.rate
+        speed = round(1000 * self._speed) if self._speed else 0
+        if abs(speed - rate) > defaults.RATE_CHANGE * rate:
+            rate = min(speed, 1 << 62)
+        if (own.step, own.state, own.rate) != (self.flow.step, "ready", rate):
+            self.crew.say(step=self.flow.step, state="ready", rate=rate)
 
     def _draw(self) -> list[tuple[Batch, int]]:
         batch = self._next_batch()
         parts = split_batch(batch, self.cut.micro)
         return [(part, self.whole.batch_size(part)) for part in parts]
-
-    def _order(self, index: int) -> tuple[int, ...]:
-        """The way of a micro-batch: every second one passes the outer inner stages swapped (CheckFree+), if asked."""
-        order, last = list(range(self.cut.stages)), self.cut.stages - 2
-        if self.cut.swap and index % 2 and last >= 2:
-            order[1], order[2] = order[2], order[1]
-            if last > 3:
-                order[last], order[last - 1] = order[last - 1], order[last]
-        return tuple(order)
 
     async def _flow_through(self, batch: list[tuple[Batch, int]]) -> None:
         step, flow, self._backs = self.flow.step, self.flow, {}
@@ -214,7 +205,19 @@ class StageTrainer(Worker):
             given = input_of(self.whole, part)
             key = Key(self.crew.me, step, index)
             tensors, nest = pack_batch(part, given)
-            flow.feed(Load(key, self._token(), None, self._order(index), 0, samples, given, tensors, nest))
+            flow.feed(
+                Load(
+                    key,
+                    self._token(),
+                    None,
+                    way(self.cut.stages, index, self.cut.swap),
+                    0,
+                    samples,
+                    given,
+                    tensors,
+                    nest,
+                )
+            )
         async with trio.open_nursery() as nursery:
             while flow.step == step:
                 work = flow.next()
@@ -237,11 +240,12 @@ class StageTrainer(Worker):
         """Whether the step is done: by the word of all feeders that are there, but for those that keep us too long."""
         if self.crew.over():
             return True
-        if not self.flow.ended():
-            return False
         steps = self.crew.steps()
+        feeders = [peer for peer, _ in steps]
+        if not self.flow.ended(feeders):
+            return False
         now = self._host.now()
-        if not self.flow.awaited([peer for peer, _ in steps], steps):
+        if not self.flow.awaited(feeders, steps):
             return True
         self._ended_at = min(self._ended_at, now)
         return now - self._ended_at > self._patience()
@@ -253,20 +257,41 @@ class StageTrainer(Worker):
     async def _work(self, kind: Kind, load: Load, nursery: trio.Nursery) -> None:
         # A step may be given up meanwhile, and its schedule with it.
         schedule = self.flow.schedule
-        share = self.whole.step_seconds * load.samples / max(1, self.cut.stages * self.cut.micro)
-        if kind is Kind.FORWARD:
-            gradient = await self._compute(share, self._forward, load)
+        share = self.whole.step_seconds / (self.cut.stages * self.cut.micro)
+        began = self._host.now()
+        try:
+            if kind is Kind.FORWARD:
+                gradient = await self._compute(share, self._forward, load)
+            else:
+                gradient = await self._compute(2 * share, self._backward_of, load)
+        except Exception as error:  # boundary: what another peer sent does not go through the model here
+            if load.sender is None:
+                raise
             schedule.done()
+            self._refuse(load, error)
+            return
+        schedule.done()
+        if load.counted:
+            self._measure(load.samples, began)
+        if kind is Kind.FORWARD:
             if load.last:
                 if load.sender is not None:
                     nursery.start_soon(self._send_back, load, gradient)
             else:
                 nursery.start_soon(self._send_on, load)
-        else:
-            gradient = await self._compute(2 * share, self._backward_of, load)
-            schedule.done()
-            if load.sender is not None:
-                nursery.start_soon(self._send_back, load, gradient)
+        elif load.sender is not None:
+            nursery.start_soon(self._send_back, load, gradient)
+
+    def _refuse(self, load: Load, error: Exception) -> None:
+        self.refused += 1
+        self._spoilt = True
+        self.flow.give_up(load)
+        assert load.sender is not None
+        log.warning("a micro-batch of %s cannot be computed and is left out: %r", load.sender.short, error)
+
+    def _measure(self, samples: int, began: float) -> None:
+        speed = samples / max(self._host.now() - began, 1e-9)
+        self._speed = speed if self._speed is None else 0.9 * self._speed + 0.1 * speed
 
     # -- computing (in a worker thread) -------------------------------------------------------------------------------
 
@@ -306,21 +331,29 @@ class StageTrainer(Worker):
                 load.gradient = gradient
                 self._backward_of(load)
 
-    def _divide(self, samples: int) -> None:
+    def _divide(self, samples: int) -> bool:
+        """Make the sum of gradients their mean. False, and nothing is left of it, when it is not finite."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         for gradient in gradients:
             gradient.div_(max(1, samples))
+        norm = gradient_norm(gradients)
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            return False
         if samples:
-            self.norm = gradient_norm(gradients)
+            self.norm = norm
+        return True
 
-    def _descend(self, descent: Any, samples: int) -> None:
-        exact.flush_denormals()
-        self._divide(samples)
+    def _descend(self, descent: Any, samples: int) -> bool:
+        """Take a step, unless the gradient is not finite; whether it was taken."""
+        if not self._divide(samples):
+            return False
         for parameter, drift in descent.drifts:
             if parameter.grad is not None:
                 parameter.grad.add_(drift)
         self._take_step(descent.optimizer)
         descent.optimizer.zero_grad(set_to_none=True)
+        return True
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
@@ -349,8 +382,10 @@ class StageTrainer(Worker):
             )  # fmt: skip
             avoid = dict.fromkeys([target]) if target in avoid else {**avoid, target: None}
             try:
-                # The bytes may be on their way for as long as the line needs; a peer that dies ends the call at once.
-                reply = await self.endpoint.call(target, PUSH, push, body=[data, *(each for _, each in packed)])
+                # A peer that dies ends the call at once.
+                body = [data, *(each for _, each in packed)]
+                patience = deadlines.bulk_phase(defaults.PUSH_FLOOR, sum(map(len, body)), 0.0, None)
+                reply = await self.endpoint.call(target, PUSH, push, body=body, timeout=patience)
             except RemoteError:
                 await trio.sleep(defaults.RETRY)
                 continue
@@ -407,43 +442,12 @@ class StageTrainer(Worker):
 
     # -- what others send ---------------------------------------------------------------------------------------------
 
-    def known(self, peer: PeerId, run: bytes) -> None:
-        if run != self.run_id:
-            raise RemoteRefused("unknown-run", "this peer takes no part in that run")
-        if peer not in self.crew.beats:
-            raise RemoteRefused("stranger", "say first which stage you hold")
-
-    async def read(self, call: Call[Any], shapes: Sequence[Shape]) -> list[Tensor]:
-        for shape in shapes:
-            if (wrong := size_fault(shape)) is not None:
-                raise RemoteRefused("bad_request", wrong)
-        total = sum(shape.size for shape in shapes)
-        if total != call.body_left or total > defaults.MAX_BODY:
-            raise RemoteRefused("bad_request", f"a body of {call.body_left} bytes for tensors of {total}")
-        tensors = []
-        for shape in shapes:
-            data = bytearray(shape.size)
-            await call.read_into(memoryview(data))
-            try:
-                tensors.append(unpack_tensor(shape, data))
-            except DecodeError as error:
-                raise RemoteRefused("bad_request", str(error)) from None
-        return tensors
-
     async def _on_push(self, call: Call[Push]) -> Pushed:
         push = call.request
-        self.known(call.peer, push.run)
-        if len(push.order) != self.cut.stages or push.order[push.at] != self.stage:
-            raise RemoteRefused("other-stage", f"this peer holds stage {self.stage}")
+        self.gate.admit(call.peer, push, self.stage)
         if push.key.step < self.flow.step:
             return Pushed(True, self.flow.step)
-        given, *tensors = await self.read(call, push.shapes)
-        if not given.is_floating_point() or not bool(torch.isfinite(given).all()):
-            raise RemoteRefused("bad_request", "what is to be computed with is not finite")
-        try:
-            unpack_batch(tensors, push.nest)
-        except DecodeError as error:
-            raise RemoteRefused("bad_request", str(error)) from None
+        given, *tensors = await self.gate.micro_batch(call, self.flow.loads.values())
         load = Load(push.key, push.token, call.peer, push.order, push.at, push.samples, given, tensors, push.nest)
         answer = self.flow.arrive(load)
         if answer == "full":
@@ -453,10 +457,13 @@ class StageTrainer(Worker):
 
     async def _on_pull(self, call: Call[Pull]) -> Ack:
         pull = call.request
-        self.known(call.peer, pull.run)
-        (gradient,) = await self.read(call, [pull.shape])
-        if not bool(torch.isfinite(gradient).all()) or not math.isfinite(pull.loss):
-            raise RemoteRefused("bad_request", "a gradient that is not finite")
+        self.gate.known(call.peer, pull.run)
+        wanted = self.flow.wants(call.peer, pull.key, pull.token)
+        if wanted is None or wanted.output is None or tuple(wanted.output.shape) != pull.shape.dims:
+            raise RemoteRefused("not-wanted", "that gradient is not waited for")
+        # As large as what we have sent ourselves, which needs no permission. It need not be finite: a step whose
+        # gradient is not is not taken.
+        (gradient,) = await self.gate.read(call, [pull.shape])
         load = self.flow.returned(call.peer, pull.key, pull.token, gradient, pull.path)
         if load is None:
             raise RemoteRefused("not-wanted", "that gradient is not waited for")
@@ -467,9 +474,8 @@ class StageTrainer(Worker):
         return Ack()
 
     async def _on_step(self, call: Call[StepDone]) -> Ack:
-        self.known(call.peer, call.request.run)
-        if self.crew.beat(call.peer).stage != 0:
-            raise RemoteRefused("other-stage", "only who holds the first stage ends a step")
+        self.gate.known(call.peer, call.request.run)
+        self.gate.holds(call.peer, 0)
         self.flow.finish(call.peer, call.request)
         self._wake.set()
         return Ack()

@@ -203,7 +203,7 @@ def _named(kind: Any) -> Callable[[random.Random], Any]:
 
 def _beat(rng: random.Random) -> Beat:
     seats = tuple(Seat(each.peer_id, rng.randrange(4)) for each in IDENTITIES[: rng.randrange(4)])
-    part, numbers = rng.choice((b"", rng.randbytes(32))), [rng.choice(_INTS) for _ in range(6)]
+    part, numbers = rng.choice((b"", rng.randbytes(32))), [rng.choice(_INTS) for _ in range(5)]
     return Beat(rng.randbytes(32), rng.choice(STATES), rng.randrange(64), part, *numbers, plan=seats)
 
 
@@ -246,7 +246,7 @@ _SPECIAL: dict[Any, Callable[[random.Random], Any]] = {
     Shape: _shape,
     Push: _push,
     Pull: _pull,
-    Look: lambda rng: Look(rng.randbytes(32), _order(rng), rng.randrange(4), _shape(rng)),
+    Look: lambda rng: Look(rng.randbytes(32), _order(rng), rng.randrange(1, 4), _shape(rng)),
     Lie: _lie,
     **{kind: _named(kind) for kind in (Advert, Node, Want, Accused)},
     PeerId: lambda rng: rng.choice(IDENTITIES).peer_id,

@@ -16,6 +16,7 @@ from shoal.learning.pipeline.schedule import Kind
 from shoal.transport.identity import PeerId
 
 ME, FEEDER, OTHER, BEFORE, BESIDE, AFTER = (PeerId(bytes([n]) * 32) for n in range(1, 7))
+FEEDERS = [FEEDER, OTHER]
 ORDER = (0, 1, 2, 3)
 
 
@@ -77,7 +78,7 @@ def test_what_comes_for_a_step_that_is_over_is_late() -> None:
     flow = Flow(ME, 2, 4, step=3)
     assert flow.arrive(load(step=2)) == "late"
     assert not flow.loads
-    assert not flow.ended()
+    assert not flow.ended(FEEDERS)
 
 
 def test_what_comes_for_a_later_step_waits_for_it() -> None:
@@ -94,7 +95,9 @@ def test_more_than_can_wait_is_refused_but_not_what_is_here(monkeypatch: pytest.
     assert [flow.arrive(load(n)) for n in range(3)] == ["taken", "taken", "full"]
     assert flow.arrive(load(1)) == "taken"
     assert flow.arrive(load(2, step=5)) == "full"
-    assert not flow.ended()
+    assert flow.arrive(load(2, sender=OTHER)) == "taken"  # each has a place of its own
+    assert flow.arrive(load(0, step=1 + defaults.MAX_AHEAD, sender=OTHER)) == "full"
+    assert not flow.ended(FEEDERS)
 
 
 def test_two_senders_may_have_the_same_number_for_one_micro_batch() -> None:
@@ -212,9 +215,9 @@ def test_a_step_waits_for_every_feeder_that_is_in_it() -> None:
     at = [(FEEDER, 5), (OTHER, 4)]
     feeders = [FEEDER, OTHER]
     assert flow.awaited(feeders, at) == feeders
-    assert not flow.ended()
+    assert not flow.ended(FEEDERS)
     flow.finish(FEEDER, done(5))
-    assert flow.ended()
+    assert flow.ended(FEEDERS)
     assert flow.awaited(feeders, at) == [OTHER]
     flow.finish(OTHER, done(4))  # of a step that is over
     assert flow.awaited(feeders, at) == [OTHER]
@@ -224,24 +227,24 @@ def test_a_step_waits_for_every_feeder_that_is_in_it() -> None:
 def test_a_feeder_that_brings_the_next_step_is_done_with_this_one() -> None:
     flow = Flow(ME, 2, 4)
     flow.arrive(load(step=1))
-    assert flow.ended()
+    assert flow.ended(FEEDERS)
     assert flow.awaited([FEEDER, OTHER], []) == [OTHER]
     flow.close()
-    assert not flow.ended()
+    assert not flow.ended(FEEDERS)
     assert flow.awaited([FEEDER, OTHER], []) == [FEEDER, OTHER]
 
 
 def test_word_on_a_later_step_is_kept_until_then() -> None:
     flow = Flow(ME, 2, 4)
     flow.finish(FEEDER, done(1, way(1)))
-    assert flow.ended()
+    assert flow.ended(FEEDERS)
     flow.arrive(load(step=1))
     flow.close()
     found = passed(flow)
-    assert flow.ended()
+    assert flow.ended(FEEDERS)
     assert flow.counting() == ([found], [])
     flow.close()
-    assert not flow.ended()
+    assert not flow.ended(FEEDERS)
 
 
 # --- from step to step ------------------------------------------------------------------------------------------------

@@ -69,20 +69,22 @@ def weights_of(world: World, stages: int) -> list[Tensor]:
 
 
 def reference(world: World, tasks: dict[int, Chain], rounds: int, stages: int) -> list[Tensor]:
-    """What one machine makes of the same batches: in each round those of all feeders that were members of it."""
+    """What one machine makes of the same batches: in each round those of all feeders that gave something to it.
+
+    A feeder draws one in every round that it is in, also when it comes too late to give anything.
+    """
     torch.manual_seed(0)
     cut = stages_of(Chain(), stages)
     whole = Whole(cut)
     optimizer = Chain().optimizer(whole)
     feeders = [member for member in world.live() if stage_of(member) == 0]
     reports: dict[int, RoundReport] = {r.round: r for member in feeders for r in member.run.reports}
-    used = dict.fromkeys((member.peer for member in feeders), 0)
     for round in range(1, rounds + 1):
         batches = []
         for member in feeders:
             if member.peer in reports[round].members:
-                batches.append(tasks[member.number].drawn[used[member.peer]])
-                used[member.peer] += 1
+                drawn = tasks[member.number].drawn
+                batches.append(drawn[len(drawn) - rounds + round - 1])
         x, y = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
         optimizer.zero_grad()
         F.mse_loss(whole(x), y).backward()
