@@ -131,8 +131,7 @@ class Chain(Membership):
             await self.run.adopt(vectors, head)
             self.run.emit("run", "restored", detail=f"the state after round {self.round}")
         elif self.me == self.spec.founder:
-            await self.begin_from_origin()
-            self._has_state = True
+            self._has_state = await self.begin_from_origin()
         if self.me == self.spec.founder and self.head.record.kind == "genesis" and self.spec.min_peers > 1:
             await self._enrol()
 

@@ -273,12 +273,15 @@ class Membership(ABC):
         """Voters of the placed round that are loading the state, to be waited for."""
         return ()
 
-    async def begin_from_origin(self) -> None:
+    async def begin_from_origin(self) -> bool:
         """The founder, without a saved state: load what the run begins with, and save it before anything is trained.
 
-        Raises :class:`ConfigError` when it is gone: a fresh model would be another run.
+        False when it is gone and the run is a stage's, which others may hold: a lost stage is founded anew. Otherwise
+        raises :class:`ConfigError`: a fresh model would be another run.
         """
         origin = self.run.origin
+        if origin is None and self.spec.part is not None:
+            return False
         if origin is None and self.spec.origin:
             raise ConfigError(
                 f"this run begins with the state {self.spec.origin.hex()[:16]}, which was not saved at its founding; "
@@ -287,6 +290,7 @@ class Membership(ABC):
         if origin is not None:
             await self.host.run_blocking(self.run.store.save_state, origin, self.head)
             await self.run.adopt(origin, self.head)
+        return True
 
     def tell_of_holder(self, what: str, peer: PeerId, detail: str) -> None:
         """A holder of a state that we load was ``lost``, or is a ``liar``."""

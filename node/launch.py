@@ -262,6 +262,7 @@ def _run(
         keeping=Keeping() if options.checkpoint_every is None else Keeping(options.checkpoint_every, apart=0.0),
         origin=getattr(options, "origin", None),
         whole=options.export is not None,
+        memory=memory_of(device),
     )
     extra = DaemonOptions(task, remembered_hosts(options.host, record), parse_export(options.export), options.leash)
     return run_daemon(lambda: Daemon(RealHost(), identity, data, config, extra, Console()))
@@ -344,3 +345,20 @@ def _check_device(name: str) -> str:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device {name!r} cannot be used here: {reason}") from None
     return name
+
+
+def memory_of(device: str) -> int:
+    """Bytes of memory of a torch ``device``; of the CPU what this machine, or the container that we are in, has. 0: not
+    known."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
+        return 0
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return max(0, found)
+    return min(found, int(limit)) if limit.isdecimal() else max(0, found)

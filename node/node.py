@@ -59,7 +59,8 @@ class NodeConfig:
     ``traversal``: how to get through NATs, None: not at all; ``map_port``: ask the router for a port. ``snapshot``: of
     an earlier life's DHT. ``version``: of this program, for others to see. ``linger``: seconds to stay, at most, for
     others that are not finished yet. ``keeping``: which states stay on disk. ``origin``: a model file that the run to
-    found begins with. ``whole``: at the end, fetch all stages of a model that was cut, for an export.
+    found begins with. ``whole``: at the end, fetch all stages of a model that was cut, for an export. ``memory``:
+    bytes that a stage may take here, 0: not known.
     """
 
     bind: tuple[Address, ...] = ()
@@ -85,6 +86,7 @@ class NodeConfig:
     keeping: Keeping = attrs.field(factory=Keeping)
     origin: Path | None = None
     whole: bool = False
+    memory: int = 0
 
 
 class Node:

@@ -57,6 +57,7 @@ class Stages:
     def __init__(self, node: Node, task: Task) -> None:
         assert node.signed is not None
         self._node, self._task = node, task
+        self._stores: dict[str, RunStore] = {}
         self.crew = Crew(node.endpoint, node.dht, node.signed, node._bootstrap())
         self.staged = Staged(
             node.endpoint,
@@ -66,6 +67,7 @@ class Stages:
             conduct=self._conduct,
             stored=self._stored,
             device=node.config.device,
+            memory=node.config.memory,
             wants_whole=node.config.whole,
             tell=node._on_note,
         )
@@ -89,7 +91,12 @@ class Stages:
         """Lines for ``shoal status``."""
         counts = [len(self.crew.holders(stage)) for stage in range(self.crew.stages)]
         held = ", ".join(f"{stage}: {count or 'nobody'}" for stage, count in enumerate(counts))
-        return ("stage", self.staged.reason), ("stages", f"peers that hold each: {held}")
+        trainer, more = self.staged.trainer, list[tuple[str, str]]()
+        if trainer is not None:
+            more.append(("flow", f"step {trainer.flow.step}: {trainer.flow.schedule.reason}"))
+            if trainer.refused:
+                more.append(("refused", f"{trainer.refused} micro-batches that did not fit"))
+        return ("stage", self.staged.reason), ("stages", f"peers that hold each: {held}"), *more
 
     async def export(self, path: Path) -> str:
         """Write the whole model, as it was when the run ended. Raises :class:`ConfigError` before that."""
@@ -101,8 +108,12 @@ class Stages:
         return f"round {rounds}, all {self.crew.stages} stages"
 
     def _stored(self, name: str) -> RunStore:
-        folder = self._node.config.folder
-        return RunStore(None if folder is None else folder / "stages" / name, self._node.config.keeping.quota)
+        """One for each name: without a folder, it is the only one that knows what it keeps."""
+        if name not in self._stores:
+            folder = self._node.config.folder
+            kept = None if folder is None else folder / "stages" / name
+            self._stores[name] = RunStore(kept, self._node.config.keeping.quota)
+        return self._stores[name]
 
     def _make(
         self, signed: SignedSpec, trainer: StageTrainer, store: RunStore, origin: dict[str, Tensor] | None

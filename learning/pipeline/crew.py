@@ -123,14 +123,17 @@ class Crew:
             self._prove_soon(peer, beat)
 
     def _forget(self) -> None:
-        """Who is gone for long leaves its place to others."""
+        """Who is gone for long leaves its place to others, and so do runs that were taken over long ago."""
         now = self.host.now()
         gone = [peer for peer in self.beats if now - self._heard[peer] > defaults.FORGET]
         for peer in gone:
-            if not (
-                self.beats[peer].state == "finished" and self.beats[peer].stage == 0
-            ):  # which says that all is over
+            beat = self.beats[peer]
+            if beat.state != "finished" or beat.stage != 0:  # which says that all is over
                 del self.beats[peer], self._heard[peer]
+        named = {beat.part for beat in (self.own, *self.beats.values())}
+        for part, (stage, generation) in list(self._proven.items()):
+            if part not in named and generation < newest(self._proven, stage):
+                del self._proven[part], self.parts[part]
         if gone:
             assert self.presence is not None
             self.presence.watch(self.beats)
@@ -140,11 +143,11 @@ class Crew:
     def prove(self, signed: SignedSpec, stage: int, generation: int) -> str | None:
         """Believe that ``signed`` is the run of ``stage``, unless something is wrong with it, which is returned.
 
-        A generation counts only when it is the next one of those that we know.
+        Who was away may have missed generations, but nobody can claim one that leaves no numbers for later ones.
         """
         known = newest(self._proven, stage)
         wrong = part_fault(self.run_id, self.spec, signed, stage, generation)
-        if wrong is None and 0 <= known < generation - 1:
+        if wrong is None and 0 <= known < generation - defaults.MAX_SKIPPED:
             wrong = f"it is of generation {generation}, and {known} is the newest one known"
         if wrong is None and len(self._proven) >= defaults.MAX_PARTS:
             wrong = "too many runs of stages are known already"

@@ -102,6 +102,9 @@ PRICE_TURNS, PRICE_SLACK = 40, 0.9
 #: Bits of the greatest rate where rates are whole numbers; of what costs nothing.
 RATE_BITS, FREE_BITS = 40, 60
 
+#: Generations of a stage that a peer can have missed.
+MAX_SKIPPED = 64
+
 #: Seconds after which a peer that is not there any more is forgotten, so that its place is free for others.
 FORGET = 60.0
 
@@ -113,6 +116,9 @@ RATE_CHANGE = 0.25
 
 #: Seconds between two looks whether peers should hold other stages, and that all must have seen the same for.
 REPLAN_EVERY, REPLAN_STEADY = 10.0, 5.0
+
+#: Who moved before takes twice as long for the next look, so many times.
+MAX_DOUBLINGS = 6
 
 #: Runs of stages that are remembered: each loss makes one.
 MAX_PARTS = 4096

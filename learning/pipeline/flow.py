@@ -42,6 +42,8 @@ class Load:
     gradient: Tensor | None = None
     path: tuple[Hop, ...] = ()
     loss: float = 0.0
+    #: Seconds of computing.
+    spent: float = 0.0
     #: Whether its gradient is in the sum.
     counted: bool = False
 
@@ -201,7 +203,7 @@ class Flow:
             if load.sender is None:
                 continue
             load.leaf = load.output = load.gradient = None
-            load.attempts, load.path, load.counted, load.loss = {}, (), False, 0.0
+            load.attempts, load.path, load.counted, load.loss, load.spent = {}, (), False, 0.0, 0.0
             kept[name] = load
             if load.key.step == self.step:
                 self.schedule.forward(name)

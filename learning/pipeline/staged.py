@@ -95,20 +95,23 @@ class Staged:
         self.spec = crew.spec
         assert self.spec.pipeline is not None
         self.cut = self.spec.pipeline
+        self._all = range(self.cut.stages)
         self._make, self._conduct, self._stored, self._device, self._tell = make, conduct, stored, device, tell
         self._memory, self._wants_whole = memory, wants_whole
         #: The whole model by the task's names, at the end, where it was asked for.
         self.whole: dict[str, Tensor] | None = None
         self._steps_of_round = resolve_strategy(self.spec.strategy, dict(self.spec.strategy_args)).round_steps
         self.reason = "starting"
+        #: Of the stage that is held, or was held last.
+        self.trainer: StageTrainer | None = None
         self._models: list[torch.nn.Module] = []
         self._lost_since: dict[int, float] = {}
         #: Stages that somebody was seen to hold.
         self._seen: dict[int, None] = {}
         self._begun = False
-        #: Where a new plan wants us; and that we have left our first seat.
+        #: Where a new plan wants us; and how often one did.
         self._next: int | None = None
-        self._moved = False
+        self._moves = 0
 
     async def run(self) -> None:
         """Take part until the run is over. Raises :class:`ConfigError` for a task that cannot be cut so."""
@@ -183,7 +186,7 @@ class Staged:
         return None
 
     async def _seat(self) -> Berth | None:
-        held = [bool(self.crew.holders(stage)) for stage in range(self.cut.stages)]
+        held = [bool(self.crew.holders(stage)) for stage in self._all]
         self._begun = self._begun or any(held)
         plan = self._plan()
         mine = next((seat.stage for seat in plan if seat.peer == self.me), None)
@@ -205,7 +208,7 @@ class Staged:
         if wanted is not None and held[wanted]:
             stage: int | None = wanted
         else:
-            stage = mine if mine is not None and held[mine] and not self._moved else self._best()
+            stage = mine if mine is not None and held[mine] and not self._moves else self._best()
         return None if stage is None else self._join(stage)
 
     def _plan(self) -> tuple[Seat, ...]:
@@ -220,7 +223,7 @@ class Staged:
         if len(peers) < wanted:
             self.reason = f"{len(peers)} of {wanted} peers are here"
             return ()
-        seats, reason = assign([self._able(peer) for peer in peers], self._costs())
+        seats, reason = assign([self._able(peer, ()) for peer in peers], self._costs(()))
         if len(set(seats.values())) < self.cut.stages:
             self.reason = reason
             return ()
@@ -229,25 +232,24 @@ class Staged:
         self.crew.say(plan=plan)
         return plan
 
-    def _able(self, peer: PeerId) -> Able:
-        """A peer as it says, as far as that is believed: its speed is that at its stage, seen from the others there."""
-        beat = self.crew.beat(peer)
-        speed = 1.0
-        if beat.state == "ready":
-            among = [other for other in self.crew.peers() if self.crew.beat(other).state == "ready"]
-            said = {other: self._work(other) for other in among if self._work(other)}
-            usual = sorted(said.values())[(len(said) - 1) // 2] if said else 1.0
-            speed = min(max(said.get(peer, usual) / usual, 1 / defaults.MAX_RATIO), defaults.MAX_RATIO)
+    def _usual(self) -> list[float]:
+        """Samples a second of a usual peer at each stage, as measured (the lower median); empty: not yet at all."""
+        rates = [sorted(filter(None, (self.crew.beat(p).rate for p in self.crew.holders(s)))) for s in self._all]
+        return [each[(len(each) - 1) // 2] / 1000 for each in rates] if all(rates) else []
+
+    def _able(self, peer: PeerId, usual: Sequence[float]) -> Able:
+        """A peer as it says, as far as that is believed: its speed is in times that of a usual peer at its stage."""
+        beat, speed = self.crew.beat(peer), 1.0
+        if beat.state == "ready" and beat.rate and usual:
+            ratio = beat.rate / 1000 / usual[beat.stage]
+            speed = min(max(ratio, 1 / defaults.MAX_RATIO), defaults.MAX_RATIO)
         return Able(peer, speed, beat.memory or math.inf, math.inf)
 
-    def _work(self, peer: PeerId) -> float:
-        """What a peer does in a second: samples of its stage, times the stage's parameters; 0: not known."""
-        beat = self.crew.beat(peer)
-        return beat.rate * float(self.layouts[beat.stage].size)
-
-    def _costs(self) -> list[StageCost]:
-        # Work and memory follow the parameters: weights, gradients, two moments. What lines can carry is not measured.
-        return [StageCost(max(1.0, float(layout.size)), 16.0 * layout.size, 0.0) for layout in self.layouts]
+    def _costs(self, usual: Sequence[float]) -> list[StageCost]:
+        """Before anything is measured computing is taken to follow the parameters, as memory does (weights, gradients,
+        two moments). What lines can carry is not measured."""
+        computing = [1 / rate for rate in usual] or [max(1.0, float(layout.size)) for layout in self.layouts]
+        return [StageCost(c, 16.0 * layout.size, 0.0) for c, layout in zip(computing, self.layouts, strict=True)]
 
     def _held(self) -> dict[bytes, int]:
         """Everybody's stage but ours."""
@@ -256,8 +258,9 @@ class Staged:
 
     def _best(self) -> int | None:
         """Where a peer that comes later is of most use."""
-        held = self._held()
-        found = place(self._able(self.me), [self._able(PeerId(peer)) for peer in held], self._costs(), held)
+        held, usual = self._held(), self._usual()
+        others = [self._able(PeerId(peer), usual) for peer in held]
+        found = place(self._able(self.me, usual), others, self._costs(usual), held)
         if found is None:
             self.reason = "no stage fits into the memory of this peer"
         return found
@@ -267,8 +270,8 @@ class Staged:
         never the last holder of a stage."""
         if len(self.crew.holders(stage)) < 2 or any(self.crew.beat(p).state == "loading" for p in self.crew.peers()):
             return None
-        held = {**self._held(), bytes(self.me): stage}
-        seats, reason = assign([self._able(PeerId(peer)) for peer in held], self._costs(), held=held)
+        held, usual = {**self._held(), bytes(self.me): stage}, self._usual()
+        seats, reason = assign([self._able(PeerId(peer), usual) for peer in held], self._costs(usual), held=held)
         movers = sorted(peer for peer, at in seats.items() if at != held[peer])
         if not movers or movers[0] != self.me:
             return None
@@ -280,7 +283,7 @@ class Staged:
     def _lost(self) -> list[int]:
         """Stages that were held and have been without a holder for a while."""
         now, lost = self.host.now(), []
-        for stage in range(self.cut.stages):
+        for stage in self._all:
             if self.crew.holders(stage):
                 self._lost_since[stage], self._seen[stage] = now, None
             elif self._begun:
@@ -292,7 +295,7 @@ class Staged:
         return lost
 
     def _rescuer(self, lost: int) -> PeerId | None:
-        holders = {stage: [bytes(p) for p in self.crew.holders(stage)] for stage in range(self.cut.stages)}
+        holders = {stage: [bytes(p) for p in self.crew.holders(stage)] for stage in self._all}
         # Who was about to load the stage has nobody to load it from.
         spares = [bytes(peer) for peer in (*self.crew.spares(), *self.crew.holders(lost, loading=True))]
         found, self.reason = rescuer(holders, spares, lost)
@@ -301,7 +304,9 @@ class Staged:
     async def _watch(self, berth: Berth, run: Run, scope: trio.CancelScope) -> None:
         """While a stage is held: leave it for one that is lost or needs us more, when another run of it won, or when
         the run is over."""
-        steady, look = self._view(), self.host.now() + defaults.REPLAN_EVERY
+        # What a move brings is an estimate: who has moved is slower to move again.
+        pause = defaults.REPLAN_EVERY * 2 ** min(self._moves, defaults.MAX_DOUBLINGS)
+        steady, look = self._view(), self.host.now() + pause
         while True:
             lost = self._lost()
             if any(self._rescuer(stage) == self.me for stage in lost):
@@ -317,9 +322,9 @@ class Staged:
             if self._view() != steady:
                 steady, look = self._view(), max(look, self.host.now() + defaults.REPLAN_STEADY)
             elif self.host.now() >= look:
-                look = self.host.now() + defaults.REPLAN_EVERY
+                look = self.host.now() + pause
                 if self.crew.own.state == "ready" and (there := self._elsewhere(berth.stage)) is not None:
-                    self._next, self._moved = there, True
+                    self._next, self._moves = there, self._moves + 1
                     break
             changed = self.crew.changed
             with trio.move_on_after(defaults.LOOK_EVERY):
@@ -394,7 +399,7 @@ class Staged:
         self.crew.say(state="loading", stage=berth.stage, part=berth.signed.run_id, generation=spec.part.generation)
         await self.host.run_blocking(self._stored("held").save_spec, berth.signed)
         shard = Shard(self.spec.seed, self.me.key, 0, 0, 1)
-        trainer = await self.host.run_blocking(
+        trainer = self.trainer = await self.host.run_blocking(
             StageTrainer, self.crew, self.task, spec.part, shard, self._steps_of_round, self._device
         )
         await trainer.load(self._fresh[berth.stage] if berth.origin is None else berth.origin["weights"])

@@ -257,11 +257,11 @@ class StageTrainer(Worker):
     async def _work(self, kind: Kind, load: Load, nursery: trio.Nursery) -> None:
         # A step may be given up meanwhile, and its schedule with it.
         schedule = self.flow.schedule
-        share = self.whole.step_seconds / (self.cut.stages * self.cut.micro)
+        share = self.whole.step_seconds / (3 * self.cut.stages * self.cut.micro)
         began = self._host.now()
         try:
             if kind is Kind.FORWARD:
-                gradient = await self._compute(share, self._forward, load)
+                gradient = await self._compute(3 * share if load.last else share, self._forward, load)
             else:
                 gradient = await self._compute(2 * share, self._backward_of, load)
         except Exception as error:  # boundary: what another peer sent does not go through the model here
@@ -271,8 +271,9 @@ class StageTrainer(Worker):
             self._refuse(load, error)
             return
         schedule.done()
+        load.spent += self._host.now() - began
         if load.counted:
-            self._measure(load.samples, began)
+            self._measure(load)
         if kind is Kind.FORWARD:
             if load.last:
                 if load.sender is not None:
@@ -289,8 +290,8 @@ class StageTrainer(Worker):
         assert load.sender is not None
         log.warning("a micro-batch of %s cannot be computed and is left out: %r", load.sender.short, error)
 
-    def _measure(self, samples: int, began: float) -> None:
-        speed = samples / max(self._host.now() - began, 1e-9)
+    def _measure(self, load: Load) -> None:
+        speed = load.samples / max(load.spent, 1e-9)
         self._speed = speed if self._speed is None else 0.9 * self._speed + 0.1 * speed
 
     # -- computing (in a worker thread) -------------------------------------------------------------------------------
@@ -408,7 +409,9 @@ class StageTrainer(Worker):
             gradient = torch.zeros_like(load.input, dtype=torch.float32)
         shape, data = await self._host.run_blocking(pack_tensor, gradient, self.cut.codec)
         path = (Hop(self.crew.me, load.token), *load.path)
-        pull = Pull(self.run_id, load.key, load.token, path, shape, load.loss)
+        # Numbers in messages are finite: that a loss is not is seen by its gradient.
+        loss = load.loss if math.isfinite(load.loss) else 0.0
+        pull = Pull(self.run_id, load.key, load.token, path, shape, loss)
         while self.crew.alive(load.sender):
             try:
                 await self.endpoint.call(load.sender, PULL, pull, body=[data])
