@@ -118,6 +118,7 @@ class Run:
         self._loss: float | None = None
         self._round_began = self._trained = self._worked = 0.0
         self._saved_at, self._saving = -math.inf, trio.Lock()
+        self._entered = False
         self._pending_report: RoundReport | None = None
 
     # -- life ---------------------------------------------------------------------------------------
@@ -133,6 +134,7 @@ class Run:
                 self.presence.on_change = self._presence_changed
                 self.membership: Membership = Gossip(self) if self.gossip else Chain(self)
                 self.presence.on_link = self.membership.found
+                self._entered = True
                 await self.host.run_blocking(self.store.save_spec, self.signed)
                 self.owned = await self.host.run_blocking(self.store.load_own)
                 await self.nursery.start(self.standings.run, self.host, self.store)
@@ -186,6 +188,8 @@ class Run:
 
     async def leave(self) -> None:
         """Tell the others that we go, so that nobody waits for us. Bounded; failures do not matter."""
+        if not self._entered:
+            return
         with trio.move_on_after(deadlines.goodbye()):
             await self.membership.leave()
 

@@ -63,6 +63,14 @@ class RunStore:
         self._state: tuple[dict[str, Tensor], Head] | None = None
         self._own: dict[str, Tensor] = {}
         self._blobs: Store | None = None
+        self._stages: dict[str, RunStore] = {}
+
+    def stage(self, name: str) -> RunStore:
+        """Of what this peer does with one stage of a model that is cut: the same one for the same name."""
+        if name not in self._stages:
+            kept = None if self.folder is None else self.folder / "stages" / name
+            self._stages[name] = RunStore(kept, self.quota)
+        return self._stages[name]
 
     @property
     def blobs(self) -> Store:
@@ -82,6 +90,7 @@ class RunStore:
         made = RunStore(self.folder, self.quota)
         made._blobs = None if self._blobs is None or self.folder is not None else self._blobs.copy()
         made._files, made._state, made._own = dict(self._files), self._state, self._own
+        made._stages = {name: store.copy() for name, store in self._stages.items()}
         return made
 
     def save_spec(self, spec: SignedSpec) -> None:
@@ -150,6 +159,10 @@ class RunStore:
             return vectors, unpack(Head, bytes.fromhex(notes.get("head", "")))
         except (ValueError, DecodeError) as error:
             raise ConfigError(f"{path} is damaged ({error}); delete it to load the state from other peers") from None
+
+    def keeps_state(self) -> bool:
+        """Whether :meth:`load_state` has something to load. Blocking."""
+        return self._state is not None if self.folder is None else (self.folder / "state.safetensors").exists()
 
     def load_own(self) -> dict[str, Tensor]:
         """What was ours alone when the state was saved last. Raises as :meth:`load_state`."""

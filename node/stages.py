@@ -57,7 +57,6 @@ class Stages:
     def __init__(self, node: Node, task: Task) -> None:
         assert node.signed is not None
         self._node, self._task = node, task
-        self._stores: dict[str, RunStore] = {}
         self.crew = Crew(node.endpoint, node.dht, node.signed, node._bootstrap())
         self.staged = Staged(
             node.endpoint,
@@ -65,7 +64,7 @@ class Stages:
             task,
             make=self._make,
             conduct=self._conduct,
-            stored=self._stored,
+            stored=node.store.stage,
             device=node.config.device,
             memory=node.config.memory,
             wants_whole=node.config.whole,
@@ -106,14 +105,6 @@ class Stages:
         notes = {"round": str(rounds), "run": self.crew.run_id.hex(), "digest": "", "strategy": ""}
         await self._node.host.run_blocking(save_state, path, self.staged.whole, notes)
         return f"round {rounds}, all {self.crew.stages} stages"
-
-    def _stored(self, name: str) -> RunStore:
-        """One for each name: without a folder, it is the only one that knows what it keeps."""
-        if name not in self._stores:
-            folder = self._node.config.folder
-            kept = None if folder is None else folder / "stages" / name
-            self._stores[name] = RunStore(kept, self._node.config.keeping.quota)
-        return self._stores[name]
 
     def _make(
         self, signed: SignedSpec, trainer: StageTrainer, store: RunStore, origin: dict[str, Tensor] | None

@@ -19,7 +19,7 @@ from ...transport.rpc import Call
 from ..rounds.presence import Presence
 from ..spec import SignedSpec
 from . import defaults
-from .messages import BEAT, CREW, PART, AskCrew, AskPart, Beat, CrewInfo, PartInfo
+from .messages import BEAT, CREW, PART, SEATED, AskCrew, AskPart, Beat, CrewInfo, PartInfo
 from .parts import newest, part_fault
 
 log = logging.getLogger(__name__)
@@ -265,16 +265,14 @@ class Crew:
         found = [
             (-beat.generation, beat.part)
             for beat in map(self.beat, self.peers())
-            if beat.stage == stage
-            and beat.state in ("loading", "ready")
-            and self._proven.get(beat.part) == (stage, beat.generation)
+            if beat.stage == stage and beat.state in SEATED and self._proven.get(beat.part) == (stage, beat.generation)
         ]
         return (-min(found)[0], min(found)[1]) if found else None
 
     def holders(self, stage: int, *, loading: bool = False) -> list[PeerId]:
         """Who has the weights of ``stage`` and trains it; ``loading``: also who is about to."""
         part = self.part(stage)
-        states = ("loading", "ready") if loading else ("ready",)
+        states = SEATED if loading else ("ready",)
         return [
             peer
             for peer in self.peers()
@@ -283,6 +281,10 @@ class Crew:
             and beat.state in states
             and (beat.generation, beat.part) == part
         ]
+
+    def resuming(self, stage: int) -> bool:
+        """Whether somebody is about to go on with ``stage`` as it kept it."""
+        return any(self.beat(peer).state == "resuming" for peer in self.holders(stage, loading=True))
 
     def keepers(self, stage: int) -> list[PeerId]:
         """Who has the weights of ``stage``: its holders that train it, and at the end those that trained it."""

@@ -20,6 +20,10 @@ LOST_GRACE = 0.4
 #: The same at the beginning, for a stage that nobody was ever seen to hold: who is to have it builds its model first.
 BEGIN_GRACE = 20.0
 
+#: The same when peers start again: somebody who held the stage before loads what it kept, its run may have to wait for
+#: a lease of others to end, and it may itself start later than we.
+RESUME_GRACE = 60.0
+
 #: Seconds between two looks at who holds what.
 LOOK_EVERY = 0.1
 

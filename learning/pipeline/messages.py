@@ -14,7 +14,10 @@ from ..spec import MAX_STAGES, SignedSpec
 from . import defaults
 
 #: What a peer is doing: it has no stage; it loads one; it has the weights of one and trains it; the run is over.
-STATES = ("spare", "loading", "ready", "finished")
+#: ``loading``: a stage that others have; ``resuming``: one as it was kept here; ``ready``: has the stage and trains it.
+STATES = ("spare", "loading", "resuming", "ready", "finished")
+#: Of who is at a stage.
+SEATED = STATES[1:4]
 
 
 @attrs.frozen

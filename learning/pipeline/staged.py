@@ -33,9 +33,9 @@ from . import defaults
 from .crew import Crew
 from .cutting import stages_of, whole_names
 from .holding import Holding
-from .messages import Seat
+from .messages import SEATED, Seat
 from .planner import Able, StageCost, assign, place, rescuer
-from .rescue import rescue
+from .rescue import Rescued, rescue
 from .trainer import StageTrainer
 
 log = logging.getLogger(__name__)
@@ -51,12 +51,14 @@ class MakeRun(Protocol):
 
 @attrs.frozen
 class Berth:
-    """The stage that is taken: ``signed``: its run. ``origin``: what it begins with, when it is founded so."""
+    """The stage that is taken: ``signed``: its run. ``origin``: what it begins with, when it is founded so. ``kept``: a
+    state of it is kept here."""
 
     stage: int
     signed: SignedSpec
     origin: dict[str, Tensor] | None = None
     how: str = ""
+    kept: bool = False
 
 
 def signature_of_stages(task: Task, stages: int) -> Signature:
@@ -108,7 +110,7 @@ class Staged:
         self._lost_since: dict[int, float] = {}
         #: Stages that somebody was seen to hold.
         self._seen: dict[int, None] = {}
-        self._begun = False
+        self._begun = self._resumed = False
         #: Where a new plan wants us; and how often one did.
         self._next: int | None = None
         self._moves = 0
@@ -254,7 +256,7 @@ class Staged:
     def _held(self) -> dict[bytes, int]:
         """Everybody's stage but ours."""
         beats = {bytes(peer): self.crew.beat(peer) for peer in self.crew.peers() if peer != self.me}
-        return {peer: beat.stage for peer, beat in beats.items() if beat.state in ("loading", "ready")}
+        return {peer: beat.stage for peer, beat in beats.items() if beat.state in SEATED}
 
     def _best(self) -> int | None:
         """Where a peer that comes later is of most use."""
@@ -266,9 +268,10 @@ class Staged:
         return found
 
     def _elsewhere(self, stage: int) -> int | None:
-        """Where we should go from ``stage``: by the plan that all make of what they see. One peer moves at a time, and
-        never the last holder of a stage."""
-        if len(self.crew.holders(stage)) < 2 or any(self.crew.beat(p).state == "loading" for p in self.crew.peers()):
+        """Where we should go from ``stage``, by the plan that all make of what they see. One peer moves at a time, never
+        the last holder of a stage, and not while a stage has none (:meth:`_rescuer`)."""
+        counts, states = [len(self.crew.holders(each)) for each in self._all], map(self.crew.beat, self.crew.peers())
+        if counts[stage] < 2 or not all(counts) or any(beat.state in ("loading", "resuming") for beat in states):
             return None
         held, usual = {**self._held(), bytes(self.me): stage}, self._usual()
         seats, reason = assign([self._able(PeerId(peer), usual) for peer in held], self._costs(usual), held=held)
@@ -287,12 +290,21 @@ class Staged:
             if self.crew.holders(stage):
                 self._lost_since[stage], self._seen[stage] = now, None
             elif self._begun:
-                # Whoever is to begin with it may still be about to.
-                known = stage in self._seen or not self._plan()
                 since = self._lost_since.setdefault(stage, now)
-                if now - since >= (defaults.LOST_GRACE if known else defaults.BEGIN_GRACE):
+                if now - since >= self._grace(stage):
                     lost.append(stage)
         return lost
+
+    def _grace(self, stage: int) -> float:
+        """Seconds that a stage may be without a holder."""
+        if self.crew.resuming(stage):
+            return defaults.RESUME_GRACE
+        if stage in self._seen:
+            return defaults.LOST_GRACE
+        # Whoever held it may be about to start as well, after a restart of all; or whoever is to begin with it.
+        if self._resumed or any(map(self.crew.resuming, self._all)):
+            return defaults.RESUME_GRACE
+        return defaults.BEGIN_GRACE if self._plan() else defaults.LOST_GRACE
 
     def _rescuer(self, lost: int) -> PeerId | None:
         holders = {stage: [bytes(p) for p in self.crew.holders(stage)] for stage in self._all}
@@ -340,7 +352,7 @@ class Staged:
 
     async def _rescue(self, stage: int) -> Berth:
         generation = 1 + max(0, self.crew.generation(stage))
-        found = await rescue(
+        found = await self._own(stage) or await rescue(
             self.crew, self.holding, stage, self.layouts, self._fresh[stage],
             swap=self.cut.swap, exponent=defaults.NORM_EXPONENT,
         )  # fmt: skip
@@ -375,18 +387,46 @@ class Staged:
 
     async def _resume(self) -> Berth | None:
         """After a restart: the stage that was held here, where nobody has taken it over."""
-        signed = await self.host.run_blocking(self._stored("held").load_spec)
-        if signed is None or self._begun:
+        kept = None if self._begun else await self._kept()
+        if kept is None:
             return None
-        of = signed.open().part
-        if of is None or of.whole != self.crew.run_id:
-            return None
+        signed, of = kept
         with trio.move_on_after(defaults.RESUME_WAIT):
             while not self.crew.beats:
                 await self.crew.changed.wait()
         part = self.crew.part(of.stage)
         self._begun = True
-        return Berth(of.stage, signed) if part is None or part == (of.generation, signed.run_id) else None
+        if part is not None and part != (of.generation, signed.run_id):
+            self._tell(f"stage {of.stage}, which was held here, was taken over by others meanwhile")
+            return None
+        self._resumed = True
+        return Berth(of.stage, signed, kept=True)
+
+    async def _kept(self) -> tuple[SignedSpec, StageOf] | None:
+        """The run of a stage that was held here last, if a state of it is kept."""
+        signed = await self.host.run_blocking(self._stored("held").load_spec)
+        of = None if signed is None else signed.open().part
+        if signed is None or of is None or of.whole != self.crew.run_id:
+            return None
+        return (signed, of) if await self.host.run_blocking(self._store_of(signed, of).keeps_state) else None
+
+    def _store_of(self, signed: SignedSpec, of: StageOf) -> RunStore:
+        return self._stored(f"{of.stage}-{signed.run_id.hex()[:12]}")
+
+    async def _own(self, stage: int) -> Rescued | None:
+        """The newest state of ``stage`` that is kept here, where nothing came after it."""
+        kept = await self._kept()
+        if kept is None or kept[1].stage != stage or kept[1].generation != self.crew.generation(stage):
+            return None
+        found = await self.host.run_blocking(self._store_of(*kept).load_state)
+        if found is None or found[0]["weights"].numel() != self.layouts[stage].size:
+            return None
+        rounds = self._rounds_of(kept[1], found[1].record.round)
+        return Rescued(found[0]["weights"], rounds, f"what this peer kept of it after round {rounds}")
+
+    def _rounds_of(self, of: StageOf, round: int) -> int:
+        """Rounds of the whole run when the run of a stage has done ``round``: a later generation counts anew."""
+        return of.step // self._steps_of_round + round
 
     # -- holding a stage ----------------------------------------------------------------------------------------------
 
@@ -396,7 +436,8 @@ class Staged:
         wrong = self.crew.prove(berth.signed, berth.stage, spec.part.generation)
         if wrong is not None:
             raise ConfigError(f"the run of stage {berth.stage} that is kept here cannot be gone on with: {wrong}")
-        self.crew.say(state="loading", stage=berth.stage, part=berth.signed.run_id, generation=spec.part.generation)
+        state = "resuming" if berth.kept else "loading"
+        self.crew.say(state=state, stage=berth.stage, part=berth.signed.run_id, generation=spec.part.generation)
         await self.host.run_blocking(self._stored("held").save_spec, berth.signed)
         shard = Shard(self.spec.seed, self.me.key, 0, 0, 1)
         trainer = self.trainer = await self.host.run_blocking(
@@ -406,8 +447,7 @@ class Staged:
         if berth.origin is not None:
             self.holding.trainer = trainer
             self.crew.say(state="ready", step=trainer.flow.step)
-        store = self._stored(f"{berth.stage}-{berth.signed.run_id.hex()[:12]}")
-        run = self._make(berth.signed, trainer, store, berth.origin)
+        run = self._make(berth.signed, trainer, self._store_of(berth.signed, spec.part), berth.origin)
         self.reason = f"stage {berth.stage} of {self.cut.stages}" + (f": {berth.how}" if berth.how else "")
         if berth.how:
             run.emit("run", "recovered", detail=f"stage {berth.stage}: {berth.how}")
@@ -415,7 +455,7 @@ class Staged:
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._watch, berth, run, scope)
-                    nursery.start_soon(self._report, run, trainer)
+                    nursery.start_soon(self._report, spec.part, run, trainer)
                     await self._conduct(run)
                     nursery.cancel_scope.cancel()
         finally:
@@ -426,7 +466,7 @@ class Staged:
                 self.holding.trainer = None
                 self.crew.say(state="spare", part=b"", generation=0)
 
-    async def _report(self, run: Run, trainer: StageTrainer) -> None:
+    async def _report(self, of: StageOf, run: Run, trainer: StageTrainer) -> None:
         """Say how far the stage is, and keep copies of others."""
         said = 0
         while True:
@@ -434,6 +474,6 @@ class Staged:
                 self.holding.trainer = trainer
             if run.round != said:
                 said = run.round
-                self.crew.say(rounds=said)
-                await self.holding.guard(self.crew.own.stage, said)
+                self.crew.say(rounds=self._rounds_of(of, said))
+                await self.holding.guard(of.stage, said)
             await trio.sleep(defaults.LOOK_EVERY)

@@ -29,7 +29,7 @@ from .cutting import StageTask, input_of, loss_of, split_batch
 from .flow import Flow, Load
 from .gate import Gate
 from .looking import Looker
-from .messages import PULL, PUSH, STEP, Hop, Key, Pull, Push, Pushed, StepDone
+from .messages import PULL, PUSH, SEATED, STEP, Hop, Key, Pull, Push, Pushed, StepDone
 from .recovery import RateScale, gradient_norm
 from .schedule import Kind, way
 
@@ -242,7 +242,9 @@ class StageTrainer(Worker):
             return True
         steps = self.crew.steps()
         feeders = [peer for peer, _ in steps]
-        if not self.flow.ended(feeders):
+        # Who is far behind takes nothing that is fed now, and hears nothing of it: it goes by what most feeders say.
+        usual = sorted(step for _, step in steps)[(len(steps) - 1) // 2] if steps else 0
+        if not self.flow.ended(feeders) and usual <= self.flow.step:
             return False
         now = self._host.now()
         if not self.flow.awaited(feeders, steps):
@@ -434,7 +436,7 @@ class StageTrainer(Worker):
             async with trio.open_nursery() as nursery:
                 for peer in self.crew.peers():
                     beat = self.crew.beat(peer)
-                    if peer != self.crew.me and beat.state in ("ready", "loading") and beat.stage != 0:
+                    if peer != self.crew.me and beat.state in SEATED and beat.stage != 0:
                         nursery.start_soon(tell, peer)
 
     def _skip_to(self, step: int) -> None:

@@ -241,3 +241,37 @@ def test_two_neighbouring_stages_lost_at_once_come_back_from_copies_and_it_is_sa
     simulate(Scenario(8, founding(4, 8, rounds=8), make_task=Equal, limit=120), script)
     assert len(details) == 2
     assert any("is lost too" in detail for detail in details)
+
+
+def test_when_all_peers_are_killed_and_start_again_they_go_on_from_what_they_kept() -> None:
+    details: list[str] = []
+    before: dict[int, tuple[int, int]] = {}
+
+    async def script(world: World) -> None:
+        def note(member: Member, event: object) -> None:
+            if getattr(event, "what", "") == "recovered":
+                details.append(event.detail)  # type: ignore[attr-defined]
+
+        world.hooks.append(note)
+        await world.until(lambda: any(e.what == "done" and e.round >= 20 for m in world.live() for e in m.events), "20")
+        for member in list(world.live()):
+            before[member.number] = (stage_of(member), member.run.round)
+            world.kill(member.number)
+        await trio.sleep(5.0)
+        # The only holder of a stage comes last, long after the others.
+        alone = [n for n, (stage, _) in before.items() if [s for s, _ in before.values()].count(stage) == 1]
+        for number in sorted(before, key=lambda n: (n in alone[:1], n)):
+            if number in alone[:1]:
+                await trio.sleep(15.0)
+            world.start(number)
+            await trio.sleep(1.0)
+
+    world = simulate(Scenario(4, founding(3, 4, rounds=60), make_task=Chain, evaluate_every=1, limit=300), script)
+    assert not details, "a stage was founded anew though its holder came back"
+    for member in world.live():
+        restored = [event for event in member.events if event.what == "restored"]
+        assert restored, "it began anew"
+        assert stage_of(member) == before[member.number][0]
+    rounds = [r.round for m in world.live() if stage_of(m) == 0 for r in m.run.reports]
+    assert min(rounds) > 1
+    assert max(rounds) == 60
