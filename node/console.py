@@ -64,7 +64,10 @@ class Console(Lines):
         self.line(
             f"node       {node.identity.peer_id.short}, data in {node.config.folder and node.config.folder.parent}"
         )
-        self.line(f"run        {ticket.run_id.hex()[:8]}: {spec.task}, {spec.strategy}, {spec.mode} mode, {rounds}")
+        cut = f" in {spec.pipeline.stages} stages" if spec.pipeline is not None else ""
+        self.line(
+            f"run        {ticket.run_id.hex()[:8]}: {spec.task}{cut}, {spec.strategy}, {spec.mode} mode, {rounds}"
+        )
         self.line(f"listening  {', '.join(map(str, node.endpoint.addresses())) or 'nowhere'}")
         self.line(f"reach      {reach}")
         if ticket.psk is not None:

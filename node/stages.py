@@ -95,7 +95,8 @@ class Stages:
             more.append(("flow", f"step {trainer.flow.step}: {trainer.flow.schedule.reason}"))
             if trainer.refused:
                 more.append(("refused", f"{trainer.refused} micro-batches that did not fit"))
-        return ("stage", self.staged.reason), ("stages", f"peers that hold each: {held}"), *more
+        whole = f"the run of the whole model is {self.crew.run_id.hex()[:8]}"
+        return ("stage", f"{self.staged.reason}; {whole}"), ("stages", f"peers that hold each: {held}"), *more
 
     async def export(self, path: Path) -> str:
         """Write the whole model, as it was when the run ended. Raises :class:`ConfigError` before that."""

@@ -268,8 +268,8 @@ class Staged:
         return found
 
     def _elsewhere(self, stage: int) -> int | None:
-        """Where we should go from ``stage``, by the plan that all make of what they see. One peer moves at a time, never
-        the last holder of a stage, and not while a stage has none (:meth:`_rescuer`)."""
+        """Where we should go from ``stage``, by the plan that all make of what they see. One peer moves at a time, but
+        never the last holder of a stage, and not while a stage has none (:meth:`_rescuer`)."""
         counts, states = [len(self.crew.holders(each)) for each in self._all], map(self.crew.beat, self.crew.peers())
         if counts[stage] < 2 or not all(counts) or any(beat.state in ("loading", "resuming") for beat in states):
             return None
