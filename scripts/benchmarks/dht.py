@@ -72,7 +72,12 @@ async def run(options: argparse.Namespace) -> None:
                 break
             for swarm in swarms:
                 # The first turn is for links that nobody had yet: each node stores and gets at least once.
-                await _turn(swarm, options.keys if turn >= 0 else max(options.keys, 2 * swarm.nodes), turn >= 0)
+                keys = options.keys if turn >= 0 else max(options.keys, 2 * swarm.nodes)
+                if not await _turn(swarm, keys, turn >= 0):
+                    raise SystemExit(
+                        f"bench dht: {swarm.name} keeps {swarm.copies} copies, so every one of {swarm.nodes} nodes "
+                        "holds every key, and there is nothing to get from others: give --nodes more than that"
+                    )
         for swarm in swarms:
             await _weigh(swarm)
     rows = [row for swarm in swarms for row in _rows(swarm, options)]
@@ -104,8 +109,8 @@ async def _start(group: Children, system: str, options: argparse.Namespace) -> S
     return Swarm(system, processes, options.nodes, facts["security"], facts["copies"], start, -empty, 0.0)
 
 
-async def _turn(swarm: Swarm, keys: int, counts: bool) -> None:
-    """Store ``keys`` new keys, then get each by a node that does not hold it; one act at a time."""
+async def _turn(swarm: Swarm, keys: int, counts: bool) -> int:
+    """Store ``keys`` new keys, then get each by a node that does not hold it; one act at a time. How many were got."""
     names = [f"key-{swarm.numbered + number}" for number in range(keys)]
     swarm.numbered += keys
     held: list[tuple[str, str]] = []
@@ -116,19 +121,21 @@ async def _turn(swarm: Swarm, keys: int, counts: bool) -> None:
         held += [(name, where) for name, (_, where) in zip(mine, answer["stored"], strict=True)]
         if counts:
             swarm.stores += [seconds for seconds, _ in answer["stored"]]
-    between = await _cpu(swarm)
+    between, got = await _cpu(swarm), 0
     for number in range(len(swarm.processes)):
         left = held[number :: len(swarm.processes)]
         for offset in range(1, len(swarm.processes) + 1):
             child = swarm.processes[(number + offset) % len(swarm.processes)]
             times = (await child.ask("get", keys=left, patience=PATIENCE))["times"] if left else []
             left = [key for key, seconds in zip(left, times, strict=True) if seconds is None]
+            got += len(times) - len(left)
             if counts:
                 swarm.gets += [seconds for seconds in times if seconds is not None]
 
     if counts:
         swarm.store_cpu += between - before
         swarm.get_cpu += await _cpu(swarm) - between
+    return got
 
 
 async def _cpu(swarm: Swarm) -> float:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from shoal.learning.pipeline import defaults
-from shoal.learning.pipeline.planner import Able, StageCost, assign, rescuer
+from shoal.learning.pipeline.planner import Able, StageCost, assign, place, rescuer
 
 FREE = StageCost(flops=1, memory=0, bytes=0)
 
@@ -195,6 +195,23 @@ def test_what_a_peer_holds_it_has_the_memory_for() -> None:
         peers[0].peer: 0,
         peers[1].peer: 1,
     }
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_newcomer_goes_where_the_slowest_stage_gains_most(seed: int) -> None:
+    peers, costs, _ = case(seed)
+    newcomer, *others = peers
+    rng = random.Random(seed)
+    held = {each.peer: rng.randrange(len(costs)) for each in others}
+    there = [each for each in others if speed(each, costs[held[each.peer]])]
+    seats = {each.peer: held[each.peer] for each in there}
+    found = place(newcomer, there, costs, seats)
+    options = [stage for stage, cost in enumerate(costs) if speed(newcomer, cost) and newcomer.memory >= cost.memory]
+    assert (found is None) == (not options)
+    after = {s: sorted(sums({**seats, newcomer.peer: s}, [newcomer, *there], costs)) for s in options}
+    if found is not None:
+        best = max(after.values())
+        assert after[found] == pytest.approx(best, rel=1e-6)
 
 
 def needing(memory: float) -> StageCost:
