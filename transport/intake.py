@@ -49,6 +49,7 @@ class TakesRecords:
 
     @abstractmethod
     def _note_heard(self, pipe: Pipe, size: int, now: float, *, whole: bool) -> None: ...
+    def _answered(self, pipe: Pipe) -> None: ...
 
     async def _read(self, pipe: Pipe) -> None:
         """Take in what comes on ``pipe`` until it has ended."""
@@ -147,6 +148,7 @@ class TakesRecords:
 
     def _came(self, pipe: Pipe, size: int, events: Sequence[Established | Record]) -> None:
         self._note_heard(pipe, size, self._host.now(), whole=bool(events))
+        self._answered(pipe)
         self._take(pipe, [event for event in events if isinstance(event, Record)])
 
     def _take(self, pipe: Pipe, records: Sequence[Record]) -> None:

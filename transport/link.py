@@ -103,6 +103,8 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
         self._slots = ParkingLot()
         self._nursery: trio.Nursery | None = None
         self._watching: trio.CancelScope | None = None
+        #: When to look again, but for an answer that we wait for since we looked last.
+        self._due = math.inf
         self._interrupted: float | None = None
         self._parting = ""  # what we said in our goodbye
 
@@ -391,6 +393,7 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
                 if now >= give_up:
                     self._end(self._pipes.best.reason or LinkClosed("no pipe is left", peer=self.peer.short))
                 due = min(due, give_up)
+            self._due = due
             with trio.CancelScope(deadline=due) as self._watching:
                 await trio.sleep_forever()
             now = self._host.now()
@@ -400,6 +403,14 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
                 for pipe in self._pipes.all:
                     pipe.asked = None if pipe.asked is None else now
                 self._interrupted = None if self._interrupted is None else now
+
+    def _answered(self, pipe: Pipe) -> None:
+        """What was sent on ``pipe`` need not be looked after any more: most answers come long before it would be."""
+        watching = self._watching
+        if watching is None or pipe.unheard_since is not None or pipe.asked is not None or len(self._pipes.all) > 1:
+            return
+        if -math.inf < watching.deadline < self._due:
+            watching.deadline = self._due
 
     def _look_now(self) -> None:
         if self._watching is not None:
