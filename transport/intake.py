@@ -49,6 +49,8 @@ class TakesRecords:
 
     @abstractmethod
     def _note_heard(self, pipe: Pipe, size: int, now: float, *, whole: bool) -> None: ...
+
+    @abstractmethod
     def _answered(self, pipe: Pipe) -> None: ...
 
     async def _read(self, pipe: Pipe) -> None:
