@@ -20,7 +20,7 @@ from ..rounds.presence import Presence
 from ..spec import SignedSpec
 from . import defaults
 from .messages import BEAT, CREW, PART, SEATED, AskCrew, AskPart, Beat, CrewInfo, PartInfo
-from .parts import newest, part_fault
+from .parts import part_fault
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Crew:
         #: Specs of stages' runs that are what they claim to be, by id.
         self.parts: dict[bytes, SignedSpec] = {}
         self._proven: dict[bytes, tuple[int, int]] = {}
+        self._newest: dict[int, int] = {}
         self._asked: dict[tuple[PeerId, bytes], float] = {}
         self._nursery: trio.Nursery | None = None
         self.beats: dict[PeerId, Beat] = {}
@@ -123,7 +124,7 @@ class Crew:
             self._prove_soon(peer, beat)
 
     def _forget(self) -> None:
-        """Who is gone for long leaves its place to others, and so do runs that were taken over long ago."""
+        """Who is gone for long leaves its place to others, and so do runs that nobody is in."""
         now = self.host.now()
         gone = [peer for peer in self.beats if now - self._heard[peer] > defaults.FORGET]
         for peer in gone:
@@ -131,9 +132,8 @@ class Crew:
             if beat.state != "finished" or beat.stage != 0:  # which says that all is over
                 del self.beats[peer], self._heard[peer]
         named = {beat.part for beat in (self.own, *self.beats.values())}
-        for part, (stage, generation) in list(self._proven.items()):
-            if part not in named and generation < newest(self._proven, stage):
-                del self._proven[part], self.parts[part]
+        for part in [part for part in self._proven if part not in named]:
+            del self._proven[part], self.parts[part]
         if gone:
             assert self.presence is not None
             self.presence.watch(self.beats)
@@ -145,7 +145,7 @@ class Crew:
 
         Who was away may have missed generations, but nobody can claim one that leaves no numbers for later ones.
         """
-        known = newest(self._proven, stage)
+        known = self.generation(stage)
         wrong = part_fault(self.run_id, self.spec, signed, stage, generation)
         if wrong is None and 0 <= known < generation - defaults.MAX_SKIPPED:
             wrong = f"it is of generation {generation}, and {known} is the newest one known"
@@ -153,6 +153,7 @@ class Crew:
             wrong = "too many runs of stages are known already"
         if wrong is None:
             self._proven[signed.run_id], self.parts[signed.run_id] = (stage, generation), signed
+            self._newest[stage] = max(known, generation)
             self._changed()
         return wrong
 
@@ -314,8 +315,8 @@ class Crew:
         return rounds[(len(rounds) - 1) // 2] if rounds else self.own.rounds
 
     def generation(self, stage: int) -> int:
-        """How often ``stage`` was lost, as far as we know."""
-        return newest(self._proven, stage)
+        """How often ``stage`` was lost, as far as we know; -1: it was never held."""
+        return self._newest.get(stage, -1)
 
     def steps(self) -> list[tuple[PeerId, int]]:
         """The feeders, each with the step it was in when it spoke last."""

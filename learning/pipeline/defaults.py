@@ -124,8 +124,8 @@ REPLAN_EVERY, REPLAN_STEADY = 10.0, 5.0
 #: Who moved before takes twice as long for the next look, so many times.
 MAX_DOUBLINGS = 6
 
-#: Runs of stages that are remembered: each loss makes one.
-MAX_PARTS = 4096
+#: Runs of stages that are remembered, as long as somebody says to be in them.
+MAX_PARTS = 4 * MAX_CREW
 
 #: Seconds until a peer is asked again for the spec of a run that it did not show.
 PROVE_AGAIN = 2.0

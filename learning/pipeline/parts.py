@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import attrs
 
 from ...transport.errors import DecodeError
@@ -43,8 +41,3 @@ def part_fault(run: bytes, whole: RunSpec, signed: SignedSpec, stage: int, gener
         if name not in _OWN and getattr(spec, name) != getattr(whole, name)
     ]
     return f"it differs from the whole in {', '.join(differ)}" if differ else None
-
-
-def newest(known: Mapping[bytes, tuple[int, int]], stage: int) -> int:
-    """The greatest generation of ``stage`` among ``known`` parts; -1: none."""
-    return max((generation for at, generation in known.values() if at == stage), default=-1)

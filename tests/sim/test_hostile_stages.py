@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shoal.learning.pipeline import defaults
 from shoal.learning.pipeline.cargo import pack_batch, pack_tensor
 from shoal.learning.pipeline.messages import PULL, PUSH, STEP, Hop, Key, Pull, Push, Shape, StepDone
-from shoal.learning.pipeline.parts import newest, part_fault
+from shoal.learning.pipeline.parts import part_fault
 from shoal.learning.pipeline.staged import Staged
 from shoal.learning.pipeline.trainer import StageTrainer
 from shoal.learning.shard import Shard
@@ -274,8 +274,6 @@ def test_a_stages_run_is_as_the_founder_of_the_whole_wanted_it() -> None:
     assert fault(part=None) is not None
     forged = attrs.evolve(SignedSpec.sign(identity, sound), signature=b"\0" * 64)
     assert part_fault(run, whole, forged, 1, 0) is not None
-    assert newest({b"a": (1, 2), b"b": (1, 5), b"c": (0, 9)}, 1) == 5
-    assert newest({}, 1) == -1
 
 
 def test_a_generation_far_beyond_those_known_does_not_count() -> None:
@@ -293,6 +291,9 @@ def test_a_generation_far_beyond_those_known_does_not_count() -> None:
             signed = SignedSpec.sign(other.node.identity, attrs.evolve(sound, founder=staged(other).me, part=of))
             answers.append(crew.prove(signed, 1, generation))
         assert crew.part(1) == part  # nobody is in the new one
+        assert crew.generation(1) == 2
+        await trio.sleep(2 * defaults.BEAT_EVERY)
+        assert set(crew.parts) <= {beat.part for beat in (crew.own, *crew.beats.values())}, "what nobody is in stays"
 
     play(script)
     assert answers[0] is not None
