@@ -1,9 +1,9 @@
 """The weights of stages as others ask for them: of the stage held here, and copies kept of other stages.
 
 Every stage has guards, which keep a copy of it: the first and the last stage (that hold the embeddings) are guarded by
-their neighbours, which renew their copies after every round (CheckFree+); all others by the stage two further on, now
-and then. A copy is what is left when CheckFree has nothing to average: at both ends, where neighbours are built
-otherwise, and when two neighbouring stages are lost at once.
+their neighbours, which renew their copies after every round (CheckFree+); all by the stage two further on, now and
+then. A copy is what is left when CheckFree has nothing to average: at both ends, where neighbours are built otherwise,
+and when two neighbouring stages are lost at once.
 """
 
 from __future__ import annotations
@@ -40,13 +40,11 @@ class Held:
     weights: Tensor
 
 
-def guarded_by(stage: int, stages: int) -> tuple[int, bool]:
-    """Which stage the holders of ``stage`` keep a copy of, and whether of every round."""
-    if stage == 1 or stages == 2:
-        return 0 if stage else 1, True
-    if stage == stages - 2:
-        return stages - 1, True
-    return (stage - 2) % stages, False
+def guarded_by(stage: int, stages: int) -> dict[int, bool]:
+    """The stages that the holders of ``stage`` keep copies of, each with whether of every round."""
+    ends = {0: stage == 1, stages - 1: stage == stages - 2}
+    found = {(stage - 2) % stages: False, **{end: True for end, beside in ends.items() if beside}}
+    return {other: always for other, always in found.items() if other != stage}
 
 
 class Holding:
@@ -135,11 +133,13 @@ class Holding:
 
     async def guard(self, stage: int, rounds: int) -> None:
         """After ``rounds`` rounds of ``stage``, which is held here: renew the copy of what it guards, if it is time."""
-        other, always = guarded_by(stage, self._crew.stages)
-        if always or rounds % defaults.GUARD_EVERY == 1 or other not in self.copies:
-            held = await self.fetch_any(other)
-            if held is not None:
-                self.copies = {other: held}
+        guarded = guarded_by(stage, self._crew.stages)
+        self.copies = {other: held for other, held in self.copies.items() if other in guarded}
+        for other, always in guarded.items():
+            if always or rounds % defaults.GUARD_EVERY == 1 or other not in self.copies:
+                held = await self.fetch_any(other)
+                if held is not None:
+                    self.copies[other] = held
 
 
 def _digest(weights: Tensor) -> bytes:

@@ -288,7 +288,7 @@ class Staged:
         now, lost = self.host.now(), []
         for stage in self._all:
             if self.crew.holders(stage):
-                self._lost_since[stage], self._seen[stage] = now, None
+                self._lost_since[stage], self._seen[stage], self._begun = now, None, True
             elif self._begun:
                 since = self._lost_since.setdefault(stage, now)
                 if now - since >= self._grace(stage):

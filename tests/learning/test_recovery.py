@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from shoal.learning.pipeline.holding import guarded_by
 from shoal.learning.pipeline.recovery import RateScale, TensorsLost, average, copy, gradient_norm, weights_of
 from shoal.learning.tasks.stdlib import WarmupAdamW
 from shoal.transport.errors import ProtocolMisuse
@@ -190,3 +191,13 @@ def test_moments_are_fresh_after_a_recovery() -> None:
     # Adam's first step is the rate, against the sign of the gradient.
     torch.testing.assert_close(parameter.detach() - start, torch.full((3,), 0.11))
     assert scaled.factor == 1.1
+
+
+@pytest.mark.parametrize("stages", range(2, 12))
+def test_every_stage_is_guarded_and_the_ends_are_after_every_round_by_their_neighbours(stages: int) -> None:
+    guards = [guarded_by(stage, stages) for stage in range(stages)]
+    assert all(stage not in guarded for stage, guarded in enumerate(guards))
+    assert {other for guarded in guards for other in guarded} == set(range(stages))
+    assert guards[1][0]
+    assert guards[stages - 2][stages - 1]
+    assert max(map(len, guards)) <= 2

@@ -163,6 +163,31 @@ def test_a_stage_without_holders_goes_on_elsewhere_within_two_seconds(stage: int
     assert max(last) >= 5
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_whoever_is_to_take_a_stage_over_does_it_also_who_founded_the_one_that_it_leaves(seed: int) -> None:
+    """Four peers, three stages: one of the two replicas goes, now the one that founded its stage, now the other."""
+    details: list[str] = []
+
+    async def script(world: World) -> None:
+        def note(member: Member, event: object) -> None:
+            if getattr(event, "what", "") == "recovered":
+                details.append(f"{trio.current_time() - killed_at:.1f} s: {event.detail}")  # type: ignore[attr-defined]
+
+        world.hooks.append(note)
+        await world.until(lambda: any(e.what == "done" and e.round >= 3 for m in world.live() for e in m.events), "3")
+        stages = [stage_of(member) for member in world.live()]
+        only = [member for member in world.live() if stages.count(stage_of(member)) == 1]
+        killed_at = trio.current_time()
+        world.kill(only[seed % 2].number)
+
+    scenario = Scenario(4, founding(3, 4, rounds=8), make_task=Chain, evaluate_every=1, limit=60, seed=seed)
+    world = simulate(scenario, script)
+    assert len(details) == 1
+    assert float(details[0].split()[0]) < 2.0
+    assert "copy kept of it" in details[0] or "mean of stages" in details[0]
+    assert max(r.round for m in world.live() if stage_of(m) == 0 for r in m.run.reports) >= 3
+
+
 def test_an_inner_stage_comes_back_as_the_mean_of_its_neighbours() -> None:
     class Equal(Chain):
         def model(self) -> nn.Module:
