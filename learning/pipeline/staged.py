@@ -319,8 +319,11 @@ class Staged:
         # What a move brings is an estimate: who has moved is slower to move again.
         pause = defaults.REPLAN_EVERY * 2 ** min(self._moves, defaults.MAX_DOUBLINGS)
         steady, look = self._view(), self.host.now() + pause
+        reason = self.reason
         while True:
             lost = self._lost()
+            if not lost:
+                self.reason = reason
             if any(self._rescuer(stage) == self.me for stage in lost):
                 if lost != [berth.stage]:
                     self._tell(f"stage {lost[0]} is lost: this peer leaves stage {berth.stage} for it")
