@@ -311,7 +311,10 @@ class Staged:
         # Who was about to load the stage has nobody to load it from.
         spares = [bytes(peer) for peer in (*self.crew.spares(), *self.crew.holders(lost, loading=True))]
         found, self.reason = rescuer(holders, spares, lost)
-        return None if found is None else PeerId(found)
+        if found is None:
+            self.reason += "; waiting for a peer to join"
+            return None
+        return PeerId(found)
 
     async def _watch(self, berth: Berth, run: Run, scope: trio.CancelScope) -> None:
         """While a stage is held: leave it for one that is lost or needs us more, when another run of it won, or when
@@ -319,15 +322,18 @@ class Staged:
         # What a move brings is an estimate: who has moved is slower to move again.
         pause = defaults.REPLAN_EVERY * 2 ** min(self._moves, defaults.MAX_DOUBLINGS)
         steady, look = self._view(), self.host.now() + pause
-        reason = self.reason
+        reason = told = self.reason
         while True:
             lost = self._lost()
             if not lost:
-                self.reason = reason
+                self.reason = told = reason
             if any(self._rescuer(stage) == self.me for stage in lost):
                 if lost != [berth.stage]:
                     self._tell(f"stage {lost[0]} is lost: this peer leaves stage {berth.stage} for it")
                 break
+            if self.reason != told:
+                told = self.reason
+                self._tell(told)
             part = self.crew.part(berth.stage)
             if part is not None and part[1] != berth.signed.run_id and self.crew.own.part == berth.signed.run_id:
                 self._tell(f"stage {berth.stage} was taken over by others meanwhile: its run is joined anew")

@@ -188,6 +188,25 @@ def test_whoever_is_to_take_a_stage_over_does_it_also_who_founded_the_one_that_i
     assert max(r.round for m in world.live() if stage_of(m) == 0 for r in m.run.reports) >= 3
 
 
+def test_a_stage_that_nobody_can_take_waits_for_who_joins_and_says_so() -> None:
+    reasons: list[str] = []
+
+    async def script(world: World) -> None:
+        await world.until(lambda: any(e.what == "done" and e.round >= 2 for m in world.live() for e in m.events), "2")
+        (victim,) = [member for member in world.live() if stage_of(member) == 1 and member.number]
+        world.kill(victim.number)
+        await trio.sleep(10.0)
+        (left,) = world.live()
+        assert left.node.staged is not None
+        reasons.append(left.node.staged.staged.reason)
+        world.start(2)
+
+    world = simulate(Scenario(3, founding(2, 2, rounds=8), make_task=Chain, late=(2,), limit=100), script)
+    assert reasons[0].startswith("stage 1 stays lost")
+    assert reasons[0].endswith("waiting for a peer to join")
+    assert max(report.round for report in world.members[0].run.reports) == 8
+
+
 def test_an_inner_stage_comes_back_as_the_mean_of_its_neighbours() -> None:
     class Equal(Chain):
         def model(self) -> nn.Module:
