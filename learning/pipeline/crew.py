@@ -161,7 +161,8 @@ class Crew:
         """Have ``peer`` show that it is in the run that it names; not all the time."""
         now, asked = self.host.now(), (peer, beat.part)
         self._asked = {each: at for each, at in self._asked.items() if now - at < defaults.PROVE_AGAIN}
-        if asked not in self._asked and self._nursery is not None and len(self._asked) < 4 * defaults.MAX_CREW:
+        often = sum(each == peer for each, _ in self._asked) >= defaults.PROVE_AT_ONCE
+        if asked not in self._asked and not often and self._nursery is not None:
             self._asked[asked] = now
             self._nursery.start_soon(self._prove, peer, beat)
 

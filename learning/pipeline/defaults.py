@@ -129,3 +129,6 @@ MAX_PARTS = 4 * MAX_CREW
 
 #: Seconds until a peer is asked again for the spec of a run that it did not show.
 PROVE_AGAIN = 2.0
+
+#: Runs that one peer is asked to show within that time: who changes its word all the time takes no place of others.
+PROVE_AT_ONCE = 4

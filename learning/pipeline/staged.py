@@ -33,7 +33,7 @@ from . import defaults
 from .crew import Crew
 from .cutting import stages_of, whole_names
 from .holding import Holding
-from .messages import SEATED, Seat
+from .messages import Seat
 from .planner import Able, StageCost, assign, place, rescuer
 from .rescue import Rescued, rescue
 from .trainer import StageTrainer
@@ -254,9 +254,9 @@ class Staged:
         return [StageCost(c, 16.0 * layout.size, 0.0) for c, layout in zip(computing, self.layouts, strict=True)]
 
     def _held(self) -> dict[bytes, int]:
-        """Everybody's stage but ours."""
-        beats = {bytes(peer): self.crew.beat(peer) for peer in self.crew.peers() if peer != self.me}
-        return {peer: beat.stage for peer, beat in beats.items() if beat.state in SEATED}
+        """Everybody's stage but ours, of those who have shown its run."""
+        seats = {bytes(peer): s for s in self._all for peer in self.crew.holders(s, loading=True)}
+        return {peer: stage for peer, stage in seats.items() if peer != self.me}
 
     def _best(self) -> int | None:
         """Where a peer that comes later is of most use."""
