@@ -63,7 +63,10 @@ class LinkTable:
 
         When both sides dialled at once, both prefer the link that the smaller PeerId dialled; otherwise the newest.
         """
-        live = [link for link in self._links.get(peer, ()) if link.alive]
+        links = self._links.get(peer)
+        if links is None:
+            return None
+        live = [link for link in links if link.alive]
         if len(live) < 2:
             return live[0] if live else None
         newest = max(link.opened_at for link in live)
@@ -143,6 +146,8 @@ class LinkTable:
 
     def trim(self) -> None:
         """Close idle links beyond the limit, least recently used first; one just made gets to be used."""
+        if len(self._sessions) <= self.limit:
+            return  # every link that falls silent comes by here: nothing may be looked for among all of them
         live = self.live()
         before = self._host.now() - defaults.IDLE_GRACE
         spare = [link for link in live if link.idle and link.last_used < before]
