@@ -239,7 +239,7 @@ class Mux(MuxInput):
             stream.queued -= n
             stream._credit -= n
             self._credit[priority] -= n
-            queue = stream._queue
+            queue, last = stream._queue, n
             while n:
                 view = queue[0]
                 if len(view) <= n:
@@ -256,7 +256,9 @@ class Mux(MuxInput):
             if stream.sending is Sending.ENDING:
                 self._finish_sending(stream)
                 eof = HEADER.pack(Frame.EOF, stream.id, 0)
-                if room >= HEADER_BYTES:
+                # Behind a large piece of bulk it would cost a copy of it: only what ends a record is sealed where it
+                # lies.
+                if room >= HEADER_BYTES and not (priority is Priority.BULK and last >= defaults.DIRECT_BODY):
                     out.append(eof)
                     room -= HEADER_BYTES
                 else:

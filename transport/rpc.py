@@ -263,8 +263,10 @@ async def exchange(
                 start = b"".join((LENGTH.pack(len(head)), head, LENGTH.pack(len(message)), message))
                 if not stream.post(start, end=not size):
                     await stream.send_all(start)
-                for view in views:
+                for view in views[:-1]:
                     await stream.send_all(view)
+                if views:
+                    await stream.send_last(views[-1])
                 if made is not None:
                     await _send_made(stream, made)
                 if not stream.ended:

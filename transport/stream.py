@@ -94,6 +94,13 @@ class LinkStream(trio.abc.HalfCloseableStream):
         ``data`` is not copied and must not change meanwhile. Cancellation while it is partly sent resets the stream:
         the peer would otherwise take half a message for a whole one.
         """
+        await self._send(data, end=False)
+
+    async def send_last(self, data: Buffer) -> None:
+        """As :meth:`send_all`, and close the sending half behind it, without a turn of the loop for that."""
+        await self._send(data, end=True)
+
+    async def _send(self, data: Buffer, *, end: bool) -> None:
         self._begin_sending()
         try:
             await checkpoint_if_cancelled()
@@ -102,10 +109,14 @@ class LinkStream(trio.abc.HalfCloseableStream):
             size = len(data) if not isinstance(data, memoryview) else data.nbytes
             if size <= defaults.SMALL_SEND and stream.queued < defaults.SMALL_QUEUE:
                 self._mux.send(stream, bytes(data))
+                if end:
+                    self._mux.end(stream)
                 self.link._changed()
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return
             self._mux.send(stream, data)
+            if end:
+                self._mux.end(stream)
             self.link._changed()
             try:
                 while stream.queued:
@@ -114,7 +125,7 @@ class LinkStream(trio.abc.HalfCloseableStream):
                 self.reset(ResetCode.CANCELLED)
                 raise
             # The queue is also empty because somebody dropped it: we, the peer, or the link's end.
-            self._check_sending()
+            self._check_sending(ended=end)
         finally:
             self._sending = False
 
@@ -132,7 +143,9 @@ class LinkStream(trio.abc.HalfCloseableStream):
         self._mux.send(stream, data)
         if end:
             self._mux.end(stream)
-        self.link._changed()
+            self.link._send_at_once()
+        else:
+            self.link._changed()
         return True
 
     async def wait_send_all_might_not_block(self) -> None:
@@ -164,7 +177,8 @@ class LinkStream(trio.abc.HalfCloseableStream):
             raise trio.BusyResourceError("another task is sending on this stream")
         self._sending = True
 
-    def _check_sending(self) -> None:
+    def _check_sending(self, *, ended: bool = False) -> None:
+        """Raise what stands in the way of sending. ``ended``: that our half is closed is as it should be."""
         stream = self._stream
         if self._closed:
             raise trio.ClosedResourceError("this stream is closed")
@@ -172,7 +186,7 @@ class LinkStream(trio.abc.HalfCloseableStream):
             raise self._reset_error()
         if self._lost is not None:
             raise link_lost(self._lost, self.peer)
-        if stream.sending is not Sending.OPEN:
+        if stream.sending is not Sending.OPEN and not ended:
             raise trio.ClosedResourceError("the sending half of this stream is closed")
 
     # Receiving
