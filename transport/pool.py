@@ -48,7 +48,7 @@ class BufferPool:
 class _Pools(threading.local):
     def __init__(self) -> None:
         self.pool = BufferPool()
-        self.scratch = memoryview(bytearray(defaults.READ_SIZE))
+        self.scratch = memoryview(bytearray(defaults.SCRATCH))
 
 
 _pools = _Pools()
@@ -60,5 +60,5 @@ def take() -> memoryview:
 
 
 def scratch() -> memoryview:
-    """:data:`defaults.READ_SIZE` bytes of this thread, of use until whoever asked for them waits."""
+    """:data:`defaults.SCRATCH` bytes of this thread, of use until whoever asked for them waits."""
     return _pools.scratch

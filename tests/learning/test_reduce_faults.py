@@ -15,6 +15,7 @@ import attrs
 import pytest
 import trio
 
+from shoal.learning.reduce.coding import Coding
 from shoal.learning.reduce.rates import NOTHING
 from shoal.learning.reduce.slices import reassign
 from shoal.learning.rounds import instance, leader
@@ -345,3 +346,26 @@ async def test_a_leader_that_proposes_a_fingerprint_nobody_has_is_left_for_the_n
         assert record.record.fingerprint != b"\0" * 16
         assert others[0].instance.voter.attempt == 1
         assert seconds < 12.0
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+async def test_who_keeps_its_loop_busy_with_a_result_holds_up_nobody(codec: str) -> None:
+    """A program may work on what it was given without a turn of the loop: the commit has left before."""
+    async with reduce_group(4, ELEMENTS) as group:
+        group.coding = Coding.of(codec)
+        lead = victim_of(group, "leader")
+        unsaid: list[object] = []
+
+        async def watch(member: Member) -> None:
+            await member.instance.outcome()
+            # What a program that goes on here without waiting would keep from the others:
+            unsaid.extend(queue for queue in member.post._queues.values() if queue.statistics().current_buffer_used)
+            unsaid.extend(link for link in member.endpoint.links() if link._mux.has_output)
+            watched.append(member.instance.commit is not None)
+
+        watched: list[bool] = []
+        async with trio.open_nursery() as nursery:
+            group.open_hooks.append(lambda member: nursery.start_soon(watch, member) if member is lead else None)
+            await group.reduce(limit=20.0)
+        assert watched == [True]
+        assert not unsaid

@@ -199,6 +199,41 @@ class LinkConformance(ABC):
             await theirs.send_all(b"still talking")
             assert await ours.receive_some() == b"still talking"
 
+    async def test_last_words_of_any_size_end_their_stream(self) -> None:
+        # Small enough to be copied, in one record with its end, of one sealed where it lies, of many.
+        sizes = [1, defaults.SMALL_SEND + 1, defaults.DIRECT_BODY, 2 * defaults.DIRECT_BODY, 5_000_000]
+        async with self.pair() as pair:
+            for priority in Priority:
+                for size in sizes:
+                    data = pattern(size)
+                    ours = await pair.a.open_stream("x", priority)
+                    theirs = await pair.accept()
+                    got = bytearray(size)
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(theirs.read_exactly_into, memoryview(got))
+                        await ours.send_last(data)
+                    assert bytes(got) == data
+                    assert await theirs.receive_some() == b""
+                    with pytest.raises(trio.ClosedResourceError):
+                        await ours.send_all(b"more")
+                    await theirs.send_all(b"the other half goes on")
+                    assert await ours.receive_some() == b"the other half goes on"
+                    ours.close()
+                    theirs.close()
+            assert pair.a.alive
+            assert pair.b.alive
+
+    async def test_cancelled_last_words_reset_their_stream(self) -> None:
+        async with self.pair() as pair:
+            ours = await pair.a.open_stream("x", Priority.BULK)
+            theirs = await pair.accept()
+            with trio.move_on_after(0.2):
+                await ours.send_last(bytes(64 << 20))
+            with pytest.raises(StreamReset):
+                await theirs.read_exactly_into(memoryview(bytearray(64 << 20)))
+            assert pair.a.alive
+            assert pair.b.alive
+
     async def test_a_cancelled_send_resets_the_stream_instead_of_ending_it(self) -> None:
         async with self.pair() as pair:
             ours = await pair.a.open_stream("x", Priority.BULK)
