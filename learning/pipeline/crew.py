@@ -67,10 +67,11 @@ class Crew:
     # -- what we say --------------------------------------------------------------------------------------------------
 
     def say(self, **changes: Any) -> None:
-        """Change what we say of ourselves, and say it at once."""
-        self.own = attrs.evolve(self.own, **changes)
-        self._tell_soon()
-        self._changed()
+        """Change what we say of ourselves, and say it at once, if it is anything new."""
+        before, self.own = self.own, attrs.evolve(self.own, **changes)
+        if self.own != before:
+            self._tell_soon()
+            self._changed()
 
     def _tell_soon(self) -> None:
         self._wake.set()

@@ -35,7 +35,9 @@ class Beat(Bounded):
     ``stage``: of ``state`` loading or ready, else without meaning. ``part``: id of the stage's own run, empty before it
     has one. ``generation``: how often the stage was lost. ``step``: the step of training it is at. ``rounds``: done by
     the stage. ``rate``: samples that it computes in a second at its stage, thousandths, 0: not known; ``memory``: bytes
-    it can use, 0: not known. ``plan``: who begins with which stage, of the founder only.
+    it can use, 0: not known. ``plan``: who begins with which stage, of the founder only. ``into``, ``out``: bytes of
+    activations that come to it and that it gives on for a sample; ``line``: bytes a second that its uplink carries; all
+    three 0: not known.
     """
 
     run: bytes
@@ -48,6 +50,9 @@ class Beat(Bounded):
     rate: int
     memory: int
     plan: tuple[Seat, ...] = ()
+    into: int = 0
+    out: int = 0
+    line: int = 0
 
     def __attrs_post_init__(self) -> None:
         Bounded.__attrs_post_init__(self)

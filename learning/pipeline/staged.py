@@ -9,7 +9,6 @@ run, with weights made of what others have (:mod:`.rescue`).
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
@@ -30,11 +29,12 @@ from ..strategies import resolve as resolve_strategy
 from ..sync import state_digest
 from ..task import Signature, Task, compare_signatures, signature
 from . import defaults
+from .abilities import UNKNOWN, able, costs, usual
 from .crew import Crew
 from .cutting import stages_of, whole_names
 from .holding import Holding
 from .messages import Seat
-from .planner import Able, StageCost, assign, place, rescuer
+from .planner import assign, place, rescuer
 from .rescue import Rescued, rescue
 from .trainer import StageTrainer
 
@@ -225,7 +225,7 @@ class Staged:
         if len(peers) < wanted:
             self.reason = f"{len(peers)} of {wanted} peers are here"
             return ()
-        seats, reason = assign([self._able(peer, ()) for peer in peers], self._costs(()))
+        seats, reason = assign([able(self.crew, peer, UNKNOWN) for peer in peers], costs(self.layouts, UNKNOWN))
         if len(set(seats.values())) < self.cut.stages:
             self.reason = reason
             return ()
@@ -234,25 +234,6 @@ class Staged:
         self.crew.say(plan=plan)
         return plan
 
-    def _usual(self) -> list[float]:
-        """Samples a second of a usual peer at each stage, as measured (the lower median); empty: not yet at all."""
-        rates = [sorted(filter(None, (self.crew.beat(p).rate for p in self.crew.holders(s)))) for s in self._all]
-        return [each[(len(each) - 1) // 2] / 1000 for each in rates] if all(rates) else []
-
-    def _able(self, peer: PeerId, usual: Sequence[float]) -> Able:
-        """A peer as it says, as far as that is believed: its speed is in times that of a usual peer at its stage."""
-        beat, speed = self.crew.beat(peer), 1.0
-        if beat.state == "ready" and beat.rate and usual:
-            ratio = beat.rate / 1000 / usual[beat.stage]
-            speed = min(max(ratio, 1 / defaults.MAX_RATIO), defaults.MAX_RATIO)
-        return Able(peer, speed, beat.memory or math.inf, math.inf)
-
-    def _costs(self, usual: Sequence[float]) -> list[StageCost]:
-        """Before anything is measured computing is taken to follow the parameters, as memory does (weights, gradients,
-        two moments). What lines can carry is not measured."""
-        computing = [1 / rate for rate in usual] or [max(1.0, float(layout.size)) for layout in self.layouts]
-        return [StageCost(c, 16.0 * layout.size, 0.0) for c, layout in zip(computing, self.layouts, strict=True)]
-
     def _held(self) -> dict[bytes, int]:
         """Everybody's stage but ours, of those who have shown its run."""
         seats = {bytes(peer): s for s in self._all for peer in self.crew.holders(s, loading=True)}
@@ -260,9 +241,9 @@ class Staged:
 
     def _best(self) -> int | None:
         """Where a peer that comes later is of most use."""
-        held, usual = self._held(), self._usual()
-        others = [self._able(PeerId(peer), usual) for peer in held]
-        found = place(self._able(self.me, usual), others, self._costs(usual), held)
+        held, known = self._held(), usual(self.crew)
+        others = [able(self.crew, PeerId(peer), known) for peer in held]
+        found = place(able(self.crew, self.me, known), others, costs(self.layouts, known), held)
         if found is None:
             self.reason = "no stage fits into the memory of this peer"
         return found
@@ -273,8 +254,9 @@ class Staged:
         counts, states = [len(self.crew.holders(each)) for each in self._all], map(self.crew.beat, self.crew.peers())
         if counts[stage] < 2 or not all(counts) or any(beat.state in ("loading", "resuming") for beat in states):
             return None
-        held, usual = {**self._held(), bytes(self.me): stage}, self._usual()
-        seats, reason = assign([self._able(PeerId(peer), usual) for peer in held], self._costs(usual), held=held)
+        held, known = {**self._held(), bytes(self.me): stage}, usual(self.crew)
+        peers = [able(self.crew, PeerId(peer), known) for peer in held]
+        seats, reason = assign(peers, costs(self.layouts, known), held=held)
         movers = sorted(peer for peer, at in seats.items() if at != held[peer])
         if not movers or movers[0] != self.me:
             return None

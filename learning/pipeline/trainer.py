@@ -17,12 +17,14 @@ from ...transport.errors import ConfigError, RemoteError, RemoteRefused
 from ...transport.identity import PeerId
 from ...transport.rpc import Call
 from ..directions import Direction
+from ..reduce.measured import measured
 from ..rounds.methods import Ack
 from ..shard import Shard
 from ..spec import StageOf
 from ..task import Batch, Task
 from ..worker import Part, TrainResult, Worker
 from . import defaults
+from .abilities import worth_saying
 from .cargo import pack_batch, pack_tensor, unpack_batch
 from .crew import Crew
 from .cutting import StageTask, input_of, loss_of, split_batch
@@ -66,6 +68,7 @@ class StageTrainer(Worker):
         #: Seconds that a micro-batch is away, smoothed; and samples computed in a second of computing.
         self._turn: float | None = None
         self._speed: float | None = None
+        self._into = self._out = 0  # bytes that come and that go on for a sample
         self.gate = Gate(crew, cut.codec)
         #: Micro-batches that others sent and that could not be computed.
         self.refused = 0
@@ -187,12 +190,10 @@ class StageTrainer(Worker):
         return self._end is not None and self.flow.step >= self._end
 
     def _say_step(self) -> None:
-        own, rate = self.crew.own, self.crew.own.rate
-        speed = round(1000 * self._speed) if self._speed else 0
-        if abs(speed - rate) > defaults.RATE_CHANGE * rate:
-            rate = min(speed, 1 << 62)
-        if (own.step, own.state, own.rate) != (self.flow.step, "ready", rate):
-            self.crew.say(step=self.flow.step, state="ready", rate=rate)
+        own = self.crew.own
+        rate = worth_saying(own.rate, round(1000 * self._speed) if self._speed else 0)
+        line = worth_saying(own.line, measured(self.endpoint, list(self.crew.beats)).up)
+        self.crew.say(step=self.flow.step, state="ready", rate=rate, line=line, into=self._into, out=self._out)
 
     def _draw(self) -> list[tuple[Batch, int]]:
         batch = self._next_batch()
@@ -367,6 +368,7 @@ class StageTrainer(Worker):
         """Have a replica of the next stage compute on. Until the gradient is back: dead and slow ones are replaced."""
         assert load.output is not None
         shape, data = await self._host.run_blocking(pack_tensor, load.output, self.cut.codec)
+        self._out = len(data) // max(1, load.samples)
         packed = [pack_tensor(tensor) for tensor in load.tensors]
         back = self._backs[load.name] = trio.Event()
         avoid: dict[PeerId, None] = {}
@@ -454,6 +456,7 @@ class StageTrainer(Worker):
             return Pushed(True, self.flow.step)
         given, *tensors = await self.gate.micro_batch(call, self.flow.loads.values())
         load = Load(push.key, push.token, call.peer, push.order, push.at, push.samples, given, tensors, push.nest)
+        self._into = push.shapes[0].size // push.samples
         answer = self.flow.arrive(load)
         if answer == "full":
             raise RemoteRefused("busy", "too many micro-batches wait here")

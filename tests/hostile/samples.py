@@ -204,7 +204,8 @@ def _named(kind: Any) -> Callable[[random.Random], Any]:
 def _beat(rng: random.Random) -> Beat:
     seats = tuple(Seat(each.peer_id, rng.randrange(4)) for each in IDENTITIES[: rng.randrange(4)])
     part, numbers = rng.choice((b"", rng.randbytes(32))), [rng.choice(_INTS) for _ in range(5)]
-    return Beat(rng.randbytes(32), rng.choice(STATES), rng.randrange(64), part, *numbers, plan=seats)
+    measured = {name: rng.choice(_INTS) for name in ("into", "out", "line")}
+    return Beat(rng.randbytes(32), rng.choice(STATES), rng.randrange(64), part, *numbers, plan=seats, **measured)
 
 
 def _shape(rng: random.Random) -> Shape:

@@ -113,6 +113,16 @@ def test_stages_train_what_the_unsplit_model_trains(stages: int, peers: int, mic
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_peers_say_what_a_sample_takes_over_the_line_and_both_sides_of_a_boundary_say_the_same() -> None:
+    world = simulate(Scenario(5, founding(3, 5), make_task=Chain, limit=120))
+    said = [(stage_of(m), m.node.staged.crew.own) for m in world.live() if m.node.staged is not None]
+    assert {stage for stage, _ in said} == {0, 1, 2}
+    for stage, beat in said:
+        # All layers are 8 wide but the first and the last: 8 float32 go on for each sample, and come.
+        assert beat.out == (32 if stage < 2 else 0)
+        assert beat.into == (32 if stage > 0 else 0)
+
+
 def test_the_same_seed_gives_the_same_run_to_the_bit() -> None:
     scenario = Scenario(4, founding(2, 4), make_task=Chain, limit=120)
     assert simulate(scenario).trace.hexdigest() == simulate(scenario).trace.hexdigest()
