@@ -18,6 +18,7 @@ from shoal.learning.state import Layout, flatten_model
 from shoal.learning.task import Task
 from shoal.node.node import Founding
 from shoal.sim.world import Member, Scenario, World, simulate
+from shoal.transport.memory_flow import Route
 
 
 class Chain(Task):
@@ -121,6 +122,34 @@ def test_peers_say_what_a_sample_takes_over_the_line_and_both_sides_of_a_boundar
         # All layers are 8 wide but the first and the last: 8 float32 go on for each sample, and come.
         assert beat.out == (32 if stage < 2 else 0)
         assert beat.into == (32 if stage > 0 else 0)
+
+
+class WideChain(Chain):
+    """Much goes from the first layer to the second: 2 MiB for half a batch."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 4096), nn.Tanh(), nn.Linear(4096, 8), nn.Linear(8, 3))
+
+    def batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(shard.entropy("chain") >> 1)
+        while True:
+            x = torch.randn(256, 6, generator=generator)
+            yield x, x[:, :3].sin()
+
+
+def test_what_uplinks_carry_is_measured_in_a_run_that_fills_them() -> None:
+    route = Route(latency=0.02, bandwidth=1e6)  # of each pair: who sends to two sends twice as much
+    world = simulate(
+        Scenario(3, founding(2, 3, rounds=4, micro=2), make_task=WideChain, route=route, seed=1, limit=900)
+    )
+    said = [m.node.staged.crew.own for m in world.live() if m.node.staged is not None]
+    feeders = [beat for beat in said if beat.stage == 0]
+    assert feeders
+    assert len(said) == 3
+    for beat in feeders:
+        to = sum(other.stage == 1 for other in said)
+        assert beat.line == pytest.approx(to * 1e6, rel=0.3)
+        assert beat.out == 4 * 4096
 
 
 def test_the_same_seed_gives_the_same_run_to_the_bit() -> None:
