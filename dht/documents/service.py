@@ -83,6 +83,7 @@ class Documents:
         self._every = reconcile_every
         self._scopes: dict[bytes, Scope] = {}
         self._nursery: trio.Nursery | None = None
+        self._left = False
         self._exchanging: dict[tuple[bytes, PeerId], None] = {}
         endpoint.serve(messages.PUSH, self._on_push)
         endpoint.serve(messages.TELL, self._on_tell)
@@ -173,6 +174,7 @@ class Documents:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Spread and take in until cancelled; then write what is left."""
+        self._left = False
         try:
             async with trio.open_nursery() as self._nursery:
                 for scope in self._scopes.values():
@@ -181,7 +183,8 @@ class Documents:
                 task_status.started()
                 await trio.sleep_forever()
         finally:
-            self._nursery = None
+            # The endpoint may outlive us, and peers go on telling it of documents until they know that we are gone.
+            self._nursery, self._left = None, True
             with trio.CancelScope(shield=True):
                 await self.keeper.flush()
 
@@ -269,7 +272,7 @@ class Documents:
         if items > limit:
             self.conduct.count(peer, Fault.NONSENSE, now, f"{items} things in one call")
             raise RemoteRefused("too-large", f"{items} things in one call, at most {limit} allowed")
-        found = self._scopes.get(scope)
+        found = None if self._left else self._scopes.get(scope)
         if found is None:
             raise RemoteRefused("unknown-scope", "this peer takes no part in that")
         if peer in found.banned:
@@ -281,8 +284,9 @@ class Documents:
         try:
             return Pushed(await scope.take(call.peer, call.request.envelopes))
         except LocalError as error:
-            # Our disk, not its fault; it need not know more.
-            log.warning("documents: %s", error)
+            # Our disk, not its fault; it need not know more. Where we have left meanwhile there is none any more.
+            if not self._left:
+                log.warning("documents: %s", error)
             raise RemoteRefused("busy", "what was sent cannot be kept at present") from None
 
     async def _on_tell(self, call: Call[TellEnvelopes]) -> Told:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from pathlib import Path
 
 import pytest
 import trio
 
-from shoal.dht.documents import defaults
+from shoal.dht.documents import defaults, messages
 from shoal.dht.documents.envelope import Envelope
 from shoal.dht.documents.policy import DocumentSpec, Members, Owner
+from shoal.dht.documents.service import Documents
 from shoal.dht.documents.store import DocumentStore
-from shoal.transport.errors import ConfigError
+from shoal.transport.errors import ConfigError, RemoteRefused
 from shoal.transport.identity import PeerId
 
 from .doc_swarm import SCOPE, SPEC, doc_swarm, put
@@ -301,3 +303,21 @@ async def test_a_damaged_database_is_healed_from_the_others(tmp_path: Path, dama
         again.scope.cancel()
         await again.stopped.wait()
         again.store.close()
+
+
+async def test_who_has_left_refuses_what_is_told_without_an_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    """The endpoint goes on, as where a peer goes from one stage's run to another's; its store is closed by then."""
+    async with doc_swarm() as swarm:
+        one, other = await swarm.grow(2)
+        await trio.sleep(5)
+        gone = Documents(other.endpoint, DocumentStore(None))
+        gone.join(SCOPE, swarm.members)
+        await gone.open(SPEC, swarm.is_member)
+        with trio.move_on_after(1):
+            await gone.run()
+        gone.keeper.store.close()
+        with pytest.raises(RemoteRefused, match="takes no part in that"):
+            await one.endpoint.call(other.peer, messages.PUSH, messages.PushEnvelopes(SCOPE, ()))
+        await one.document.write(put(x=1))
+        await trio.sleep(60)
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
