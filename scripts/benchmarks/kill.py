@@ -197,9 +197,9 @@ async def _turn(team: Team, case: Case, row: Row, file: Path, cleans: dict[str, 
         sum(what == "begin" and phase == "scatter" for phase, what, _, _ in answers[0]["notes"])
     )
     extra.setdefault("victim_is_member", []).append(member)
+    print(f"{case.name}: {seconds * 1e3:.0f} ms, clean {few * 1e3:.0f} ms", flush=True)
     if verbose:
         killed = moment_in(file)
-        print(f"{case.name}: {seconds * 1e3:.0f} ms, clean {few * 1e3:.0f} ms", flush=True)
         for answer in answers:
             for phase, what, at, detail in answer["notes"]:
                 print(f"  {(at - killed) * 1e3:8.1f} {phase} {what} {detail[:100]}")
