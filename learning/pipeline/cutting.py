@@ -73,19 +73,6 @@ def _balanced(sizes: Sequence[int], n: int) -> list[int]:
     return bounds[::-1]
 
 
-class Whole(nn.Module):
-    """The stages one after the other: the model that was cut."""
-
-    def __init__(self, stages: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(stages)
-
-    def forward(self, given: Tensor) -> Tensor:
-        for stage in self.stages:
-            given = stage(given)
-        return given
-
-
 class _Called(Exception):
     def __init__(self, given: object) -> None:
         super().__init__()

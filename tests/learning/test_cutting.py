@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from shoal.learning.pipeline import defaults
 from shoal.learning.pipeline.cargo import pack_batch, pack_tensor, size_fault, unpack_batch, unpack_tensor
 from shoal.learning.pipeline.cutting import (
-    Whole,
     cut_sequential,
     input_of,
     loss_of,
@@ -99,7 +98,7 @@ def test_stages_are_the_model_of_the_same_random_numbers_to_the_bit(name: str, n
             assert torch.equal(tensor, tensors.pop(names[own]))
     assert not tensors
     given = input_of(task, batch_of(task))
-    assert torch.equal(Whole(stages)(given), whole(given))
+    assert torch.equal(nn.Sequential(*stages)(given), whole(given))
 
 
 def test_names_in_the_whole_model_follow_its_order() -> None:

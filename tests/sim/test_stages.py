@@ -12,7 +12,7 @@ import trio
 from torch import Tensor, nn
 
 from shoal.learning.events import RoundReport
-from shoal.learning.pipeline.cutting import Whole, stages_of
+from shoal.learning.pipeline.cutting import stages_of
 from shoal.learning.shard import Shard
 from shoal.learning.state import Layout, flatten_model
 from shoal.learning.task import Task
@@ -76,7 +76,7 @@ def reference(world: World, tasks: dict[int, Chain], rounds: int, stages: int) -
     """
     torch.manual_seed(0)
     cut = stages_of(Chain(), stages)
-    whole = Whole(cut)
+    whole = nn.Sequential(*cut)
     optimizer = Chain().optimizer(whole)
     feeders = [member for member in world.live() if stage_of(member) == 0]
     reports: dict[int, RoundReport] = {r.round: r for member in feeders for r in member.run.reports}
