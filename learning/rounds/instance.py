@@ -214,11 +214,13 @@ class Instance:
             return None
         holders = tuple(accept.peer for accept in self.commit.certificate.accepts if accept.peer != self.me)
         if await self.results.obtain(record, holders) is None:
-            # Whoever waits for the result may keep the loop busy with it: what others wait for is sent before.
+            final = self.results.final
+            # Whoever waits for the result may keep the loop busy with it: what others wait for is sent before. The
+            # round may be closed meanwhile, which takes nothing from who has agreed on it.
             await self._post.leave_first()
             self.auditor.ledger.drop()
             self.buffers.drop_inputs()
-            return self.results.final
+            return final
         return None
 
     def peer_changed(self, peer: PeerId, why: str | None) -> None:

@@ -369,3 +369,24 @@ async def test_who_keeps_its_loop_busy_with_a_result_holds_up_nobody(codec: str)
             await group.reduce(limit=20.0)
         assert watched == [True]
         assert not unsaid
+
+
+async def test_a_round_that_is_closed_while_its_last_words_leave_takes_no_result_from_who_waits_for_it() -> None:
+    async with reduce_group(3, ELEMENTS) as group:
+        closed: list[str] = []
+
+        def open_hook(member: Member) -> None:
+            instance, leave_first = member.instance, member.post.leave_first
+
+            async def leave() -> None:
+                await leave_first()
+                if instance.commit is not None and not closed:
+                    closed.append(member.name)
+                    instance.close()
+
+            member.post.leave_first = leave  # type: ignore[method-assign]
+
+        group.open_hooks.append(open_hook)
+        await group.reduce(limit=20.0)
+        assert closed
+        group.check(members=group.members)
