@@ -17,7 +17,7 @@ import attrs
 from ...transport.identity import PeerId
 from ..state import Layout
 from . import defaults
-from .messages import Beat
+from .messages import Beat, Shape
 from .planner import Able, StageCost
 
 
@@ -89,3 +89,9 @@ def _within(value: float, middle: float) -> float:
 def worth_saying(said: int, now: int) -> int:
     """What to say of a speed: what was said before, until it has changed by ``defaults.RATE_CHANGE`` of that."""
     return min(now, 1 << 62) if abs(now - said) > defaults.RATE_CHANGE * said else said
+
+
+def bytes_of_sample(shape: Shape, samples: int) -> int:
+    """What one of ``samples`` takes of a tensor that travels. Whoever fed them could call all of them one sample, and
+    make every boundary on their way look wide: there are at least as many as rows."""
+    return shape.size // max(1, samples, *shape.dims[:1])

@@ -24,7 +24,7 @@ from ..spec import StageOf
 from ..task import Batch, Task
 from ..worker import Part, TrainResult, Worker
 from . import defaults
-from .abilities import worth_saying
+from .abilities import bytes_of_sample, worth_saying
 from .cargo import pack_batch, pack_tensor, unpack_batch
 from .crew import Crew
 from .cutting import StageTask, input_of, loss_of, split_batch
@@ -368,7 +368,7 @@ class StageTrainer(Worker):
         """Have a replica of the next stage compute on. Until the gradient is back: dead and slow ones are replaced."""
         assert load.output is not None
         shape, data = await self._host.run_blocking(pack_tensor, load.output, self.cut.codec)
-        self._out = len(data) // max(1, load.samples)
+        self._out = bytes_of_sample(shape, load.samples)
         packed = [pack_tensor(tensor) for tensor in load.tensors]
         back = self._backs[load.name] = trio.Event()
         avoid: dict[PeerId, None] = {}
@@ -456,7 +456,7 @@ class StageTrainer(Worker):
             return Pushed(True, self.flow.step)
         given, *tensors = await self.gate.micro_batch(call, self.flow.loads.values())
         load = Load(push.key, push.token, call.peer, push.order, push.at, push.samples, given, tensors, push.nest)
-        self._into = push.shapes[0].size // push.samples
+        self._into = bytes_of_sample(push.shapes[0], push.samples)
         answer = self.flow.arrive(load)
         if answer == "full":
             raise RemoteRefused("busy", "too many micro-batches wait here")

@@ -8,7 +8,7 @@ import attrs
 import pytest
 
 from shoal.learning.pipeline import abilities, defaults
-from shoal.learning.pipeline.messages import Beat
+from shoal.learning.pipeline.messages import Beat, Shape
 from shoal.learning.pipeline.planner import assign
 from shoal.learning.state import Layout
 from shoal.learning.task import ParameterSpec
@@ -122,3 +122,14 @@ def test_a_speed_is_said_anew_when_it_has_changed_by_a_quarter() -> None:
     assert [abilities.worth_saying(100, now) for now in (0, 80, 100, 125, 126)] == [0, 100, 100, 100, 126]
     assert abilities.worth_saying(0, 1) == 1
     assert abilities.worth_saying(5, 1 << 80) == 1 << 62
+
+
+@pytest.mark.parametrize(
+    ("dims", "samples", "bytes_each"),
+    [((8, 16), 8, 64), ((8, 4, 16), 8, 256), ((8, 16), 1, 64), ((), 1, 512), ((0, 16), 1, 512), ((8, 16), 1 << 60, 0)],
+)
+def test_a_feeder_that_counts_wrong_does_not_make_its_rows_look_wide(
+    dims: tuple[int, ...], samples: int, bytes_each: int
+) -> None:
+    shape = Shape(dims, "float32", "fp32", 2048 if len(dims) == 3 else 512)
+    assert abilities.bytes_of_sample(shape, samples) == bytes_each
