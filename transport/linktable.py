@@ -66,6 +66,8 @@ class LinkTable:
         links = self._links.get(peer)
         if links is None:
             return None
+        if len(links) == 1:
+            return links[0] if links[0].alive else None
         live = [link for link in links if link.alive]
         if len(live) < 2:
             return live[0] if live else None

@@ -182,10 +182,12 @@ class TcpStream(ByteStream):
         raise self._broken(OSError(error, os.strerror(error)))
 
     async def wait_receivable(self) -> None:
-        if self._drained and await self._readable():
+        socket = self._stream.socket
+        if self._drained and socket.fileno() >= 0:
+            await trio.lowlevel.wait_readable(socket)
             self._drained = False
         else:
-            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint()  # of a closed one, what trio says when it is read is right
 
     def _broken(self, error: OSError) -> trio.BrokenResourceError | trio.ClosedResourceError:
         if error.errno in (errno.EBADF, errno.ENOTSOCK):

@@ -91,6 +91,9 @@ MAX_FAILURES = 2
 #: of a peer seen once in published churn traces (Stutzbach & Rejaie 2006, "Understanding Churn").
 LIVENESS_INTERVAL = 300.0
 
+#: Seconds within which a peer that was heard before need not be noted again: most of what a busy swarm hears.
+HEARD_ANEW = 1.0
+
 #: Seconds between lookups in a bucket that saw none. Kademlia section 2.3: one hour.
 REFRESH_INTERVAL = 3600.0
 

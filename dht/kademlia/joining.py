@@ -67,7 +67,7 @@ async def reach(
         # The record may have run out while we were away; its addresses are still the best guess, and the
         # handshake proves who answers there.
         known = records[peer].open(-float("inf"))
-        return (await endpoint.connect(peer, known.addresses, timeout=walker.patience(peer))).peer
+        return (await endpoint.connect(peer, known.addresses, timeout=walker.patience(endpoint.link(peer)))).peer
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(attempt_addresses)

@@ -253,6 +253,18 @@ class Lookup:
             if path.order[index][1].state is State.NEW:
                 path.drop(index)
 
+    def knows(self, enough: int, distance: int) -> bool:
+        """True when so many peers within ``distance`` of the target are known that have not failed, on one path."""
+        if len(self._paths) > 1:
+            return False
+        for away, candidate in self._paths[0].order:
+            if away > distance:
+                return False
+            enough -= candidate.state is not State.FAILED
+            if enough <= 0:
+                return True
+        return False
+
     # -- decisions -------------------------------------------------------------------------------------------
 
     def _believed(self, candidate: Candidate) -> bool:

@@ -11,6 +11,7 @@ import trio
 from ...transport.address import SignedPeerRecord
 from ...transport.errors import DecodeError, Overloaded, RemoteError, RemoteProtocolError
 from ...transport.identity import PeerId
+from ...transport.waiter import Waiter
 from . import defaults
 from .lookup import Answered, Failed, Lookup, Slow
 
@@ -30,8 +31,8 @@ class Reply:
     missing: int | None = None
 
 
-#: Puts the question of a lookup to one peer. Raises :class:`RemoteError` when that fails.
-Ask: TypeAlias = Callable[[PeerId], Awaitable[Reply]]
+#: Puts the question of a lookup, which it is told, to one peer. Raises :class:`RemoteError` when that fails.
+Ask: TypeAlias = Callable[[PeerId, Lookup], Awaitable[Reply]]
 
 
 class LookupRun:
@@ -43,14 +44,23 @@ class LookupRun:
         self._claims: dict[PeerId, list[tuple[PeerId, SignedPeerRecord]]] = {}
         #: When the peers were asked whose answer is still awaited, and is not slow; oldest first.
         self._asked: dict[PeerId, float] = {}
+        self._finished = Waiter()
 
-    async def run(self) -> None:
-        """Returns when the lookup is done. Cancelling cancels the queries in flight."""
+    async def run(self, seconds: float) -> bool:
+        """Returns when the lookup is done, or ``seconds`` are over (False). Cancelling cancels the queries in flight."""
+        lookup = self._lookup
         async with trio.open_nursery() as nursery:
-            self._launch(self._lookup.start(self._costs), nursery)
-            if self._lookup.done:
-                return
-            await self._hurry(nursery)
+            end = trio.current_time() + seconds
+            self._launch(lookup.start(self._costs), nursery)
+            while not lookup.done and (now := trio.current_time()) < end:
+                # Whoever waits is woken, not cancelled, when it is done: mostly no query is in flight then.
+                with trio.CancelScope(deadline=min(end, now + defaults.SLOW_AFTER / 2)):
+                    await self._finished.wait()
+                if not lookup.done:
+                    self._hurry(nursery)
+            if nursery.child_tasks:
+                nursery.cancel_scope.cancel()
+        return lookup.done
 
     def _launch(self, peers: Sequence[PeerId], nursery: trio.Nursery) -> None:
         now = self._walker.host.now()
@@ -63,7 +73,7 @@ class LookupRun:
         event: Answered | Failed = Failed(peer)
         try:
             if peer not in self._claims or self._introduce(peer):
-                reply = await self._ask(peer)
+                reply = await self._ask(peer, lookup)
                 if reply.enough:  # whom it names is of no interest
                     lookup.stop()
                 else:
@@ -79,18 +89,16 @@ class LookupRun:
         if not lookup.done:
             self._launch(lookup.receive(event), nursery)
         if lookup.done:
-            nursery.cancel_scope.cancel()
+            self._finished.wake()
 
-    async def _hurry(self, nursery: trio.Nursery) -> None:
+    def _hurry(self, nursery: trio.Nursery) -> None:
         """Ask others beside those that take long."""
-        while True:
-            await trio.sleep(defaults.SLOW_AFTER / 2)
-            before = self._walker.host.now() - defaults.SLOW_AFTER
-            for peer, began in list(self._asked.items()):
-                if began > before or self._lookup.done:
-                    break
-                del self._asked[peer]
-                self._launch(self._lookup.receive(Slow(peer)), nursery)
+        before = self._walker.host.now() - defaults.SLOW_AFTER
+        for peer, began in list(self._asked.items()):
+            if began > before or self._lookup.done:
+                break
+            del self._asked[peer]
+            self._launch(self._lookup.receive(Slow(peer)), nursery)
 
     def _named(self, source: PeerId, closer: Sequence[SignedPeerRecord]) -> tuple[PeerId, ...]:
         """Note the peers that ``source`` named and their records, not verified. Raises :class:`DecodeError`."""

@@ -41,9 +41,12 @@ class Closer:
 
 @attrs.frozen
 class GetRecord:
+    """``closer``: a peer that has it names who is closest as well; one that has not always does."""
+
     namespace: str
     key: bytes
     serving: bool
+    closer: bool = True
 
 
 @attrs.frozen

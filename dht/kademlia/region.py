@@ -38,11 +38,14 @@ class SizeEstimate:
     def __init__(self) -> None:
         self._samples: deque[float] = deque(maxlen=defaults.SIZE_SAMPLES)
         self._noted = -float("inf")
+        #: Peers in the swarm, None while too little is known.
+        self.value: float | None = None
 
     def note(self, distances: Sequence[int], now: float) -> None:
         """The distances of the closest peers that a lookup found, rising."""
         if len(distances) >= defaults.SIZE_MIN_PEERS:
             self._samples.append(swarm_size(distances))
+            self.value = statistics.median(self._samples)
             self._noted = now
 
     def renew(self, now: float) -> bool:
@@ -53,13 +56,9 @@ class SizeEstimate:
         if now - self._noted < defaults.SIZE_FRESH:
             return False
         self._samples.clear()
+        self.value = None
         self._noted = now
         return True
-
-    @property
-    def value(self) -> float | None:
-        """Peers in the swarm, None while too little is known."""
-        return statistics.median(self._samples) if self._samples else None
 
 
 def crowded(distances: Sequence[int], size: float | None, k: int) -> tuple[bool, str]:

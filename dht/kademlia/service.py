@@ -119,6 +119,8 @@ class Service:
         if namespace not in self._validators:
             raise self._refuse("invalid", f"unknown namespace {namespace[: defaults.MAX_NAMESPACE]!r}")
         record = self._store.get(namespace, key, self._endpoint.host.wall())
+        if record is not None and not call.request.closer:
+            return FoundRecord(record, ())
         names = None if record is None else defaults.HOLDER_NAMES
         return FoundRecord(record, self._closer(record_key(namespace, key), call.peer, names))
 

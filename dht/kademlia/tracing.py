@@ -55,7 +55,7 @@ async def trace(walker: Walker, target: int, *, paths: int, serving: bool) -> tu
         bits = (node_key(peer) ^ target).bit_length()
         queries.append(Query(peer, began - start, now() - began, hop, bits, len(others), nearest, failure))
 
-    async def ask(peer: PeerId) -> Reply:
+    async def ask(peer: PeerId, _: Lookup) -> Reply:
         began = now()
         try:
             closer = (await walker.ask(peer, messages.FIND, request)).closer

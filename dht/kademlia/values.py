@@ -100,7 +100,7 @@ class Values:
         find, both = messages.Find(to_bytes(place), self._serve), attrs.evolve(request, closer=True)
         reach = self._reach(place)
 
-        async def ask(peer: PeerId) -> Reply:
+        async def ask(peer: PeerId, _: Lookup) -> Reply:
             if node_key(peer) ^ place <= reach:
                 try:
                     closer = (await self._walker.ask(peer, method, both)).closer
@@ -147,6 +147,11 @@ class Values:
         # Twice what is expected, as the size is an estimate: a copy too far away does no harm, and it expires.
         return min(known[-1].key ^ place, int(2 * k / size * SPACE))
 
+    def _holders_within(self) -> int:
+        """How far from a place the last of the k closest to it is expected; -1 while that is not known."""
+        size = self._walker.size.value
+        return -1 if size is None else int(min(1.0, self.table.k / size) * SPACE)
+
     async def _is_crowded(self, lookup: Lookup) -> bool:
         distances = [node_key(peer) ^ lookup.target for peer in lookup.ranked(self.table.k)]
         if not crowded(distances, self._walker.size.value, self.table.k)[0]:
@@ -185,13 +190,20 @@ class Values:
         found: dict[PeerId, SignedRecord] = {} if held is None else {self.endpoint.peer_id: held}
         if held is not None and digest(held.value) == key:
             return held
-        request = messages.GetRecord(namespace, key, self._serve)
+        place, settled = record_key(namespace, key), self._holders_within()
+        brief = messages.GetRecord(namespace, key, self._serve, closer=False)
+        whole = attrs.evolve(brief, closer=True)
+        unnamed = False
 
-        async def ask(peer: PeerId) -> Reply:
-            answer = await self._walker.ask(peer, messages.GET, request)
+        async def ask(peer: PeerId, lookup: Lookup) -> Reply:
+            nonlocal unnamed
+            # Names cost both sides a tenth of a lookup: of no use while the next holders are known already.
+            known = lookup.knows(defaults.HOLDER_NAMES, settled)
+            answer = await self._walker.ask(peer, messages.GET, brief if known else whole)
             record = answer.record
             if record is None:
                 return Reply(answer.closer)
+            unnamed |= known
             if (record.namespace, record.key) != (namespace, key):
                 raise DecodeError("answered with another record", peer=peer.short)
             if not record.in_time(self.host.wall()):  # not the holder's fault
@@ -203,13 +215,15 @@ class Values:
             missing = 0 if digest(record.value) == key else defaults.READ_QUORUM - len(found)
             return Reply(answer.closer, enough=missing <= 0, missing=missing if found else None)
 
-        place = record_key(namespace, key)
         lookup = await self._walker.walk(place, ask, paths=paths)
+        if unnamed and len(found) < defaults.READ_QUORUM and not any(digest(r.value) == key for r in found.values()):
+            settled = -1  # those that seemed to be holders are not
+            lookup = await self._walker.walk(place, ask, paths=paths)
         if not found and thorough:
             if len(lookup.closest) >= self.table.k:
                 lookup = await self._walker.walk(place, ask, paths=defaults.CAREFUL_PATHS)
             if not found and await self._is_crowded(lookup):
-                await self._ask_in_turn(await self._region(place), ask)
+                await self._ask_in_turn(await self._region(place), partial(ask, lookup=lookup))
         if not found:
             return None
         newest = next(iter(found.values()))
@@ -304,7 +318,7 @@ class Values:
         found.pop(self.endpoint.peer_id, None)
         request = messages.GetProviders(topic, min(limit + 1, defaults.MAX_PROVIDERS_ANSWER), self._serve)
 
-        async def ask(peer: PeerId) -> Reply:
+        async def ask(peer: PeerId, _: Lookup) -> Reply:
             answer = await self._walker.ask(peer, messages.PROVIDERS, request)
             if len(answer.announcements) > request.limit:
                 raise DecodeError(f"{len(answer.announcements)} providers for {request.limit}", peer=peer.short)

@@ -13,11 +13,12 @@ from ...transport.address import SignedPeerRecord
 from ...transport.endpoint import Endpoint
 from ...transport.errors import DecodeError, Overloaded, RemoteError, RemoteRefused
 from ...transport.identity import PeerId
+from ...transport.link import Link
 from ...transport.rpc import Method
 from . import defaults, messages
 from .keys import BITS, node_key, to_bytes
 from .lookup import Lookup
-from .lookup_run import LookupRun, Reply
+from .lookup_run import Ask, LookupRun, Reply
 from .region import SizeEstimate
 from .service import Counters
 from .table import Contact, RoutingTable, networks_of
@@ -43,13 +44,14 @@ class Walker:
 
     def heard(self, peer: PeerId) -> None:
         """``peer`` is alive and serves: into the table with it, if we know where it can be reached."""
+        now, held = self.host.now(), self.table.get(peer)
+        if held is not None and not held.failures and now - held.last_seen < defaults.HEARD_ANEW:
+            return
         record = self.endpoint.contact(peer)
         if record is None:
             return
-        link = self.endpoint.link(peer)
-        now, wall = self.host.now(), self.host.wall()
+        link, wall = self.endpoint.link(peer), self.host.wall()
         rtt = None if link is None or link.rtt <= 0 else link.rtt
-        held = self.table.get(peer)
         if held is not None and held.record is record and held.expires > wall:
             self.table.touch(held, now, rtt)
             return
@@ -86,9 +88,8 @@ class Walker:
         if peer != self.endpoint.peer_id and self.endpoint.contact(peer) != record:
             self.endpoint.learn(record)
 
-    def patience(self, peer: PeerId) -> float:
+    def patience(self, link: Link | None) -> float:
         """Seconds for one question, the dial to a peer without a link included."""
-        link = self.endpoint.link(peer)
         return deadlines.query(0.0 if link is None else link.rtt, self.endpoint.lag.value(self.host.now()))
 
     # -- one question ----------------------------------------------------------------------------------------
@@ -99,12 +100,12 @@ class Walker:
         Raises :class:`RemoteError`, or :class:`Overloaded` when we have no link to spare.
         """
         self.counters.queries += 1
-        held = self.table.get(peer)
-        if held is not None and self.endpoint.link(peer) is None and self.endpoint.contact(peer) is None:
+        link = self.endpoint.link(peer)
+        if link is None and (held := self.table.get(peer)) is not None and self.endpoint.contact(peer) is None:
             # The endpoint forgets contacts it did not need for long; ours in the table are worth keeping.
             self.learn(held.record)
         try:
-            answer = await self.endpoint.call(peer, method, request, timeout=self.patience(peer))
+            answer = await self.endpoint.call(peer, method, request, timeout=self.patience(link))
         except RemoteRefused as error:
             self.counters.refusals += 1
             if error.code in NOT_SERVING:
@@ -158,7 +159,7 @@ class Walker:
     async def walk(
         self,
         target: int,
-        ask: Callable[[PeerId], Awaitable[Reply]],
+        ask: Ask,
         *,
         paths: int = 1,
         k: int | None = None,
@@ -190,9 +191,7 @@ class Walker:
             settled=settled,
         )
         run = LookupRun(self, lookup, ask, self._costs(target, contacts))
-        with trio.move_on_after(defaults.LOOKUP_DEADLINE) as deadline:
-            await run.run()
-        if deadline.cancelled_caught:
+        if not await run.run(defaults.LOOKUP_DEADLINE):
             self.counters.lookups_expired += 1
         if settled is not None:
             run.introduce_all()
@@ -239,7 +238,7 @@ class Walker:
         """
         request = messages.Find(to_bytes(target), self._serve)
 
-        async def ask(peer: PeerId) -> Reply:
+        async def ask(peer: PeerId, _: Lookup) -> Reply:
             closer = (await self.ask(peer, messages.FIND, request)).closer
             if wanted is None:
                 return Reply(closer)

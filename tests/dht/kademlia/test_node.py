@@ -439,6 +439,47 @@ async def test_a_write_asks_who_is_near_and_to_store_in_one_question(open_swarm:
         assert len(holders) >= 21
 
 
+async def test_holders_name_others_only_to_who_does_not_know_the_next_ones(
+    open_swarm: OpenSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_swarm() as swarm:
+        founder = await swarm.add("founder")
+        for number in range(24):
+            await (await swarm.add(f"n{number}")).dht.bootstrap([founder.address])
+        await trio.sleep(60)
+        record = record_of(swarm.nodes["n3"])
+        await swarm.nodes["n3"].dht.put(record)
+        holders = [n for n in swarm.nodes.values() if n.dht.store.get("owned", record.key, n.host.wall()) is not None]
+        reader = next(n for n in swarm.nodes.values() if n not in holders)
+        answers: list[messages.FoundRecord] = []
+        walker = reader.dht.values._walker
+        ask = walker.ask
+
+        async def spy(*arguments: Any) -> Any:
+            answer = await ask(*arguments)
+            answers.append(answer)
+            return answer
+
+        monkeypatch.setattr(walker, "ask", spy)
+        assert await reader.dht.get("owned", record.key) == record
+        named = [len(answer.closer) for answer in answers if answer.record is not None]
+        assert named == [0] * defaults.READ_QUORUM
+
+        # Most copies are lost: those that seemed to be holders are none, so who is left is asked whom it knows.
+        for holder in holders[2:]:
+            holder.dht.store._records.clear()
+        answers.clear()
+        assert await reader.dht.get("owned", record.key) == record
+        named = [len(answer.closer) for answer in answers if answer.record is not None]
+        assert named == [0, 0, defaults.HOLDER_NAMES, defaults.HOLDER_NAMES]
+
+        # Who cannot tell how far holders stand is told whom they know.
+        walker.size.value = None
+        answers.clear()
+        assert await reader.dht.get("owned", record.key) == record
+        assert {len(answer.closer) for answer in answers if answer.record is not None} == {defaults.HOLDER_NAMES}
+
+
 async def test_a_lost_peer_that_comes_by_itself_while_it_waits_for_its_turn_does_no_harm(open_swarm: OpenSwarm) -> None:
     """A node with many contacts of an earlier life tries ten at a time; one of those that wait joins through it."""
     async with open_swarm() as swarm:
