@@ -27,6 +27,8 @@ class LoopLag:
 
     def value(self, now: float) -> float:
         """Seconds to add to a deadline."""
+        if not self._peak:
+            return 0.0
         return float(self._peak * 0.5 ** ((now - self._at) / defaults.LAG_HALF_LIFE))
 
 

@@ -104,8 +104,8 @@ class TakesRecords:
             if self._mux.goodbye_sent:
                 size = stream.receive_now(pool.scratch())  # nobody looks at it
             elif opener is None or room is None:
-                if size := stream.receive_now(pool.scratch()):
-                    self._came(pipe, size, channel.receive(pool.scratch()[:size]))
+                if size := stream.receive_now(scratch := pool.scratch()):
+                    self._came(pipe, size, (channel.receive if opener is None else opener.feed)(scratch[:size]))
             elif opener.at_lane and (found := self._lane()) is not None:
                 size = self._land(pipe, opener, *found, stream.run - total)
             elif size := stream.receive_now(room):

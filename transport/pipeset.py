@@ -166,7 +166,8 @@ class SeenThroughPipes:
     @property
     def idle(self) -> bool:
         """True when no stream is open and no call waits for its answer."""
-        return not self._mux.streams and not self._mux.calls.open
+        mux = self._mux
+        return not mux.calls.open and not mux.streams
 
     @property
     def streams(self) -> int:

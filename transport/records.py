@@ -278,6 +278,11 @@ class RecordOpener:
         if self._failure is not None:
             raise self._failure
         try:
+            if not self._header and HEADER < len(data) < defaults.DIRECT_RECORD:
+                length = _HEADER.unpack_from(data)[0]
+                if len(data) == HEADER + length >= HEADER + self._tag:  # what comes most: one small record, whole
+                    self._header, self._length, self._body = bytes(data[:HEADER]), length, bytearray(data[HEADER:])
+                    return [self._open()]
             return self._feed(memoryview(data))
         except RecordError as failure:
             self._failure = failure

@@ -20,7 +20,7 @@ No randomness and no clock: the same events give the same queries.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 
 import attrs
@@ -91,6 +91,11 @@ class Path:
         self.candidates[candidate.peer] = candidate
         insort(self.order, (candidate.distance, candidate))  # no two peers have one distance
 
+    def extend(self, candidates: Sequence[Candidate]) -> None:
+        """Add some that are farther than all so far, by rising distance."""
+        self.candidates.update((candidate.peer, candidate) for candidate in candidates)
+        self.order.extend((candidate.distance, candidate) for candidate in candidates)
+
     def drop(self, index: int) -> None:
         del self.candidates[self.order.pop(index)[1].peer]
 
@@ -136,8 +141,9 @@ class Lookup:
         paths = max(1, min(paths, len(candidates) + apart))
         width = min(-(-k // paths), self._settled)
         self._paths = [Path(width=width, alpha=max(1, -(-alpha // paths))) for _ in range(paths)]
-        for index, candidate in enumerate(candidates):
-            self._paths[index % max(1, paths - apart)].add(candidate)
+        near = max(1, paths - apart)
+        for index, path in enumerate(self._paths[:near]):
+            path.extend(candidates[index::near])
         for candidate in others[: len(others) * apart]:
             self._paths[-1].add(candidate)
 

@@ -47,7 +47,7 @@ class LookupRun:
         self._finished = Waiter()
 
     async def run(self, seconds: float) -> bool:
-        """Returns when the lookup is done, or ``seconds`` are over (False). Cancelling cancels the queries in flight."""
+        """Returns when the lookup is done, or ``seconds`` are over: False. Cancelling cancels the queries in flight."""
         lookup = self._lookup
         async with trio.open_nursery() as nursery:
             end = trio.current_time() + seconds
