@@ -123,6 +123,14 @@ KEEP_MEMORY = 10.0
 #: Bytes of a download of a result that have a deadline of their own: 8 s on a line of 1 Mbit/s.
 DOWNLOAD_PIECE = 1 << 20
 
+#: Members to whom a peer sends bulk to learn what its line carries, for how many seconds at most (the meter wants three
+#: windows of 0.25 s), how many bytes (a second at 500 Mbit/s), and seconds until it may be done again.
+PROBE_PEERS, PROBE_TIME, PROBE_BYTES, PROBE_EVERY = 3, 2.0, 64 << 20, 1800.0
+
+#: Bytes of the first body of a probe, and of any: it doubles as long as one takes less than so many seconds, since what
+#: is under way together has to fill the line for a round trip. Seconds to wait for links before.
+PROBE_FIRST, PROBE_BODY, PROBE_QUICK, PROBE_WAIT = 32 << 10, 4 << 20, 0.25, 5.0
+
 #: Peers in one roster. Larger swarms use gossip groups.
 MAX_ROSTER = 256
 

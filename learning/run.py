@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -29,6 +30,7 @@ from .liars import Liars
 from .membership import Membership
 from .peer import Group, OutOfStep, Peer, Round, Tally, Trainer
 from .placing import rule_of, setting_of
+from .reduce.probes import Probes
 from .replay import Ledger
 from .rounds.actions import Note
 from .rounds.hub import Hub
@@ -132,6 +134,7 @@ class Run:
                 self.presence = Presence(self.endpoint, self.nursery)
                 self.hub = Hub(self.endpoint, self.post)
                 self.presence.on_change = self._presence_changed
+                self.probes = Probes(self.endpoint, self.nursery, partial(self.emit, "run", "line", self.me))
                 self.membership: Membership = Gossip(self) if self.gossip else Chain(self)
                 self.presence.on_link = self.membership.found
                 self._entered = True
@@ -240,6 +243,7 @@ class Run:
         self._round_began = self.host.now()
         self.trainer.set_shard(Shard(self.spec.seed, self.me.key, place.round, place.index, place.count))
         self.presence.watch(place.watch)
+        self.probes.consider(place.watch, 4 * self.layout.size, lambda: self._given is None)
         self._instance = None
         if place.key is not None:
             self._instance = self._make_instance()

@@ -30,7 +30,7 @@ Exits 0 only if hops are at most log2(nodes) / 2 + 2 in the mean, and lookups su
 REDUCE_EPILOG = """\
 examples:
   shoal lab reduce                                       16 peers, 16 MiB, 25 Mbit/s, 40 ms: as 64 MiB at 100 Mbit/s
-  shoal lab reduce --unequal 0.25,0.5,1,2,4              lines of five kinds
+  shoal lab reduce --unequal 0.25,0.5,1,2,4 --probes     lines of five kinds, measured before the first round
   shoal lab reduce --mb 64 --uplink 100 --plot out.png   minutes, and 3 GiB of memory
 
 Real endpoints with encryption and real rounds, in virtual time on a network in memory whose uplinks are shared by all
@@ -264,9 +264,10 @@ def _add_reduce(trials: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     reduce.add_argument("--peers", type=_several, default=16, metavar="N", help="peers, all in one round (16)")
     reduce.add_argument("--mb", type=_size, default=16.0, metavar="MIB", help="size of the vector (16)")
     reduce.add_argument("--uplink", type=_megabits, default=25 * 125e3, metavar="MBIT", help="of each peer (25)")
+    reduce.add_argument("--probes", action="store_true", help="peers measure their lines before the first round")
     reduce.add_argument("--unequal", type=_factors, metavar="A,B,…", help="uplinks are A, B, … times that, in turns")
     reduce.add_argument("--latency", type=_milliseconds, default=0.04, metavar="MS", help="one way (40)")
-    reduce.add_argument("--rounds", type=positive, default=2, metavar="R", help="the first knows nothing yet (2)")
+    reduce.add_argument("--rounds", type=positive, default=2, metavar="R", help="the first knows nothing without --probes (2)")
     reduce.add_argument("--seed", type=count, default=0, metavar="S", help="of everything (0)")
     reduce.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     reduce.add_argument("--plot", type=Path, metavar="FILE.png", help="draw where the time goes")

@@ -120,7 +120,7 @@ def scenario_of(options: argparse.Namespace) -> ReduceScenario:
     factors: Sequence[float] = options.unequal or (1.0,)
     uplinks = tuple(options.uplink * factors[number % len(factors)] for number in range(options.peers))
     size = int(options.mb * 2**20) // 4 * 4
-    return ReduceScenario(uplinks, size, options.latency, options.rounds, options.seed)
+    return ReduceScenario(uplinks, size, options.latency, options.rounds, options.seed, probes=options.probes)
 
 
 def plot(report: ReduceReport, path: object) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..learning import defaults as learning
 from ..learning import exact
 from ..learning.reduce import topology
+from ..learning.reduce.probes import Probes
 from ..learning.rounds.actions import Note
 from ..learning.rounds.hub import Hub
 from ..learning.rounds.instance import Instance
@@ -44,7 +45,8 @@ ROUND_LIMIT = 3600.0
 class ReduceScenario:
     """``uplinks``: bytes per second, one per peer. ``size``: bytes of the vector, fp32. ``latency``: seconds one way.
 
-    ``rounds``: one after the other; the first knows nothing of the lines. ``routes``: (from, to) → bytes per second of
+    ``rounds``: one after the other; the first knows nothing of the lines unless they are measured before, as runs do
+    (``probes``). ``routes``: (from, to) → bytes per second of
     that path, by number, where it is slower than the uplink. ``late``: number → seconds after the others at which it
     begins each round. ``lag``: number → seconds for which its event loop stands still, again and again.
     """
@@ -57,6 +59,7 @@ class ReduceScenario:
     routes: dict[tuple[int, int], float] = attrs.field(factory=dict)
     late: dict[int, float] = attrs.field(factory=dict)
     lag: dict[int, float] = attrs.field(factory=dict)
+    probes: bool = False
 
 
 @attrs.frozen
@@ -102,6 +105,7 @@ class ReducePeer:
         self.presence = Presence(self.endpoint, nursery)
         self.hub = Hub(self.endpoint, self.post)
         self.presence.on_change = self.hub.peer_changed
+        self.probes = Probes(self.endpoint, nursery)
         if self.number in self.scenario.lag:
             nursery.start_soon(self._stand_still, self.scenario.lag[self.number])
 
@@ -191,6 +195,10 @@ class ReduceWorld:
         for peer in self.peers:
             peer.presence.watch(self.voters)
         await trio.sleep(5.0)  # hellos and first pings are over
+        if scenario.probes:
+            for peer in self.peers:
+                peer.probes.consider(self.voters, scenario.size, lambda: True)
+            await trio.sleep(learning.PROBE_TIME + 1.0)
 
     async def round(self, limit: float = ROUND_LIMIT) -> RoundResult:
         """One round of all peers; ends when all that can have the result have it.
