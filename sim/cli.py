@@ -267,7 +267,7 @@ def _add_reduce(trials: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     reduce.add_argument("--probes", action="store_true", help="peers measure their lines before the first round")
     reduce.add_argument("--unequal", type=_factors, metavar="A,B,…", help="uplinks are A, B, … times that, in turns")
     reduce.add_argument("--latency", type=_milliseconds, default=0.04, metavar="MS", help="one way (40)")
-    reduce.add_argument("--rounds", type=positive, default=2, metavar="R", help="the first knows nothing without --probes (2)")
+    reduce.add_argument("--rounds", type=positive, default=2, metavar="R", help="the first knows nothing (2)")
     reduce.add_argument("--seed", type=count, default=0, metavar="S", help="of everything (0)")
     reduce.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     reduce.add_argument("--plot", type=Path, metavar="FILE.png", help="draw where the time goes")
