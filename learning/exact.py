@@ -136,7 +136,7 @@ def check_finite(vector: Tensor, name_at: Callable[[int], str] | None = None, fi
 
 def array_of(tensor: Tensor) -> NDArray[np.float32]:
     """The tensor's memory as an array; refuses what is no contiguous 1-D float32 CPU tensor."""
-    if tensor.dtype != torch.float32 or tensor.dim() != 1 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if tensor.dtype != torch.float32 or tensor.dim() != 1 or not tensor.is_cpu or not tensor.is_contiguous():
         raise ProtocolMisuse(
             f"arithmetic and codecs take contiguous 1-D float32 CPU tensors, got {tuple(tensor.shape)} {tensor.dtype} "
             f"on {tensor.device}"

@@ -83,7 +83,9 @@ def _rows(vectors: Vectors) -> list[Tensor]:
         raise ConfigError(f"vectors are a list of (d,) or a matrix (n, d), got the shape {tuple(vectors.shape)}")
     if not len(vectors):
         raise ConfigError("no vectors to aggregate")
-    rows = [_row(vectors[i], f"vector {i}") for i in range(len(vectors))]
+    if isinstance(vectors, np.ndarray) and vectors.dtype == np.float32 and vectors.flags.c_contiguous:
+        vectors = torch.from_numpy(vectors)  # once, instead of each row
+    rows = [_row(vector, f"vector {i}") for i, vector in enumerate(vectors)]
     _same_sizes(rows)
     return rows
 
@@ -95,17 +97,18 @@ def _row(vector: Tensor | NDArray[np.float32], what: str) -> Tensor:
         vector = torch.from_numpy(np.ascontiguousarray(vector))
     if not isinstance(vector, Tensor):
         raise ConfigError(f"{what} is a {type(vector).__name__}, neither tensor nor array")
-    if vector.dtype != torch.float32 or vector.device.type != "cpu":
+    if vector.dtype != torch.float32 or not vector.is_cpu:
         raise ConfigError(f"{what} is {vector.dtype} on {vector.device}; rules take float32 on the CPU")
-    if vector.dim() != 1 or not len(vector):
+    if vector.dim() != 1 or not vector.numel():
         raise ConfigError(f"{what} has the shape {tuple(vector.shape)}; rules take (d,) with d of 1 or more")
     return vector.detach().contiguous()
 
 
 def _same_sizes(rows: list[Tensor]) -> None:
+    d = rows[0].numel()
     for i, row in enumerate(rows):
-        if len(row) != len(rows[0]):
-            raise ConfigError(f"vector {i} has {len(row)} elements, vector 0 has {len(rows[0])}")
+        if row.numel() != d:
+            raise ConfigError(f"vector {i} has {row.numel()} elements, vector 0 has {d}")
 
 
 def _refuse(i: int, row: Tensor, n: int) -> None:
