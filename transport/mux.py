@@ -176,7 +176,11 @@ class Mux(MuxInput):
 
     @property
     def has_output(self) -> bool:
-        return self.has(Priority.CONTROL) or self.has(Priority.BULK)
+        # Asked after everything that happens: as :meth:`has` of both channels, in one go.
+        frames, ready, credit = self._frames, self._ready, self._credit
+        return bool(
+            frames[0] or frames[1] or self.calls._frames or (ready[0] and credit[0] > 0) or (ready[1] and credit[1] > 0)
+        )
 
     def has(self, channel: Priority) -> bool:
         """True when :meth:`next_record` has something for ``channel``."""
