@@ -43,6 +43,7 @@ _SHOWN: dict[str, Callable[[Event], str]] = {
     "lost": lambda e: f"- {e.peer[:8]} {e.detail if e.detail == GOODBYE else f'cannot be reached: {e.detail}'}",
     "found": lambda e: f"+ {e.peer[:8]} can be reached again",
     "member": lambda e: f"member: {e.detail}",
+    "line": lambda e: e.detail,
 }
 
 
