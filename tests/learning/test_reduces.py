@@ -243,6 +243,21 @@ def spent(play: Play, work: Callable[[Peer, Round, Tensor], Awaitable[Tensor]]) 
     return max(seconds)
 
 
+def test_lines_are_measured_while_peers_train(play: Play) -> None:
+    """The vector that is reduced is small: whatever is known of lines comes from probes, or from loading the state."""
+
+    async def script(peer: Peer) -> None:
+        async for round in peer.rounds():
+            start = await peer.weights()
+            await peer.train(STEPS)
+            await round.reduce(torch.zeros(1))
+            await peer.load(start)
+
+    world = play(script, rounds=2, task=Wide, uplink=SLOW)
+    lines = [member.run.endpoint.line.up for member in world.live()]
+    assert [line.rate(line.windows[-1][0]) for line in lines] == [pytest.approx(SLOW, rel=0.1)] * 4
+
+
 def test_training_goes_on_while_a_reduce_is_in_flight(play: Play) -> None:
     async def only_reduce(peer: Peer, round: Round, values: Tensor) -> Tensor:
         return await round.reduce(values)
