@@ -7,6 +7,7 @@ nobody pinned, the last few stay.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -123,9 +124,11 @@ class Keeper:
         due, _ = checkpoint_due(self.keeping, snapshot.round, self._last, self._since, now)
         if due and (final or not self._pending):
             self._last, self._since, self._pending = snapshot.round, now, self._pending + 1
-            nursery.start_soon(self._save, snapshot)
+            reading = contextlib.ExitStack()
+            reading.enter_context(snapshot.read())
+            nursery.start_soon(self._save, snapshot, reading)
 
-    async def _save(self, snapshot: Snapshot) -> None:
+    async def _save(self, snapshot: Snapshot, reading: contextlib.ExitStack) -> None:
         try:
             await snapshot.ready.wait()
             note = CheckpointNote(self._run, snapshot.round, self._host.wall())
@@ -134,6 +137,7 @@ class Keeper:
         except (Overloaded, ConfigError) as error:
             self._emit("run", "no-checkpoint", None, f"the state after round {snapshot.round} is not kept: {error}")
         finally:
+            reading.close()
             self._pending -= 1
             self._done.set()
 

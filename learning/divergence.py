@@ -174,6 +174,7 @@ class Divergence:
         # The newest of a round: what was loaded in place of what turned out to be wrong.
         for snapshot in reversed(self._run.snapshots):
             if snapshot.round == call.request.round:
+                self._run.shelf.asked()
                 await snapshot.ready.wait()
                 return SaidDigest(snapshot.digest)
         return SaidDigest(b"")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
+import torch
 from torch import Tensor
 
 from ..dht.blobs.tree import Buffer, build_tree
@@ -19,6 +20,12 @@ from .state import bytes_view
 _DIGEST = "shoal.digest"
 _CHECKED = "shoal.checked"
 
+#: What safetensors calls them.
+_KINDS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write named tensors (any device) and text to ``path``, replacing what was there in one step. Blocking.
@@ -26,22 +33,40 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     Written beside ``path``, flushed to the disk, then renamed: after a crash ``path`` is the old file or the new one.
     Raises :class:`ConfigError` naming the file when the disk refuses.
     """
-    # Copies of views: safetensors refuses tensors that share memory, and tied ones are the caller's to leave out.
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    # Where they stand: a copy would be the model once more, in memory.
+    # The largest items first, so that all of them are aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    whole = {name: tensors[name].detach().cpu().contiguous() for name in order}
     notes = {**metadata, _DIGEST: _digest(whole, metadata)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            safetensors.torch.save_file(whole, temporary, notes)
-            with temporary.open("rb+") as file:
+            with temporary.open("wb") as file:
+                file.write(_header(whole, notes))
+                for name in whole:
+                    file.write(bytes_view(whole[name]))
+                file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, KeyError) as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
+
+
+def _header(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file, behind which the tensors' bytes stand, in this order."""
+    entries: dict[str, object] = {"__metadata__": dict(notes)}
+    at = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -217,6 +217,7 @@ class Membership(ABC):
     async def _on_head(self, call: Call[AskHead]) -> HeadInfo:
         self._mine(call.request.run)
         last = self.run.snapshots[-1] if self.run.snapshots else None
+        self.run.shelf.asked()
         return HeadInfo(
             spec=self.run.signed,
             record=self.head.record,
@@ -290,6 +291,7 @@ class Membership(ABC):
         if origin is not None:
             await self.host.run_blocking(self.run.store.save_state, origin, self.head)
             await self.run.adopt(origin, self.head)
+            self.run.origin = None  # saved now: memory for it is not kept
         return True
 
     def tell_of_holder(self, what: str, peer: PeerId, detail: str) -> None:

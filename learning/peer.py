@@ -111,6 +111,7 @@ class Conduct(Protocol):
     async def open_round(self) -> Round: ...
     def open_exchange(self, round: int) -> Reduces: ...
     async def skip(self) -> None: ...
+    async def moving(self) -> None: ...
 
 
 class OutOfStep(RemoteError):
@@ -173,6 +174,7 @@ class Peer:
 
     async def load(self, vector: Tensor) -> None:
         """Replace the model's state."""
+        await self._run.moving()
         await self._trainer.load(vector)
 
     async def fresh(self) -> Tensor:
@@ -272,6 +274,7 @@ class Peer:
 
     async def descend(self, moves: Sequence[Move]) -> None:
         """Move all trainable parameters (float32) by all ``moves`` together: the same bits on every peer."""
+        await self._run.moving()
         await self._trainer.descend(moves)
 
     def rounds(self) -> Rounds:

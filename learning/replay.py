@@ -148,7 +148,9 @@ class Replayer:
         run = self._run
         if run.snapshots:
             last = run.snapshots[-1]
-            return {k: v.clone() for k, v in last.vectors.items()} if last.head.record == ours else None
+            if last.head.record != ours or last.closed:
+                return None
+            return {k: v.clone() for k, v in last.vectors.items()}
         # What was saved, or the beginning: nothing has been trained yet.
         return {"weights": await run.trainer.weights(), **{k: v.clone() for k, v in run.restored.items()}}
 

@@ -97,7 +97,9 @@ class Run:
             raise ConfigError(f"the model does not match the run's: {wrong}")
         self.layout, self.gossip = Layout.of(self.trainer.model), not self.strategy.replicated
         self.blobs = Blobs(endpoint, dht, store.blobs)
-        self._snapshots = Snapshots(self.blobs)
+        self.shelf = Snapshots(self.blobs, store.folder)
+        #: The model itself as a vector, where it stays what it is until the end of a round.
+        self._vector = self.trainer.unite() if self.strategy.ledger and isinstance(self.trainer, Worker) else None
         self.standings, self.liars = Standings(self.me), Liars(self)
         self._keeper = Keeper(self.host, store, self.run_id, keeping or Keeping(), self.emit)
         self.ledger, self.restored = Ledger(), dict[str, Tensor]()
@@ -119,7 +121,7 @@ class Run:
         self._metric_name = metric_name(task, {})
         self._loss: float | None = None
         self._round_began = self._trained = self._worked = 0.0
-        self._saved_at, self._saving = -math.inf, trio.Lock()
+        self._saved_at = -math.inf
         self._entered = False
         self._pending_report: RoundReport | None = None
 
@@ -180,9 +182,10 @@ class Run:
     async def _rewind(self) -> None:
         """We begin anew where we were, but the model and what is kept have gone on since."""
         if self.snapshots and self.snapshots[-1].round == self.round:
-            vectors = self.snapshots[-1].vectors
-            self.restored = {name: vector for name, vector in vectors.items() if name != "weights"}
-            await self.trainer.load(vectors["weights"])
+            last = self.snapshots[-1]
+            self.restored = {name: vector for name, vector in last.vectors.items() if name != "weights"}
+            if not last.live:
+                await self.trainer.load(last.vectors["weights"])
 
     def step_aside(self, why: str) -> None:
         """Leave the present round and state: something better was found. :meth:`Membership.enter` decides anew."""
@@ -205,14 +208,16 @@ class Run:
     async def settle(self) -> None:
         """The state after the last round is final: keep, digest, evaluate, report and (now and then) save it."""
         agreed = self._peer.agreed
-        weights = await self.trainer.weights() if agreed is None else agreed
+        weights = self._vector if agreed is None else agreed
+        if weights is None:
+            weights = await self.trainer.weights()
         # Copies: outer optimisers go on in place, while this is given to joiners and saved.
         kept = {name: vector.clone() for name, vector in (self._peer.vectors() or self.restored).items()}
         vectors = {"weights": weights, **kept}
         own = {name: vector.clone() for name, vector in (self._peer.own_vectors() or self.owned).items()}
-        snapshot = Snapshot(self.round, vectors, self.membership.head, own)
-        self._snapshots.keep(snapshot)
-        self.nursery.start_soon(self._snapshots.settle, snapshot)
+        snapshot = Snapshot(self.round, vectors, self.membership.head, own, live=weights is self._vector)
+        self.shelf.keep(snapshot)
+        self.nursery.start_soon(self.shelf.settle, snapshot)
         self._keeper.settled(snapshot, self.nursery, final=self.over())
         due = self._evaluate_every and (self.round % self._evaluate_every == 0 or self.over())
         if due and (self._pending_report is not None or self._metric is None):
@@ -254,13 +259,14 @@ class Run:
             await trio.sleep_forever()
         if place.round in self.faults.flip and place.round not in self._flipped:
             self._flipped[place.round] = None
+            await self.moving()
             await self.trainer.load(with_a_bit_turned(await self.trainer.weights(), self.me.key))
         peers = tuple(peer.key for peer in place.voters)
         self._open = Round(self, Group(place.round, self.me.key, peers, place.prev))
         return self._open
 
     def _make_instance(self) -> Instance:
-        setting = setting_of(self, self._worked, self._snapshots.size)
+        setting = setting_of(self, self._worked, self.shelf.size)
         instance = Instance(self.endpoint, self.post, setting, self.presence.lost, self.hub.memory)
         self.hub.add(instance)
         self.nursery.start_soon(instance.run)
@@ -337,6 +343,10 @@ class Run:
         """When this peer began to wait for the present round's commit; None while it trains or nothing is open."""
         instance = self._instance
         return None if instance is None or instance.commit is not None else instance.began
+
+    async def moving(self) -> None:
+        """The model is about to leave its last final state."""
+        await self.shelf.moving()
 
     async def skip(self) -> None:
         """End a round without exchange."""
@@ -435,18 +445,15 @@ class Run:
         """Take over a state and the head it belongs to."""
         self._adopted = True
         self.restored = {name: vector for name, vector in vectors.items() if name != "weights"}
+        await self.moving()
         await self.trainer.load(vectors["weights"])
         self.membership.adopt(head)
         self.round = self.membership.round
         self._pending_report = None
 
     async def save(self) -> None:
-        """Write the newest final state to the store; one save at a time."""
-        if not self.snapshots:
-            return
-        async with self._saving:
-            snapshot = self.snapshots[-1]
-            await self.host.run_blocking(self.store.save_state, snapshot.vectors, snapshot.head, snapshot.own)
+        """Write the newest final state to the store, unless the model is just leaving it; one save at a time."""
+        await self.shelf.save(self.store)
 
     # -- what others ask ----------------------------------------------------------------------------
 
@@ -461,7 +468,7 @@ class Run:
     @property
     def snapshots(self) -> list[Snapshot]:
         """The last final states."""
-        return self._snapshots.last
+        return self.shelf.last
 
     def digest(self) -> str:
         """Hex digest of the last final state; empty before there is one."""
@@ -474,10 +481,8 @@ class Run:
         return await export(self, path)
 
     def weights(self) -> Tensor:
-        """A copy of the weights of the last final state."""
-        if not self.snapshots:
-            raise ConfigError("there is no state yet")
-        return self.snapshots[-1].vectors["weights"].clone()
+        """A copy of the weights of the last final state. Raises :class:`ConfigError` when there is none to read."""
+        return self.shelf.weights()
 
     def emit(self, phase: str, what: str, peer: PeerId | None = None, detail: str = "") -> None:
         """Tell whoever watches."""

@@ -144,6 +144,22 @@ def unflatten_into(layout: Layout, vector: Tensor, model: nn.Module) -> None:
     Copy("deliver", [(tensor, state[name]) for name, tensor in own]).run()
 
 
+def unite(layout: Layout, model: nn.Module) -> Tensor | None:
+    """Make the model's parameters and buffers stretches of one vector, its state, and return that. None, and the model
+    stays as it is, where one of them is not float32 on the CPU. Before there is an optimiser's state."""
+    own = state_tensors(model)
+    if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for _, tensor in own):
+        return None
+    # Memory is taken page by page as it is written to, and that of each tensor given back before the next one.
+    vector, homes = torch.empty(layout.size, dtype=torch.float32), dict(model.named_parameters())
+    homes |= dict(model.named_buffers())  # type: ignore[arg-type]
+    for name, tensor in layout.parts(vector, layout.names):
+        home = homes[name]
+        tensor.copy_(home.detach().reshape(-1))
+        home.data = tensor.view(home.shape)
+    return vector
+
+
 def numpy_view(tensor: Tensor) -> NDArray[np.generic]:
     """The memory of a contiguous CPU tensor as an array, not copied."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ..transport.errors import ConfigError
 from .checkpoints import write_model
 from .events import RunStatus
 from .rounds.decisions import told
@@ -50,10 +49,7 @@ def status_of(run: Run) -> RunStatus:
 
 async def export(run: Run, path: Path) -> str:
     """See :meth:`Run.export`."""
-    if not run.snapshots:
-        raise ConfigError("there is no state to export yet")
-    snapshot = run.snapshots[-1]
-    await snapshot.ready.wait()
-    return await run.host.run_blocking(
-        write_model, path, run.spec, run.run_id, snapshot.round, snapshot.vectors, snapshot.digest
-    )
+    async with run.shelf.reading() as snapshot:
+        return await run.host.run_blocking(
+            write_model, path, run.spec, run.run_id, snapshot.round, snapshot.vectors, snapshot.digest
+        )

@@ -17,7 +17,7 @@ from . import defaults, exact
 from .directions import Direction, Move, Moved, descend, trainable_of
 from .reduce.staging import Copy, Pair
 from .shard import Shard
-from .state import Layout, flatten, flatten_model, unflatten, unflatten_into
+from .state import Layout, flatten, flatten_model, unflatten, unflatten_into, unite
 from .task import Batch, Task, title
 
 T = TypeVar("T")
@@ -188,6 +188,10 @@ class Worker:
         """θ ← θ - Σ step · z over the trainable parameters, float32 all of them, exactly as everybody does it."""
         trainable = [(name, parameter.detach()) for name, parameter in trainable_of(self.model).items()]
         await self._compute(0.0, descend, trainable, moves)
+
+    def unite(self) -> Tensor | None:
+        """See :func:`.state.unite`."""
+        return unite(self.layout, self.model)
 
     def reset_optimizer(self) -> None:
         """A fresh optimiser: NaN in the moments of the old one would poison every later step."""

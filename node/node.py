@@ -169,7 +169,9 @@ class Node:
                 trainer = self._trainer
                 if self.config.train_apart:
                     trainer = await nursery.start(self._train_apart, task, spec)
-                run = self.make_run(self.signed, task, self.store, trainer, self._origin)
+                origin, self._origin = self._origin, None  # the run lets go of it once it is saved
+                run = self.make_run(self.signed, task, self.store, trainer, origin)
+                del origin
                 await self.conduct(run, nursery, lambda: self._joined(task_status))
             self.outcome = "finished"
             nursery.cancel_scope.cancel()

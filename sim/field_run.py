@@ -65,6 +65,9 @@ class FieldRun:
         await trio.lowlevel.checkpoint()
         self.field.settled(self)
 
+    async def moving(self) -> None:
+        """States are copies here."""
+
     async def end_round(self) -> None:
         """The strategy is done with its round."""
         if self._open:

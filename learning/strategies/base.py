@@ -24,7 +24,8 @@ class Strategy(ABC):
     ``replicated``: all peers hold identical state after each round, which the commits of the run then prove.
     Otherwise rounds happen in gossip groups of ``group`` peers (0: of all) and states differ.
 
-    ``ledger``: a state follows from any earlier one and what was said in the rounds between (:meth:`replay`).
+    ``ledger``: a state follows from any earlier one and what was said in the rounds between (:meth:`replay`), and the
+    model is moved by ``peer.descend`` and ``peer.load`` alone, at the end of a round: until then it is the state.
     """
 
     replicated: ClassVar[bool] = True
