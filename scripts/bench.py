@@ -25,6 +25,7 @@ examples:
   bench.py codecs --elements 1048576
   bench.py aggregate --shapes 16x1e6 --peer-python peers/bin/python     where byzfl is (pip install --no-deps)
   bench.py dht --peer-python peers/bin/python       where hivemind, libp2p, kademlia are
+  bench.py field --peer-python peers/bin/python     where flwr[simulation] is
 
 A peer that cannot run is left out, with the reason.
 """
@@ -63,7 +64,10 @@ Beside Shoal: an echo over plain TCP of trio, grpc.aio without encryption, hivem
 FIELD = """\
 Federated averaging on digits in one process: a loop over the clients with nothing around it, and the field of
 `shoal.sim.field`, which is the real strategy with rounds, virtual time, modelled lines and bytes; plain, and with
-replicas that train at the same time in one call (the same bits). CPU seconds of one thread.
+replicas that train at the same time in one call (the same bits). One thread each, but:
+
+flower  the simulation of Flower over Ray: the same model, data, batches and mean; clients in a process for each core.
+        Its time has the start of Ray in it; `s a round` has not, and leaves the first round out.
 """
 
 TOPOLOGY = """\
@@ -284,6 +288,7 @@ def arguments() -> argparse.ArgumentParser:
     many.add_argument("--clients", type=int, default=32, metavar="N", help="peers (default: 32)")
     many.add_argument("--rounds", type=int, default=10, metavar="N", help="rounds (default: 10)")
     many.add_argument("--steps", type=int, default=20, metavar="N", help="steps of a client in a round (default: 20)")
+    many.add_argument("--peer-python", default=sys.executable, metavar="PATH", help="the interpreter for flwr with ray")
     killing = commands.add_parser(
         "kill", help="one of four peers dies in the middle of a reduce", description=KILL, formatter_class=shape
     )

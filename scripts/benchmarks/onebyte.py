@@ -1,16 +1,21 @@
 #!/usr/bin/env python
-"""What docs/spsa.md says of SPSA, measured anew: ``onebyte.py memory|drift|digits|adapt [SEEDS]``.
+"""What docs/spsa.md says of SPSA, measured anew: ``onebyte.py memory|nodes|drift|digits|adapt [SEEDS]``.
 
 ``memory``: peak resident memory of a process that looks and steps, beside inference and a step of SGD in processes of
-their own. ``drift``: bfloat16 with and without what we do about it. ``digits``: the rounds in which ``digits-finetune``
-passes 0.93, by seed; peers take turns in this process, with the strategy's own functions and no network. ``adapt``:
-``stdlib-small``, trained here for 250 steps, on C++ headers, by SPSA and by DiLoCo.
+their own. ``nodes``: that of whole nodes, in MiB, as a line of JSON: a founder with a folder, from its first round on,
+while it trains alone, and then while another one joins; and beside it inference with nothing but torch. ``drift``:
+bfloat16 with and without what we do about it. ``digits``: the rounds in which ``digits-finetune`` passes 0.93, by seed;
+peers take turns in this process, with the strategy's own functions and no network. ``adapt``: ``stdlib-small``, trained
+here for 250 steps, on C++ headers, by SPSA and by DiLoCo.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +26,7 @@ import torch
 import trio
 from torch import Tensor, nn
 
+from shoal.learning.checkpoints import Keeping
 from shoal.learning.directions import Direction, Kind, Move, Moved, descend, seed_of, trainable_of
 from shoal.learning.shard import Shard
 from shoal.learning.strategies.spsa import SPSA
@@ -28,7 +34,11 @@ from shoal.learning.task import Task
 from shoal.learning.tasks.finetune import DigitsFinetune, StdlibFinetune
 from shoal.learning.tasks.stdlib import StdlibSmall
 from shoal.learning.worker import Worker
+from shoal.node.node import Founding, Node, NodeConfig
+from shoal.node.ticket import Ticket
+from shoal.transport.address import Address
 from shoal.transport.host import RealHost
+from shoal.transport.identity import Identity
 
 PEERS = tuple(bytes([65 + i]) * 32 for i in range(4))
 
@@ -113,6 +123,8 @@ def adapt(seeds: int) -> None:
 class Deep(Task):
     """224 MiB in layers of 16."""
 
+    metric = "loss"
+
     def model(self) -> nn.Module:
         layers = [part for _ in range(14) for part in (nn.Linear(2048, 2048), nn.GELU())]
         return nn.Sequential(*layers, nn.Linear(2048, 16))
@@ -128,7 +140,7 @@ class Deep(Task):
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return {}
+        return {"loss": float(self.loss(model, next(self.batches(Shard(0, PEERS[0], 0, 0, 1)))))}
 
 
 def forget_peak() -> None:
@@ -159,6 +171,98 @@ async def work(mode: str) -> None:
         case _:
             await worker.train(steps=3)
     print(f"{mode}: peak {peak():.0f} MiB, {time.monotonic() - start:.1f} s", flush=True)
+
+
+#: Inference, as one writes it down.
+BARE = """
+import torch
+from torch import nn
+torch.set_num_threads(1)
+model = nn.Sequential(*[part for _ in range(14) for part in (nn.Linear(2048, 2048), nn.GELU())], nn.Linear(2048, 16))
+model.eval()
+with torch.inference_mode():
+    for _ in range(3):
+        float(nn.functional.cross_entropy(model(torch.randn(8, 2048)), torch.zeros(8, dtype=torch.int64)))
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024)
+"""
+
+
+def nodes() -> None:
+    bare = subprocess.run([sys.executable, "-c", BARE], check=True, capture_output=True, text=True)
+    found = {"inference": float(bare.stdout)}
+    with tempfile.TemporaryDirectory() as folder:
+        lives: list[subprocess.Popen[str]] = []
+        try:
+            founder = _live(lives, f"{folder}/founder", "")
+            ticket = _word(founder, "ticket")
+            found["founder"] = float(_word(founder, "alone"))
+            joiner = _live(lives, f"{folder}/joiner", ticket)
+            digest = _word(joiner, "digest")
+            found["joining"] = float(_word(joiner, "began"))
+            found["joined"] = float(_word(joiner, "end"))
+            found["founder, joined"] = float(_word(founder, "end"))
+            same = digest in _word(founder, "digests").split(",")
+        finally:
+            for life in lives:
+                life.kill()
+                life.wait()
+    if not same:
+        raise AssertionError("the joiner has another state than the founder")
+    print(json.dumps(found))
+
+
+def _live(lives: list[subprocess.Popen[str]], folder: str, ticket: str) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "node", folder, ticket]
+    lives.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    return lives[-1]
+
+
+def _word(life: subprocess.Popen[str], name: str) -> str:
+    """What it says under this name, next."""
+    assert life.stdout is not None
+    for line in life.stdout:
+        found, _, rest = line.strip().partition(" ")
+        if found == name:
+            return rest
+    raise AssertionError(f"a node ended without a word about {name}")
+
+
+async def live(folder: str, ticket: str) -> None:
+    """A node. A founder does 6 rounds alone; then it goes on until there were 6 with somebody else."""
+    torch.set_num_threads(1)
+    founding = Founding(strategy="spsa", strategy_args=(("grads", 1.0), ("lr", 1e-4)))
+    config = NodeConfig(
+        bind=(Address("tcp", "127.0.0.1", 0),),
+        folder=Path(folder),
+        founding=None if ticket else founding,
+        ticket=Ticket.parse(ticket) if ticket else None,
+        # States are written as often as they can be.
+        keeping=Keeping(every=2, apart=0.0),
+    )
+    alone = together = 0
+    digests: list[str] = []
+
+    def committed(report: Any, samples: int) -> None:
+        nonlocal alone, together
+        digests.append(report.digest)
+        alone, together = alone + (len(report.members) == 1), together + (len(report.members) == 2)
+        if ticket and together == 1:
+            print(f"digest {report.digest}\nbegan {peak():.0f}", flush=True)
+            forget_peak()
+        if not ticket and alone == 1:
+            forget_peak()
+        if not ticket and alone == 6:
+            print(f"alone {peak():.0f}", flush=True)
+            forget_peak()
+            alone += 1
+        if together == 6:
+            print(f"end {peak():.0f}\ndigests {','.join(digests)}", flush=True)
+
+    node = Node(RealHost(), Identity(os.urandom(32)), config, task=Deep(), on_round=committed)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.run)
+        await node.taking_part.wait()
+        print(f"ticket {node.ticket()}", flush=True)
 
 
 def drift() -> None:
@@ -193,6 +297,10 @@ def main() -> None:
         case "memory":
             for mode in ("inference", "signs", "normal", "sgd"):
                 subprocess.run([sys.executable, __file__, "memory", mode], check=True)
+        case "nodes":
+            nodes()
+        case "node":
+            trio.run(live, number, sys.argv[3])
         case "drift":
             drift()
         case "digits":
