@@ -30,6 +30,9 @@ SHOWN_DIFFERENCES = 4
 #: (mean of 8 vectors of 64 MiB: 57 ms; 96 ms unchunked).
 EXACT_CHUNK = 1 << 16
 
+#: Elements of a linear layer that are moved at a time for a look along a random direction: 2 MiB.
+LOOK_BLOCK = 1 << 19
+
 #: Elements under one scale of int8 and e3m0. The scale costs 0.4 % of int8's bytes and 0.8 % of e3m0's; a block of
 #: 4 KiB stays in the first cache between the search for its largest value and the rounding; with four times as many
 #: elements the step is 11 % larger for N(0,1), and one outlier spoils four times as many neighbours.

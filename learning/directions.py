@@ -8,19 +8,20 @@ float32; libm and the width of the vector unit are in its bits, so that only lik
 Each tensor has a stream of its own, keyed by (seed, name of the tensor): neither the order of parameters nor frozen
 ones matter. A model is never moved in place for a look along z (θ + εz - εz is not θ in floating point): whatever uses
 a parameter within :class:`Moved` gets a moved copy of it, which is gone when the operation is done. θ itself stays
-untouched, bit for bit, and what it costs is the largest parameter once more.
+untouched, bit for bit, and what it costs is the largest parameter once more; of a linear layer a block of its rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import attrs
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -100,8 +101,20 @@ def trainable_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def moved(name: str, tensor: Tensor, direction: Direction, step: float) -> Tensor:
     """``tensor`` + ``step`` · z, rounded once to its dtype, on its device."""
+    return _moved(tensor, direction.steps(name, tensor.numel(), step))
+
+
+def moved_rows(name: str, tensor: Tensor, direction: Direction, step: float) -> Iterator[Tensor]:
+    """:func:`moved` of a matrix, in stretches of rows, about ``defaults.LOOK_BLOCK`` elements each, from the first."""
+    steps = direction.steps(name, tensor.numel(), step)
+    rows = max(64, defaults.LOOK_BLOCK // tensor.shape[1] // 64 * 64)
+    for start in range(0, len(tensor), rows):
+        yield _moved(tensor[start : start + rows], steps)
+
+
+def _moved(tensor: Tensor, steps: _Steps) -> Tensor:
     found = _room(tensor.numel())
-    steps, out = direction.steps(name, tensor.numel(), step), found.numpy()
+    out = found.numpy()
     source: Floats | None = None
     if tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous():
         source = tensor.detach().view(-1).numpy()
@@ -144,7 +157,20 @@ class Moved(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _ABOUT and func not in _VIEWS:
             return func(*args, **kwargs)
+        if func is F.linear and not kwargs and len(args) == 3 and args[1].numel() > defaults.LOOK_BLOCK:
+            name = self._names.get(id(args[1]))
+            if name is not None:
+                return self._linear(self._use(args[0]), name, args[1], self._use(args[2]))
         return func(*map(self._use, args), **{key: self._use(value) for key, value in kwargs.items()})
+
+    def _linear(self, x: Tensor, name: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A linear layer whose moved weights are never in memory as a whole."""
+        found, at = x.new_empty(*x.shape[:-1], len(weight)), 0
+        for rows in moved_rows(name, weight, self._direction, self._step):
+            part = slice(at, at + len(rows))
+            found[..., part] = F.linear(x, rows, None if bias is None else bias[part])
+            at += len(rows)
+        return found
 
     def _use(self, value: Any) -> Any:
         if isinstance(value, nn.Parameter):

@@ -91,7 +91,7 @@ class Run:
         self._on_event, self._evaluate_every = on_event, evaluate_every
         self._start = self.host.now()
         alone = Shard(self.spec.seed, self.me.key, 0, 0, 1)
-        self.trainer: Trainer = trainer or Worker(self.host, task, alone, device)
+        self.trainer: Trainer = trainer or Worker(self.host, task, alone, device, still=self.strategy.ledger)
         wrong = compare_signatures(signature(self.trainer.model), self.spec.parameters)
         if wrong is not None:
             raise ConfigError(f"the model does not match the run's: {wrong}")
@@ -99,7 +99,7 @@ class Run:
         self.blobs = Blobs(endpoint, dht, store.blobs)
         self.shelf = Snapshots(self.blobs, store.folder)
         #: The model itself as a vector, where it stays what it is until the end of a round.
-        self._vector = self.trainer.unite() if self.strategy.ledger and isinstance(self.trainer, Worker) else None
+        self._vector: Tensor | None = getattr(self.trainer, "vector", None)
         self.standings, self.liars = Standings(self.me), Liars(self)
         self._keeper = Keeper(self.host, store, self.run_id, keeping or Keeping(), self.emit)
         self.ledger, self.restored = Ledger(), dict[str, Tensor]()

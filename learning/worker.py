@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -70,8 +71,13 @@ class Worker:
     that names the same samples (:meth:`Shard.same_part`: only the round moved on) does not disturb the running epoch.
     """
 
-    def __init__(self, host: Host, task: Task, shard: Shard, device: str | torch.device = "cpu") -> None:
-        """Builds model and optimiser at once (blocking); initial weights are drawn from ``shard.seed``."""
+    def __init__(
+        self, host: Host, task: Task, shard: Shard, device: str | torch.device = "cpu", *, still: bool = False
+    ) -> None:
+        """Builds model and optimiser at once (blocking); initial weights are drawn from ``shard.seed``.
+
+        ``still``: the model is moved by :meth:`descend` and :meth:`load` alone, and has to take little memory.
+        """
         exact.flush_denormals()
         self.task = task
         self.device = torch.device(device)
@@ -83,11 +89,19 @@ class Worker:
             torch.manual_seed(shard.seed % (1 << 63))
             self.model = task.model().to(self.device)
         self.layout = Layout.of(self.model)
-        self.optimizer = task.optimizer(self.model)
+        #: The state itself, where the model is ``still``, and float32 on the CPU.
+        self.vector = unite(self.layout, self.model) if still else None
+        if not still:
+            self.optimizer = task.optimizer(self.model)
         self._lock = trio.Lock()
         self._training = False
         #: Measured (or modelled) seconds of a step, smoothed; None before the first.
         self.step_seconds: float | None = None
+
+    @functools.cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The task's. Of a ``still`` model it is made when somebody asks: torch loads 70 MB with its first one."""
+        return self.task.optimizer(self.model)
 
     @property
     def shard(self) -> Shard:
@@ -188,10 +202,6 @@ class Worker:
         """θ ← θ - Σ step · z over the trainable parameters, float32 all of them, exactly as everybody does it."""
         trainable = [(name, parameter.detach()) for name, parameter in trainable_of(self.model).items()]
         await self._compute(0.0, descend, trainable, moves)
-
-    def unite(self) -> Tensor | None:
-        """See :func:`.state.unite`."""
-        return unite(self.layout, self.model)
 
     def reset_optimizer(self) -> None:
         """A fresh optimiser: NaN in the moments of the old one would poison every later step."""

@@ -29,7 +29,7 @@ from .report import Row, machine, show, write
 FLOWER = "flower"
 
 #: Seconds that one run of Flower may take.
-PATIENCE = 300.0
+PATIENCE = 900.0
 
 
 @attrs.frozen

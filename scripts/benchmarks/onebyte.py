@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What docs/spsa.md says of SPSA, measured anew: ``onebyte.py memory|nodes|drift|digits|adapt [SEEDS]``.
+"""What docs/spsa.md says of SPSA, measured anew: ``onebyte.py memory|nodes [founder]|drift|digits|adapt [SEEDS]``.
 
 ``memory``: peak resident memory of a process that looks and steps, beside inference and a step of SGD in processes of
 their own. ``nodes``: that of whole nodes, in MiB, as a line of JSON: a founder with a folder, from its first round on,
-while it trains alone, and then while another one joins; and beside it inference with nothing but torch. ``drift``:
-bfloat16 with and without what we do about it. ``digits``: the rounds in which ``digits-finetune`` passes 0.93, by seed;
-peers take turns in this process, with the strategy's own functions and no network. ``adapt``: ``stdlib-small``, trained
-here for 250 steps, on C++ headers, by SPSA and by DiLoCo.
+while it trains alone, and (unless ``founder``) while another one joins; and beside it inference with nothing but torch.
+``drift``: bfloat16 with and without what we do about it. ``digits``: the rounds in which ``digits-finetune`` passes
+0.93, by seed; peers take turns in this process, with the strategy's own functions and no network. ``adapt``:
+``stdlib-small``, trained here for 250 steps, on C++ headers, by SPSA and by DiLoCo.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 """
 
 
-def nodes() -> None:
+def nodes(only_founder: bool) -> None:
     bare = subprocess.run([sys.executable, "-c", BARE], check=True, capture_output=True, text=True)
     found = {"inference": float(bare.stdout)}
     with tempfile.TemporaryDirectory() as folder:
@@ -196,18 +196,18 @@ def nodes() -> None:
             founder = _live(lives, f"{folder}/founder", "")
             ticket = _word(founder, "ticket")
             found["founder"] = float(_word(founder, "alone"))
-            joiner = _live(lives, f"{folder}/joiner", ticket)
-            digest = _word(joiner, "digest")
-            found["joining"] = float(_word(joiner, "began"))
-            found["joined"] = float(_word(joiner, "end"))
-            found["founder, joined"] = float(_word(founder, "end"))
-            same = digest in _word(founder, "digests").split(",")
+            if not only_founder:
+                joiner = _live(lives, f"{folder}/joiner", ticket)
+                digest = _word(joiner, "digest")
+                found["joining"] = float(_word(joiner, "began"))
+                found["joined"] = float(_word(joiner, "end"))
+                found["founder, joined"] = float(_word(founder, "end"))
+                if digest not in _word(founder, "digests").split(","):
+                    raise AssertionError("the joiner has another state than the founder")
         finally:
             for life in lives:
                 life.kill()
                 life.wait()
-    if not same:
-        raise AssertionError("the joiner has another state than the founder")
     print(json.dumps(found))
 
 
@@ -298,7 +298,7 @@ def main() -> None:
             for mode in ("inference", "signs", "normal", "sgd"):
                 subprocess.run([sys.executable, __file__, "memory", mode], check=True)
         case "nodes":
-            nodes()
+            nodes(only_founder=number == "founder")
         case "node":
             trio.run(live, number, sys.argv[3])
         case "drift":

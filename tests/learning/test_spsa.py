@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shoal.learning import defaults
-from shoal.learning.directions import Direction, Move, Moved, descend, moved, seed_of, trainable_of
+from shoal.learning.directions import Direction, Move, Moved, descend, moved, moved_rows, seed_of, trainable_of
 from shoal.learning.events import Event
 from shoal.learning.onebyte import decode, encode
 from shoal.learning.placing import rule_of
@@ -98,6 +98,21 @@ def test_a_look_and_a_step_use_the_same_direction(size: int, sample: int, kind: 
     stepped = theta.clone()
     descend([("w", stepped)], [Move(direction, -0.25)])
     assert torch.equal(moved("w", theta, direction, 0.25), stepped)
+
+
+@pytest.mark.parametrize("kind", ["signs", "normal"])
+@pytest.mark.parametrize("shape", [(2000, 300), (700, 1001), (65, 20_000)])
+def test_a_large_layer_is_moved_row_by_row_as_it_is_moved_whole(shape: tuple[int, int], kind: Any) -> None:
+    assert shape[0] * shape[1] > defaults.LOOK_BLOCK
+    direction, layer = Direction(seed_of(RUN, 1, PEERS[0], 0), kind), nn.Linear(shape[1], shape[0])
+    whole = moved("weight", layer.weight, direction, 0.25)
+    rows = list(moved_rows("weight", layer.weight, direction, 0.25))
+    assert len(rows) > 1 and torch.equal(torch.cat(rows), whole)
+    x, parameters = torch.randn(3, 2, shape[1]), trainable_of(layer)
+    with torch.inference_mode(), Moved(parameters, direction, 0.25):
+        seen = layer(x)
+    bias = moved("bias", layer.bias, direction, 0.25)
+    torch.testing.assert_close(seen, nn.functional.linear(x, whole, bias), rtol=1e-5, atol=1e-4)
 
 
 class Odd(nn.Module):
