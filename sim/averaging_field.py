@@ -59,8 +59,8 @@ class Field:
 
     ``alpha``: Dirichlet concentration of the classes over the peers; None: the same mixture for all. ``model``:
     ``tanh``, five linear layers with 64 units, Xavier weights and SGD; ``digits``, that of the built-in task with its
-    own optimiser. ``steps`` local steps of ``batch`` samples in each of ``rounds`` rounds; ``rate`` of SGD. ``own``:
-    share of the own model in the average; 0: as much as each of the others.
+    own optimiser. ``steps`` local steps of ``batch`` samples in each of ``rounds`` rounds; ``rate`` of SGD, which falls
+    linearly to 0 with ``decay``. ``own``: share of the own model in the average; 0: as much as each of the others.
     """
 
     peers: int = 16

@@ -142,7 +142,7 @@ def averaging(options: argparse.Namespace) -> int:
             fields.append(
                 Field(
                     peers=options.peers, rounds=options.rounds, steps=options.steps, rate=options.rate, alpha=alpha,
-                    model=options.model, exchanges=count,
+                    model=options.model, exchanges=count, decay=not options.steady,
                 )
             )  # fmt: skip
     sweep = sweep_over(fields, methods, graphs, options.form, options.seeds, options.processes, console)

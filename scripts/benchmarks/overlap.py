@@ -39,7 +39,9 @@ class Overlapper(Worker):
 
     def __init__(self) -> None:
         self._flights: list[tuple[float, float]] = []
-        self._began = 0.0
+        #: Seconds of the processor that this process took in each: with training apart, what a fragment costs here.
+        self._spent: list[float] = []
+        self._began = self._clock = 0.0
         self._log = ""
         self._ended = trio.Event()
 
@@ -51,7 +53,7 @@ class Overlapper(Worker):
             return {"ticket": str(node.ticket())}
         assert order == "finish"
         await self._ended.wait()
-        return {"flights": self._flights, "steps": _written(self._log)}
+        return {"flights": self._flights, "spent": self._spent, "steps": _written(self._log)}
 
     def _node(self, arguments: dict[str, Any]) -> Node:
         self._log = os.environ[LOG] = arguments["log"]
@@ -83,9 +85,10 @@ class Overlapper(Worker):
 
     def _event(self, event: Event) -> None:
         if (event.phase, event.what) == ("scatter", "begin"):
-            self._began = time.monotonic()
+            self._began, self._clock = time.monotonic(), time.process_time()
         elif (event.phase, event.what) == ("commit", "begin") and self._began:
             self._flights.append((self._began, time.monotonic()))
+            self._spent.append(time.process_time() - self._clock)
             self._began = 0.0
 
 
@@ -141,11 +144,13 @@ def _count(rows: list[Row], step_ms: float, apart: bool, found: list[dict[str, A
     inside: list[float] = []
     outside: list[float] = []
     lengths: list[float] = []
+    spent: list[float] = []
     for answer in found:
         one, other = durations(answer)
         inside += one
         outside += other
         lengths += [stop - start for start, stop in answer["flights"]]
+        spent += answer["spent"] if apart else []
     for what, values in (("under way", inside), ("none", outside)):
         system = "own process" if apart else "same process"
         row = next((r for r in rows if r.case == {"step_ms": step_ms, "fragment": what} and r.system == system), None)
@@ -156,6 +161,8 @@ def _count(rows: list[Row], step_ms: float, apart: bool, found: list[dict[str, A
             row.runs.append(statistics.median(values))
         row.extra["steps"] += len(values)
         row.extra["flight_s"] = statistics.median(lengths) if lengths else 0.0
+        if spent:
+            row.extra["flight_cpu_s"] = statistics.median(spent)
 
 
 def _table(rows: list[Row]) -> None:
@@ -168,10 +175,11 @@ def _table(rows: list[Row]) -> None:
         lines.append((
             f"{row.case['step_ms']:g} ms, {row.system}", f"{1e3 * other.median:.2f}", f"{1e3 * row.median:.2f}",
             f"{row.median / other.median:.2f}", str(row.extra["steps"]), f"{1e3 * row.extra['flight_s']:.0f}",
+            f"{1e3 * row.extra['flight_cpu_s']:.0f}" if "flight_cpu_s" in row.extra else "",
         ))  # fmt: skip
     show(
         "a step of training, ms",
-        ("step asked for", "no fragment", "under way", "ratio", "steps seen", "fragment, ms"),
+        ("step asked for", "no fragment", "under way", "ratio", "steps seen", "fragment, ms", "its CPU, ms"),
         lines,
         [
             f"{torch.get_num_threads()} thread; a fragment is a third of 12.6 MB, encrypted, over loopback; all peers "
