@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from shoal.learning import defaults
+from shoal.learning import defaults, replay
 from shoal.learning.directions import Direction, Move, Moved, descend, moved, moved_rows, seed_of, trainable_of
 from shoal.learning.events import Event
 from shoal.learning.onebyte import decode, encode
@@ -342,6 +342,25 @@ def test_whoever_never_was_in_the_run_replays_all_of_it_and_loads_nothing(task: 
     joiner = world.members[3]
     (found,) = details(joiner, "replayed")
     assert found.startswith("rounds 1 to ") and not details(joiner, "loaded")
+    assert sum(joiner.peer in report.members for report in world.members[0].run.reports) >= 3
+
+
+@pytest.mark.parametrize("step", [0.3, 0.02])
+def test_whoever_cannot_replay_loads_the_state_that_is_the_model_of_another_one(
+    step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "worth_it", lambda *numbers: (False, "it is a test"))
+    monkeypatch.setattr(Near, "step_seconds", step)
+
+    async def script(world: World) -> None:
+        await reach(world, 4)
+        assert all(member.run.snapshots[-1].live for member in world.live())
+        world.start(3)
+
+    world = simulate(swarm(rounds=40, late=(3,)), script)
+    same_bits(world, 40)
+    joiner = world.members[3]
+    assert details(joiner, "loaded") and not details(joiner, "replayed") and not details(joiner, "liar")
     assert sum(joiner.peer in report.members for report in world.members[0].run.reports) >= 3
 
 

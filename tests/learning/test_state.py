@@ -14,6 +14,7 @@ from shoal.learning.state import (
     numpy_view,
     unflatten,
     unflatten_into,
+    unite,
 )
 from shoal.learning.task import ParameterSpec, signature
 from shoal.transport.errors import ConfigError, ProtocolMisuse
@@ -139,3 +140,25 @@ def test_views_share_memory_and_refuse_to_copy() -> None:
     for make in (bytes_view, numpy_view):
         with pytest.raises(ProtocolMisuse, match="contiguous"):
             make(torch.zeros(4, 4).t()[1:])
+
+
+def test_a_model_in_one_vector_is_the_same_model_and_the_vector_its_state() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[2].weight = nn.Parameter(model[2].weight.detach().t().contiguous().t())  # no contiguous one
+    x, layout = torch.randn(5, 3), Layout.of(model)
+    before, seen = flatten_model(layout, model), model(x)
+    vector = unite(layout, model)
+    assert vector is not None and torch.equal(vector, before) and torch.equal(flatten_model(layout, model), before)
+    torch.testing.assert_close(model(x), seen)
+    with torch.no_grad():
+        model[0].bias += 1.0
+    assert torch.equal(vector, flatten_model(layout, model)) and not torch.equal(vector, before)
+    unflatten_into(layout, before, model)
+    assert torch.equal(vector, before)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 4).bfloat16(), nn.BatchNorm1d(4)])
+def test_a_model_of_other_dtypes_stays_as_it_is(model: nn.Module) -> None:
+    own = [tensor.data_ptr() for tensor in model.parameters()]
+    assert unite(Layout.of(model), model) is None
+    assert [tensor.data_ptr() for tensor in model.parameters()] == own
