@@ -114,15 +114,13 @@ class Run:
         #: What was trained for the contribution of the round that is exchanged.
         self._given: Tally | None = None
         self._flipped: dict[int, None] = {}
-        self._strategy_scope = trio.CancelScope()
-        self._adopted = False
+        self._strategy_scope, self._adopted = trio.CancelScope(), False
         self._open: Round | None = None
         self._metric: float | None = None
         self._metric_name = metric_name(task, {})
         self._loss: float | None = None
         self._round_began = self._trained = self._worked = 0.0
-        self._saved_at = -math.inf
-        self._entered = False
+        self._saved_at, self._entered = -math.inf, False
         self._pending_report: RoundReport | None = None
 
     # -- life ---------------------------------------------------------------------------------------

@@ -52,13 +52,14 @@ def unsent(bandwidth: float, last: int) -> int:
     return max(allowed, min(last, keeps))
 
 
-def under_way(bandwidth: float | None, rtt: float) -> int:
+def under_way(bandwidth: float | None, rtt: float, links: int = 1) -> int:
     """Bytes of bulk that may be sent and not acknowledged: twice what the line holds, or a few records.
 
     More fills buffers on the way, and here the cache: records are sealed into memory that an acknowledgement frees.
-    ``rtt``: the least that was seen; time in which the other side was busy fills no line.
+    ``rtt``: the least that was seen; time in which the other side was busy fills no line. ``links``: that send bulk.
     """
-    return max(defaults.LEAST_UNDER_WAY, int(2.0 * (bandwidth or defaults.ASSUMED_BANDWIDTH) * rtt))
+    part = min(defaults.LEAST_UNDER_WAY, max(defaults.SHARED_UNDER_WAY // max(links, 1), defaults.ONE_UNDER_WAY))
+    return max(part, int(2.0 * (bandwidth or defaults.ASSUMED_BANDWIDTH) * rtt))
 
 
 def dial(lag: float = 0.0) -> float:

@@ -237,8 +237,9 @@ UNSENT = ((0.0, 16 << 10), (50e6, 512 << 10), (200e6, 2 << 20))
 RUN_BYTES, RUN_TIME = 2 << 20, 0.01
 
 #: Bytes of bulk that may always be under way on a link: records of the largest size while their acknowledgement, due
-#: after 1 MiB, comes back, and some for a receiver that is late.
-LEAST_UNDER_WAY = 3 << 20
+#: after 1 MiB, comes back, and some for a receiver that is late. On several links at once each has its part of so many,
+#: but no less than one record more than what is acknowledged at a time: eight peers would keep a third of 64 MiB.
+LEAST_UNDER_WAY, SHARED_UNDER_WAY, ONE_UNDER_WAY = 3 << 20, 8 << 20, 3 << 19
 
 # Kernel sockets (tcp.py)
 

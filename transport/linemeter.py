@@ -29,7 +29,7 @@ class Direction:
     ``gap``: seconds without bulk after which a busy time is over.
     """
 
-    __slots__ = ("_begin", "_by_peer", "_bytes", "_end", "_first", "_gap", "_paths", "_roomy", "windows")
+    __slots__ = ("_begin", "_before", "_by_peer", "_bytes", "_end", "_first", "_gap", "_paths", "_roomy", "windows")
 
     def __init__(self, gap: float) -> None:
         #: (when it ended, bytes per second) of the last windows.
@@ -38,6 +38,7 @@ class Direction:
         self._begin = self._end = float("-inf")
         self._bytes = 0
         self._by_peer: dict[PeerId, int] = {}
+        self._before = 0  # peers of the window before
         self._first = True
         self._roomy: float = 0  # windows of this busy time that left room, as long as all did
         # Rates of paths in windows that left the line room, least recently measured first.
@@ -47,6 +48,7 @@ class Direction:
         """``size`` bytes took from ``began`` to ``now``, to ``peer`` (None: from wherever)."""
         if began > self._end + self._gap:
             self._begin, self._bytes, self._first, self._roomy = began, 0, True, 0
+            self._before = len(self._by_peer)
             self._by_peer.clear()
         span = self._end - self._begin
         settled = now > self._end + defaults.LINE_INSTANT or span >= 2 * defaults.LINE_WINDOW
@@ -55,6 +57,7 @@ class Direction:
             if not self._first:
                 self._close(self._end, span)
             self._begin, self._bytes, self._first = self._end, 0, False
+            self._before = len(self._by_peer)
             self._by_peer.clear()
         self._end = max(self._end, now)
         self._bytes += size
@@ -94,6 +97,11 @@ class Direction:
         """
         rates = sorted(rate for at, rate in self._paths.get(peer, ()) if now - at < defaults.LINE_MEMORY)
         return rates[len(rates) // 2] if len(rates) > 1 else None
+
+    @property
+    def peers(self) -> int:
+        """How many peers have a part of the bulk: of this window or the one before."""
+        return max(len(self._by_peer), self._before)
 
     def busy(self, now: float) -> bool:
         """Whether bulk moved just now."""

@@ -342,7 +342,8 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
                 self._watching.deadline = due
         self._note_sent(pipe, size, seconds, now)
         if pipe.sent_bulk:
-            self._session.bound_bulk(deadlines.under_way(self._pipes.bandwidth, pipe.nearest))
+            links = 1 if self.line is None else self.line.up.peers
+            self._session.bound_bulk(deadlines.under_way(self._pipes.bandwidth, pipe.nearest, links))
 
     def _compose(self, pipe: Pipe) -> bytearray | memoryview | None:
         """The next record of ``pipe`` for the wire."""
