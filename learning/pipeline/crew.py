@@ -260,9 +260,6 @@ class Crew:
         """Everybody who is there, ourselves among them, in canonical order."""
         return sorted([self.me, *(peer for peer in self.beats if self.alive(peer))])
 
-    def spares(self) -> list[PeerId]:
-        return [peer for peer in self.peers() if self.beat(peer).state == "spare"]
-
     def part(self, stage: int) -> tuple[int, bytes] | None:
         """Generation and id of the run of ``stage``: of several the newest, then the smallest. None: nobody has it."""
         found = [

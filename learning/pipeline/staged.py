@@ -313,8 +313,8 @@ class Staged:
 
     def _rescuer(self, lost: int) -> PeerId | None:
         holders = {stage: [bytes(p) for p in self.crew.holders(stage)] for stage in self._all}
-        # Who was about to load the stage has nobody to load it from.
-        spares = [bytes(peer) for peer in (*self.crew.spares(), *self.crew.holders(lost, loading=True))]
+        # Who is about to load a stage is as free: no round takes it in while another stage is lost.
+        spares = [bytes(peer) for peer in self.crew.peers() if self.crew.beat(peer).state in ("spare", "loading")]
         found, self.reason = rescuer(holders, spares, lost)
         if found is None:
             self.reason += "; waiting for a peer to join"

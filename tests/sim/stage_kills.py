@@ -53,9 +53,9 @@ class Outcome:
 
 
 def moments(stages: int, micro: int) -> list[Moment]:
-    """Every kind of action of every stage, and of each micro-batch."""
+    """Every kind of action of the first stage, an inner one (1), and the last, and of each micro-batch."""
     found = []
-    for stage in range(stages):
+    for stage in (0, 1, stages - 1):
         first, last = stage == 0, stage == stages - 1
         each = [] if first else ["before receive", "after receive"]
         each += ["before forward", "after forward"]
@@ -115,10 +115,11 @@ class Child(NodeProcess):
 
 
 class StagedSwarm:
-    """``stages`` stages of ``task``; nodes come when they are needed. None outlives :meth:`end`."""
+    """``stages`` stages of a model, one node more than those; others come when they are needed. None outlives
+    :meth:`end`."""
 
-    def __init__(self, folder: Path, stages: int, *, task: str = "stdlib-small", steps: int = 5) -> None:
-        self.folder, self.stages, self._task, self._steps = folder, stages, task, steps
+    def __init__(self, folder: Path, stages: int, micro: int) -> None:
+        self.folder, self.stages, self._micro = folder, stages, micro
         self.nodes: list[Child] = []
         self._waiting: list[Child] = []
 
@@ -127,12 +128,12 @@ class StagedSwarm:
     def _launch(self) -> Child:
         number = len(self.nodes) + len(self._waiting)
         node = Child(f"node-{number}", self.folder)
-        arguments = ["start", self._task] if number == 0 else ["join", "-"]
+        arguments = ["start", "stdlib-small"] if number == 0 else ["join", "-"]
         arguments += ["--data-dir", str(node.data.path), "--host", "127.0.0.1", "--port", "0", "--leash"]
         if number == 0:
-            arguments += ["--rounds", "1000000", "--stages", str(self.stages), "--set", f"inner_steps={self._steps}"]
-            arguments += ["--min-peers", str(self.stages + 1)]
-        node.launch([*arguments, "--log-level", "info"])
+            arguments += ["--rounds", "1000000", "--stages", str(self.stages), "--set", "inner_steps=3"]
+            arguments += ["--min-peers", str(self.stages + 1), "--micro-batches", str(self._micro)]
+        node.launch([*arguments, "--evaluate-every", "4", "--log-level", "info"])
         return node
 
     def prepare(self, count: int) -> None:
@@ -192,7 +193,7 @@ class StagedSwarm:
         seats = ", ".join(f"{node.name} {node.seat}" for node in self.live())
         raise AssertionError(f"not within {seconds:g} s: {what}; {seats}\n" + "\n".join(n.tail() for n in self.live()))
 
-    async def steady(self, rounds: int = 2) -> None:
+    async def steady(self, rounds: int = 1) -> None:
         """Until all stages have done so many rounds from now."""
         now = max(line["t"] for node in self.live() for line in node.lines)
 
@@ -205,6 +206,12 @@ class StagedSwarm:
         await self.until(lambda: all(map(settled, range(self.stages))), f"{rounds} rounds of every stage")
 
     # -- kills --------------------------------------------------------------------------------------------------------
+
+    def at(self, moment: Moment) -> Moment:
+        """Of an inner stage: the same action at the inner stage that somebody holds alone now, if there is one."""
+        inner = range(1, self.stages - 1) if moment.stage == 1 else [moment.stage]
+        alone = [stage for stage in inner if len(self.holders(stage)) == 1]
+        return attrs.evolve(moment, stage=alone[0]) if alone else moment
 
     async def alone(self, stage: int) -> Child:
         """The only holder of ``stage``, while another stage has a second one. Peers come and go until it is so."""

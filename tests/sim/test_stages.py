@@ -227,6 +227,31 @@ def test_whoever_is_to_take_a_stage_over_does_it_also_who_founded_the_one_that_i
     assert max(r.round for m in world.live() if stage_of(m) == 0 for r in m.run.reports) >= 3
 
 
+def test_who_is_about_to_load_one_stage_takes_another_one_that_is_lost_meanwhile() -> None:
+    """No round of the stage that it loads can take it in, as all wait for the lost one."""
+    details: list[str] = []
+
+    async def script(world: World) -> None:
+        def note(member: Member, event: object) -> None:
+            if getattr(event, "what", "") == "recovered":
+                details.append(f"{member.number} {trio.current_time() - killed_at:.1f} s")
+
+        world.hooks.append(note)
+        await world.until(lambda: any(e.what == "done" and e.round >= 2 for m in world.live() for e in m.events), "2")
+        late = world.start(2)
+        # It leaves as soon as it waits to be admitted.
+        await world.until(lambda: any(event.what == "wish" for event in late.events), "it loads a stage")
+        (victim,) = [m for m in world.live() if m is not late and stage_of(m) != stage_of(late)]
+        killed_at = trio.current_time()
+        world.kill(victim.number)
+        await world.until(lambda: bool(details), "the stage that was lost", 30.0)
+        world.nursery.cancel_scope.cancel()
+
+    simulate(Scenario(3, founding(2, 2, rounds=60), make_task=Chain, late=(2,), limit=100), script)
+    assert details[0].startswith("2 ")
+    assert float(details[0].split()[1]) < 2.0
+
+
 def test_a_stage_that_nobody_can_take_waits_for_who_joins_and_says_so() -> None:
     reasons: list[str] = []
 
