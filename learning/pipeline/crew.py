@@ -245,8 +245,11 @@ class Crew:
 
     # -- what is so ---------------------------------------------------------------------------------------------------
 
-    def alive(self, peer: PeerId) -> bool:
-        """Whether a peer is there: its link is up, and it was heard lately."""
+    def alive(self, peer: PeerId, part: bytes | None = None) -> bool:
+        """Whether a peer is there: its link is up, and it was heard lately; and, where that is asked for, whether it is
+        in the run ``part`` of a stage."""
+        if part is not None and (peer not in self.beats or self.beats[peer].part != part):
+            return False
         if peer == self.me:
             return True
         assert self.presence is not None

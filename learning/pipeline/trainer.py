@@ -374,6 +374,11 @@ class StageTrainer(Worker):
         avoid: dict[PeerId, None] = {}
         stage = load.order[load.at + 1]
         while not back.is_set():
+            if not self.gate.fed(load):
+                # Nobody takes it any more: it must not keep the place of those that others feed.
+                self.flow.give_up(load)
+                self._wake.set()
+                return
             target = self.crew.pick(stage, avoid)
             if target is None:
                 avoid.clear()
@@ -399,7 +404,7 @@ class StageTrainer(Worker):
                 return
             with trio.move_on_after(self._patience()):
                 # Who leaves the stage for one that is lost leaves the micro-batch too, and its link stays.
-                while not back.is_set() and self.crew.alive(target) and self.crew.beat(target).part == part:
+                while not back.is_set() and self.gate.fed(load) and self.crew.alive(target, part):
                     changed = self.crew.changed
                     async with trio.open_nursery() as nursery:
                         for event in (back, changed):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shoal.learning.events import RoundReport
 from shoal.learning.pipeline.cutting import stages_of
+from shoal.learning.pipeline.trainer import StageTrainer
 from shoal.learning.shard import Shard
 from shoal.learning.state import Layout, flatten_model
 from shoal.learning.task import Task
@@ -225,6 +226,33 @@ def test_whoever_is_to_take_a_stage_over_does_it_also_who_founded_the_one_that_i
     assert float(details[0].split()[0]) < 2.0
     assert "the checkpoint of it" in details[0] or "mean of stages" in details[0]
     assert max(r.round for m in world.live() if stage_of(m) == 0 for r in m.run.reports) >= 3
+
+
+def test_micro_batches_of_a_feeder_that_died_keep_no_place_from_those_of_the_next_one() -> None:
+    """It dies when as many are between forward and backward as there may be at the stage before the last."""
+    rounds: list[int] = []
+
+    async def script(world: World) -> None:
+        await world.until(lambda: any(e.what == "done" and e.round >= 2 for m in world.live() for e in m.events), "2")
+        (feeder,) = [member for member in world.live() if stage_of(member) == 0]
+        (following,) = [member for member in world.live() if stage_of(member) == 1]
+        trainer = following.run.trainer
+        assert isinstance(trainer, StageTrainer)
+        while trainer.flow.schedule.in_flight() < 2:
+            await trio.sleep(0.001)
+        world.kill(feeder.number)
+        world.start(4)
+
+        def trained() -> bool:
+            new = [member for member in world.live() if member.node.run_here is not None and stage_of(member) == 0]
+            return any(report.round >= 3 for member in new for report in member.run.reports)
+
+        await world.until(trained, "training goes on", 30.0)
+        rounds.append(1)
+        world.nursery.cancel_scope.cancel()
+
+    simulate(Scenario(5, founding(4, 4, rounds=200, micro=3), make_task=Chain, late=(4,), limit=100), script)
+    assert rounds
 
 
 def test_who_is_about_to_load_one_stage_takes_another_one_that_is_lost_meanwhile() -> None:
