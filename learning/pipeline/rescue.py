@@ -60,7 +60,7 @@ async def rescue(
     layout = layouts[stage]
     alike = [other for other in (stage - 1, stage + 1) if 0 <= other < len(layouts) and _alike(layouts[other], layout)]
     near = [other for other in (stage - 1, stage + 1) if 0 <= other < len(layouts)]
-    dead = [other for other in near if other in dead or not crew.holders(other)]
+    dead = [other for other in near if other in dead or not crew.holders(other) or _new(crew, other)]
     rounds = crew.usual_rounds()
     mimic = swaps(stage, len(layouts)) if swap else None
     if (
@@ -92,6 +92,14 @@ async def rescue(
         ((other, held),) = found.items()
         return Rescued(held.weights.clone(), rounds, f"{lost}a copy of stage {other}; nobody kept one of this stage")
     return Rescued(fresh, rounds, f"{lost}fresh weights: no neighbour is built alike, and nobody kept a checkpoint")
+
+
+def _new(crew: Crew, stage: int) -> bool:
+    """Whether ``stage`` was founded anew and has done no step since: as none is done while a stage is lost, it was lost
+    together with the one that still is. That is how who has come later knows it."""
+    part = crew.part(stage)
+    of = None if part is None else crew.parts[part[1]].open().part
+    return of is not None and of.generation > 0 and of.step >= crew.usual_step()
 
 
 async def warm_up(host: Host, task: Task, shard: Shard) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
+import time
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,39 @@ async def test_the_only_holder_of_any_stage_dies_at_every_step_of_the_schedule(t
     print("\n" + table(outcomes))
     assert len(outcomes) == len(moments(STAGES, MICRO))
     assert statistics.median(each.on for each in outcomes) < ASKED
+
+
+@pytest.mark.process(timeout=300)
+async def test_two_neighbours_killed_at_once_go_back_to_the_checkpoints_on_others_disks(tmp_path: Path) -> None:
+    swarm = StagedSwarm(tmp_path, 3, MICRO)
+    try:
+        await swarm.start()
+        swarm.prepare(2)
+        await swarm.steady(2)
+        swarm.refresh()
+        victims = [node for stage in (1, 2) for node in swarm.holders(stage)]
+        at = time.monotonic()
+        for node in victims:
+            node.signal(signal.SIGKILL)
+        await swarm.join()
+        await swarm.join()
+        said: dict[int, str] = {}
+
+        def recovered() -> bool:
+            for node in swarm.live():
+                said.update({line["stage"]: line["detail"] for line in node.lines if line.get("event") == "recovered"})
+            return {1, 2} <= said.keys()
+
+        await swarm.until(recovered, "both stages have a holder")
+        for stage, other in ((1, 2), (2, 1)):
+            assert f"it was lost together with stage {other}; the checkpoint of it after round " in said[stage]
+        # The files from which that came: one blob of each stage that is guarded, whole.
+        kept = [path for node in swarm.holders(0) for path in (node.data.path / "run" / "blobs").glob("*.safetensors")]
+        assert kept
+        back = time.monotonic()
+        await swarm.until(
+            lambda: any(True for node in swarm.holders(0) for _ in node.since(back, 0, "after end of step")), "a step"
+        )
+        print(f"\na step is done {time.monotonic() - at:.1f} s after two neighbours died, with the start of two others")
+    finally:
+        swarm.end()
