@@ -239,7 +239,7 @@ def test_micro_batches_of_a_feeder_that_died_keep_no_place_from_those_of_the_nex
         trainer = following.run.trainer
         assert isinstance(trainer, StageTrainer)
         while trainer.flow.schedule.in_flight() < 2:
-            await trio.sleep(0.001)
+            await trio.sleep(0.01)
         world.kill(feeder.number)
         world.start(4)
 
