@@ -11,17 +11,19 @@ from ..transport.errors import ConfigError, DecodeError
 from ..transport.wire import unpack
 from .events import Checkpoint
 
-#: What the store's entries of checkpoints are tagged with: made here, or fetched from others.
-MADE, FETCHED = "checkpoint", "fetched"
+#: What the store's entries of checkpoints are tagged with: made here, fetched from others, or of a stage that others
+#: hold, for whoever takes it over (:mod:`.pipeline.copies`).
+MADE, FETCHED, COPY = "checkpoint", "fetched", "copy"
 
 
 @attrs.frozen
 class CheckpointNote:
-    """What stands beside a checkpoint. ``when``: Unix seconds."""
+    """What stands beside a checkpoint. ``when``: Unix seconds. ``proof``: of a copy, what shows whose state it is."""
 
     run: bytes
     round: int
     when: float
+    proof: bytes = b""
 
 
 class CheckpointIndex:
@@ -38,13 +40,11 @@ class CheckpointIndex:
         """All of them, with what the store says."""
         found = []
         for entry in self.store.entries():
-            if entry.tag not in (MADE, FETCHED):
+            if entry.tag not in (MADE, FETCHED, COPY):
                 continue
-            round, when = -1, 0.0
-            try:
-                note = unpack(CheckpointNote, entry.note)
-                round, when = note.round, note.when
-            except DecodeError:
+            note = self.note_of(entry)
+            round, when = note.round, note.when
+            if round < 0:
                 # Fetched by its digest: the round stands in the blob itself.
                 data = self.store.read(entry.id, 0)
                 if data is not None and len(data) == 8:
@@ -54,6 +54,14 @@ class CheckpointIndex:
             )
             found.append((shown, entry))
         return found
+
+    @staticmethod
+    def note_of(entry: Entry) -> CheckpointNote:
+        """What stands beside it; where nothing does, of round -1."""
+        try:
+            return unpack(CheckpointNote, entry.note)
+        except DecodeError:
+            return CheckpointNote(b"", -1, 0.0)
 
     def find(self, ref: str) -> Checkpoint:
         """The checkpoint of round ``ref``, or whose digest begins so. Raises :class:`ConfigError`."""

@@ -72,8 +72,13 @@ class Checkpoints(CheckpointIndex):
         """
         parts = state_parts(snapshot.round, snapshot.vectors)
         self.store.put(build_tree(parts), [data for _, _, data in parts], tag=MADE, note=pack(note))
-        made = [(found.round, found.when, entry) for found, entry in self.entries() if entry.tag == MADE]
-        unpinned = [entry for _, _, entry in sorted(made, key=lambda item: item[:2]) if not entry.pinned]
+        # Those of a run that was left (of another stage of the same model) go first.
+        made = [
+            (self.note_of(entry).run == note.run, found.round, found.when, entry)
+            for found, entry in self.entries()
+            if entry.tag == MADE
+        ]
+        unpinned = [entry for *_, entry in sorted(made, key=lambda item: item[:3]) if not entry.pinned]
         for entry in unpinned[: max(0, len(unpinned) - keep)]:
             self.store.remove(entry.id)
 

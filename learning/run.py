@@ -218,7 +218,9 @@ class Run:
         self.nursery.start_soon(self.shelf.settle, snapshot)
         self._keeper.settled(snapshot, self.nursery, final=self.over())
         due = self._evaluate_every and (self.round % self._evaluate_every == 0 or self.over())
-        if due and (self._pending_report is not None or self._metric is None):
+        # A stage that was lost is waited for by all others: they are not kept waiting by a look at what it begins with.
+        begins = self._metric is None and not (self.spec.part is not None and self.spec.part.generation)
+        if due and (self._pending_report is not None or begins):
             values = await self.trainer.evaluate(agreed)
             self._metric, self._metric_name = score(self.task, values), metric_name(self.task, values)
         if self._pending_report is not None:

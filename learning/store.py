@@ -54,11 +54,11 @@ class Witness:
 class RunStore:
     """Keeps a run in ``folder``, every file written whole or not at all; without a folder only in memory.
 
-    ``quota``: bytes that its blobs may take.
+    ``quota``: bytes that its blobs may take. ``whole``: the store of the run whose stage this one is of.
     """
 
-    def __init__(self, folder: Path | None, quota: int = blob_defaults.QUOTA) -> None:
-        self.folder, self.quota = folder, quota
+    def __init__(self, folder: Path | None, quota: int = blob_defaults.QUOTA, whole: RunStore | None = None) -> None:
+        self.folder, self.quota, self._whole = folder, quota, whole
         self._files: dict[str, bytes] = {}
         self._state: tuple[dict[str, Tensor], Head] | None = None
         self._own: dict[str, Tensor] = {}
@@ -66,15 +66,21 @@ class RunStore:
         self._stages: dict[str, RunStore] = {}
 
     def stage(self, name: str) -> RunStore:
-        """Of what this peer does with one stage of a model that is cut: the same one for the same name."""
+        """Of what this peer does with one stage of a model that is cut: the same one for the same name.
+
+        Its blobs are those of the whole: all stages share the quota, and what was kept while one of them was held is
+        there, and served, when another one is.
+        """
         if name not in self._stages:
             kept = None if self.folder is None else self.folder / "stages" / name
-            self._stages[name] = RunStore(kept, self.quota)
+            self._stages[name] = RunStore(kept, self.quota, self)
         return self._stages[name]
 
     @property
     def blobs(self) -> Store:
         """The blobs of this run: checkpoints, and what was fetched. Opened when first asked for, which blocks."""
+        if self._whole is not None:
+            return self._whole.blobs
         if self._blobs is None:
             self._blobs = Store(None if self.folder is None else self.folder / "blobs", self.quota)
         return self._blobs
@@ -85,12 +91,12 @@ class RunStore:
             self._blobs.close()
             self._blobs = None
 
-    def copy(self) -> RunStore:
+    def copy(self, whole: RunStore | None = None) -> RunStore:
         """What is stored now; of a store in memory what is saved later does not show in the copy."""
-        made = RunStore(self.folder, self.quota)
+        made = RunStore(self.folder, self.quota, whole)
         made._blobs = None if self._blobs is None or self.folder is not None else self._blobs.copy()
         made._files, made._state, made._own = dict(self._files), self._state, self._own
-        made._stages = {name: store.copy() for name, store in self._stages.items()}
+        made._stages = {name: store.copy(made) for name, store in self._stages.items()}
         return made
 
     def save_spec(self, spec: SignedSpec) -> None:

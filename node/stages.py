@@ -76,14 +76,18 @@ class Stages:
         """Until the run is over, or cancelled."""
         assert self._node.signed is not None
         await self._node.host.run_blocking(self._node.store.save_spec, self._node.signed)
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self.crew.run)
-            task_status.started()
-            await self.staged.run()
-            await self.crew.linger()
-            with trio.move_on_after(self._node.config.linger):
-                await self.staged.others_done()
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.crew.run)
+                task_status.started()
+                await self.staged.run()
+                await self.crew.linger()
+                with trio.move_on_after(self._node.config.linger):
+                    await self.staged.others_done()
+                nursery.cancel_scope.cancel()
+        finally:
+            # The blobs of all stages that were held.
+            self._node.store.close()
         self.over.set()
 
     def notes(self) -> tuple[tuple[str, str], ...]:

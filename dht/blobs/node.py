@@ -207,7 +207,9 @@ class Blobs:
         blob: bytes,
         *,
         peers: Sequence[PeerId] = (),
+        search: bool = True,
         tag: str = "",
+        note: bytes = b"",
         pinned: bool = False,
         accept: Callable[[Outline], str | None] = lambda outline: None,
         tell: Tell = lambda what, peer, detail: None,
@@ -221,7 +223,7 @@ class Blobs:
         held: list[bytes] = []
 
         async def open_sink(tree: Tree) -> Sink:
-            await run(lambda: self.store.begin(tree, tag=tag, pinned=pinned))
+            await run(lambda: self.store.begin(tree, tag=tag, note=note, pinned=pinned))
             await run(self.store.hold, blob)
             held.append(blob)
             bits = await run(self.store.bits, blob)
@@ -231,7 +233,7 @@ class Blobs:
         try:
             tree = await run(self.store.tree, blob)
             return await self.fetch(
-                blob, open_sink, peers=peers, accept=accept, tell=tell, tree=tree, patience=patience
+                blob, open_sink, peers=peers, search=search, accept=accept, tell=tell, tree=tree, patience=patience
             )
         finally:
             for name in held:

@@ -245,8 +245,11 @@ class Crew:
 
     # -- what is so ---------------------------------------------------------------------------------------------------
 
-    def alive(self, peer: PeerId) -> bool:
-        """Whether a peer is there: its link is up, and it was heard lately."""
+    def alive(self, peer: PeerId, part: bytes | None = None) -> bool:
+        """Whether a peer is there: its link is up, and it was heard lately; and, where that is asked for, whether it is
+        in the run ``part`` of a stage."""
+        if part is not None and (peer not in self.beats or self.beats[peer].part != part):
+            return False
         if peer == self.me:
             return True
         assert self.presence is not None
@@ -259,9 +262,6 @@ class Crew:
     def peers(self) -> list[PeerId]:
         """Everybody who is there, ourselves among them, in canonical order."""
         return sorted([self.me, *(peer for peer in self.beats if self.alive(peer))])
-
-    def spares(self) -> list[PeerId]:
-        return [peer for peer in self.peers() if self.beat(peer).state == "spare"]
 
     def part(self, stage: int) -> tuple[int, bytes] | None:
         """Generation and id of the run of ``stage``: of several the newest, then the smallest. None: nobody has it."""

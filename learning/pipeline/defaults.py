@@ -24,6 +24,10 @@ BEGIN_GRACE = 20.0
 #: a lease of others to end, and it may itself start later than we.
 RESUME_GRACE = 60.0
 
+#: Seconds that a holder must be the one that is to take a lost stage over before it leaves its own: word of who has
+#: just become ready may be under way, and those that have it name another one.
+NAMED = 0.1
+
 #: Seconds between two looks at who holds what.
 LOOK_EVERY = 0.1
 
@@ -79,6 +83,15 @@ LOOK_FLOOR = 60.0
 
 #: Rounds from one copy of an inner stage to the next: it is wanted only when two neighbours are lost at once.
 GUARD_EVERY = 5
+
+#: Seconds until a copy that could not be renewed is tried again: its holders may not have the round's digest yet.
+GUARD_AGAIN = 0.5
+
+#: Seconds for word of which state of a stage a peer has: who takes the stage over waits for all of them.
+ASK_KEPT = 1.0
+
+#: Seconds that a copy is fetched for without any holder.
+KEPT_PATIENCE = 5.0
 
 #: Power of the gradient norms by which CheckFree weighs the neighbours of a lost stage.
 NORM_EXPONENT = 1.0

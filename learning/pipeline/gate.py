@@ -41,6 +41,10 @@ class Gate:
         if peer not in self._crew.holders(stage, loading=True):
             raise RemoteRefused("stranger", f"{peer.short} does not hold stage {stage}")
 
+    def fed(self, load: Load) -> bool:
+        """Whether the feeder of ``load`` is there, who alone can say that it counts."""
+        return load.sender is None or load.key.feeder in self._crew.holders(0)
+
     def admit(self, peer: PeerId, push: Push, stage: int) -> None:
         """Whether ``peer`` may send this micro-batch to ``stage``, which is held here."""
         self.known(peer, push.run)

@@ -1,10 +1,4 @@
-"""The weights of stages as others ask for them: of the stage held here, and copies kept of other stages.
-
-Every stage has guards, which keep a copy of it: the first and the last stage (that hold the embeddings) are guarded by
-their neighbours, which renew their copies after every round (CheckFree+); all by the stage two further on, now and
-then. A copy is what is left when CheckFree has nothing to average: at both ends, where neighbours are built otherwise,
-and when two neighbouring stages are lost at once.
-"""
+"""The weights of the stage that is held here, as they are now, as others ask for them: to average, and at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import attrs
 import torch
-import trio
 from torch import Tensor
 
 from ...transport import deadlines
@@ -40,20 +33,12 @@ class Held:
     weights: Tensor
 
 
-def guarded_by(stage: int, stages: int) -> dict[int, bool]:
-    """The stages that the holders of ``stage`` keep copies of, each with whether of every round."""
-    ends = {0: stage == 1, stages - 1: stage == stages - 2}
-    found = {(stage - 2) % stages: False, **{end: True for end, beside in ends.items() if beside}}
-    return {other: always for other, always in found.items() if other != stage}
-
-
 class Holding:
-    """Answers for the weights of the stage held here, and keeps copies. ``sizes``: elements of all stages' models."""
+    """Answers for the weights of the stage held here. ``sizes``: elements of all stages' models."""
 
     def __init__(self, crew: Crew, sizes: tuple[int, ...]) -> None:
         self._crew, self._sizes, self._endpoint = crew, sizes, crew.endpoint
         self.trainer: StageTrainer | None = None
-        self.copies: dict[int, Held] = {}
         self._served = 0
         self._endpoint.serve(STAGE, self._on_ask)
 
@@ -67,9 +52,9 @@ class Holding:
             raise RemoteRefused("busy", "too many peers load weights from here already")
         self._served += 1
         try:
-            held = self.copies.get(ask.stage) if ask.copy else await self.own(ask.stage)
+            held = await self.own(ask.stage)
             if held is None:
-                raise RemoteRefused("not-held", f"stage {ask.stage} is not {'kept' if ask.copy else 'held'} here")
+                raise RemoteRefused("not-held", f"stage {ask.stage} is not held here")
             await call.write(bytes_view(held.weights))
             return held.state
         finally:
@@ -86,10 +71,10 @@ class Holding:
         state = StageState(stage, weights.numel(), trainer.norm, own.rounds, trainer.flow.step, digest)
         return Held(state, weights)
 
-    async def fetch(self, peer: PeerId, stage: int, *, copy: bool = False) -> Held:
+    async def fetch(self, peer: PeerId, stage: int) -> Held:
         """Raises :class:`RemoteError`, also for what does not match its digest or is not finite."""
         if peer == self._crew.me:
-            held = self.copies.get(stage) if copy else await self.own(stage)
+            held = await self.own(stage)
             if held is None:
                 raise RemoteRefused("not-held", f"stage {stage} is not here")
             return held
@@ -97,7 +82,7 @@ class Holding:
         weights = torch.empty(size, dtype=torch.float32)
         link = await self._endpoint.connect(peer)
         timeout = deadlines.bulk_phase(defaults.STATE_FLOOR, 4 * size, 0.0, None)
-        async with exchange(link, STAGE, AskStage(self._crew.run_id, stage, copy), timeout=timeout) as reply:
+        async with exchange(link, STAGE, AskStage(self._crew.run_id, stage), timeout=timeout) as reply:
             await reply.read_into(bytes_view(weights))
             state = await reply.result()
         digest = await self._crew.host.run_blocking(_digest, weights)
@@ -115,31 +100,6 @@ class Holding:
             except RemoteError as error:
                 log.info("stage %d from %s: %s", stage, peer.short, error)
         return None
-
-    async def newest_copy(self, stage: int) -> Held | None:
-        """The copy of ``stage`` that has come furthest, of all that peers keep."""
-        found: list[Held] = []
-
-        async def ask(peer: PeerId) -> None:
-            try:
-                found.append(await self.fetch(peer, stage, copy=True))
-            except RemoteError as error:
-                log.debug("no copy of stage %d from %s: %s", stage, peer.short, error)
-
-        async with trio.open_nursery() as nursery:
-            for peer in self._crew.peers():
-                nursery.start_soon(ask, peer)
-        return max(found, key=lambda held: (held.state.rounds, held.state.step, held.state.digest), default=None)
-
-    async def guard(self, stage: int, rounds: int) -> None:
-        """After ``rounds`` rounds of ``stage``, which is held here: renew the copy of what it guards, if it is time."""
-        guarded = guarded_by(stage, self._crew.stages)
-        self.copies = {other: held for other, held in self.copies.items() if other in guarded}
-        for other, always in guarded.items():
-            if always or rounds % defaults.GUARD_EVERY == 1 or other not in self.copies:
-                held = await self.fetch_any(other)
-                if held is not None:
-                    self.copies[other] = held
 
 
 def _digest(weights: Tensor) -> bytes:

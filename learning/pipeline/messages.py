@@ -9,8 +9,10 @@ from ...transport.frames import Priority
 from ...transport.identity import PeerId
 from ...transport.rpc import Method
 from ..rounds.bounded import Bounded
+from ..rounds.messages import Signed
 from ..rounds.methods import Ack
 from ..spec import MAX_STAGES, SignedSpec
+from ..sync import HeadInfo
 from . import defaults
 
 #: What a peer is doing: it has no stage; it loads one; it has the weights of one and trains it; the run is over.
@@ -226,11 +228,10 @@ class Look(Bounded):
 
 @attrs.frozen
 class AskStage(Bounded):
-    """The weights of ``stage``, as they are now: a holder's own, or (``copy``) what another peer keeps of it."""
+    """The weights of ``stage``, which the receiver holds, as they are now."""
 
     run: bytes
     stage: int
-    copy: bool = False
 
 
 @attrs.frozen
@@ -246,6 +247,30 @@ class StageState(Bounded):
     digest: bytes
 
 
+@attrs.frozen
+class AskKept(Bounded):
+    """Which settled state of ``stage`` do you have?"""
+
+    run: bytes
+    stage: int
+
+
+@attrs.frozen
+class Kept(Bounded):
+    """The newest settled state of a stage that the sender has, as a blob: ``head.digest`` is its id, ``head.record``
+    the commit that it is the state after, with its proof. ``signed``: holders that say so
+    (:func:`.copies.state_bytes`). ``age``: seconds since they did, by the sender's clock."""
+
+    head: HeadInfo
+    signed: tuple[Signed, ...]
+    age: float
+
+    def __attrs_post_init__(self) -> None:
+        Bounded.__attrs_post_init__(self)
+        if len(self.signed) > defaults.MAX_CREW or self.head.contacts or self.head.view or not 0.0 <= self.age < 1e12:
+            raise ValueError("a state with too many signatures, with peers, or from the future")
+
+
 BEAT = Method("stages.beat", Beat, Beat)
 CREW = Method("stages.crew", AskCrew, CrewInfo)
 PART = Method("stages.part", AskPart, PartInfo)
@@ -254,3 +279,4 @@ PULL = Method("stages.pull", Pull, Ack, Priority.BULK)
 STEP = Method("stages.step", StepDone, Ack)
 LOOK = Method("stages.look", Look, Ack, Priority.BULK)
 STAGE = Method("stages.weights", AskStage, StageState, Priority.BULK)
+KEPT = Method("stages.kept", AskKept, Kept)

@@ -1,14 +1,23 @@
-"""New weights for a stage that nobody holds: from its neighbours (CheckFree), or from a copy."""
+"""New weights for a stage that nobody holds: from its neighbours (CheckFree), or from a checkpoint."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Collection
 
 import attrs
 from torch import Tensor
 
+from ...transport.host import Host
+from ..shard import Shard
 from ..state import Layout, flatten, unflatten
+from ..task import Task
+from .copies import Copies
 from .crew import Crew
 from .holding import Held, Holding
 from .recovery import average, weights_of
+
+log = logging.getLogger(__name__)
 
 
 @attrs.frozen(eq=False)
@@ -29,22 +38,37 @@ def swaps(stage: int, stages: int) -> int | None:
 
 
 async def rescue(
-    crew: Crew, holding: Holding, stage: int, layouts: tuple[Layout, ...], fresh: Tensor, *, swap: bool, exponent: float
+    crew: Crew,
+    holding: Holding,
+    copies: Copies,
+    stage: int,
+    layouts: tuple[Layout, ...],
+    fresh: Tensor,
+    *,
+    dead: Collection[int],
+    swap: bool,
+    exponent: float,
 ) -> Rescued:
-    """Weights for ``stage``. ``layouts``: of all stages; ``fresh``: initial weights, for want of anything better.
+    """Weights for ``stage``. ``layouts``: of all stages; ``fresh``: initial weights, for want of anything better;
+    ``dead``: neighbours that were lost at the same time, also where somebody has them again.
 
     CheckFree (arXiv 2506.15461, Alg. 1): the mean of both neighbours, weighted by the norms of their last gradients to
     the power ``exponent``. Where the outer inner stages are swapped (CheckFree+), a lost one is a copy of the stage
-    that mimics it. A stage without a neighbour of its own build, and one that is lost together with a neighbour, is
-    taken from the newest copy that is kept of it.
+    that mimics it. A stage without a neighbour of its own build, and one that is lost together with a neighbour, goes
+    back to the newest checkpoint of it that peers keep: what a neighbour has then is as old as that, or older.
     """
     layout = layouts[stage]
     alike = [other for other in (stage - 1, stage + 1) if 0 <= other < len(layouts) and _alike(layouts[other], layout)]
     near = [other for other in (stage - 1, stage + 1) if 0 <= other < len(layouts)]
-    dead = [other for other in near if not crew.holders(other)]
+    dead = [other for other in near if other in dead or not crew.holders(other) or _new(crew, other)]
     rounds = crew.usual_rounds()
     mimic = swaps(stage, len(layouts)) if swap else None
-    if mimic is not None and mimic in alike and (held := await holding.fetch_any(mimic)) is not None:
+    if (
+        mimic is not None
+        and mimic in alike
+        and mimic not in dead
+        and (held := await holding.fetch_any(mimic)) is not None
+    ):
         return Rescued(held.weights.clone(), rounds, f"a copy of stage {mimic}, which takes its place now and then")
     found: dict[int, Held] = {}
     for other in alike:
@@ -57,14 +81,34 @@ async def rescue(
         mixed = average(unflatten(layout, before.weights), unflatten(layout, after.weights), shares, own=own)
         how = f"the mean of stages {stage - 1} and {stage + 1}, weighted {shares[0]:.2f} and {shares[1]:.2f}"
         return Rescued(flatten(layout, [mixed[name] for name in layout.names]), rounds, how)
-    copy = await holding.newest_copy(stage)
-    lost = f"its neighbour {', '.join(map(str, dead))} is lost too; " if dead else ""
+    lost = f"it was lost together with stage {' and '.join(map(str, dead))}; " if dead else ""
+    copy = await copies.newest(stage)
     if copy is not None:
-        return Rescued(copy.weights.clone(), rounds, f"{lost}the copy kept of it after round {copy.state.rounds}")
+        missing = max(0, rounds - copy.rounds)
+        ago = f"{missing} round{'' if missing == 1 else 's'} and {copy.age:.0f} s ago"
+        what = f"the checkpoint of it after round {copy.rounds}, {ago}, kept by {copy.holders} of the others"
+        return Rescued(copy.weights, rounds, f"{lost}{what}")
     if found:
         ((other, held),) = found.items()
         return Rescued(held.weights.clone(), rounds, f"{lost}a copy of stage {other}; nobody kept one of this stage")
-    return Rescued(fresh, rounds, f"{lost}fresh weights: no neighbour is built alike, and nobody kept a copy")
+    return Rescued(fresh, rounds, f"{lost}fresh weights: no neighbour is built alike, and nobody kept a checkpoint")
+
+
+def _new(crew: Crew, stage: int) -> bool:
+    """Whether ``stage`` was founded anew and has done no step since: as none is done while a stage is lost, it was lost
+    together with the one that still is. That is how who has come later knows it."""
+    part = crew.part(stage)
+    of = None if part is None else crew.parts[part[1]].open().part
+    return of is not None and of.generation > 0 and of.step >= crew.usual_step()
+
+
+async def warm_up(host: Host, task: Task, shard: Shard) -> None:
+    """Open the data once: whoever takes the first stage over is waited for by all others, and some tasks read for
+    seconds before their first batch."""
+    try:
+        await host.run_blocking(lambda: next(iter(task.batches(shard)), None))
+    except Exception as error:  # noqa: BLE001  # boundary: the task's own code; it is told of again when the data is needed
+        log.info("the data cannot be read yet: %r", error)
 
 
 def _alike(one: Layout, other: Layout) -> bool:

@@ -17,6 +17,7 @@ import torch
 import trio
 from torch import Tensor
 
+from ...dht.blobs.node import Blobs
 from ...transport.endpoint import Endpoint
 from ...transport.errors import ConfigError, RemoteError, RemoteRefused
 from ...transport.identity import PeerId
@@ -30,12 +31,13 @@ from ..sync import state_digest
 from ..task import Signature, Task, compare_signatures, signature
 from . import defaults
 from .abilities import UNKNOWN, able, costs, usual
+from .copies import Copies
 from .crew import Crew
 from .cutting import stages_of, whole_names
 from .holding import Holding
 from .messages import Seat
 from .planner import assign, place, rescuer
-from .rescue import Rescued, rescue
+from .rescue import Rescued, rescue, warm_up
 from .trainer import StageTrainer
 
 log = logging.getLogger(__name__)
@@ -102,15 +104,18 @@ class Staged:
         self._memory, self._wants_whole = memory, wants_whole
         #: The whole model by the task's names, at the end, where it was asked for.
         self.whole: dict[str, Tensor] | None = None
-        self._steps_of_round = resolve_strategy(self.spec.strategy, dict(self.spec.strategy_args)).round_steps
+        strategy = resolve_strategy(self.spec.strategy, dict(self.spec.strategy_args))
+        self._steps_of_round, self._gossip = strategy.round_steps, not strategy.replicated
         self.reason = "starting"
         #: Of the stage that is held, or was held last.
         self.trainer: StageTrainer | None = None
         self._models: list[torch.nn.Module] = []
         self._lost_since: dict[int, float] = {}
+        #: Of each lost stage: the neighbours that were lost at the same time.
+        self._lost_with: dict[int, dict[int, None]] = {}
         #: Stages that somebody was seen to hold.
         self._seen: dict[int, None] = {}
-        self._begun = self._resumed = False
+        self._begun = self._resumed = self._warm = False
         #: Where a new plan wants us; and how often one did.
         self._next: int | None = None
         self._moves = 0
@@ -124,7 +129,12 @@ class Staged:
         self.layouts = tuple(Layout.of(module) for module in self._models)
         self._signatures = [signature(module) for module in self._models]
         self._models = []
-        self.holding = Holding(self.crew, tuple(layout.size for layout in self.layouts))
+        sizes = tuple(layout.size for layout in self.layouts)
+        self.holding = Holding(self.crew, sizes)
+        store = await self.host.run_blocking(lambda: self._stored("held").blobs)
+        blobs = Blobs(self.endpoint, self.crew.dht, store)
+        self.copies = Copies(self.crew, sizes, blobs, steps=self._steps_of_round, gossip=self._gossip, tell=self._tell)
+        await self.copies.restore()
         self._fresh = fresh
         self.crew.say(memory=self._memory)
         while not self.crew.over():
@@ -146,7 +156,7 @@ class Staged:
         found: dict[str, Tensor] = {}
         names = await self.host.run_blocking(whole_names, self.task, self.cut.stages)
         for stage, layout in enumerate(self.layouts):
-            held = await self.holding.fetch_any(stage) or await self.holding.newest_copy(stage)
+            held = await self.holding.fetch_any(stage) or await self.copies.newest(stage)
             if held is None:
                 raise RemoteRefused(
                     "not-held", f"nobody has stage {stage} any more: the model cannot be exported whole"
@@ -271,11 +281,24 @@ class Staged:
         for stage in self._all:
             if self.crew.holders(stage):
                 self._lost_since[stage], self._seen[stage], self._begun = now, None, True
+                self._lost_with.pop(stage, None)
             elif self._begun:
                 since = self._lost_since.setdefault(stage, now)
                 if now - since >= self._grace(stage):
+                    self._note_neighbours(stage)
                     lost.append(stage)
         return lost
+
+    def _note_neighbours(self, stage: int) -> None:
+        """``stage`` is lost: so are neighbours that have no holder either, and they know it of each other."""
+        for other in (stage - 1, stage + 1):
+            alone = other in self._all and not self.crew.holders(other)
+            if alone and other not in self._lost_with.setdefault(stage, {}):
+                self._lost_with[stage][other] = self._lost_with.setdefault(other, {})[stage] = None
+                self._tell(
+                    f"stages {min(stage, other)} and {max(stage, other)}, which are neighbours, are lost at once: each "
+                    "goes on from the newest checkpoint that peers keep of it"
+                )
 
     def _grace(self, stage: int) -> float:
         """Seconds that a stage may be without a holder."""
@@ -290,8 +313,8 @@ class Staged:
 
     def _rescuer(self, lost: int) -> PeerId | None:
         holders = {stage: [bytes(p) for p in self.crew.holders(stage)] for stage in self._all}
-        # Who was about to load the stage has nobody to load it from.
-        spares = [bytes(peer) for peer in (*self.crew.spares(), *self.crew.holders(lost, loading=True))]
+        # Who is about to load a stage is as free: no round takes it in while another stage is lost.
+        spares = [bytes(peer) for peer in self.crew.peers() if self.crew.beat(peer).state in ("spare", "loading")]
         found, self.reason = rescuer(holders, spares, lost)
         if found is None:
             self.reason += "; waiting for a peer to join"
@@ -303,13 +326,15 @@ class Staged:
         the run is over."""
         # What a move brings is an estimate: who has moved is slower to move again.
         pause = defaults.REPLAN_EVERY * 2 ** min(self._moves, defaults.MAX_DOUBLINGS)
-        steady, look = self._view(), self.host.now() + pause
+        steady, look, since = self._view(), self.host.now() + pause, self.host.now()
         reason = told = self.reason
         while True:
             lost = self._lost()
             if not lost:
                 self.reason = told = reason
-            if any(self._rescuer(stage) == self.me for stage in lost):
+            named = any(self._rescuer(stage) == self.me for stage in lost)
+            since = since if named else self.host.now()
+            if named and self.host.now() - since >= defaults.NAMED:
                 if lost != [berth.stage]:
                     self._tell(f"stage {lost[0]} is lost: this peer leaves stage {berth.stage} for it")
                 break
@@ -344,8 +369,8 @@ class Staged:
     async def _rescue(self, stage: int) -> Berth:
         generation = 1 + max(0, self.crew.generation(stage))
         found = await self._own(stage) or await rescue(
-            self.crew, self.holding, stage, self.layouts, self._fresh[stage],
-            swap=self.cut.swap, exponent=defaults.NORM_EXPONENT,
+            self.crew, self.holding, self.copies, stage, self.layouts, self._fresh[stage],
+            dead=self._lost_with.get(stage, {}), swap=self.cut.swap, exponent=defaults.NORM_EXPONENT,
         )  # fmt: skip
         self._tell(f"stage {stage} was lost and goes on here: {found.how}")
         return self._found(stage, generation, {"weights": found.weights}, found.rounds, found.how)
@@ -439,6 +464,7 @@ class Staged:
             self.holding.trainer = trainer
             self.crew.say(state="ready", step=trainer.flow.step)
         run = self._make(berth.signed, trainer, self._store_of(berth.signed, spec.part), berth.origin)
+        self.copies.run = run
         self.reason = f"stage {berth.stage} of {self.cut.stages}" + (f": {berth.how}" if berth.how else "")
         if berth.how:
             run.emit("run", "recovered", detail=f"stage {berth.stage}: {berth.how}")
@@ -447,6 +473,10 @@ class Staged:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._watch, berth, run, scope)
                     nursery.start_soon(self._report, spec.part, run, trainer)
+                    nursery.start_soon(self.copies.keep, berth.stage)
+                    if not self._warm:
+                        self._warm = True
+                        nursery.start_soon(warm_up, self.host, self.task, shard)
                     await self._conduct(run)
                     nursery.cancel_scope.cancel()
         finally:
@@ -454,11 +484,11 @@ class Staged:
                 # Others may still fetch the stage: it goes with the last word.
                 self.crew.say(state="finished")
             else:
-                self.holding.trainer = None
+                self.holding.trainer = self.copies.run = None
                 self.crew.say(state="spare", part=b"", generation=0)
 
     async def _report(self, of: StageOf, run: Run, trainer: StageTrainer) -> None:
-        """Say how far the stage is, and keep copies of others."""
+        """Say how far the stage is."""
         said = 0
         while True:
             if self.crew.own.state == "ready":
@@ -466,5 +496,4 @@ class Staged:
             if run.round != said:
                 said = run.round
                 self.crew.say(rounds=self._rounds_of(of, said))
-                await self.holding.guard(of.stage, said)
             await trio.sleep(defaults.LOOK_EVERY)

@@ -374,12 +374,17 @@ class StageTrainer(Worker):
         avoid: dict[PeerId, None] = {}
         stage = load.order[load.at + 1]
         while not back.is_set():
+            if not self.gate.fed(load):
+                # Nobody takes it any more: it must not keep the place of those that others feed.
+                self.flow.give_up(load)
+                self._wake.set()
+                return
             target = self.crew.pick(stage, avoid)
             if target is None:
                 avoid.clear()
                 await self.crew.changed.wait()
                 continue
-            token, began = self._token(), self._host.now()
+            token, began, part = self._token(), self._host.now(), self.crew.beat(target).part
             load.attempts[token] = target
             push = Push(
                 self.run_id, load.key, token, load.order, load.at + 1, load.samples,
@@ -398,7 +403,8 @@ class StageTrainer(Worker):
                 self._skip_to(reply.step)
                 return
             with trio.move_on_after(self._patience()):
-                while not back.is_set() and self.crew.alive(target):
+                # Who leaves the stage for one that is lost leaves the micro-batch too, and its link stays.
+                while not back.is_set() and self.gate.fed(load) and self.crew.alive(target, part):
                     changed = self.crew.changed
                     async with trio.open_nursery() as nursery:
                         for event in (back, changed):

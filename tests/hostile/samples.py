@@ -16,13 +16,15 @@ import msgpack
 
 from shoal.dht.documents.messages import Accused, Advert, Node, Want
 from shoal.dht.documents.policy import DocumentSpec, Listed, Members, Owner
-from shoal.learning.pipeline.messages import STATES, Beat, Hop, Key, Look, Pull, Push, Seat, Shape
+from shoal.learning.pipeline.messages import STATES, Beat, Hop, Kept, Key, Look, Pull, Push, Seat, Shape
 from shoal.learning.reduce.codecs import NAMES
 from shoal.learning.rounds.lies import Lie
+from shoal.learning.rounds.messages import Signed
 from shoal.learning.rounds.payloads import Payload
 from shoal.learning.rounds.statements import Combined
 from shoal.learning.shard import Shard
 from shoal.learning.spec import Pipeline, StageOf
+from shoal.learning.sync import HeadInfo
 from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.identity import Identity, PeerId
 from shoal.transport.webrtc_signal import Description, IceCandidate
@@ -237,6 +239,11 @@ def _pull(rng: random.Random) -> Pull:
     return Pull(rng.randbytes(32), _key(rng), rng.choice(_INTS), path, _shape(rng), rng.choice(_FLOATS))
 
 
+def _kept(rng: random.Random) -> Kept:
+    head = attrs.evolve(sample(HeadInfo, rng), contacts=(), view=())
+    return Kept(head, tuple(sample(Signed, rng) for _ in range(rng.randrange(3))), rng.choice((0.0, 0.5, 1e9)))
+
+
 _SPECIAL: dict[Any, Callable[[random.Random], Any]] = {
     Payload: lambda rng: Payload(rng.randbytes(rng.choice((0, 1, 8, 1024))), rng.randbytes(64)),
     Combined: _combined,
@@ -247,6 +254,7 @@ _SPECIAL: dict[Any, Callable[[random.Random], Any]] = {
     Shape: _shape,
     Push: _push,
     Pull: _pull,
+    Kept: _kept,
     Look: lambda rng: Look(rng.randbytes(32), _order(rng), rng.randrange(1, 4), _shape(rng)),
     Lie: _lie,
     **{kind: _named(kind) for kind in (Advert, Node, Want, Accused)},

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from shoal.learning.pipeline.holding import guarded_by
+from shoal.learning.pipeline.copies import guarded_by
 from shoal.learning.pipeline.recovery import RateScale, TensorsLost, average, copy, gradient_norm, weights_of
 from shoal.learning.tasks.stdlib import WarmupAdamW
 from shoal.transport.errors import ProtocolMisuse
@@ -201,3 +201,9 @@ def test_every_stage_is_guarded_and_the_ends_are_after_every_round_by_their_neig
     assert guards[1][0]
     assert guards[stages - 2][stages - 1]
     assert max(map(len, guards)) <= 2
+    if stages == 2:
+        return
+    for lost in range(stages - 1):
+        # Two neighbours at once: somebody else keeps each.
+        left = [guarded for stage, guarded in enumerate(guards) if stage not in (lost, lost + 1)]
+        assert all(any(stage in guarded for guarded in left) for stage in (lost, lost + 1))
