@@ -25,12 +25,14 @@ examples:
   bench.py codecs --elements 1048576
   bench.py aggregate --shapes 16x1e6 --peer-python peers/bin/python     where byzfl is (pip install --no-deps)
   bench.py dht --peer-python peers/bin/python       where hivemind, libp2p, kademlia are
+  bench.py stages --json runs.json                  all ways to recover a stage; goes on with what runs.json has
 
 A peer that cannot run is left out, with the reason.
 """
 
 #: All that `--systems` may name.
 SYSTEMS = ("shoal", "tcp", "tls", "grpc", "libp2p", "hivemind")
+WAYS = ("none", "checkfree", "checkfree+", "kept", "copy", "skip", "random", "checkpoint")
 DHT_SYSTEMS = ("shoal", "kademlia", "hivemind", "libp2p")
 REDUCE_SYSTEMS = ("shoal", "shoal int8", "gloo", "torchft", "hivemind")
 
@@ -158,6 +160,17 @@ that are stopped but never killed.
 """
 
 
+STAGES = """\
+A small GPT in six stages, each held by one process, `allreduce`, a step a round. The only holder of an inner stage ends
+itself with SIGKILL after a round; a seventh process is in the run and has no stage yet. For each way to recover: the
+held-out loss before, right after the recovery (of the weights, before anything is trained with them), and at the end;
+seconds from the kill to the next round of the first stage, and to the first round that nobody had done before.
+
+checkpoint   folders of all nodes are copied some rounds before; at the kill all are ended, get those folders back and
+             start again. All other ways are `--recovery` of the run.
+"""
+
+
 def several(text: str) -> tuple[int, ...]:
     if min(found := numbers(text)) < 2:
         raise argparse.ArgumentTypeError("a reduce takes two processes at least")
@@ -193,6 +206,10 @@ def _systems(text: str) -> tuple[str, ...]:
 
 def _reduce_systems(text: str) -> tuple[str, ...]:
     return _some_of(REDUCE_SYSTEMS, text)
+
+
+def _ways(text: str) -> tuple[str, ...]:
+    return _some_of(WAYS, text)
 
 
 def _pythons(text: str) -> list[str]:
@@ -317,6 +334,19 @@ def arguments() -> argparse.ArgumentParser:
     hiding.add_argument("--rounds", type=int, default=16, metavar="N", help="fragments of a run (default: 16)")
     hiding.add_argument("--runs", type=int, default=3, metavar="N", help="runs per case (default: 3)")
     hiding.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the rows to FILE")
+    losing = commands.add_parser(
+        "stages", help="a stage's only holder is killed: what each way to recover makes of the loss",
+        description=STAGES, formatter_class=shape,
+    )  # fmt: skip
+    losing.add_argument("--ways", type=_ways, default=WAYS, metavar="A,…", help=f"of {','.join(WAYS)}")
+    losing.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each way (default: 5)")
+    losing.add_argument("--rounds", type=int, default=100, metavar="N", help="of a run (default: 100)")
+    losing.add_argument("--at", type=int, default=60, metavar="N", help="the round after which it dies (default: 60)")
+    losing.add_argument("--back", type=int, default=10, metavar="N", help="rounds from a checkpoint to the kill (10)")
+    losing.add_argument(
+        "--victim", type=int, default=2, metavar="S", help="the stage (2: both beside it are built alike)"
+    )
+    losing.add_argument("--json", type=Path, default=None, metavar="FILE", help="keep each run in FILE as it ends")
     for command in (two, three, four, five):
         command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
         command.add_argument(
@@ -370,6 +400,7 @@ def main() -> int:
         overlap,
         rpc,
         soak,
+        stages,
         topology,
         webrtc,
     )
@@ -389,6 +420,7 @@ def main() -> int:
         "memory": memory.run,
         "overlap": overlap.run,
         "soak": soak.run,
+        "stages": stages.run,
         "codecs": codecs.run,
         "topology": topology.run,
         "field": field.run,
