@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -10,13 +11,14 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
 import cattrs
 import torch
+import torch.nn.functional as F
 import trio
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,10 +26,13 @@ from torch import Tensor, nn
 from shoal.learning import exact
 from shoal.learning.events import Event, RoundReport
 from shoal.learning.pipeline.cutting import stages_of
+from shoal.learning.shard import Shard
 from shoal.learning.state import Layout, flatten_model, unflatten
+from shoal.learning.task import Task
 from shoal.learning.tasks.stdlib import ByteGPT, StdlibSmall, windows_of
 from shoal.node.node import Founding, Node, NodeConfig
 from shoal.node.ticket import Ticket
+from shoal.sim.stages_models import Residual
 from shoal.transport.address import Address
 from shoal.transport.host import RealHost
 from shoal.transport.identity import Identity
@@ -45,7 +50,7 @@ class Deep(StdlibSmall):
     """Three blocks of width 48, so that a stage has neighbours that are built like it. They begin with torch's usual
     weights, not with zeros where branches end: a stage that is drawn anew must differ from one that is skipped."""
 
-    name: ClassVar[str] = "stdlib-deep"
+    name: ClassVar[str] = "text"
     width: ClassVar[int] = 48
     layers: ClassVar[int] = STAGES - 2
     context: ClassVar[int] = 64
@@ -63,6 +68,59 @@ class Deep(StdlibSmall):
         """Nats per byte of 16 windows of held-out text, under the metric's name."""
         windows = torch.from_numpy(windows_of(self.corpus().held_out, self.context).astype("int64"))[::8]
         return {"bits_per_byte": float(self.loss(model, windows))}
+
+
+class Pupil(Task):
+    """The chain of `shoal lab stages` that learns from another one; all its stages are built alike."""
+
+    name: ClassVar[str] = "teacher"
+    metric: ClassVar[str] = "error"
+    higher_is_better: ClassVar[bool] = False
+    step_seconds: ClassVar[float] = 0.005
+    width: ClassVar[int] = 32
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(*(Residual(self.width) for _ in range(STAGES)))
+
+    def silence(self, stage: nn.Module) -> None:
+        assert isinstance(stage, nn.Sequential)
+        for layer in stage:
+            assert isinstance(layer, Residual)
+            nn.init.zeros_(layer.down.weight)
+            nn.init.zeros_(layer.down.bias)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(shard.entropy("inputs") >> 1)
+        while True:
+            x = torch.randn(64, self.width, generator=generator)
+            yield x, self._taught(x)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The mean squared error on 512 fresh inputs."""
+        x = torch.randn(512, self.width, generator=torch.Generator().manual_seed(2000))
+        return {"error": float(F.mse_loss(model(x), self._taught(x)))}
+
+    def _taught(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = _teacher(self.width)(x)
+        return found
+
+
+@functools.cache
+def _teacher(width: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3000)
+        return nn.Sequential(*(Residual(width) for _ in range(STAGES)))
+
+
+TASKS: dict[str, type[Task]] = {"teacher": Pupil, "text": Deep}
+WHAT = {"teacher": "mean squared error to a teacher", "text": "held-out nats per byte"}
 
 
 @attrs.frozen
@@ -90,7 +148,7 @@ WAYS = {
 
 @attrs.frozen
 class Found:
-    """Of one run: held-out nats per byte ``before`` the kill, ``after`` the recovery before anything was trained, at
+    """Of one run: held-out loss ``before`` the kill, ``after`` the recovery before anything was trained, at
     the ``end``. Seconds from the kill until the stage was ``held`` again, to the next ``commit`` of the first stage,
     and until that had done one round more than ever (``again``). ``how``: what the rescuer said."""
 
@@ -124,7 +182,7 @@ class StageHolder(Worker):
     async def do(self, order: str, arguments: dict[str, Any]) -> dict[str, Any]:
         if order == "warm":
             # What takes long at first, and what a node does before it joins: modules, the text.
-            await trio.to_thread.run_sync(_warm)
+            await trio.to_thread.run_sync(_warm, TASKS[arguments["task"]]())
             return {}
         if order == "start":
             self._asked, self._commits, self._reports, self._told = arguments, [], [], list[tuple[float, str]]()
@@ -148,7 +206,7 @@ class StageHolder(Worker):
         config = NodeConfig(
             bind=(Address("tcp", "127.0.0.1", 0),),
             folder=self._folder,
-            task="stdlib-deep",
+            task=asked["task"],
             founding=None if asked["ticket"] or asked["again"] else founding,
             ticket=Ticket.parse(asked["ticket"]) if asked["ticket"] else None,
             evaluate_every=asked["rounds"],
@@ -156,7 +214,14 @@ class StageHolder(Worker):
             # The spare says that no stage fits, so that it takes none before one is lost.
             memory=1 if asked["number"] == STAGES else 0,
         )
-        return Node(RealHost(), Identity(secret), config, task=Deep(), on_event=self._event, on_round=self._round)
+        return Node(
+            RealHost(),
+            Identity(secret),
+            config,
+            task=TASKS[asked["task"]](),
+            on_event=self._event,
+            on_round=self._round,
+        )
 
     @property
     def _folder(self) -> Path:
@@ -203,10 +268,10 @@ class StageHolder(Worker):
         save_file({"weights": weights.contiguous()}, Path(self._asked["folder"]) / f"{what}-{stage}.safetensors")
 
 
-def _warm() -> None:
-    model = Deep().model()
-    Deep().optimizer(model)
-    Deep().evaluate(model)
+def _warm(task: Task) -> None:
+    model = task.model()
+    task.optimizer(model)
+    task.evaluate(model)
 
 
 # -- the parent --------------------------------------------------------------------------------------------------------
@@ -223,12 +288,13 @@ class Team:
         began = time.monotonic()
         missing = STAGES + 1 - len(self._all)
         fresh = await self._group.start("stage-holder", missing)
-        await ask_all(fresh, "warm")
+        await ask_all(fresh, "warm", task=self._options.task)
         self._all += fresh
         members, spare = self._all[:STAGES], self._all[STAGES]
         method, options = WAYS[way], self._options
         common = {
-            "seed": seed, "stages": STAGES, "rounds": options.rounds, "swap": method.swap, "recovery": method.recovery,
+            "task": options.task, "seed": seed, "stages": STAGES, "rounds": options.rounds,
+            "swap": method.swap, "recovery": method.recovery,
             "victim": options.victim, "dies_at": options.at, "kept_at": options.at - options.back,
             "keeps": method.rolls_back, "folder": str(folder), "again": False,
         }  # fmt: skip
@@ -253,15 +319,16 @@ class Team:
         commits = sorted(tuple(c) for answer in answers for c in answer["commits"] if c[0] > killed)
         metrics = [metric for answer in answers for round, metric in answer["reports"] if round == options.rounds]
         told = [(t, text) for answer in answers for t, text in answer["told"] if t > killed]
-        before = loss_of(folder, str(options.at))
+        loss = functools.partial(loss_of, TASKS[options.task](), folder)
+        before = loss(str(options.at))
         held = 0.0
         if not method.dies:
             after = before
         elif method.rolls_back:
-            after = loss_of(folder, str(options.at - options.back))
+            after = loss(str(options.at - options.back))
         else:
             ((at, how),) = told
-            after, held = loss_of(folder, str(options.at), options.victim), at - killed
+            after, held = loss(str(options.at), options.victim), at - killed
         return Found(
             way, seed, before, after, metrics[-1], held,
             # The round after which it died may be committed by the others a little later.
@@ -303,9 +370,8 @@ async def _first_dead(members: Sequence[Child]) -> Child:
     return dead[0]
 
 
-def loss_of(folder: Path, what: str, recovered: int | None = None) -> float:
+def loss_of(task: Task, folder: Path, what: str, recovered: int | None = None) -> float:
     """Held-out loss of the whole model with the stages as they were written down at ``what``."""
-    task = Deep()
     cut = stages_of(task, STAGES)
     for stage, module in enumerate(cut):
         name = "origin" if stage == recovered else what
@@ -313,12 +379,12 @@ def loss_of(folder: Path, what: str, recovered: int | None = None) -> float:
         module.load_state_dict(unflatten(Layout.of(module), weights))
     whole = nn.Sequential(*cut).eval()
     with torch.no_grad():
-        return task.evaluate(whole)["bits_per_byte"]
+        return next(iter(task.evaluate(whole).values()))
 
 
 def version(options: argparse.Namespace) -> str:
     """What a run kept on disk must have been made with to count."""
-    return f"{options.rounds} {options.at} {options.back} {options.victim}"
+    return f"{options.task} {options.rounds} {options.at} {options.back} {options.victim}"
 
 
 async def run(options: argparse.Namespace) -> None:
@@ -372,7 +438,7 @@ def _table(options: argparse.Namespace, found: Sequence[Found]) -> None:
     columns = ("way", "before", "recovered", "jump", f"round {options.rounds}", "held, s", "goes on, s", "new round, s")
     notes = [
         f"stage {options.victim} of {STAGES}, killed after round {options.at}, {options.back} rounds after a "
-        f"checkpoint; held-out nats per byte; mean ± deviation over {options.seeds} seeds"
+        f"checkpoint; {WHAT[options.task]}; mean ± deviation over {options.seeds} seeds"
     ]
     show("a stage's only holder is killed", columns, lines, notes)
 
