@@ -161,14 +161,14 @@ that are stopped but never killed.
 
 
 STAGES = """\
-A small model in five stages, each held by one process, `allreduce`, a step a round. The only holder of an inner stage
-ends itself with SIGKILL after a round; a sixth process is in the run and has no stage yet. For each way to recover: the
+A small model in stages, each held by one process, `allreduce`, a step a round. The only holder of an inner stage ends
+itself with SIGKILL after a round; one more process is in the run and has no stage yet. For each way to recover: the
 held-out loss before, right after the recovery (of the weights, before anything is trained with them), and at the end;
 seconds from the kill until the stage is held again, to the next round of the first stage, and to the first round that
 nobody had done before.
 
-teacher      residual layers that learn from another such chain, as in `shoal lab stages`
-text         a GPT on Python's source: embedding, three blocks, head
+teacher      four residual stages that learn from another such chain, as in `shoal lab stages`
+text         a GPT on Python's source in five: embedding, three blocks, head
 checkpoint   folders of all nodes are copied some rounds before; at the kill all are ended, get those folders back and
              start again. All other ways are `--recovery` of the run.
 """
@@ -344,9 +344,9 @@ def arguments() -> argparse.ArgumentParser:
     losing.add_argument("--ways", type=_ways, default=WAYS, metavar="A,…", help=f"of {','.join(WAYS)}")
     losing.add_argument("--task", choices=("teacher", "text"), default="teacher", help="what is trained (teacher)")
     losing.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each way (default: 5)")
-    losing.add_argument("--rounds", type=int, default=120, metavar="N", help="of a run (default: 120)")
-    losing.add_argument("--at", type=int, default=80, metavar="N", help="the round after which it dies (default: 80)")
-    losing.add_argument("--back", type=int, default=10, metavar="N", help="rounds from a checkpoint to the kill (10)")
+    losing.add_argument("--rounds", type=int, default=40, metavar="N", help="of a run (default: 40)")
+    losing.add_argument("--at", type=int, default=25, metavar="N", help="the round after which it dies (default: 25)")
+    losing.add_argument("--back", type=int, default=5, metavar="N", help="rounds from a checkpoint to the kill (5)")
     losing.add_argument(
         "--victim", type=int, default=2, metavar="S", help="the stage (2: both beside it are built alike)"
     )

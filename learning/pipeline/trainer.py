@@ -392,6 +392,11 @@ class StageTrainer(Worker):
                 patience = deadlines.bulk_phase(defaults.PUSH_FLOOR, sum(map(len, body)), 0.0, None)
                 reply = await self.endpoint.call(target, PUSH, push, body=body, timeout=patience)
             except RemoteError:
+                if load.sender is not None and load.key.feeder not in self.crew.holders(0):
+                    # Who fed it has died or left for another stage: nobody takes it, and it would keep others waiting.
+                    self.flow.give_up(load)
+                    self._wake.set()
+                    return
                 await trio.sleep(defaults.RETRY)
                 continue
             if reply.late:

@@ -41,7 +41,8 @@ from .children import Worker, end_now
 from .processes import Child, Children, ask_all, children
 from .report import machine, show, versions
 
-STAGES = 5
+#: Of each task, so that the stage 2 has two neighbours that are built like it.
+STAGES = {"teacher": 4, "text": 5}
 #: Seconds that a run may take.
 PATIENCE = 900.0
 
@@ -52,7 +53,7 @@ class Deep(StdlibSmall):
 
     name: ClassVar[str] = "text"
     width: ClassVar[int] = 48
-    layers: ClassVar[int] = STAGES - 2
+    layers: ClassVar[int] = STAGES["text"] - 2
     context: ClassVar[int] = 64
     step_seconds: ClassVar[float] = 0.03
 
@@ -80,7 +81,7 @@ class Pupil(Task):
     width: ClassVar[int] = 32
 
     def model(self) -> nn.Module:
-        return nn.Sequential(*(Residual(self.width) for _ in range(STAGES)))
+        return nn.Sequential(*(Residual(self.width) for _ in range(STAGES[self.name])))
 
     def silence(self, stage: nn.Module) -> None:
         assert isinstance(stage, nn.Sequential)
@@ -116,7 +117,7 @@ class Pupil(Task):
 def _teacher(width: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3000)
-        return nn.Sequential(*(Residual(width) for _ in range(STAGES)))
+        return nn.Sequential(*(Residual(width) for _ in range(STAGES["teacher"])))
 
 
 TASKS: dict[str, type[Task]] = {"teacher": Pupil, "text": Deep}
@@ -212,7 +213,7 @@ class StageHolder(Worker):
             evaluate_every=asked["rounds"],
             linger=0.0,
             # The spare says that no stage fits, so that it takes none before one is lost.
-            memory=1 if asked["number"] == STAGES else 0,
+            memory=1 if asked["number"] == asked["stages"] else 0,
         )
         return Node(
             RealHost(),
@@ -278,22 +279,25 @@ def _warm(task: Task) -> None:
 
 
 class Team:
-    """Processes that go from run to run; who is killed is replaced. One more than stages: the spare."""
+    """Processes that go from run to run; who is killed is replaced. Two more than stages: the spare, and one that gets
+    ready for the next run during this one, long before anybody dies."""
 
     def __init__(self, group: Children, options: argparse.Namespace) -> None:
-        self._group, self._options = group, options
+        self._group, self._options, self._stages = group, options, STAGES[options.task]
         self._all: list[Child] = []
 
     async def run(self, way: str, seed: int, folder: Path) -> Found:
         began = time.monotonic()
-        missing = STAGES + 1 - len(self._all)
-        fresh = await self._group.start("stage-holder", missing)
-        await ask_all(fresh, "warm", task=self._options.task)
-        self._all += fresh
-        members, spare = self._all[:STAGES], self._all[STAGES]
+        missing = self._stages + 1 - len(self._all)
+        self._all += await self._group.start("stage-holder", max(0, missing))
+        await ask_all(self._all, "warm", task=self._options.task)
+        late = await self._group.start(
+            "stage-holder", 1 if len(self._all) == self._stages + 1 and WAYS[way].dies else 0
+        )
+        members, spare = self._all[: self._stages], self._all[self._stages]
         method, options = WAYS[way], self._options
         common = {
-            "task": options.task, "seed": seed, "stages": STAGES, "rounds": options.rounds,
+            "task": options.task, "seed": seed, "stages": self._stages, "rounds": options.rounds,
             "swap": method.swap, "recovery": method.recovery,
             "victim": options.victim, "dies_at": options.at, "kept_at": options.at - options.back,
             "keeps": method.rolls_back, "folder": str(folder), "again": False,
@@ -313,7 +317,7 @@ class Team:
                 how = await self._roll_back(members, survivors, folder, common)
             else:
                 members = survivors
-            self._all = [*members]
+            self._all = [*members, *late]
             await self._group.end(victim)
         answers = await ask_all(members, "finish", patience=PATIENCE)
         commits = sorted(tuple(c) for answer in answers for c in answer["commits"] if c[0] > killed)
@@ -348,7 +352,7 @@ class Team:
     ) -> str:
         """What an operator with checkpoints does: end all, put the folders back, start all."""
         await ask_all(survivors, "drop")
-        for number in range(STAGES):
+        for number in range(self._stages):
             shutil.rmtree(folder / f"node-{number}")
             shutil.copytree(folder / f"kept-{number}", folder / f"node-{number}")
         await self._begin(members, {**common, "again": True})
@@ -372,7 +376,7 @@ async def _first_dead(members: Sequence[Child]) -> Child:
 
 def loss_of(task: Task, folder: Path, what: str, recovered: int | None = None) -> float:
     """Held-out loss of the whole model with the stages as they were written down at ``what``."""
-    cut = stages_of(task, STAGES)
+    cut = stages_of(task, STAGES[task.name])
     for stage, module in enumerate(cut):
         name = "origin" if stage == recovered else what
         weights = load_file(folder / f"{name}-{stage}.safetensors")["weights"]
@@ -437,8 +441,8 @@ def _table(options: argparse.Namespace, found: Sequence[Found]) -> None:
         ))  # fmt: skip
     columns = ("way", "before", "recovered", "jump", f"round {options.rounds}", "held, s", "goes on, s", "new round, s")
     notes = [
-        f"stage {options.victim} of {STAGES}, killed after round {options.at}, {options.back} rounds after a "
-        f"checkpoint; {WHAT[options.task]}; mean ± deviation over {options.seeds} seeds"
+        f"stage {options.victim} of {STAGES[options.task]}, killed after round {options.at}, {options.back} rounds "
+        f"after a checkpoint; {WHAT[options.task]}; mean ± deviation over {options.seeds} seeds"
     ]
     show("a stage's only holder is killed", columns, lines, notes)
 
