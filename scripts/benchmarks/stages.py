@@ -179,6 +179,7 @@ class StageHolder(Worker):
         self._node: Node | None = None
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
+        self._written = trio.Event()
 
     async def do(self, order: str, arguments: dict[str, Any]) -> dict[str, Any]:
         if order == "warm":
@@ -187,12 +188,15 @@ class StageHolder(Worker):
             return {}
         if order == "start":
             self._asked, self._commits, self._reports, self._told = arguments, [], [], list[tuple[float, str]]()
-            self._ended, self._scope = trio.Event(), trio.CancelScope()
+            self._ended, self._scope, self._written = trio.Event(), trio.CancelScope(), trio.Event()
             node = self._node = self._make()
             self.nursery.start_soon(self._run, node, self._scope, self._ended)
             await node.taking_part.wait()
             return {"ticket": str(node.ticket())}
         if order == "drop":
+            # The round after which the victim died may be committed here a little later; what it was is to be known.
+            with trio.move_on_after(5.0):
+                await self._written.wait()
             self._scope.cancel()
         await self._ended.wait()
         return {"commits": self._commits, "reports": self._reports, "told": self._told}
@@ -200,7 +204,7 @@ class StageHolder(Worker):
     def _make(self) -> Node:
         asked = self._asked
         founding = Founding(
-            strategy="allreduce", min_peers=asked["stages"], rounds=asked["rounds"], seed=asked["seed"],
+            strategy="allreduce", min_peers=asked["peers"], rounds=asked["rounds"], seed=asked["seed"],
             stages=asked["stages"], micro=2, swap=asked["swap"], recovery=asked["recovery"],
         )  # fmt: skip
         secret = hashlib.blake2b(f"bench stages {asked['seed']} {asked['number']}".encode(), digest_size=32).digest()
@@ -257,6 +261,8 @@ class StageHolder(Worker):
             return
         if snapshot.round in (asked["kept_at"], asked["dies_at"]) and not asked["again"]:
             self._write(str(snapshot.round), trainer.stage, snapshot.vectors["weights"])
+            if snapshot.round == asked["dies_at"]:
+                self._written.set()
         if snapshot.round == asked["kept_at"] and asked["keeps"] and not asked["again"]:
             # A checkpoint of a file system that outlives the peer: it blocks everything, as a consistent one would.
             node.run_here.store.save_state(snapshot.vectors, snapshot.head, snapshot.own)
@@ -306,6 +312,8 @@ class Team:
             common["victim"] = -1
         if method.dies and not method.rolls_back:
             members = [*members, spare]
+        # Also the spare is to be there, and to know the others, when training begins.
+        common["peers"] = len(members)
         await self._begin(members, common)
         how, killed = "", 0.0
         if method.dies:
