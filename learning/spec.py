@@ -35,6 +35,9 @@ MAX_AGGREGATOR = 256
 #: Stages of a model, at most; micro-batches of a step, at most.
 MAX_STAGES, MAX_MICRO = 64, 256
 
+#: What a stage that nobody holds goes on with, where that can be had (:mod:`.pipeline.rescue`).
+RECOVERIES = ("checkfree", "kept", "copy", "skip", "random")
+
 
 class BadSpec(DecodeError):
     """A spec that its founder has signed and nobody can follow: asking somebody else for it does not help."""
@@ -56,12 +59,13 @@ class ParameterSpec:
 class Pipeline:
     """How a model is cut over peers (:mod:`.pipeline`). ``stages``: parts of it. ``micro``: micro-batches of a step.
     ``swap``: half of them pass the first two and the last two inner stages in the other order (CheckFree+).
-    ``codec``: how activations and their gradients travel."""
+    ``codec``: how activations and their gradients travel. ``recovery``: one of :data:`RECOVERIES`."""
 
     stages: int
     micro: int
     swap: bool = False
     codec: str = "fp32"
+    recovery: str = "checkfree"
 
 
 @attrs.frozen
@@ -173,6 +177,8 @@ def _cut_fault(spec: RunSpec) -> str | None:
         return f"with {cut.stages} stages and {cut.micro} micro-batches"
     if cut is not None and not _is_plain(cut.codec, MAX_CODEC_NAME):
         return f"with the codec {cut.codec[:MAX_CODEC_NAME]!r} of activations"
+    if cut is not None and cut.recovery not in RECOVERIES:
+        return f"with the recovery {cut.recovery[:MAX_CODEC_NAME]!r} of stages"
     if part is not None and not (cut is not None and len(part.whole) == 32 and 0 <= part.stage < cut.stages):
         return "of a stage that no model has"
     if part is not None and not (

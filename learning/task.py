@@ -80,6 +80,14 @@ class Task(ABC):
             why = f"its model has {error}"
         raise ConfigError(f"task {title(self)} cannot be cut into {n} stages: {why}")
 
+    def silence(self, stage: nn.Module) -> None:
+        """Make ``stage``, one of :meth:`stages`, hand on what it gets, in such a way that it can learn from there.
+
+        What ``--recovery skip`` puts in the place of a lost stage. A residual stage does it with zeros where its
+        branches end. Raises :class:`ConfigError` for a stage that cannot.
+        """
+        raise ConfigError(f"task {title(self)} has no stage that can be skipped: override silence()")
+
     def batch_size(self, batch: Batch) -> int:
         """Samples in ``batch``: by default the length of the first tensor found in it. The weight in a mean."""
         first = _first_tensor(batch)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..learning import topologies
 from ..learning.admission import admission_of
 from ..learning.checkpoints import read_model
+from ..learning.pipeline.rescue import check_recovery
 from ..learning.pipeline.staged import signature_of_stages
 from ..learning.placing import audit_of, rule_of
 from ..learning.reduce.codecs import resolve as resolve_codec
@@ -28,8 +29,8 @@ class Founding:
 
     ``audit``: None for :data:`shoal.learning.defaults.AUDIT_RATE` with any rule but the mean, and none with that;
     ``admission``: likewise for :data:`~shoal.learning.defaults.ADMISSION`. ``stages``: parts that the model is cut
-    into, 0: it is not; ``micro``: micro-batches of a step, 0: as many as stages; ``swap``, ``activations``: see
-    :class:`shoal.learning.spec.Pipeline`.
+    into, 0: it is not; ``micro``: micro-batches of a step, 0: as many as stages; ``swap``, ``activations``,
+    ``recovery``: see :class:`shoal.learning.spec.Pipeline`.
     """
 
     strategy: str = "diloco"
@@ -48,6 +49,7 @@ class Founding:
     micro: int = 0
     swap: bool = False
     activations: str = "fp32"
+    recovery: str = "checkfree"
 
 
 async def found(
@@ -72,6 +74,7 @@ async def found(
     topologies.check_strategy(founding.topology, founding.strategy, strategy.replicated, strategy.group)
     pipeline = cut_of(founding, own_loop=model is not None, origin=path is not None, apart=apart)
     if pipeline is not None:
+        await host.run_blocking(check_recovery, task, pipeline)
         parameters = await host.run_blocking(signature_of_stages, task, pipeline.stages)
     elif model is not None:
         parameters = signature(model)

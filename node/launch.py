@@ -187,6 +187,7 @@ def conflicts(options: argparse.Namespace, spec: RunSpec, record: NodeRecord) ->
         ("--micro-batches", options.micro, cut.micro if cut else 0),
         ("--swap", options.swap, cut.swap if cut else False),
         ("--activations", options.activations, cut.codec if cut else "fp32"),
+        ("--recovery", options.recovery, cut.recovery if cut else "checkfree"),
     ]
     args = dict(spec.strategy_args)
     given += [(f"--set {name}", value, args.get(name)) for name, value in options.strategy_args]
@@ -238,6 +239,7 @@ def _run(
             micro=options.micro or 0,
             swap=bool(options.swap),
             activations=options.activations or "fp32",
+            recovery=options.recovery or "checkfree",
         )
     task = options.task or (record.task if record is not None else "")
     config = NodeConfig(

@@ -14,7 +14,7 @@ from ..learning.pipeline.staged import Staged
 from ..learning.pipeline.trainer import StageTrainer
 from ..learning.reduce.codecs import resolve as resolve_codec
 from ..learning.run import Run
-from ..learning.spec import MAX_MICRO, MAX_STAGES, Pipeline, SignedSpec
+from ..learning.spec import MAX_MICRO, MAX_STAGES, RECOVERIES, Pipeline, SignedSpec
 from ..learning.store import RunStore
 from ..learning.task import Task
 from ..transport.errors import ConfigError
@@ -30,8 +30,8 @@ WHOLE = {"spsa": "it has no gradients", "dimat": "it matches units across all la
 def cut_of(founding: Founding, *, own_loop: bool, origin: bool, apart: bool) -> Pipeline | None:
     """How the model of a run to found is cut. Raises :class:`ConfigError` for what cannot go together."""
     if not founding.stages:
-        if founding.micro or founding.swap or founding.activations != "fp32":
-            raise ConfigError("--micro-batches, --swap and --activations are for runs with --stages")
+        if founding.micro or founding.swap or founding.activations != "fp32" or founding.recovery != "checkfree":
+            raise ConfigError("--micro-batches, --swap, --activations and --recovery are for runs with --stages")
         return None
     if not 2 <= founding.stages <= MAX_STAGES:
         raise ConfigError(f"--stages {founding.stages}: from 2 to {MAX_STAGES}")
@@ -48,7 +48,10 @@ def cut_of(founding: Founding, *, own_loop: bool, origin: bool, apart: bool) -> 
     resolve_codec(founding.activations)
     if founding.swap and founding.stages < 4:
         raise ConfigError("--swap needs two inner stages to swap: at least 4 stages")
-    return Pipeline(founding.stages, founding.micro or founding.stages, founding.swap, founding.activations)
+    if founding.recovery not in RECOVERIES:
+        raise ConfigError(f"--recovery {founding.recovery}: one of {', '.join(RECOVERIES)}")
+    micro = founding.micro or founding.stages
+    return Pipeline(founding.stages, micro, founding.swap, founding.activations, founding.recovery)
 
 
 class Stages:

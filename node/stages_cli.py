@@ -23,6 +23,12 @@ def add_stages(group: argparse._ActionsContainer, count: Callable[[str], int], p
         "the other when it is lost (CheckFree+)",
     )  # fmt: skip
     group.add_argument(
+        "--recovery", metavar="NAME",
+        help="what a stage that nobody holds any more goes on with: checkfree (default: the mean of its neighbours, "
+        "else what is kept), kept (the newest copy that others keep), copy (of the stage before), skip (nothing is "
+        "added to what passes), random (drawn anew)",
+    )  # fmt: skip
+    group.add_argument(
         "--activations", metavar="CODEC",
         help="how activations and their gradients travel between stages: fp32 (default), bf16, int8",
     )  # fmt: skip

@@ -26,12 +26,14 @@ examples:
   bench.py aggregate --shapes 16x1e6 --peer-python peers/bin/python     where byzfl is (pip install --no-deps)
   bench.py dht --peer-python peers/bin/python       where hivemind, libp2p, kademlia are
   bench.py field --peer-python peers/bin/python     where flwr[simulation] is
+  bench.py stages --json runs.json                  all ways to recover a stage; goes on with what runs.json has
 
 A peer that cannot run is left out, with the reason.
 """
 
 #: All that `--systems` may name.
 SYSTEMS = ("shoal", "tcp", "tls", "grpc", "libp2p", "hivemind")
+WAYS = ("none", "checkfree", "checkfree+", "kept", "copy", "skip", "random", "checkpoint")
 DHT_SYSTEMS = ("shoal", "kademlia", "hivemind", "libp2p")
 REDUCE_SYSTEMS = ("shoal", "shoal int8", "gloo", "torchft", "hivemind")
 
@@ -162,6 +164,20 @@ that are stopped but never killed.
 """
 
 
+STAGES = """\
+A small model in stages, each held by one process, `allreduce`, a step a round. The only holder of an inner stage ends
+itself with SIGKILL after a round; one more process is in the run and has no stage yet. For each way to recover: the
+held-out loss before, right after the recovery (of the weights, before anything is trained with them), and at the end;
+seconds from the kill until the stage is held again, to the next round of the first stage, and to the first round that
+nobody had done before.
+
+teacher      four residual stages that learn from another such chain, as in `shoal lab stages`
+text         a GPT on Python's source in five: embedding, three blocks, head
+checkpoint   folders of all nodes are copied some rounds before; at the kill all are ended, get those folders back and
+             start again. All other ways are `--recovery` of the run.
+"""
+
+
 def several(text: str) -> tuple[int, ...]:
     if min(found := numbers(text)) < 2:
         raise argparse.ArgumentTypeError("a reduce takes two processes at least")
@@ -197,6 +213,10 @@ def _systems(text: str) -> tuple[str, ...]:
 
 def _reduce_systems(text: str) -> tuple[str, ...]:
     return _some_of(REDUCE_SYSTEMS, text)
+
+
+def _ways(text: str) -> tuple[str, ...]:
+    return _some_of(WAYS, text)
 
 
 def _pythons(text: str) -> list[str]:
@@ -322,6 +342,20 @@ def arguments() -> argparse.ArgumentParser:
     hiding.add_argument("--rounds", type=int, default=16, metavar="N", help="fragments of a run (default: 16)")
     hiding.add_argument("--runs", type=int, default=3, metavar="N", help="runs per case (default: 3)")
     hiding.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the rows to FILE")
+    losing = commands.add_parser(
+        "stages", help="a stage's only holder is killed: what each way to recover makes of the loss",
+        description=STAGES, formatter_class=shape,
+    )  # fmt: skip
+    losing.add_argument("--ways", type=_ways, default=WAYS, metavar="A,…", help=f"of {','.join(WAYS)}")
+    losing.add_argument("--task", choices=("teacher", "text"), default="teacher", help="what is trained (teacher)")
+    losing.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each way (default: 5)")
+    losing.add_argument("--rounds", type=int, default=40, metavar="N", help="of a run (default: 40)")
+    losing.add_argument("--at", type=int, default=25, metavar="N", help="the round after which it dies (default: 25)")
+    losing.add_argument("--back", type=int, default=5, metavar="N", help="rounds from a checkpoint to the kill (5)")
+    losing.add_argument(
+        "--victim", type=int, default=2, metavar="S", help="the stage (2: both beside it are built alike)"
+    )
+    losing.add_argument("--json", type=Path, default=None, metavar="FILE", help="keep each run in FILE as it ends")
     for command in (two, three, four, five):
         command.add_argument("--systems", type=_systems, default=SYSTEMS, metavar="A,…", help=f"of {','.join(SYSTEMS)}")
         command.add_argument(
@@ -375,6 +409,7 @@ def main() -> int:
         overlap,
         rpc,
         soak,
+        stages,
         topology,
         webrtc,
     )
@@ -394,6 +429,7 @@ def main() -> int:
         "memory": memory.run,
         "overlap": overlap.run,
         "soak": soak.run,
+        "stages": stages.run,
         "codecs": codecs.run,
         "topology": topology.run,
         "field": field.run,

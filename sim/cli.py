@@ -84,7 +84,8 @@ the same classes everywhere and 90 % otherwise, and stays within 2 points of `sa
 
 STAGES_EPILOG = """\
 examples:
-  shoal lab stages                                                 everything: an hour on one core
+  shoal lab stages                                                 everything: a quarter of an hour on two cores
+  shoal lab stages --resume runs --markdown tables.md              the same; when it is killed, it goes on
   shoal lab stages --problems gpt --rates 10 --methods none,checkpoint,redundant,checkfree+       some of it
   shoal lab stages --every 25 --checkpoint 60                      checkpoints of another interval and cost
   shoal lab stages --json out.json --plot out.png                  for programs, and as curves
@@ -373,8 +374,12 @@ def _add_stages(trials: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--recovery", type=_seconds, default=30.0, metavar="S", help="seconds of a recovery (30)")
     parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="runs of each case (5)")
     parser.add_argument("--processes", type=positive, metavar="N", help="runs at a time (one for each core)")
+    parser.add_argument(
+        "--resume", type=Path, metavar="DIR", help="keep each run in DIR as it ends, and go on from what is there"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw loss against virtual hours")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as docs/stages.md has them")
 
 
 def _iterations(text: str) -> int:

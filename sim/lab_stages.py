@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
+import platform
+import shutil
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
+import torch
 from rich.console import Console
-from rich.table import Table
 
+from ..learning import exact
+from ..learning.pipeline import recovery
+from ..learning.tasks import stdlib
 from ..transport.errors import ConfigError
-from . import defaults
-from .outputs import check_outputs, leave_behind, save_figure, tell
-from .stages_field import METHODS, RATES, TIMED, TRAINED, WAYS, WHOLE, Case, Costs, Outcome, run, times
+from . import defaults, stages_field, stages_models
+from .outputs import check_outputs, leave_behind, tell, write_text
+from .stages_field import (
+    METHODS,
+    PATIENCE,
+    RATES,
+    TIMED,
+    TRAINED,
+    WHOLE,
+    Case,
+    Costs,
+    Outcome,
+    Shared,
+    first_loss,
+    times,
+)  # fmt: skip
 from .stages_models import PROBLEMS, STAGES
-from .sweep import run_all, stopwatch
+from .sweep import Kept, run_all, stopwatch
 
 #: Hours of the paper's model of 500 M to a validation loss of 2.85 (Table 2), by method and failures in % per hour.
 PAPER: Mapping[tuple[str, int], float] = {
@@ -34,8 +55,6 @@ CLEAR = 2.0
 #: Rates at which the paper's methods must be before checkpointing (its abstract: low and medium rates).
 JUDGED = (5, 10)
 INNER = range(1, STAGES - 1)
-#: Where stages stand, for tables of jumps.
-PLACES = {"first": (0,), "inner": tuple(INNER), "last": (STAGES - 1,)}
 
 
 @attrs.frozen
@@ -58,6 +77,22 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{statistics.fmean(self.values):+.3g} ± {self.error:.2g}"
+
+
+@attrs.frozen
+class Claim:
+    """Something the paper says. ``unreached``: seeds in which the method never came to the target."""
+
+    what: str
+    difference: Difference
+    unit: str = ""
+    unreached: int = 0
+
+    @property
+    def measured(self) -> str:
+        if self.unreached:
+            return f"nothing: {self.unreached} times it does not reach it"
+        return f"{self.difference} {self.unit}".strip()
 
 
 @attrs.frozen
@@ -111,26 +146,29 @@ class Block:
             for outcome in self.runs[method, 0]
         ]
 
-    def verdicts(self) -> list[tuple[bool, str]]:
-        """What the paper says, and whether it holds here, in the mean over the seeds."""
+    def claims(self) -> list[Claim]:
+        """What the paper says, in the mean over the seeds."""
         result = []
         for more, less in (("random", "copy"), ("copy", "gradient")):
             difference = _difference(self.probed("none", more, INNER), self.probed("none", less, INNER))
             told = "the weighted average" if less == "gradient" else less
-            text = f"{self.problem}: an inner stage recovered by {more} is {difference} worse than by {told}"
-            result.append((difference.clear, text))
+            what = f"an inner stage recovered by {more} is worse than by {told}"
+            result.append(Claim(what, difference))
         apart, alike = (self.probed(method, "copy", (0,)) for method in WHOLE)
-        difference = _difference(apart, alike)
-        text = f"{self.problem}: without swapping a copied first stage raises the loss by {difference} more than with"
-        result.append((difference.clear, text))
+        result.append(Claim("swapping makes the loss of a copied first stage cheaper", _difference(apart, alike)))
         for rate in [rate for rate in self.rates if rate in JUDGED and "checkpoint" in self.methods]:
             for method in [method for method in ("checkfree", "checkfree+") if method in self.methods]:
                 difference = _difference(self.hours("checkpoint", rate), self.hours(method, rate))
                 unreached = sum(math.isinf(hours) for hours in self.hours(method, rate))
-                how = f"{difference} hours before checkpointing" if not unreached else f"not at all, {unreached} times"
-                text = f"{self.problem}, {rate} %: {method} reaches the target {how}"
-                result.append((difference.clear, text))
+                what = f"{method} reaches the target before checkpointing at {rate} %"
+                result.append(Claim(what, difference, "h", unreached))
         return result
+
+    def verdicts(self) -> list[tuple[bool, str]]:
+        """Claims, and whether they hold here."""
+        return [
+            (claim.difference.clear, f"{self.problem}: {claim.what}, by {claim.measured}") for claim in self.claims()
+        ]
 
     def remarks(self) -> list[str]:
         """Who is first at each rate, and what redundant computation is ahead of."""
@@ -195,7 +233,7 @@ class Sweep:
 def stages(options: argparse.Namespace) -> int:
     """Run the sweep that the command line asks for; 0 when all that the paper says holds."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else defaults.LAB_WIDTH)
-    check_outputs(options.json, options.plot)
+    check_outputs(options.json, options.plot, options.markdown)
     methods = tuple(dict.fromkeys(options.methods or METHODS))
     for method in methods:
         if method not in METHODS:
@@ -211,12 +249,19 @@ def stages(options: argparse.Namespace) -> int:
                 f"no probabilities are known for {rate} % per hour; there are {', '.join(map(str, RATES))}"
             )
     costs = Costs(every=options.every, checkpoint=options.checkpoint, recovery=options.recovery)
+    if options.resume is not None:
+        Kept.prepare(options.resume)
     sweep = sweep_over(
-        problems, methods, rates, options.seeds, options.iterations, costs, options.processes, console
+        problems, methods, rates, options.seeds, options.iterations, costs, options.processes, console, options.resume
     )  # fmt: skip
+    # They bring tables and curves, which a sweep does without.
+    from .stages_tables import markdown, plot, report
+
     report(sweep, console)
     code = tell(console, sweep.verdicts())
     console.print(f"{sweep.seconds:.0f} s; mean and deviation over {options.seeds} seeds", soft_wrap=True)
+    if options.markdown is not None:
+        write_text(options.markdown, markdown(sweep))
     leave_behind(console, sweep.to_json, lambda path: plot(sweep, path), options.json, options.plot)
     return code
 
@@ -230,27 +275,35 @@ def sweep_over(
     costs: Costs,
     processes: int | None = None,
     console: Console | None = None,
+    folder: Path | None = None,
 ) -> Sweep:
-    """Every combination, ``processes`` runs at a time; ``iterations`` None: as many as the problem is meant for."""
+    """Every combination, ``processes`` runs at a time; ``iterations`` None: as many as the problem is meant for.
+    ``folder``: where runs are kept as they end, and looked for."""
     elapsed = stopwatch()
     lengths = {problem: iterations or PROBLEMS[problem].iterations for problem in problems}
-    # Those without failures first: they say what the target is.
+    # Those without failures first: they say what the target is, and the others begin with what they come to.
     whole = [Case(p, method, 0, seed, lengths[p]) for p in problems for method in WHOLE for seed in range(seeds)]
-    outcomes = run_all(run, whole, processes, console)
-    targets = {
-        (case.problem, case.seed): outcomes[case].at(round(TARGET * case.iterations))
-        for case in whole
-        if case.method == "none"
-    }
     trained = [
-        Case(problem, method, rate, seed, lengths[problem], targets[problem, seed])
+        Case(problem, method, rate, seed, lengths[problem])
         for problem in problems
         for method in methods
         if method in TRAINED
         for rate in rates
         for seed in range(seeds)
     ]
-    outcomes |= run_all(run, trained, processes, console)
+    kept = None if folder is None else Kept[Case, Outcome](folder, Outcome, version())
+    with _starts(folder) as starts:
+        run = Shared(starts, tuple((method, rate) for method in methods if method in TRAINED for rate in rates))
+        outcomes = run_all(
+            run, whole, processes, console, kept=kept, cost=_cost, later=sum(map(_cost, trained))
+        )  # fmt: skip
+        targets = {
+            (case.problem, case.seed): outcomes[case].at(round(TARGET * case.iterations))
+            for case in whole
+            if case.method == "none"
+        }
+        trained = [attrs.evolve(case, target=targets[case.problem, case.seed]) for case in trained]
+        outcomes |= run_all(run, trained, processes, console, kept=kept, cost=_cost)
     blocks = []
     for problem in problems:
         runs: dict[tuple[str, int], tuple[Outcome, ...]] = {}
@@ -260,120 +313,31 @@ def sweep_over(
     return Sweep(tuple(blocks), elapsed())
 
 
-# -- what is shown -----------------------------------------------------------------------------------------------------
+def version() -> str:
+    """Of everything that an outcome follows from beside its case: sources, the text that is learnt, torch."""
+    digest = hashlib.blake2b(f"{torch.__version__} {platform.python_version()}".encode(), digest_size=8)
+    for module in (stages_field, stages_models, recovery, exact, stdlib):
+        assert module.__file__ is not None
+        digest.update(Path(module.__file__).read_bytes())
+    return digest.hexdigest()
 
 
-def report(sweep: Sweep, console: Console) -> None:
-    """Tables and remarks."""
-    for block in sweep.blocks:
-        console.print(table(block))
-        console.print(jumps_table(block))
-    for block in sweep.blocks:
-        for remark in block.remarks():
-            console.print(remark, soft_wrap=True)
+@contextmanager
+def _starts(folder: Path | None) -> Iterator[Path]:
+    """A folder for what runs begin with. Beside kept runs it outlives a sweep that is killed."""
+    where = None if folder is None else folder / f"starts-{version()}"
+    if where is None:
+        with tempfile.TemporaryDirectory(prefix="shoal-lab-stages-") as scratch:
+            yield Path(scratch)
+        return
+    where.mkdir(exist_ok=True)
+    yield where
+    # All is done, or it raised above.
+    shutil.rmtree(where, ignore_errors=True)
 
 
-def table(block: Block) -> Table:
-    """Methods by rates: hours to the target, and what else came of them."""
-    shown = Table(title=f"{block.problem}: {PROBLEMS[block.problem].what}, {block.iterations} iterations")
-    shown.add_column("method", no_wrap=True)
-    for column in ("failures % / h", "losses", "h to target", "final loss", "jump", "paper, h"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for method in [method for method in block.methods if method in WHOLE]:
-        shown.add_row(method, "", "", *_cells(block, method, 0), "")
-    for rate in block.rates:
-        shown.add_section()
-        for method in [method for method in block.methods if method not in WHOLE]:
-            losses = [len(outcome.jumps) for outcome in block.found(method, rate)] if method in TRAINED else []
-            paper = PAPER.get((method, rate))
-            shown.add_row(
-                method, str(rate), f"{statistics.fmean(losses):.1f}" if losses else "", *_cells(block, method, rate),
-                "" if paper is None else f"{paper:.0f}",
-            )  # fmt: skip
-    return shown
-
-
-def _cells(block: Block, method: str, rate: int) -> tuple[str, str, str]:
-    hours = block.hours(method, rate)
-    reached = [value for value in hours if math.isfinite(value)]
-    share = "" if len(reached) == len(hours) else f" ({len(reached)}/{len(hours)})"
-    time = f"{spread(reached, 1)}{share}" if reached else "never"
-    return time, spread(block.final(method, rate), 4), spread(block.jumps(method, rate), 4)
-
-
-def jumps_table(block: Block) -> Table:
-    """By how much the loss jumps by each way, had a stage been lost in runs without failures; with swapping beside."""
-    shown = Table(title=f"{block.problem}: jump of the loss right after a recovery, had a stage been lost")
-    shown.add_column("recovered by", no_wrap=True)
-    for method in WHOLE:
-        for place in PLACES:
-            shown.add_column(place if method == "none" else f"{place}, swapped", justify="right", no_wrap=True)
-    for way in WAYS:
-        cells = [spread(block.probed(method, way, place), 4) for method in WHOLE for place in PLACES.values()]
-        shown.add_row(way, *cells)
-    return shown
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and deviation."""
-    if not values:
-        return ""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.{digits}f}±{deviation:.{digits}f}"
-
-
-#: How methods are drawn.
-_STYLES = {
-    "none": ("black", "-"), "none:swapped": ("grey", "-"), "checkpoint": ("tab:red", "-"),
-    "checkpoint:tuned": ("tab:red", ":"), "redundant": ("tab:orange", "-"), "random": ("tab:brown", "--"),
-    "skip": ("tab:olive", "--"), "copy": ("tab:purple", "--"), "checkfree": ("tab:blue", "-"),
-    "checkfree:spared": ("tab:cyan", "-"), "checkfree+": ("tab:green", "-"),
-}  # fmt: skip
-
-
-def plot(sweep: Sweep, path: Path) -> None:
-    """Held-out loss against virtual hours, mean over the seeds: a row for each problem, a column for each rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = max(len(block.rates) for block in sweep.blocks)
-    figure, grid = pyplot.subplots(
-        len(sweep.blocks), columns, squeeze=False, layout="constrained",
-        figsize=(1.5 + 3.6 * columns, 1.2 + 3.0 * len(sweep.blocks)),
-    )  # fmt: skip
-    for row, block in zip(grid, sweep.blocks, strict=True):
-        for axes in row[len(block.rates) :]:
-            axes.set_visible(False)
-        for axes, rate in zip(row, block.rates, strict=False):
-            latest = 0.0
-            for method in block.methods:
-                hours, losses = curve(block, method, rate)
-                colour, line = _STYLES[method]
-                axes.plot(hours, losses, line, c=colour, lw=1.3, label=method)
-                latest = max(latest, hours[-1] if method == "redundant" else 0.0)
-            axes.set(title=f"{block.problem}, {rate} % per hour", yscale="log")
-            axes.set_xlabel("virtual hours", fontsize="small")
-            axes.grid(alpha=0.3, which="both")
-            if latest:
-                axes.set_xlim(0, 1.1 * latest)
-        row[0].set_ylabel(PROBLEMS[block.problem].what, fontsize="small")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small")
-    save_figure(figure, path)
-
-
-def curve(block: Block, method: str, rate: int) -> tuple[list[float], list[float]]:
-    """Hours and losses at the looks that all seeds had, in the mean; up to the first that one never came to."""
-    found = block.found(method, rate)
-    hours, losses = list[float](), list[float]()
-    last = min(outcome.looks[-1][0] for outcome in found)
-    clocks = [block.clock(method, rate, seed, last) for seed in range(len(found))]
-    for looks in zip(*(outcome.looks for outcome in found), strict=False):
-        done = looks[0][0]
-        if not (math.isfinite(now := statistics.fmean(clock[done] for clock in clocks))) or done > block.iterations:
-            break
-        hours.append(now)
-        losses.append(statistics.fmean(loss for _, loss in looks))
-    return hours, losses
+def _cost(case: Case) -> float:
+    """Milliseconds that it takes, about, on a core of 2026 that it has for itself."""
+    method = WHOLE.get(case.method) or TRAINED[case.method]
+    length = case.iterations if case.method in WHOLE else 0.5 * (1 + PATIENCE) * case.iterations - first_loss(case)
+    return length * PROBLEMS[case.problem].milliseconds * (1.3 if method.swap else 1.0)

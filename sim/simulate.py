@@ -120,6 +120,7 @@ def stage_arguments(options: argparse.Namespace) -> tuple[str, ...]:
         found += [name, str(value)] if value else []
     found += ["--swap"] if options.swap else []
     found += ["--activations", options.activations] if options.activations else []
+    found += ["--recovery", options.recovery] if options.recovery else []
     return tuple(found)
 
 

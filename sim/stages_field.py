@@ -2,7 +2,8 @@
 
 Training is real, on one machine: the chains of :mod:`stages_models` with the functions of
 :mod:`shoal.learning.pipeline.recovery`. Time is virtual: counted by :class:`Costs`, which are those of the paper's
-model of 500 M (Blagoev, Ersoy, Chen, arXiv 2506.15461, Table 2). Each run is a pure function of its :class:`Case`.
+model of 500 M (Blagoev, Ersoy, Chen, arXiv 2506.15461, Table 2). Each run is a pure function of its :class:`Case`;
+until its first loss it is that without failures, which :class:`Shared` trains once.
 
 Failures are drawn for each iteration and stage, with the probabilities of the paper's code; that of a stage whose
 neighbour is lost in the same iteration is left out, as nothing but a checkpoint would help, and the paper assumes that
@@ -18,13 +19,18 @@ copies the neighbour.
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import attrs
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..learning import exact
@@ -194,8 +200,71 @@ def times(method: str, seed: int, rate: int, iterations: int, costs: Costs) -> N
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def run(case: Case) -> Outcome:
-    """Train; deterministic."""
+def first_loss(case: Case) -> int:
+    """Iterations of the run without failures that ``case`` goes through as well, ``iterations`` at most."""
+    if case.method in WHOLE:
+        return 0
+    drawn = itertools.islice(failures(case.seed, RATES[case.rate]), case.iterations)
+    return next((done for done, lost in enumerate(drawn) if lost_by(TRAINED[case.method], lost)), case.iterations)
+
+
+@attrs.frozen
+class Start:
+    """A run without failures after ``done`` iterations. ``looks``: at it until then. ``tensors``: see Chain.state."""
+
+    done: int
+    looks: tuple[tuple[int, float], ...]
+    tensors: dict[str, Tensor]
+
+    def save(self, file: Path) -> None:
+        """All of it or nothing, also when the process is killed meanwhile."""
+        scratch = file.with_suffix(f".{os.getpid()}")
+        save_file(self.tensors, scratch, {"done": str(self.done), "looks": json.dumps(self.looks)})
+        scratch.replace(file)
+
+    @staticmethod
+    def load(file: Path) -> Start | None:
+        """None where there is none."""
+        try:
+            with safe_open(file, "pt") as opened:
+                told = opened.metadata()
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+        except (OSError, SafetensorError):
+            return None
+        return Start(int(told["done"]), tuple((done, loss) for done, loss in json.loads(told["looks"])), tensors)
+
+
+@attrs.frozen
+class Shared:
+    """:func:`run` for a sweep. Until the first loss a run is bit for bit the one without failures: it begins from what
+    that left of it in ``folder``. ``plan``: (method, rate) of all runs to come. Picklable."""
+
+    folder: Path
+    plan: tuple[tuple[str, int], ...]
+
+    def __call__(self, case: Case) -> Outcome:
+        if case.method not in WHOLE:
+            whole = "none:swapped" if TRAINED[case.method].swap else "none"
+            start = Start.load(self._file(attrs.evolve(case, method=whole), first_loss(case)))
+            return run(case, start)
+        beside = [attrs.evolve(case, method=method, rate=rate) for method, rate in self.plan if method in TRAINED]
+        wanted = {first_loss(each) for each in beside if TRAINED[each.method].swap == WHOLE[case.method].swap}
+        return run(case, keep=lambda start: start.save(self._file(case, start.done)), at=wanted)
+
+    def _file(self, case: Case, done: int) -> Path:
+        name = f"{case.problem}-{case.method}-{case.seed}-{case.iterations}-{done}.safetensors"
+        return self.folder / name.replace(":", "-")
+
+
+def run(
+    case: Case,
+    start: Start | None = None,
+    *,
+    keep: Callable[[Start], None] | None = None,
+    at: Collection[int] = (),
+) -> Outcome:
+    """Train; deterministic. ``start``: of the run without failures at the case's first loss or before, to begin from
+    with the same result. ``keep`` gets what other runs can begin from, once the iterations ``at`` are done."""
     exact.prepare_torch()
     problem = PROBLEMS[case.problem]
     method = WHOLE.get(case.method) or TRAINED[case.method]
@@ -203,19 +272,34 @@ def run(case: Case) -> Outcome:
     batches = problem.batches(case.seed)
     lost_at = failures(case.seed, RATES[case.rate]) if case.rate else itertools.repeat(())
     moments = {round(moment * case.iterations) for moment in MOMENTS} if case.method in WHOLE else set[int]()
-    looks, jumps, probes = [(0, chain.held_out())], list[Jump](), list[Jump]()
-    for done in range(round(PATIENCE * case.iterations)):
+    looks, jumps, probes = list[tuple[int, float]](), list[Jump](), list[Jump]()
+    if start is None:
+        looks.append((0, chain.held_out()))
+    else:
+        chain.restore(start.tensors)
+        looks += start.looks
+        for _ in itertools.islice(zip(batches, lost_at, strict=False), start.done):
+            pass
+    #: The loss of the weights as they are, once it is known.
+    now = looks[-1][1] if start is None else None
+    for done in itertools.count(start.done if start is not None else 0):
+        if keep is not None and done in at:
+            keep(Start(done, tuple(looks), chain.state()))
+        enough = done >= case.iterations and any(loss <= case.target for _, loss in looks)
+        if enough or done >= round(PATIENCE * case.iterations):
+            break
         if done in moments:
             probes += chain.probe(done)
         for stage in lost_by(method, next(lost_at)):
-            before = chain.held_out()
+            before = chain.held_out() if now is None else now
             chain.recover(stage, method.way, done)
-            jumps.append(Jump(done, stage, method.way, before, chain.held_out()))
+            now = chain.held_out()
+            jumps.append(Jump(done, stage, method.way, before, now))
         chain.step(*next(batches), swap=method.swap)
+        now = None
         if (done + 1) % problem.looks == 0:
-            looks.append((done + 1, chain.held_out()))
-        if done + 1 >= case.iterations and any(loss <= case.target for _, loss in looks):
-            break
+            now = chain.held_out()
+            looks.append((done + 1, now))
     return Outcome(tuple(looks), tuple(jumps), tuple(probes))
 
 
@@ -229,6 +313,8 @@ class Chain:
         self._ends = nn.ModuleList([self.pipeline.enter, self.pipeline.leave])
         self._others = self._adam(self._ends) if list(self._ends.parameters()) else None
         self._seen = problem.held_out(seed)
+        #: Gradient norms of the stages where the gradients themselves are not there.
+        self._norms: list[float] = []
 
     def _adam(self, module: nn.Module) -> RateScale:
         adam = torch.optim.Adam(module.parameters(), lr=self._problem.rate, betas=(0.9, 0.999), fused=True)
@@ -242,6 +328,7 @@ class Chain:
     def step(self, inputs: Tensor, targets: Tensor, *, swap: bool) -> None:
         """An iteration: of two micro-batches, the second in swapped order, or of all at once."""
         self.pipeline.zero_grad(set_to_none=True)
+        self._norms = []
         loss = self._problem.loss
         if swap:
             half = len(inputs) // 2
@@ -275,9 +362,39 @@ class Chain:
             return copy(stages[stage - 1 if stage else 1].state_dict(), own=own)
         exponent = {"average": 0.0, "gradient": 1.0, "squared": 2.0}[way]
         before, after = stages[stage - 1], stages[stage + 1]
-        # Those of the last iteration: gradients are there until the next.
-        norms = [gradient_norm(p.grad for p in neighbour.parameters()) for neighbour in (before, after)]
-        return average(before.state_dict(), after.state_dict(), weights_of(norms[0], norms[1], exponent), own=own)
+        weights = weights_of(self._norm(stage - 1), self._norm(stage + 1), exponent)
+        return average(before.state_dict(), after.state_dict(), weights, own=own)
+
+    def _norm(self, stage: int) -> float:
+        """That of the last iteration: gradients are there until the next."""
+        if self._norms:
+            return self._norms[stage]
+        return gradient_norm(p.grad for p in self.pipeline.stages[stage].parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, moments and gradient norms, before anything was lost: what :meth:`restore` takes. Copies."""
+        found = {f"weights.{name}": tensor.clone() for name, tensor in self.pipeline.state_dict().items()}
+        for number, optimizer in enumerate(self._all()):
+            for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
+                for name, value in optimizer.state[parameter].items():
+                    found[f"moments.{number}.{index}.{name}"] = value.clone()
+        norms = [self._norm(stage) for stage in range(STAGES)]
+        return {**found, "norms": torch.tensor(norms, dtype=torch.float64)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on as if the chain had trained to where ``tensors`` are from, bit for bit."""
+        weights = {name: tensors[f"weights.{name}"] for name in self.pipeline.state_dict()}
+        self.pipeline.load_state_dict(weights)
+        for number, optimizer in enumerate(self._all()):
+            for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
+                front = f"moments.{number}.{index}."
+                moments = {name.removeprefix(front): t.clone() for name, t in tensors.items() if name.startswith(front)}
+                optimizer.state[parameter] = moments
+        self._norms = tensors["norms"].tolist()
+
+    def _all(self) -> list[torch.optim.Optimizer]:
+        scaled = [*self.optimizers, *([self._others] if self._others is not None else [])]
+        return [each.optimizer for each in scaled]
 
     def probe(self, done: int) -> Iterator[Jump]:
         """For each stage and way: the loss if that stage were lost now. Nothing is changed."""

@@ -35,13 +35,15 @@ class Pipeline(nn.Module):
 
 
 class Problem(abc.ABC):
-    """What is trained, and on what. ``rate``: of Adam, constant; ``looks``: iterations from one look to the next."""
+    """What is trained, and on what. ``rate``: of Adam, constant; ``looks``: iterations from one look to the next.
+    ``milliseconds``: of an iteration, about, for estimates of how long a sweep takes."""
 
     iterations: ClassVar[int]
     batch: ClassVar[int]
     rate: ClassVar[float]
     looks: ClassVar[int]
     what: ClassVar[str]
+    milliseconds: ClassVar[float]
 
     def pipeline(self, seed: int) -> Pipeline:
         with torch.random.fork_rng(devices=[]):
@@ -101,6 +103,7 @@ class Teacher(Problem):
     rate: ClassVar[float] = 1e-3
     looks: ClassVar[int] = 10
     what: ClassVar[str] = "mean squared error to a teacher"
+    milliseconds: ClassVar[float] = 3.5
 
     def ends(self) -> tuple[nn.Module, nn.Module]:
         return nn.Identity(), nn.Identity()
@@ -183,6 +186,7 @@ class ByteGpt(Problem):
     rate: ClassVar[float] = 2e-3
     looks: ClassVar[int] = 10
     what: ClassVar[str] = "nats per byte of Python's source"
+    milliseconds: ClassVar[float] = 18.0
 
     def ends(self) -> tuple[nn.Module, nn.Module]:
         return Enter(self.width), nn.Sequential(nn.LayerNorm(self.width), nn.Linear(self.width, 256, bias=False))
@@ -192,8 +196,7 @@ class ByteGpt(Problem):
 
     def silence_(self, stage: nn.Module) -> None:
         assert isinstance(stage, Layer)
-        nn.init.zeros_(stage.block.out.weight)
-        nn.init.zeros_(stage.block.down.weight)
+        stage.block.silence_()
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         text, draw = _text(), np.random.default_rng([seed, 1])

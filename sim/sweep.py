@@ -1,18 +1,24 @@
-"""Many independent runs on all cores: progress, and a Ctrl-C that ends all of them at once."""
+"""Many independent runs on all cores: progress, results that outlive the sweep, and a Ctrl-C that ends all at once."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import attrs
+import cattrs
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from ..transport.errors import ConfigError
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -28,47 +34,112 @@ def stopwatch() -> Callable[[], float]:
 
 
 @attrs.frozen
+class Kept(Generic[C, R]):
+    """Results in ``folder``, a file each, written by whoever ran the case as soon as it is done. Picklable.
+
+    ``kind``: the class of results, of attrs. ``version``: changes with everything that results follow from beside their
+    case; those of another version are not found again.
+    """
+
+    folder: Path
+    kind: type[R]
+    version: str
+
+    def _file(self, case: C) -> Path:
+        return self.folder / f"{hashlib.blake2b(f'{self.version} {case!r}'.encode(), digest_size=12).hexdigest()}.json"
+
+    def load(self, case: C) -> R | None:
+        """What became of ``case``; None when it is not known, or its file is not whole."""
+        try:
+            known = json.loads(self._file(case).read_text())
+            return cattrs.structure(known["result"], self.kind)
+        except (OSError, ValueError, KeyError, TypeError, cattrs.BaseValidationError):
+            return None
+
+    def save(self, case: C, result: R) -> None:
+        """All of it or nothing, also when the process is killed meanwhile."""
+        file = self._file(case)
+        scratch = file.with_suffix(f".{os.getpid()}")
+        told: Any = {"case": repr(case), "result": cattrs.unstructure(result)}
+        scratch.write_text(json.dumps(told))
+        scratch.replace(file)
+
+    @staticmethod
+    def prepare(folder: Path) -> None:
+        """Raises :class:`ConfigError` where no files can be written."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot make the folder {folder}: {error.strerror}") from error
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"cannot write into the folder {folder}")
+
+
+@attrs.frozen
 class _Each(Generic[C, R]):
     """Picklable: a case with what became of it."""
 
     run: Callable[[C], R]
+    kept: Kept[C, R] | None
 
     def __call__(self, case: C) -> tuple[C, R]:
-        return case, self.run(case)
+        result = self.run(case)
+        if self.kept is not None:
+            self.kept.save(case, result)
+        return case, result
 
 
 def run_all(
-    run: Callable[[C], R], cases: Sequence[C], processes: int | None = None, console: Console | None = None
+    run: Callable[[C], R],
+    cases: Sequence[C],
+    processes: int | None = None,
+    console: Console | None = None,
+    *,
+    kept: Kept[C, R] | None = None,
+    cost: Callable[[C], float] = lambda case: 1.0,
+    later: float = 0.0,
 ) -> dict[C, R]:
-    """``run`` of every one of ``cases``, ``processes`` at a time (default: a core each), in whatever order.
+    """``run`` of every one of ``cases``, ``processes`` at a time (default: a core each), the dearest first.
 
-    ``run``: a function of a module, deterministic in its case; cases are hashable, and both they and results can be
-    pickled. What ``run`` raises ends the sweep.
+    ``run``: deterministic in its case; it, cases and results can be pickled, and cases are hashable. What it raises
+    ends the sweep. ``kept``: where results are looked for first, and kept. ``cost``: of a case, in any unit, for the
+    time that is left; ``later``: what comes after this call, in that unit.
     """
     processes = processes or os.cpu_count() or 1
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    found: dict[C, R] = {}
+    for case in cases if kept is not None else ():
+        known = kept.load(case) if kept is not None else None
+        if known is not None:
+            found[case] = known
+    todo = sorted((case for case in cases if case not in found), key=cost, reverse=True)
+    if found and console is not None:
+        console.print(f"{len(found)} of {len(cases)} runs were kept by an earlier sweep")
+    each = _Each(run, kept)
     with Progress(*columns, console=console, disable=console is None or not console.is_terminal) as progress:
-        task = progress.add_task("training", total=len(cases))
-        found: dict[C, R] = {}
+        task = progress.add_task("training", total=len(cases), completed=len(found))
         began = told = time.monotonic()
+        paid, whole = 0.0, sum(map(cost, todo)) + later
 
         def note(case: C, result: R) -> None:
-            nonlocal told
+            nonlocal told, paid
             found[case] = result
-            progress.advance(task)
+            paid += cost(case)
             now = time.monotonic()
+            left = (now - began) * (whole / paid - 1.0) / 60 if paid else 0.0
+            progress.update(task, advance=1, description=f"training, about {left:.0f} minutes left")
             if console is not None and not console.is_terminal and now - told > TELL_EVERY:
-                told, left = now, (now - began) * (len(cases) / len(found) - 1.0)
-                console.print(f"{len(found)} of {len(cases)} runs; about {left / 60:.0f} minutes left")
+                told = now
+                console.print(f"{len(found)} of {len(cases)} runs; about {left:.0f} minutes left")
 
-        if processes == 1:
-            for case in cases:
-                note(case, run(case))
+        if processes == 1 or not todo:
+            for case in todo:
+                note(*each(case))
             return found
         # Not forked: torch's threads do not survive that. Leaving the block ends all of them, whatever they do.
         context = multiprocessing.get_context("spawn")
-        with context.Pool(max(1, min(processes, len(cases))), _end_with_the_parent) as pool:
-            for case, result in pool.imap_unordered(_Each(run), cases):
+        with context.Pool(max(1, min(processes, len(todo))), _end_with_the_parent) as pool:
+            for case, result in pool.imap_unordered(each, todo):
                 note(case, result)
         return found
 

@@ -29,7 +29,7 @@ class Direction:
     ``gap``: seconds without bulk after which a busy time is over.
     """
 
-    __slots__ = ("_begin", "_before", "_by_peer", "_bytes", "_end", "_first", "_gap", "_paths", "_roomy", "windows")
+    __slots__ = ("_before", "_begin", "_by_peer", "_bytes", "_end", "_first", "_gap", "_paths", "_roomy", "windows")
 
     def __init__(self, gap: float) -> None:
         #: (when it ended, bytes per second) of the last windows.

@@ -369,7 +369,7 @@ class Staged:
     async def _rescue(self, stage: int) -> Berth:
         generation = 1 + max(0, self.crew.generation(stage))
         found = await self._own(stage) or await rescue(
-            self.crew, self.holding, self.copies, stage, self.layouts, self._fresh[stage],
+            self.crew, self.holding, self.copies, self.task, stage, self.layouts, self._fresh[stage],
             dead=self._lost_with.get(stage, {}), swap=self.cut.swap, exponent=defaults.NORM_EXPONENT,
         )  # fmt: skip
         self._tell(f"stage {stage} was lost and goes on here: {found.how}")

@@ -101,6 +101,14 @@ class Stdlib(Task):
         front, head = Front(model.embed, model.mix, model.reach), nn.Sequential(model.norm, model.head)
         return [front, *pieces, head] if n > 2 else [nn.Sequential(front, *pieces), head]
 
+    def silence(self, stage: nn.Module) -> None:
+        """Zeros where the branches of its blocks end. The first and the last stage cannot: see :class:`Task`."""
+        if not isinstance(stage, Blocks):
+            raise ConfigError(f"task {self.name}: the stages with the embedding and the head cannot be skipped")
+        for block in stage.blocks:
+            assert isinstance(block, Block)
+            block.silence_()
+
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         matrices = [p for p in model.parameters() if p.dim() == 2]
         others = [p for p in model.parameters() if p.dim() != 2]
@@ -304,6 +312,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
+        self.silence_()
+
+    def silence_(self) -> None:
+        """Let it hand on what it gets: both branches end in zeros, from which they can learn."""
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.down.weight)
 

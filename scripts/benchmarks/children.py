@@ -59,6 +59,7 @@ KINDS = {
     "soaker": "soaker:Soaker",
     "blobs": "blobs:BlobPeer",
     "overlapper": "overlap:Overlapper",
+    "stage-holder": "stages:StageHolder",
     **{
         f"{system}-{end.lower()}": f"systems.{module}:{name}{end}"
         for system, module, name in (

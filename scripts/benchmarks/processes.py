@@ -63,6 +63,10 @@ class Child:
         if self._process.returncode is None:
             self._process.send_signal(number)
 
+    async def wait(self) -> None:
+        """Until it has ended, however."""
+        await self._process.wait()
+
     async def missing(self, *, patience: float = PATIENCE) -> str:
         """Of a child that may lack a package: what it lacks, or nothing. Asked once, before the first order."""
         line = b""

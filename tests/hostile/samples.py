@@ -248,7 +248,7 @@ _SPECIAL: dict[Any, Callable[[random.Random], Any]] = {
     Payload: lambda rng: Payload(rng.randbytes(rng.choice((0, 1, 8, 1024))), rng.randbytes(64)),
     Combined: _combined,
     Shard: _shard,
-    Pipeline: lambda rng: Pipeline(rng.randrange(2, 65), rng.randrange(1, 257), rng.random() < 0.5, "bf16"),
+    Pipeline: lambda rng: Pipeline(rng.randrange(2, 65), rng.randrange(1, 257), rng.random() < 0.5, "bf16", "copy"),
     StageOf: lambda rng: StageOf(rng.randbytes(32), rng.randrange(2), rng.randrange(9), 1.1, rng.randrange(99)),
     Beat: _beat,
     Shape: _shape,

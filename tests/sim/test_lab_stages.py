@@ -24,7 +24,10 @@ from shoal.sim.stages_field import (
     Costs,
     Jump,
     Outcome,
+    Shared,
+    Start,
     failures,
+    first_loss,
     run,
     times,
 )  # fmt: skip
@@ -148,7 +151,10 @@ def test_verdicts_come_from_the_runs() -> None:
     assert [holds for holds, _ in late.verdicts()] == [True, True, True, False]
     never = block(outcome(4, 4, 4, 4))
     assert math.isinf(never.hours("checkfree", 10)[0])
-    assert never.verdicts()[-1] == (False, "teacher, 10 %: checkfree reaches the target not at all, 2 times")
+    told = (
+        "teacher: checkfree reaches the target before checkpointing at 10 %, by nothing: 2 times it does not reach it"
+    )
+    assert never.verdicts()[-1] == (False, told)
     assert "redundant computation is before checkfree" in never.remarks()[0]
     # At rates of which the paper does not claim it, nothing is judged.
     assert len(block(outcome(4, 4), rate=33).verdicts()) == 3
@@ -174,16 +180,81 @@ def test_a_sweep_trains_each_case_once() -> None:
     assert found.final("checkpoint", 33) == found.final("none", 0)
 
 
+@pytest.mark.parametrize(
+    ("problem", "method", "rate"),
+    [
+        ("teacher", "checkfree", 33),
+        ("teacher", "checkfree+", 33),
+        ("teacher", "checkfree:spared", 16),
+        ("gpt", "copy", 33),
+    ],
+)
+def test_a_run_that_begins_with_what_others_trained_is_the_same_to_the_bit(
+    problem: str, method: str, rate: int, tmp_path: Path
+) -> None:
+    seed = next(s for s in range(99) if 3 < first_loss(Case(problem, method, rate, s, 30)) < 25)
+    case = Case(problem, method, rate, seed, 30, target=0.0)
+    shared = Shared(tmp_path, ((method, rate),))
+    whole = Case(problem, "none:swapped" if TRAINED[method].swap else "none", 0, seed, 30)
+    assert shared(whole) == run(whole)
+    (start,) = tmp_path.iterdir()
+    expected = run(case)
+    assert expected.jumps and shared(case) == expected
+    # It is used, and not needed.
+    found = Start.load(start)
+    assert found is not None and found.done == first_loss(case)
+    wrong = attrs.evolve(found, looks=((0, 7.0), *found.looks[1:]))
+    wrong.save(start)
+    assert shared(case).looks[0] == (0, 7.0)
+    start.unlink()
+    assert shared(case) == expected
+
+
+def test_a_sweep_that_was_killed_goes_on_with_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sweep(methods: tuple[str, ...], folder: Path | None) -> list[dict[tuple[str, int], tuple[Outcome, ...]]]:
+        found = sweep_over(("teacher",), methods, (33,), 1, 30, COSTS, processes=1, folder=folder)
+        return [dict(block.runs) for block in found.blocks]
+
+    expected = sweep(("copy", "random"), None)
+    calls: list[Case] = []
+
+    def counted(self: Shared, case: Case) -> Outcome:
+        calls.append(case)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, case)
+
+    real = Shared.__call__
+    monkeypatch.setattr(Shared, "__call__", counted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(("copy", "random"), tmp_path)
+    assert sweep(("copy", "random"), tmp_path) == expected
+    # Two without failures and two with: three were done when it ended, and one again.
+    assert len(calls) == 5
+    assert sweep(("copy", "random"), tmp_path) == expected and len(calls) == 5
+    assert not list(tmp_path.glob("starts-*"))
+    # What cannot be read, or is of another version, is run again.
+    (kept,) = list(tmp_path.glob("*.json"))[:1]
+    kept.write_text(kept.read_text()[:50])
+    assert sweep(("copy", "random"), tmp_path) == expected and len(calls) == 6
+    monkeypatch.setattr("shoal.sim.lab_stages.version", lambda: "another")
+    assert sweep(("copy", "random"), tmp_path) == expected and len(calls) == 10
+
+
 @pytest.mark.process(computes=True)
 def test_the_command_prints_tables_and_writes_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "lab stages --problems teacher --rates 10,33 --iterations 40 --seeds 2 --processes 1"
     files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    files += ["--markdown", str(tmp_path / "out.md")]
     code = cli.main([*arguments.split(), "--methods", "none,checkpoint,redundant,checkfree,checkfree+", *files])
     output = capsys.readouterr().out
     assert "33 %: " in output and "squared" in output and "holds" in output
     written = json.loads((tmp_path / "out.json").read_text())
     assert code == (0 if all(verdict["holds"] for verdict in written["verdicts"]) else 1)
     assert (tmp_path / "out.png").stat().st_size > 10_000
+    tables = (tmp_path / "out.md").read_text()
+    assert "| `checkfree+` | 33 |" in tables and "| seconds of a checkpoint | 10 % | 33 % |" in tables
+    assert "| swapping makes the loss of a copied first stage cheaper | " in tables
 
 
 @pytest.mark.parametrize(
@@ -195,6 +266,8 @@ def test_the_command_prints_tables_and_writes_files(tmp_path: Path, capsys: pyte
         (["--iterations", "3"], "--iterations"),
         (["--recovery", "-1"], "--recovery"),
         (["--json", "/nowhere/at/all.json"], "there is no folder"),
+        (["--markdown", "/nowhere/at/all.md"], "there is no folder"),
+        (["--resume", "/dev/null/runs"], "cannot make the folder /dev/null/runs"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_runs(
