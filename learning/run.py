@@ -111,13 +111,12 @@ class Run:
         self._peer = Peer(self, self.trainer)
         self._instance: Instance | None = None
         self.exchange: Exchange | None = None
-        #: What was trained for the contribution of the round that is exchanged.
-        self._given: Tally | None = None
+        self._given: Tally | None = None  # what was trained for the contribution of the round that is exchanged
         self._flipped: dict[int, None] = {}
         self._strategy_scope, self._adopted = trio.CancelScope(), False
         self._open: Round | None = None
-        self._metric: float | None = None
         self._metric_name = metric_name(task, {})
+        self._metric: float | None = None
         self._loss: float | None = None
         self._round_began = self._trained = self._worked = 0.0
         self._saved_at, self._entered = -math.inf, False
@@ -218,9 +217,9 @@ class Run:
         self.nursery.start_soon(self.shelf.settle, snapshot)
         self._keeper.settled(snapshot, self.nursery, final=self.over())
         due = self._evaluate_every and (self.round % self._evaluate_every == 0 or self.over())
-        # A stage that was lost is waited for by all others: they are not kept waiting by a look at what it begins with.
-        begins = self._metric is None and not (self.spec.part is not None and self.spec.part.generation)
-        if due and (self._pending_report is not None or begins):
+        # All others wait for a stage that was lost: what it begins with is not looked at.
+        again = self.spec.part is not None and self.spec.part.generation > 0
+        if due and (self._pending_report is not None or (self._metric is None and not again)):
             values = await self.trainer.evaluate(agreed)
             self._metric, self._metric_name = score(self.task, values), metric_name(self.task, values)
         if self._pending_report is not None:
@@ -345,7 +344,6 @@ class Run:
         return None if instance is None or instance.commit is not None else instance.began
 
     async def moving(self) -> None:
-        """The model is about to leave its last final state."""
         await self.shelf.moving()
 
     async def skip(self) -> None:

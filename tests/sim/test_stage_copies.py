@@ -151,7 +151,7 @@ def test_one_generation_of_each_copy_is_kept_and_pinned_and_a_full_quota_stops_n
         world.members[2].node.store.blobs.quota = small
 
     world = simulate(Scenario(5, founding(4, 5, rounds=8), make_task=Equal, evaluate_every=0, limit=200), script)
-    assert max(report.round for member in of_stage(world, 0) for report in member.run.reports) == 8
+    assert max(r.round for member in world.live() if stage_of(member) == 0 for r in member.run.reports) == 8
     for member in world.live():
         store = member.node.store.blobs
         kept = [entry for entry in store.entries() if entry.tag == COPY]
