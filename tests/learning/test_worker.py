@@ -325,7 +325,7 @@ async def test_on_a_real_host_training_runs_in_a_thread_and_the_loop_stays_respo
     assert threading.get_ident() not in task.threads
     assert ticks >= 15
     assert results[0].steps >= 20
-    assert 0.4 <= results[0].seconds < 1.0
+    assert 1.6 <= results[0].seconds < 4.0
 
 
 @pytest.mark.real
