@@ -210,7 +210,7 @@ class Copies:
             try:
                 request = AskKept(self._crew.run_id, stage)
                 kept = await self._crew.endpoint.call(peer, KEPT, request, timeout=timeout)
-            except RemoteError as error:
+            except (RemoteError, Overloaded) as error:
                 log.debug("no state of stage %d from %s: %s", stage, peer.short, error)
                 return
             wrong = kept_fault(kept, self._crew.run_id, self._crew.spec, stage, gossip=self._gossip)
@@ -243,7 +243,7 @@ class Copies:
         for kept, peers in await self._ask(stage, self._crew.peers()):
             try:
                 weights = await self._load(kept, peers, self._sizes[stage])
-            except (RemoteError, ConfigError) as error:
+            except (RemoteError, ConfigError, Overloaded) as error:
                 log.warning("the state of stage %d after round %d: %s", stage, self._rounds(kept), error)
                 continue
             return Copy(weights, self._rounds(kept), kept.age, len(peers))

@@ -269,6 +269,8 @@ class Kept(Bounded):
         Bounded.__attrs_post_init__(self)
         if len(self.signed) > defaults.MAX_CREW or self.head.contacts or self.head.view or not 0.0 <= self.age < 1e12:
             raise ValueError("a state with too many signatures, with peers, or from the future")
+        if not 0 <= self.head.settled < 1 << 63:
+            raise ValueError(f"a state after round {self.head.settled}")
 
 
 BEAT = Method("stages.beat", Beat, Beat)

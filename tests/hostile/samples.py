@@ -240,7 +240,7 @@ def _pull(rng: random.Random) -> Pull:
 
 
 def _kept(rng: random.Random) -> Kept:
-    head = attrs.evolve(sample(HeadInfo, rng), contacts=(), view=())
+    head = attrs.evolve(sample(HeadInfo, rng), contacts=(), view=(), settled=rng.choice((0, 1, 1 << 40)))
     return Kept(head, tuple(sample(Signed, rng) for _ in range(rng.randrange(3))), rng.choice((0.0, 0.5, 1e9)))
 
 

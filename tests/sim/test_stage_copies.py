@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Awaitable, Callable
 
 import attrs
+import msgpack
 import pytest
 import torch
 import trio
@@ -15,9 +17,11 @@ from shoal.learning.checkpoint_index import COPY
 from shoal.learning.pipeline.copies import Copies, guarded_by, kept_fault, sign_state
 from shoal.learning.pipeline.messages import KEPT, AskKept, Kept
 from shoal.sim.world import Member, Scenario, World, simulate
-from shoal.transport.errors import RemoteRefused
+from shoal.transport.errors import DecodeError, RemoteRefused
 from shoal.transport.identity import Identity
+from shoal.transport.wire import pack, unpack
 
+from ..hostile.samples import sample
 from .test_stages import Chain, founding, stage_of
 
 
@@ -226,3 +230,13 @@ def test_a_checkpoint_whose_bytes_have_changed_on_disk_is_not_gone_on_with() -> 
     watch, _ = lost(1, 2, then=spoil)
     assert "the checkpoint" not in watch.recovered[1][0]
     watch.check(2)
+
+
+@pytest.mark.parametrize("settled", [-1, 1 << 63, -(1 << 63)])
+def test_a_state_after_no_round_does_not_decode(settled: int) -> None:
+    """Its id is signed with eight bytes of the round: another number would raise where it is looked at."""
+    kept = sample(Kept, random.Random(1))
+    raw = msgpack.unpackb(pack(kept))
+    raw["head"]["settled"] = settled
+    with pytest.raises(DecodeError, match="a state after round"):
+        unpack(Kept, msgpack.packb(raw))
