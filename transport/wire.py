@@ -218,13 +218,14 @@ def _class_hook(kind: Any) -> Hook:
     attrs.resolve_types(kind)
     fields = [field for field in attrs.fields(kind) if field.init]
     # Every message comes through here: plain types are looked at on the spot, other hooks are looked up once. Not
-    # before the first message, as a class may hold itself.
-    table: list[tuple[str, str, Any, bool, Hook | None]] = []
+    # before the first message, as a class may hold itself. Threads decode too, so a table is put in place whole.
+    table: tuple[tuple[str, str, Any, bool, Hook | None], ...] | None = None
 
     def structure(value: Any, _: Any) -> Any:
+        nonlocal table
         expect(dict, value)
-        if not table:
-            table.extend((f.name, f.alias, f.type, f.default is attrs.NOTHING, _field_hook(f.type)) for f in fields)
+        if table is None:
+            table = tuple((f.name, f.alias, f.type, f.default is attrs.NOTHING, _field_hook(f.type)) for f in fields)
         arguments = {}
         for name, alias, type_, required, hook in table:
             if name in value:

@@ -115,6 +115,7 @@ def test_one_liar_ruins_the_mean_and_not_a_robust_rule(tmp_path: Path) -> None:
         arguments += ["--rounds", "10", "--set", "inner_steps=100", "--json", str(folder / "report.json")]
         with shoal_sim(folder, *arguments) as child:
             output, _ = child.communicate(timeout=110)
+        assert child.returncode == 0, output[-3000:]
         assert "node-3 lies: gaussian" in output
         report = json.loads((folder / "report.json").read_text())
         assert [peer["status"] for peer in report["peers"]] == ["finished"] * 4

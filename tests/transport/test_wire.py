@@ -5,7 +5,10 @@ from __future__ import annotations
 import enum
 import math
 import struct
+import sys
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import attrs
@@ -443,3 +446,24 @@ def test_types_without_order_or_elements_are_not_for_fields(kind: Any) -> None:
 def test_a_value_that_its_class_refuses_does_not_decode() -> None:
     with pytest.raises(DecodeError, match="32 bytes"):
         decode(bytes(31), PeerId)
+
+
+def test_threads_decode_the_first_message_of_a_kind_at_once() -> None:
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            for turn in range(200):
+                names = [f"f{n}" for n in range(20)]
+                kind = attrs.make_class(f"Wide{turn}", {name: attrs.field(type=int) for name in names}, frozen=True)
+                packed = pack(kind(**dict.fromkeys(names, turn)))
+                start = threading.Barrier(8)
+
+                def decode_once(kind: Any = kind, packed: bytes = packed, start: threading.Barrier = start) -> Any:
+                    start.wait()
+                    return unpack(kind, packed, limit=1000)
+
+                decoded = [each.result() for each in [threads.submit(decode_once) for _ in range(8)]]
+                assert len(set(decoded)) == 1
+    finally:
+        sys.setswitchinterval(switch)
