@@ -104,7 +104,7 @@ class Probes:
         with trio.move_on_after(defaults.PROBE_TIME):
             async with trio.open_nursery() as nursery:
                 for link in links:
-                    for _ in range(2):  # the next body is under way before the answer to the last one has come
+                    for _ in range(3):  # the next bodies are under way before the answer to the last one has come
                         nursery.start_soon(self._send, link.peer, free)
         rate = endpoint.line.up.rate(now())
         if rate is not None:
