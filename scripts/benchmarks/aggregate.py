@@ -76,9 +76,13 @@ async def run(options: argparse.Namespace) -> None:
         for case in CASES:
             if options.only in case.ours:
                 try:
-                    rows += _measure(case, vectors, byzfl, faster, options)
+                    measured = _measure(case, vectors, byzfl, faster, options)
                 except ConfigError as error:  # too many sets to look at all of them
-                    print(f"left out at {n} x {d}: {error.message}")
+                    print(f"left out at {n} x {d}: {error}")
+                    continue
+                rows += measured
+                medians = ", ".join(f"{row.system} {row.median * 1e3:.1f}" for row in measured)
+                print(f"{n} x {d} {measured[0].case['rule']}: ms {medians}", flush=True)
         del vectors
         gc.collect()
     _table(rows)
