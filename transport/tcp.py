@@ -95,6 +95,10 @@ class TcpStream(ByteStream):
         self.local = _address(connected.getsockname())
         self._drained = False  # the last read took all there was
         self._stream = trio.SocketStream(connected)  # sets TCP_NODELAY, and keeps little unsent in the kernel
+        if hasattr(socket, "TCP_CONGESTION") and self.remote.host in (self.local.host, "127.0.0.1", "::1"):
+            with contextlib.suppress(OSError):
+                # Within a machine there is no line to spare, and BBR, where it is the default, waits for its pacing.
+                connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._stream.send_all(data)

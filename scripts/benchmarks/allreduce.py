@@ -6,15 +6,13 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from .children import HEAD_START
 from .costs import Costs, measure
-from .processes import Child, ChildFailed, Children, ask_all, children
+from .processes import Child, ChildFailed, Children, act_all, ask_all, children
 from .report import Row, machine, show, write
 
 SYSTEMS = ("shoal", "shoal int8", "gloo", "torchft", "hivemind")
@@ -179,7 +177,7 @@ def _facts(
 async def _once(system: str, team: list[Child], number: int, codec: str) -> tuple[float, list[dict[str, Any]]]:
     """One reduce: seconds from the first peer's beginning to the last one's end, and what the peers say."""
     await ask_all(team, "open", run=number, codec=codec, patience=PATIENCE)
-    answers = await ask_all(team, "go", at=time.monotonic() + HEAD_START, patience=PATIENCE)
+    answers = await act_all(team, PATIENCE)
     for child, answer in zip(team, answers, strict=True):
         if answer["wrong"] is not None and system not in OPTIONAL:
             raise ChildFailed(f"{child.name} holds a wrong result in run {number}: {answer['wrong']}")

@@ -14,7 +14,7 @@ import attrs
 import trio
 
 from .children import HEAD_START
-from .processes import Child, ChildFailed, Children, ask_all, children
+from .processes import Child, ChildFailed, Children, act_all, ask_all, checked, children
 from .report import Row, machine, show, write
 
 PEERS = 4
@@ -99,7 +99,7 @@ class Team:
         """A round of ``members`` in which nothing happens: its seconds."""
         await self.begin(members)
         team = [peer.child for peer in members]
-        answers = await ask_all(team, "go", at=time.monotonic() + HEAD_START)
+        answers = await act_all(team)
         check(members, answers, "a clean round")
         if any(answer["members"] != sorted(peer.number for peer in members) for answer in answers):
             # Members stand in the order of their keys.
@@ -132,6 +132,7 @@ class Team:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(last_words)
             answers += await ask_all([peer.child for peer in survivors], "go", at=at, patience=PATIENCE)
+        answers = await checked([peer.child for peer in survivors], answers)
         check(survivors, answers, case.name)
         self.peers = survivors
         await self._group.end(victim.child)
@@ -226,7 +227,7 @@ async def _until_error(child: Child, at: float, ends: list[tuple[float, str]]) -
         text = str(failure).splitlines()[0].partition(child.name)[2].strip()
         ends.append((math.inf, STILL_WAITS) if waits else (ended, text))
     else:
-        ends.append((answer["ended"], str(answer["wrong"]).splitlines()[0]))
+        ends.append((answer["ended"], str(answer.get("wrong")).splitlines()[0]))
 
 
 async def _gloo(size: int, runs: int, folder: Path) -> Row:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
 import attrs
 
-from .children import HEAD_START
-from .processes import Child, ChildFailed, ask_all, children
+from .processes import Child, ChildFailed, act_all, ask_all, children
 from .report import Row, machine, show, write
 
 #: The codecs, and how many times the tensor a process may grow by.
@@ -67,7 +65,7 @@ async def _measure(peers: int, size: int, codec: str, runs: int) -> list[Rank]:
 
 async def _once(team: list[Child], number: int, codec: str) -> list[dict[str, Any]]:
     await ask_all(team, "open", run=number, codec=codec)
-    answers = await ask_all(team, "go", at=time.monotonic() + HEAD_START)
+    answers = await act_all(team)
     for child, answer in zip(team, answers, strict=True):
         if answer["wrong"] is not None:
             raise ChildFailed(f"{child.name} holds a wrong result in run {number}: {answer['wrong']}")

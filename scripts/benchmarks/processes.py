@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import trio
+
+from .children import HEAD_START
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench.py"
 #: Seconds for one order, unless its sender says otherwise: importing torch eight times on a busy machine takes a while.
@@ -154,6 +157,19 @@ async def children() -> AsyncIterator[Children]:
         yield group
     finally:
         await group.close()
+
+
+async def act_all(group: Sequence[Child], patience: float = PATIENCE) -> list[dict[str, Any]]:
+    """All reduce at the same moment. What they hold is looked at when the last one is done: that takes long, and they
+    share the cores."""
+    done = await ask_all(group, "go", at=time.monotonic() + HEAD_START, patience=patience)
+    return await checked(group, done)
+
+
+async def checked(group: Sequence[Child], done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What ``group`` said of a reduce, with what is wrong with their results (None: nothing), and their digests."""
+    checks = await ask_all(group, "check")
+    return [{**check, **answer} for check, answer in zip(checks, done, strict=True)]
 
 
 async def ask_all(

@@ -75,6 +75,7 @@ class ShoalPeer(Worker):
         self._coding, self._resident = PLAIN, 0
         self._notes: list[tuple[float, Note]] = []
         self._votes: dict[bytes, tuple[int, Accepted | None]] = {}
+        self._result: Tensor | None = None
 
     async def do(self, order: str, arguments: dict[str, Any]) -> dict[str, Any]:
         match order:
@@ -101,6 +102,8 @@ class ShoalPeer(Worker):
             case "go":
                 await until(arguments["at"])
                 return await self._reduce()
+            case "check":
+                return self._look()
         raise ValueError(order)
 
     async def _meet(self, everybody: list[list[str]], rank: int) -> dict[str, Any]:
@@ -175,6 +178,13 @@ class ShoalPeer(Worker):
     def _check_result(self, result: Tensor, record: CommitRecord) -> str | None:
         return vectors.wrong(result, self._mean, self._run, 1e-4 if self._coding.plain else 0.03 * (128 + self._run))
 
+    def _look(self) -> dict[str, Any]:
+        """At the result of the last reduce."""
+        result, self._result = self._result, None  # its memory is for the next round
+        if result is None:
+            return {"wrong": "it has no result", "digest": ""}
+        return {"wrong": self._check_result(result, self._head), "digest": vectors.digest(result)}
+
     async def _reduce(self) -> dict[str, Any]:
         instance, vector = self._instance, self._vector
         self._notes.clear()
@@ -193,14 +203,12 @@ class ShoalPeer(Worker):
         if result is None or instance.commit is None:
             notes = "; ".join(f"{note.phase} {note.what} {note.detail}" for _, note in self._notes)
             return {"wrong": f"no result after {ROUND_LIMIT:.0f} s: {instance.voter.reason} ({notes})", "digest": ""}
-        self._head = instance.commit.record
+        self._head, self._result = instance.commit.record, result
         self._hub.remember(instance.commit)
         self._votes.clear()
         return {
             "began": began,
             "ended": ended,
-            "wrong": self._check_result(result, self._head),
-            "digest": vectors.digest(result),
             "attempts": instance.voter.attempt + 1,
             "cpu": cpu,
             "memory": resident() - self._resident,

@@ -43,14 +43,15 @@ class ReducePeer(Worker):
             case "go":
                 await self.until(arguments["at"])
                 return await self._reduce()
+            case "check":
+                wrong = vectors.wrong(self._result, self._mean, self._run, self.tolerance)
+                return {"wrong": wrong, "digest": vectors.digest(self._result)}
         raise ValueError(order)
 
     async def _reduce(self) -> dict[str, Any]:
         cpu, began = self.cpu(), time.monotonic()
-        result = await self.reduce(self._tensor)
-        ended, cpu = time.monotonic(), self.cpu() - cpu
-        wrong = vectors.wrong(result, self._mean, self._run, self.tolerance)
-        return {"began": began, "ended": ended, "wrong": wrong, "digest": vectors.digest(result), "cpu": cpu}
+        self._result = await self.reduce(self._tensor)
+        return {"began": began, "ended": time.monotonic(), "cpu": self.cpu() - cpu}
 
     #: How far a value may be from the mean: float32's rounding.
     tolerance = 1e-4
