@@ -51,11 +51,8 @@ def linear_combination(slices: Sequence[Tensor], coefficients: Floats, out: Tens
     if not len(used):
         out.zero_()
         return
-    arrays, target, factors = [exact.array_of(slices[i]) for i in used.tolist()], exact.array_of(out), factors[used]
-    # From the end: who looked at the slices before, for the Gram matrix, left their ends in the cache.
-    step = max(defaults.AGGREGATE_CHUNK // len(arrays), 1)
-    for start in range((len(target) - 1) // step * step, -1, -step):
-        kernels.active.mean(tuple(array[start : start + step] for array in arrays), factors, target[start : start + step])
+    arrays = tuple(exact.array_of(slices[i]) for i in used.tolist())
+    kernels.active.mean(arrays, factors[used], exact.array_of(out))
 
 
 def mixed(slices: Sequence[Tensor], matrix: Floats) -> Iterator[tuple[slice, list[Tensor]]]:
