@@ -204,9 +204,9 @@ class Staged:
         mine = next((seat.stage for seat in plan if seat.peer == self.me), None)
         if not self._begun and not plan:
             return None
+        lost = self._lost()  # also where all are held: then that is noted
         if not all(held):
             # At the beginning each stage is founded by the first one who is to hold it; later by a rescuer.
-            lost = self._lost()
             for number, here in enumerate(held):
                 seats = [seat.peer for seat in plan if seat.stage == number and self.crew.alive(seat.peer)]
                 if not here and seats and min(seats) == self.me and number not in self._seen:
@@ -309,7 +309,8 @@ class Staged:
         # Whoever held it may be about to start as well, after a restart of all; or whoever is to begin with it.
         if self._resumed or any(map(self.crew.resuming, self._all)):
             return defaults.RESUME_GRACE
-        return defaults.BEGIN_GRACE if self._plan() else defaults.LOST_GRACE
+        begins = self._plan() and not self.crew.usual_rounds()  # it was held where rounds have been done
+        return defaults.BEGIN_GRACE if begins else defaults.LOST_GRACE
 
     def _rescuer(self, lost: int) -> PeerId | None:
         holders = {stage: [bytes(p) for p in self.crew.holders(stage)] for stage in self._all}
