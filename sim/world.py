@@ -39,7 +39,8 @@ class Scenario:
 
     ``task``: a built-in one; or ``make_task``: gives every node a task object of its own. ``route``: latency, bandwidth
     and loss between any two. ``faults``: by node number. ``late``: numbers that :func:`simulate` does not start.
-    ``slowness``: by node number, how many times as long its training takes.
+    ``slowness``: by node number, how many times as long its training takes; ``memory``: bytes that it says it has for a
+    stage.
     ``evaluate_every``, ``time_budget``: as in :class:`shoal.node.node.NodeConfig`. ``limit``: virtual seconds that the
     run may take. Everything random is drawn from ``seed``, keys included; the run's own seed is ``founding.seed``.
     """
@@ -53,6 +54,7 @@ class Scenario:
     faults: dict[int, Faults] = attrs.field(factory=dict)
     late: tuple[int, ...] = ()
     slowness: dict[int, float] = attrs.field(factory=dict)
+    memory: dict[int, int] = attrs.field(factory=dict)
     evaluate_every: int = 0
     time_budget: float | None = None
     limit: float = 3600.0
@@ -125,6 +127,7 @@ class World:
             evaluate_every=scenario.evaluate_every,
             time_budget=scenario.time_budget,
             faults=scenario.faults.get(number, Faults()),
+            memory=scenario.memory.get(number, 0),
         )
         task = scenario.make_task() if scenario.make_task is not None else resolve(scenario.task, allow_import=False)
         identity = Identity(hashlib.blake2b(f"{scenario.seed} {name}".encode(), digest_size=32).digest())

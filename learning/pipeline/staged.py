@@ -309,8 +309,7 @@ class Staged:
         # Whoever held it may be about to start as well, after a restart of all; or whoever is to begin with it.
         if self._resumed or any(map(self.crew.resuming, self._all)):
             return defaults.RESUME_GRACE
-        begins = self._plan() and not self.crew.usual_rounds()  # it was held where rounds have been done
-        return defaults.BEGIN_GRACE if begins else defaults.LOST_GRACE
+        return defaults.BEGIN_GRACE if self._plan() else defaults.LOST_GRACE
 
     def _rescuer(self, lost: int) -> PeerId | None:
         holders = {stage: [bytes(p) for p in self.crew.holders(stage)] for stage in self._all}
