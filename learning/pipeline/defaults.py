@@ -17,8 +17,8 @@ BEAT_TIMEOUT = 3.0
 #: Seconds that a stage must have no holder before somebody takes it over: a link that only broke is up again by then.
 LOST_GRACE = 0.4
 
-#: The same at the beginning, for a stage that nobody was ever seen to hold: who is to have it builds its model first. And
-#: for who comes later: until its holder is linked and has shown its run, a stage looks as if nobody had it.
+#: The same at the beginning, for a stage that nobody was ever seen to hold: who is to have it builds its model first.
+#: And for who comes later: until its holder is linked and has shown its run, a stage looks as if nobody had it.
 BEGIN_GRACE = 20.0
 
 #: The same when peers start again: somebody who held the stage before loads what it kept, its run may have to wait for
