@@ -44,7 +44,7 @@ class Crew:
         self._nursery: trio.Nursery | None = None
         self.beats: dict[PeerId, Beat] = {}
         self._heard: dict[PeerId, float] = {}
-        self._told: dict[PeerId, Beat] = {}
+        self._spoke: dict[PeerId, int] = {}  # beats that came from each without being asked for
         self._wake, self.changed = trio.Event(), trio.Event()
         self.presence: Presence | None = None
 
@@ -90,6 +90,7 @@ class Crew:
                 await self._wake.wait()
 
     async def _tell(self, peer: PeerId) -> None:
+        spoke = self._spoke.get(peer)
         try:
             answer = await self.endpoint.call(peer, BEAT, self.own, timeout=deadlines.silence(defaults.BEAT_TIMEOUT, 0))
         except RemoteRefused as error:
@@ -97,7 +98,10 @@ class Crew:
         except RemoteError as error:
             log.debug("%s did not hear our beat: %s", peer.short, error)
         else:
-            self._take(peer, answer)
+            # A beat is taken where it arrives, an answer a turn of the loop later: it may be the older one by then, and
+            # the newer one the last of all, that the run is over. What changes afterwards is told anyway.
+            if self._spoke.get(peer) == spoke:
+                self._take(peer, answer)
 
     def _on_beat(self, call: Call[Beat]) -> Beat:
         if call.request.run != self.run_id:
@@ -105,6 +109,7 @@ class Crew:
         if call.peer not in self.beats and len(self.beats) >= defaults.MAX_CREW:
             raise RemoteRefused("busy", f"this run has {len(self.beats)} peers already")
         self._take(call.peer, call.request)
+        self._spoke[call.peer] = self._spoke.get(call.peer, 0) + 1
         return self.own
 
     def _take(self, peer: PeerId, beat: Beat) -> None:
@@ -132,6 +137,7 @@ class Crew:
             beat = self.beats[peer]
             if beat.state != "finished" or beat.stage != 0:  # which says that all is over
                 del self.beats[peer], self._heard[peer]
+                self._spoke.pop(peer, None)
         named = {beat.part for beat in (self.own, *self.beats.values())}
         for part in [part for part in self._proven if part not in named]:
             del self._proven[part], self.parts[part]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from shoal.learning.events import RoundReport
 from shoal.learning.pipeline.cutting import stages_of
+from shoal.learning.pipeline.messages import BEAT
 from shoal.learning.pipeline.trainer import StageTrainer
 from shoal.learning.shard import Shard
 from shoal.learning.state import Layout, flatten_model
 from shoal.learning.task import Task
 from shoal.node.node import Founding
 from shoal.sim.world import Member, Scenario, World, simulate
+from shoal.transport.identity import PeerId
 from shoal.transport.memory_flow import Route
 
 
@@ -367,6 +369,33 @@ def test_who_comes_later_takes_the_stage_that_needs_it_and_trains() -> None:
     world = simulate(Scenario(3, founding(2, 2, rounds=30), make_task=Chain, late=(2,), limit=200), script)
     late = world.members[2]
     assert [report for report in late.run.reports if late.peer in report.members]
+
+
+def test_an_answer_that_was_given_before_the_last_beat_does_not_take_that_back() -> None:
+    stays: list[bool] = []
+
+    async def script(world: World) -> None:
+        await world.until(lambda: any(e.what == "done" and e.round >= 2 for m in world.live() for e in m.events), "2")
+        (holder,) = [member for member in world.live() if stage_of(member) == 1]
+        endpoint, staged = holder.node.endpoint, holder.node.staged
+        assert staged is not None
+        call = endpoint.call
+
+        async def late(peer: PeerId, method: Any, *arguments: Any, **more: Any) -> Any:
+            answer = await call(peer, method, *arguments, **more)
+            if method is BEAT:
+                await trio.sleep(0.5)
+            return answer
+
+        endpoint.call = late  # type: ignore[method-assign]
+        await world.until(staged.crew.over, "the end")
+        for _ in range(16):
+            await trio.sleep(0.05)
+            stays.append(staged.crew.over())
+
+    simulate(Scenario(2, founding(2, 2, rounds=60), make_task=Chain, limit=100), script)
+    assert all(stays)
+    assert stays
 
 
 def test_swapped_micro_batches_train_too() -> None:
