@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -9,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -25,6 +27,9 @@ R = TypeVar("R")
 
 #: Seconds between two words of progress where no terminal shows it.
 TELL_EVERY = 60.0
+
+#: Seconds between two looks whether Ctrl-C was pressed while nothing else happens.
+LOOK_EVERY = 0.1
 
 
 def stopwatch() -> Callable[[], float]:
@@ -136,12 +141,50 @@ def run_all(
             for case in todo:
                 note(*each(case))
             return found
-        # Not forked: torch's threads do not survive that. Leaving the block ends all of them, whatever they do.
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(max(1, min(processes, len(todo))), _end_with_the_parent) as pool:
-            for case, result in pool.imap_unordered(each, todo):
+        if _spread(each, todo, max(1, min(processes, len(todo))), note):
+            return found
+    if console is not None:
+        rest = "" if kept is None else "; the same command goes on from there"
+        console.print(f"interrupted: {len(found)} of {len(cases)} runs are done{rest}")
+    # The pool's semaphores go with it: at the end of a command nothing else would remove them, and Python complains.
+    gc.collect()
+    raise KeyboardInterrupt
+
+
+def _spread(
+    each: Callable[[C], tuple[C, R]], cases: Sequence[C], processes: int, note: Callable[[C, R], None]
+) -> bool:
+    """``note`` what became of ``cases``, as it comes; False after Ctrl-C. All processes are gone then."""
+    # Not forked: torch's threads do not survive that. Leaving the block ends all of them, whatever they do.
+    context = multiprocessing.get_context("spawn")
+    with _interrupt() as interrupted, context.Pool(processes, _end_with_the_parent) as pool:
+        coming = pool.imap_unordered(each, cases)
+        for _ in cases:
+            while True:
+                # Not raised where the signal meets us: that may be between a lock of the pool's and its release.
+                if interrupted.is_set():
+                    return False
+                try:
+                    case, result = coming.next(timeout=LOOK_EVERY)
+                except multiprocessing.TimeoutError:
+                    continue
                 note(case, result)
-        return found
+                break
+    return True
+
+
+@contextlib.contextmanager
+def _interrupt() -> Iterator[threading.Event]:
+    """Set by Ctrl-C, which does nothing else within; never, in a thread that gets no signals."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end_with_the_parent() -> None:
