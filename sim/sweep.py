@@ -151,9 +151,7 @@ def run_all(
     raise KeyboardInterrupt
 
 
-def _spread(
-    each: Callable[[C], tuple[C, R]], cases: Sequence[C], processes: int, note: Callable[[C, R], None]
-) -> bool:
+def _spread(each: Callable[[C], tuple[C, R]], cases: Sequence[C], processes: int, note: Callable[[C, R], None]) -> bool:
     """``note`` what became of ``cases``, as it comes; False after Ctrl-C. All processes are gone then."""
     # Not forked: torch's threads do not survive that. Leaving the block ends all of them, whatever they do.
     context = multiprocessing.get_context("spawn")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import trio
 
 from . import defaults
-from .address import Address
+from .address import Address, scope_of
 from .errors import ConfigError, PeerUnreachable
 from .interfaces import local_addresses
 from .network import ByteStream, Datagrams, Listener, Network
@@ -95,7 +95,7 @@ class TcpStream(ByteStream):
         self.local = _address(connected.getsockname())
         self._drained = False  # the last read took all there was
         self._stream = trio.SocketStream(connected)  # sets TCP_NODELAY, and keeps little unsent in the kernel
-        if hasattr(socket, "TCP_CONGESTION") and self.remote.host in (self.local.host, "127.0.0.1", "::1"):
+        if hasattr(socket, "TCP_CONGESTION") and scope_of(self.remote) == "loopback":
             with contextlib.suppress(OSError):
                 # Within a machine there is no line to spare, and BBR, where it is the default, waits for its pacing.
                 connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")

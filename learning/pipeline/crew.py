@@ -109,7 +109,8 @@ class Crew:
         if call.peer not in self.beats and len(self.beats) >= defaults.MAX_CREW:
             raise RemoteRefused("busy", f"this run has {len(self.beats)} peers already")
         self._take(call.peer, call.request)
-        self._spoke[call.peer] = self._spoke.get(call.peer, 0) + 1
+        if call.peer in self.beats:  # and not what was left out: strangers would have a place here for ever
+            self._spoke[call.peer] = self._spoke.get(call.peer, 0) + 1
         return self.own
 
     def _take(self, peer: PeerId, beat: Beat) -> None:

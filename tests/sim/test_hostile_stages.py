@@ -6,6 +6,7 @@ The liars are whole nodes of the run, whose endpoints and words the tests take o
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -274,6 +275,21 @@ def test_a_stages_run_is_as_the_founder_of_the_whole_wanted_it() -> None:
     assert fault(part=None) is not None
     forged = attrs.evolve(SignedSpec.sign(identity, sound), signature=b"\0" * 64)
     assert part_fault(run, whole, forged, 1, 0) is not None
+
+
+def test_a_beat_of_a_stage_that_there_is_not_leaves_nothing_behind() -> None:
+    async def script(world: World) -> None:
+        await after_round(world, 1)
+        (member, *_) = by_stage(world, 0)
+        crew, stranger = staged(member).crew, Identity(b"\5" * 32).peer_id
+        beat = attrs.evolve(crew.own, stage=crew.stages)
+        for _ in range(3):
+            crew._on_beat(SimpleNamespace(peer=stranger, request=beat))  # type: ignore[arg-type]
+        assert stranger not in crew.beats
+        assert stranger not in crew._heard
+        assert stranger not in crew._spoke
+
+    play(script)
 
 
 def test_a_generation_far_beyond_those_known_does_not_count() -> None:

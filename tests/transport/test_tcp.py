@@ -66,6 +66,18 @@ async def test_small_writes_are_not_delayed() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.skipif(not hasattr(socket, "TCP_CONGESTION"), reason="this system has no choice")
+async def test_within_a_machine_nobody_waits_for_the_pacing_of_bbr() -> None:
+    network = TcpNetwork()
+    async with await network.listen(LOOPBACK) as listener, await network.dial(listener.address) as ours:
+        theirs = await listener.accept()
+        async with theirs:
+            for stream in (ours, theirs):
+                chosen = stream._stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+                assert chosen.rstrip(b"\0") == b"reno"
+
+
+@pytest.mark.real
 async def test_a_wildcard_listener_is_reachable_at_every_interface_loopback_last() -> None:
     network = TcpNetwork()
     async with await network.listen(Address("tcp", "0.0.0.0", 0)) as listener:
