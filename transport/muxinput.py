@@ -129,8 +129,11 @@ class MuxInput:
 
     def landed(self, stream: MuxStream, size: int) -> list[DataReceived]:
         """``size`` bytes came and stand at the beginning of what :meth:`lane` gave for ``stream``."""
-        assert stream.sink is not None
         self._allowance[stream.priority] -= size
+        if stream.receiving is not Receiving.OPEN:
+            self._give_back(stream.priority, size)  # it was given up meanwhile
+            return []
+        assert stream.sink is not None
         stream._allowance -= size
         stream.unread += size
         stream.sink = stream.sink[size:]

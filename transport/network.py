@@ -7,8 +7,8 @@ Implementations: :mod:`shoal.transport.tcp` (kernel sockets) and :mod:`shoal.tra
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -16,8 +16,9 @@ from .address import Address
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from .pump import Lane, Run
-    from .records import Record, RecordOpener
+    from .outgoing import Outgoing
+    from .pump import Lane, Run, Transfer
+    from .records import RecordOpener
 
 
 class ByteStream(trio.abc.HalfCloseableStream):
@@ -50,9 +51,9 @@ class ByteStream(trio.abc.HalfCloseableStream):
         """
         return 0
 
-    async def send_run(self, wires: Sequence[bytes | bytearray | memoryview]) -> None:
+    async def send_records(self, outgoing: Outgoing) -> None:
         """As ``send_all`` of one after the other."""
-        for wire in wires:
+        for wire in outgoing.wires():
             await self.send_all(wire)
 
     def receive_now(self, buffer: memoryview) -> int | None:
@@ -62,17 +63,21 @@ class ByteStream(trio.abc.HalfCloseableStream):
         """
         raise NotImplementedError
 
-    def land(self, opener: RecordOpener, lane: Lane, most: int) -> tuple[Run, list[Record]]:
-        """:meth:`RecordOpener.land` from here, in the place of :meth:`receive_now`."""
-        raise NotImplementedError
+    def land(self, opener: RecordOpener, lane: Lane) -> Transfer | None:
+        """:meth:`RecordOpener.land` from here; None: nobody can do that here."""
+        return None
 
-    def failed(self, error: int) -> NoReturn:
-        """Raise what the ``error`` that :meth:`land` has met means here."""
+    def landed(self, run: Run) -> None:
+        """What :meth:`land` has met here. Raises as :meth:`receive_into`."""
         raise NotImplementedError
 
     async def wait_receivable(self) -> None:
         """Wait until :meth:`receive_now` has something, or ask again; where it was not None last time, a checkpoint."""
         raise NotImplementedError
+
+    def round_trip(self) -> float | None:
+        """The least seconds that the operating system saw a packet's answer take; None where nobody knows."""
+        return None
 
     def allow_unsent(self, size: int) -> None:
         """A hint: about ``size`` bytes may wait in the operating system. More is faster, but what comes later waits."""

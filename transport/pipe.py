@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .network import ByteStream
+    from .outgoing import Outgoing
     from .pipehello import PipeChannel
     from .records import Record, RecordOpener, RecordSealer
     from .secure import Established
@@ -47,6 +49,7 @@ class Pipe:
 
     __slots__ = (  # a dictionary of so many takes 1.6 kB of an idle link
         "_answered",
+        "_asked_system",
         "_measured",
         "_pace",
         "_pings_due",
@@ -105,7 +108,8 @@ class Pipe:
         self.opened_at = now
         #: Smoothed round trip in seconds: of pings, before the first of them the handshake's duration.
         self.rtt = rtt
-        #: The shortest of its pings; before the first of them as `rtt`.
+        #: The shortest of its pings, before the first of them as `rtt`, or what the operating system saw where it is
+        #: less: that of packets, however busy the two nodes are.
         self.nearest = rtt
         #: Bytes per second, smoothed, at which the network took larger records; None: not measured yet.
         self.bandwidth: float | None = None
@@ -123,7 +127,8 @@ class Pipe:
         self.scope: trio.CancelScope | None = None
         #: Wakes its writer.
         self.work = Waiter()
-        self.writing = False
+        #: What is being sent.
+        self.writing: Outgoing | None = None
         #: The rest of a record that went out in part, past the writer: it goes before everything else.
         self.unsent: memoryview | None = None
         #: Its last record was of bulk.
@@ -138,6 +143,7 @@ class Pipe:
         self._token = self._answered = 0  # the last ping, and the last that was answered
         self._pings_due: list[bytes] = []
         self._pong: int | None = None
+        self._asked_system = -math.inf  # when that was
         self._pace: float | None = None  # smoothed seconds per byte of larger records
         self._unsent = defaults.UNSENT[0][1]  # what may wait in the kernel
 
@@ -156,7 +162,8 @@ class Pipe:
     @property
     def run(self) -> int:
         """Bytes of records to write in one turn, the last one counted as nothing."""
-        return min(self.stream.run, int((self.bandwidth or 0.0) * defaults.RUN_TIME))
+        seconds = defaults.RUN_TIME if self.nearest > defaults.NEAR else defaults.NEAR_RUN_TIME
+        return min(self.stream.run, int((self.bandwidth or 0.0) * seconds))
 
     def fail(self, reason: RemoteError) -> None:
         """It is dead: its tasks end."""
@@ -227,7 +234,9 @@ class Pipe:
         if self.asked is not None:
             sample = max(0.0, now - self.asked)
             self.rtt = 0.875 * self.rtt + 0.125 * sample if self._measured else sample  # RFC 6298
-            self.nearest = min(self.nearest, sample) if self._measured else sample
+            # That of the handshake was no ping; what the system saw is one of the best.
+            known = self._measured or self._asked_system > -math.inf
+            self.nearest = min(self.nearest, sample) if known else sample
             self._measured = True
         self.asked = None
 
@@ -251,6 +260,9 @@ class Pipe:
             self.unheard_since = now
         if size < defaults.MIN_RECORD // 2:
             return
+        if now >= self._asked_system + defaults.ASK_SYSTEM:
+            self._asked_system = now
+            self.nearest = min(self.nearest, self.stream.round_trip() or math.inf)
         # Seconds per byte are averaged, not bytes per second: a record that vanished in the kernel's buffer in no time
         # says little about the line, one that took long says much.
         sample = seconds / size
