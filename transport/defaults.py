@@ -234,7 +234,7 @@ UNSENT = ((0.0, 16 << 10), (50e6, 512 << 10), (200e6, 2 << 20))
 
 #: Bytes of records that go to the kernel, or come from it, in one turn of their task, and seconds of the line that this
 #: may be: control waits behind it, and every turn of the loop costs as much as Python does for several records.
-RUN_BYTES, RUN_TIME = 2 << 20, 0.01
+RUN_BYTES, RUN_TIME = 4 << 20, 0.01
 
 #: Seconds of round trip up to which a peer is near (this machine, a cable): what it takes to send there is a matter of
 #: processors more than of the line. A run may then take so long.
@@ -243,8 +243,8 @@ NEAR, NEAR_RUN_TIME = 0.001, 0.2
 #: Seconds after which the operating system is asked again for the round trip that it sees.
 ASK_SYSTEM = 1.0
 
-#: Seconds after which the pump tells what has come of a run of records, if there is no megabyte of it before.
-PUMP_LINGER = 0.005
+#: Seconds after which the pump tells what has come of a run of records, and bytes after which it does so before.
+PUMP_LINGER, PUMP_ENOUGH = 0.02, 4 << 20
 
 #: Turns of the loop that data wait for whoever reads them to say where they belong.
 READER_TURNS = 3

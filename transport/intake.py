@@ -127,9 +127,9 @@ class TakesRecords:
             size: int | None
             if self._mux.goodbye_sent:
                 size = stream.receive_now(pool.scratch())  # nobody looks at it
-            elif opener is not None and pump.active is not None and total and opener.lane_begun:
+            elif opener is not None and total and opener.lane_begun and stream.pumped:
                 return total
-            elif opener is not None and pump.active is not None and opener.at_lane and self._lane() is not None:
+            elif opener is not None and opener.at_lane and stream.pumped and self._lane() is not None:
                 return total or None
             elif opener is None or room is None:
                 if size := stream.receive_now(scratch := pool.scratch()):
@@ -158,7 +158,7 @@ class TakesRecords:
         """Whether data have begun to come for which no place is known, though the pump could take them: whoever wants
         them may just have been woken, and what is taken in before is copied once more."""
         opener = pipe.channel.opener
-        return pump.active is not None and opener is not None and opener.lane_begun and not self._mux.goodbye_sent
+        return opener is not None and opener.lane_begun and pipe.stream.pumped and not self._mux.goodbye_sent
 
     def _begin_landing(self, pipe: Pipe) -> Landing | None:
         """Let the pump receive on ``pipe``, where what comes next may be for it."""

@@ -63,6 +63,11 @@ class ByteStream(trio.abc.HalfCloseableStream):
         """
         raise NotImplementedError
 
+    @property
+    def pumped(self) -> bool:
+        """Whether :meth:`land` may be of use here."""
+        return False
+
     def land(self, opener: RecordOpener, lane: Lane) -> Transfer | None:
         """:meth:`RecordOpener.land` from here; None: nobody can do that here."""
         return None

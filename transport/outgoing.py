@@ -93,7 +93,8 @@ class Outgoing:
             if error:
                 raise OSError(error, os.strerror(error))
             del self._records[:gone]
-            rest = None
+            if gone:
+                rest = None
             if part:
                 # It was recalled. What is sealed already must not be sealed again from data that may be others by now.
                 wire, prefix, body, _ = items[gone]

@@ -251,13 +251,13 @@ static int send_step(job *j)
 
 static const uint32_t shape = 1u << 31 | (uint32_t)SPLIT_HEAD << 22, length_mask = (1u << 22) - 1;
 
-/* The length of the next record is here: whether it is one for us. Otherwise Python takes it, and what followed it. */
+/* The length of the next record is here: whether it is one for us. Otherwise Python takes it, and what follows it. */
 static int begins(job *j)
 {
     uint32_t word = big(j->next_word);
     Py_ssize_t length = word & length_mask;
     if ((word & ~length_mask) != shape || length < j->least || length > j->largest ||
-        length < SPLIT_HEAD + 2 * j->suite.tag + 1 || length + HEADER > j->room || j->filled > length + HEADER)
+        length < SPLIT_HEAD + 2 * j->suite.tag + 1 || length + HEADER > j->room)
         return 0;
     j->word = word;
     j->length = length;
@@ -272,48 +272,53 @@ static int receive_step(job *j)
     decrypt_fn decrypt = (decrypt_fn)j->suite.function;
     const unsigned char *key = (const unsigned char *)j->key;
     const Py_ssize_t tag = j->suite.tag, stop = SPLIT_HEAD + tag;
-    for (Py_ssize_t left = STEP; left > 0;) {
-        size_t asked;
-        ssize_t size;
-        if (j->between) {
-            /* Most records are as long as the one before: then it and the length of the one after it end up in place. */
-            struct iovec parts[2] = {{j->next_word + j->have, (size_t)(HEADER - j->have)},
-                                     {whole, (size_t)(j->length + HEADER)}};
-            struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
-            asked = parts[0].iov_len + parts[1].iov_len;
-            size = recvmsg(j->fd, &message, MSG_DONTWAIT);
-        } else {
-            asked = (size_t)(j->length + HEADER - j->filled);
-            size = recv(j->fd, whole + j->filled, asked, MSG_DONTWAIT);
-        }
-        if (size < 0 && errno == EINTR)
-            continue;
-        if (size <= 0) {
-            j->drained = size < 0 && would_block();
-            j->error = size < 0 && !j->drained ? errno : 0;
-            j->status = size == 0 ? ENDED : j->drained ? WAIT : FAILED;
-            return j->drained ? PARKED : OVER;
-        }
-        if (!j->came)
-            j->due = now() + j->linger;
-        j->came += size;
-        left -= size;
-        j->drained = (size_t)size < asked;
-        if (j->between) {
-            Py_ssize_t word = size < HEADER - j->have ? size : HEADER - j->have;
-            j->have += word;
-            j->filled = size - word;
-            if (j->have < HEADER)
-                return PARKED;
-            if (!begins(j))
-                return OVER;
-        } else {
-            j->filled += size;
-        }
-        if (j->filled < j->length) {
-            if (j->drained)
-                return PARKED;
-            continue;
+    Py_ssize_t left = STEP;
+    for (;;) {
+        if (j->between || j->filled < j->length) {
+            size_t asked;
+            ssize_t size;
+            if (left <= 0)
+                return MORE;
+            if (j->between) {
+                /* Most records are as long as the one before: then it and the length of the one after it are read. */
+                struct iovec parts[2] = {{j->next_word + j->have, (size_t)(HEADER - j->have)},
+                                         {whole, (size_t)(j->length + HEADER)}};
+                struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+                asked = parts[0].iov_len + parts[1].iov_len;
+                size = recvmsg(j->fd, &message, MSG_DONTWAIT);
+            } else {
+                asked = (size_t)(j->length + HEADER - j->filled);
+                size = recv(j->fd, whole + j->filled, asked, MSG_DONTWAIT);
+            }
+            if (size < 0 && errno == EINTR)
+                continue;
+            if (size <= 0) {
+                j->drained = size < 0 && would_block();
+                j->error = size < 0 && !j->drained ? errno : 0;
+                j->status = size == 0 ? ENDED : j->drained ? WAIT : FAILED;
+                return j->drained ? PARKED : OVER;
+            }
+            if (!j->came)
+                j->due = now() + j->linger;
+            j->came += size;
+            left -= size;
+            j->drained = (size_t)size < asked;
+            if (j->between) {
+                Py_ssize_t word = size < HEADER - j->have ? size : HEADER - j->have;
+                j->have += word;
+                j->filled = size - word;
+                if (j->have < HEADER)
+                    return PARKED;
+                if (!begins(j))
+                    return OVER;
+            } else {
+                j->filled += size;
+            }
+            if (j->filled < j->length) {
+                if (j->drained)
+                    return PARKED;
+                continue;
+            }
         }
         for (int i = 0; i < HEADER; i++)
             header[i] = (unsigned char)(j->word >> (24 - 8 * i));
@@ -342,15 +347,16 @@ static int receive_step(job *j)
         j->records++;
         j->landed += body;
         j->between = 1;
-        j->have = j->filled - j->length;
+        Py_ssize_t beyond = j->filled - j->length; /* more than its length only where the one before was longer */
+        j->have = beyond < HEADER ? beyond : HEADER;
         memcpy(j->next_word, whole + j->length, (size_t)j->have);
-        j->filled = 0;
+        j->filled = beyond - j->have;
+        memmove(whole, whole + j->length + j->have, (size_t)j->filled);
         if (j->records == j->most || j->landed == j->sink_size || j->landed >= j->enough)
             return OVER;
         if (j->have == HEADER && !begins(j))
             return OVER;
     }
-    return MORE;
 }
 
 /* With `lock` held: `j` leaves the list of jobs in work. */

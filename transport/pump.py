@@ -185,13 +185,14 @@ class Pump:
         self, descriptor: int, aead: Aead, counter: int, buffer: object, word: int, filled: int, largest: int,
         lane: Lane, most: int,
     ) -> Transfer:  # fmt: skip
-        """Receive records on a socket, the first of which ``buffer`` holds ``filled`` bytes of; ``word`` is its length. Of
-        -1 bytes not even that is there. ``most``: records. The result is that of ``receive`` in ``pump.c``; see :meth:`RecordOpener.landed`."""
+        """Receive records on a socket. Of the first one ``buffer`` holds ``filled`` bytes, and ``word`` is its length; of
+        -1 bytes not even that is there. ``most``: records. The result is that of ``receive`` in ``pump.c``, for
+        :meth:`RecordOpener.landed`."""
         suite, transfer = aead.suite, Transfer()
         transfer._job = self._native.receive(
             transfer, descriptor, suite.addresses[1], suite.nonce, suite.counter_at, suite.tag, aead.key, counter,
             buffer, word, filled, defaults.DIRECT_RECORD, largest, lane.number, lane.stream, lane.sink, most,
-            defaults.ACKNOWLEDGE_BYTES, defaults.PUMP_LINGER,
+            defaults.PUMP_ENOUGH, defaults.PUMP_LINGER,
         )  # fmt: skip
         return transfer
 

@@ -189,6 +189,10 @@ class TcpStream(ByteStream):
         self._drained = size < len(buffer)
         return size
 
+    @property
+    def pumped(self) -> bool:
+        return pump.current() is not None
+
     def land(self, opener: RecordOpener, lane: Lane) -> Transfer | None:
         mover = pump.current()
         return None if mover is None else opener.land(self._stream.socket.fileno(), lane, mover)
