@@ -243,8 +243,12 @@ NEAR, NEAR_RUN_TIME = 0.001, 0.2
 #: Seconds after which the operating system is asked again for the round trip that it sees.
 ASK_SYSTEM = 1.0
 
-#: Seconds after which the pump tells what has come of a run of records, and bytes after which it does so before.
-PUMP_LINGER, PUMP_ENOUGH = 0.02, 4 << 20
+#: The pump tells what has come of a run of records when it is so many bytes, so many seconds after the first of them,
+#: or when nothing more has come for so many: who keeps what it sent until that is acknowledged may wait for it.
+PUMP_ENOUGH, PUMP_LINGER, PUMP_LULL = 4 << 20, 0.02, 0.004
+
+#: Bytes up to which what can be done at once is done on the loop: the way to the thread and back costs as much.
+PUMP_AT_ONCE = 1 << 20
 
 #: Turns of the loop that data wait for whoever reads them to say where they belong.
 READER_TURNS = 3

@@ -84,7 +84,7 @@ class Outgoing:
                     items.append((None, b"", record, 0))
             if rest is not None:
                 items[0] = (None, b"", rest, 0)
-            transfer = self._transfer = mover.send(descriptor, self.aead, items)
+            transfer = self._transfer = mover.send(descriptor, self.aead, items, self.size)
             try:
                 await transfer.wait()
             finally:

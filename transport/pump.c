@@ -149,7 +149,7 @@ typedef struct job {
     struct job *next;
     int sends, fd, listed, ready, active, over;
     nfds_t slot;
-    double due; /* when what came is told, or 0 */
+    double due; /* when what came is told */
     Py_buffer *views;
     Py_ssize_t view_count;
     cipher suite;
@@ -166,7 +166,7 @@ typedef struct job {
     int drained, between; /* between: no record is under way, and of the next one's length `have` bytes are here */
     Py_ssize_t have;
     unsigned char next_word[HEADER];
-    double linger;
+    double linger, lull, latest;
 } job;
 
 struct pump {
@@ -298,8 +298,10 @@ static int receive_step(job *j)
                 j->status = size == 0 ? ENDED : j->drained ? WAIT : FAILED;
                 return j->drained ? PARKED : OVER;
             }
+            double time = now();
             if (!j->came)
-                j->due = now() + j->linger;
+                j->latest = time + j->linger;
+            j->due = time + j->lull < j->latest ? time + j->lull : j->latest;
             j->came += size;
             left -= size;
             j->drained = (size_t)size < asked;
@@ -532,13 +534,25 @@ static Py_buffer *view(job *j, PyObject *of, int flags)
     return at;
 }
 
-/* Give it to the thread. Takes the reference over where it succeeds, and gives Python one. */
-static PyObject *submit(pump *p, job *j)
+/* Give it to the thread, unless it is over with a first step, here, where that is asked for. Takes the reference over,
+ * and gives Python one. */
+static PyObject *submit(pump *p, job *j, int first)
 {
+    if (first) {
+        int state;
+        Py_BEGIN_ALLOW_THREADS
+        state = j->sends ? send_step(j) : receive_step(j);
+        Py_END_ALLOW_THREADS
+        if (state == OVER) {
+            j->over = 1;
+            return (PyObject *)j;
+        }
+    }
     pthread_mutex_lock(&p->lock);
     int quit = p->quit;
     if (!quit) {
-        j->ready = j->listed = 1;
+        j->listed = 1;
+        j->ready = 1; /* or it came while we looked */
         j->next = p->jobs;
         p->jobs = j;
         if (p->sleeping)
@@ -558,9 +572,10 @@ static PyObject *pump_send(pump *p, PyObject *args)
     cipher suite;
     ull function;
     int fd;
+    int first;
     PyObject *token, *list;
-    if (!PyArg_ParseTuple(args, "OiKnnny#O!", &token, &fd, &function, &suite.nonce, &suite.counter_at, &suite.tag,
-                          &suite.key, &suite.key_size, &PyList_Type, &list))
+    if (!PyArg_ParseTuple(args, "OpiKnnny#O!", &token, &first, &fd, &function, &suite.nonce, &suite.counter_at,
+                          &suite.tag, &suite.key, &suite.key_size, &PyList_Type, &list))
         return NULL;
     suite.function = (uintptr_t)function;
     job *j = new_job(p, token, fd, &suite);
@@ -603,7 +618,7 @@ static PyObject *pump_send(pump *p, PyObject *args)
             goto failed;
         }
     }
-    return submit(p, j);
+    return submit(p, j, first);
 failed:
     Py_DECREF((PyObject *)j);
     return NULL;
@@ -616,11 +631,12 @@ static PyObject *pump_receive(pump *p, PyObject *args)
     int fd;
     unsigned int word, number, stream;
     Py_ssize_t filled, largest, least, most, enough;
-    double linger;
+    double linger, lull, latest;
+    int first;
     PyObject *token, *buffer, *sink;
-    if (!PyArg_ParseTuple(args, "OiKnnny#KOInnnIIOnnd", &token, &fd, &function, &suite.nonce, &suite.counter_at,
-                          &suite.tag, &suite.key, &suite.key_size, &counter, &buffer, &word, &filled, &least, &largest,
-                          &number, &stream, &sink, &most, &enough, &linger))
+    if (!PyArg_ParseTuple(args, "OpiKnnny#KOInnnIIOnndd", &token, &first, &fd, &function, &suite.nonce,
+                          &suite.counter_at, &suite.tag, &suite.key, &suite.key_size, &counter, &buffer, &word,
+                          &filled, &least, &largest, &number, &stream, &sink, &most, &enough, &linger, &lull))
         return NULL;
     suite.function = (uintptr_t)function;
     job *j = new_job(p, token, fd, &suite);
@@ -656,7 +672,8 @@ static PyObject *pump_receive(pump *p, PyObject *args)
     j->most = most;
     j->enough = enough;
     j->linger = linger;
-    return submit(p, j);
+    j->lull = lull;
+    return submit(p, j, first);
 failed:
     Py_DECREF((PyObject *)j);
     return NULL;
@@ -836,7 +853,21 @@ static PyMethodDef job_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyObject *job_over(job *j, void *unused)
+{
+    pthread_mutex_lock(&j->of->lock);
+    int over = j->over;
+    pthread_mutex_unlock(&j->of->lock);
+    return PyBool_FromLong(over);
+}
+
+static PyGetSetDef job_getters[] = {
+    {"over", (getter)job_over, NULL, "the thread has nothing to do with it any more", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
 static PyType_Slot job_slots[] = {
+    {Py_tp_getset, job_getters},
     {Py_tp_dealloc, job_dealloc},
     {Py_tp_methods, job_methods},
     {0, NULL},
@@ -845,10 +876,10 @@ static PyType_Slot job_slots[] = {
 static PyType_Spec job_spec = {"shoal.transport._pump.Job", sizeof(job), 0, Py_TPFLAGS_DEFAULT, job_slots};
 
 static PyMethodDef pump_methods[] = {
-    {"send", (PyCFunction)pump_send, METH_VARARGS, "send(token, fd, encrypt, nonce, counter_at, tag, key, records)"},
+    {"send", (PyCFunction)pump_send, METH_VARARGS, "send(token, first, fd, encrypt, nonce, counter_at, tag, key, records)"},
     {"receive", (PyCFunction)pump_receive, METH_VARARGS,
-     "receive(token, fd, decrypt, nonce, counter_at, tag, key, counter, buffer, word, filled, least, largest, number, "
-     "stream, sink, most, enough, linger)"},
+     "receive(token, first, fd, decrypt, nonce, counter_at, tag, key, counter, buffer, word, filled, least, largest, number, "
+     "stream, sink, most, enough, linger, lull)"},
     {"finished", (PyCFunction)pump_finished, METH_NOARGS, "finished()"},
     {"close", (PyCFunction)pump_close, METH_NOARGS, "close()"},
     {NULL, NULL, 0, NULL},

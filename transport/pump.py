@@ -4,8 +4,8 @@ The native helper (``pump.c``, built when there is a compiler) seals a run in on
 for each run of trio (:class:`Pump`) that works on sockets. It sends records one after the other, sealing each when its
 turn comes, and receives the plain case, whole records of bulk, in order, of one stream whose reader waits for more than
 they bring (:class:`Lane`), straight to their place. Everything else that comes it leaves to the layers that know what
-it means. Python hears of what came when there is a megabyte of it, or after :data:`defaults.PUMP_LINGER` seconds: a
-turn of the loop costs as much as some hundred KiB.
+it means. Python hears of what came when there is much of it, when nothing more came for a moment, or after some
+(:data:`defaults.PUMP_ENOUGH`): a turn of the loop costs as much as some hundred KiB.
 
 Without it, with ``SHOAL_PURE=1`` or on Windows records are sealed and opened one by one (:mod:`records`): slower, the
 same bytes on the wire.
@@ -126,6 +126,11 @@ class Transfer:
         self._task: trio.lowlevel.Task | None = None
         self._over = False
 
+    def begun(self, job: Any) -> Transfer:
+        """``job`` is what the thread does, unless all of it was done at once."""
+        self._job, self._over = job, job.over
+        return self
+
     @property
     def over(self) -> bool:
         """True when the thread has nothing to do with it any more."""
@@ -173,28 +178,30 @@ class Pump:
     def __init__(self, native: Any) -> None:
         self._native = native
 
-    def send(self, descriptor: int, aead: Aead, items: list[Item]) -> Transfer:
-        """Send records on a socket. The result: records that are gone, bytes of the next that are, an errno or 0."""
+    def send(self, descriptor: int, aead: Aead, items: list[Item], size: int) -> Transfer:
+        """Send records of ``size`` bytes on a socket. The result: records that are gone, bytes of the next one that
+        are, an errno or 0."""
         suite, transfer = aead.suite, Transfer()
-        transfer._job = self._native.send(
-            transfer, descriptor, suite.addresses[0], suite.nonce, suite.counter_at, suite.tag, aead.key, items
-        )
-        return transfer
+        job = self._native.send(
+            transfer, size <= defaults.PUMP_AT_ONCE, descriptor, suite.addresses[0], suite.nonce, suite.counter_at,
+            suite.tag, aead.key, items,
+        )  # fmt: skip
+        return transfer.begun(job)
 
     def receive(
         self, descriptor: int, aead: Aead, counter: int, buffer: object, word: int, filled: int, largest: int,
         lane: Lane, most: int,
     ) -> Transfer:  # fmt: skip
-        """Receive records on a socket. Of the first one ``buffer`` holds ``filled`` bytes, and ``word`` is its length; of
+        """Receive records on a socket. Of the first ``buffer`` holds ``filled`` bytes, and ``word`` is its length; of
         -1 bytes not even that is there. ``most``: records. The result is that of ``receive`` in ``pump.c``, for
         :meth:`RecordOpener.landed`."""
         suite, transfer = aead.suite, Transfer()
-        transfer._job = self._native.receive(
-            transfer, descriptor, suite.addresses[1], suite.nonce, suite.counter_at, suite.tag, aead.key, counter,
-            buffer, word, filled, defaults.DIRECT_RECORD, largest, lane.number, lane.stream, lane.sink, most,
-            defaults.PUMP_ENOUGH, defaults.PUMP_LINGER,
+        job = self._native.receive(
+            transfer, len(lane.sink) <= defaults.PUMP_AT_ONCE, descriptor, suite.addresses[1], suite.nonce,
+            suite.counter_at, suite.tag, aead.key, counter, buffer, word, filled, defaults.DIRECT_RECORD, largest,
+            lane.number, lane.stream, lane.sink, most, defaults.PUMP_ENOUGH, defaults.PUMP_LINGER, defaults.PUMP_LULL,
         )  # fmt: skip
-        return transfer
+        return transfer.begun(job)
 
     async def serve(self) -> None:
         """Hand over what is done, until cancelled; then the thread ends."""

@@ -127,7 +127,7 @@ def test_jobs_that_do_not_fit_are_refused_and_nothing_is_written() -> None:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(defaults, "PUMP_LINGER", 0.002)
+    monkeypatch.setattr(defaults, "PUMP_LULL", 0.002)
 
 
 @contextmanager
@@ -377,24 +377,24 @@ def test_arguments_that_do_not_fit_each_other_are_refused() -> None:
     word = 1 << 31 | HEAD.size << 22 | SIZE + HEAD.size + 2 * suite.tag
     room, sink = bytearray(SIZE + 200), bytearray(SIZE)
     arguments = [
-        None, -1, suite.addresses[1], suite.nonce, suite.counter_at, suite.tag, bytes(suite.key), 0, room, word, 0, 0,
-        1 << 20, 0, 6, sink, 1, 1 << 20, 0.01,
+        None, False, -1, suite.addresses[1], suite.nonce, suite.counter_at, suite.tag, bytes(suite.key), 0, room,
+        word, 0, 0, 1 << 20, 0, 6, sink, 1, 1 << 20, 0.01, 0.01,
     ]  # fmt: skip
     with pump_thread() as mover:
         for place, wrong in (
-            (2, 0), (3, 99), (4, 13), (4, -1), (5, 0), (5, 99), (6, b"short"), (6, bytes(65)), (8, bytearray(SIZE)),
-            (9, word & ~(1 << 31)), (9, 1 << 31 | HEAD.size << 22 | 40), (10, SIZE + 5000), (16, 0),
+            (3, 0), (4, 99), (5, 13), (5, -1), (6, 0), (6, 99), (7, b"short"), (7, bytes(65)), (9, bytearray(SIZE)),
+            (10, word & ~(1 << 31)), (10, 1 << 31 | HEAD.size << 22 | 40), (11, SIZE + 5000), (17, 0),
         ):  # fmt: skip
             with pytest.raises(ValueError, match="not "):
                 mover._native.receive(*arguments[:place], wrong, *arguments[place + 1 :])
-        for place in (8, 15):
+        for place in (9, 16):
             with pytest.raises((TypeError, BufferError)):
                 mover._native.receive(*arguments[:place], bytes(SIZE + 200), *arguments[place + 1 :])
         between = list(arguments)
-        between[10], between[12] = -1, SIZE + 500  # the largest does not fit into the room
+        between[11], between[13] = -1, SIZE + 500  # the largest does not fit into the room
         with pytest.raises(ValueError, match="not "):
             mover._native.receive(*between)
-        start = [None, -1, suite.addresses[0], suite.nonce, suite.counter_at, suite.tag, bytes(suite.key)]
+        start = [None, False, -1, suite.addresses[0], suite.nonce, suite.counter_at, suite.tag, bytes(suite.key)]
         for bad in ((None, b"", b"x"), (bytearray(30), bytes(9), bytes(9), 0), (bytearray(90), b"abc", b"x", 0)):
             with pytest.raises((TypeError, ValueError)):
                 mover._native.send(*start, [bad])
