@@ -234,18 +234,21 @@ UNSENT = ((0.0, 16 << 10), (50e6, 512 << 10), (200e6, 2 << 20))
 
 #: Bytes of records that go to the kernel, or come from it, in one turn of their task, and seconds of the line that this
 #: may be: control waits behind it, and every turn of the loop costs as much as Python does for several records.
-RUN_BYTES, RUN_TIME = 4 << 20, 0.01
+RUN_BYTES, RUN_TIME = 2 << 20, 0.01
 
 #: Seconds of round trip up to which a peer is near (this machine, a cable): what it takes to send there is a matter of
 #: processors more than of the line. A run may then take so long.
 NEAR, NEAR_RUN_TIME = 0.001, 0.2
 
+#: Bytes of bulk under way to a near peer, where none of them are kept here: with less both sides wait for turns of each
+#: other's loops, with more small calls wait longer behind what fills the kernel's buffers.
+NEAR_UNDER_WAY = 6 << 20
+
 #: Seconds after which the operating system is asked again for the round trip that it sees.
 ASK_SYSTEM = 1.0
 
-#: The pump tells what has come of a run of records when it is so many bytes, so many seconds after the first of them,
-#: or when nothing more has come for so many: who keeps what it sent until that is acknowledged may wait for it.
-PUMP_ENOUGH, PUMP_LINGER, PUMP_LULL = 4 << 20, 0.02, 0.004
+#: Seconds after which the pump tells what has come of a run of records, where it need not be acknowledged before.
+PUMP_LINGER = 0.02
 
 #: Bytes up to which what can be done at once is done on the loop: the way to the thread and back costs as much.
 PUMP_AT_ONCE = 1 << 20

@@ -360,7 +360,10 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
         self._note_sent(pipe, size, seconds, now)
         if pipe.sent_bulk:
             links = 1 if self.line is None else self.line.up.peers
-            self._session.bound_bulk(deadlines.under_way(self._pipes.bandwidth, pipe.nearest, links))
+            rate, rtt = self._pipes.bandwidth, pipe.nearest
+            self._session.bound_bulk(
+                deadlines.under_way(rtt=rtt, bandwidth=rate), deadlines.under_way(rate, rtt, links)
+            )
 
     def _compose(self, pipe: Pipe) -> bytearray | memoryview | None:
         """The next record of ``pipe`` for the wire."""

@@ -166,7 +166,7 @@ typedef struct job {
     int drained, between; /* between: no record is under way, and of the next one's length `have` bytes are here */
     Py_ssize_t have;
     unsigned char next_word[HEADER];
-    double linger, lull, latest;
+    double linger;
 } job;
 
 struct pump {
@@ -298,10 +298,8 @@ static int receive_step(job *j)
                 j->status = size == 0 ? ENDED : j->drained ? WAIT : FAILED;
                 return j->drained ? PARKED : OVER;
             }
-            double time = now();
             if (!j->came)
-                j->latest = time + j->linger;
-            j->due = time + j->lull < j->latest ? time + j->lull : j->latest;
+                j->due = now() + j->linger;
             j->came += size;
             left -= size;
             j->drained = (size_t)size < asked;
@@ -631,12 +629,12 @@ static PyObject *pump_receive(pump *p, PyObject *args)
     int fd;
     unsigned int word, number, stream;
     Py_ssize_t filled, largest, least, most, enough;
-    double linger, lull, latest;
+    double linger;
     int first;
     PyObject *token, *buffer, *sink;
-    if (!PyArg_ParseTuple(args, "OpiKnnny#KOInnnIIOnndd", &token, &first, &fd, &function, &suite.nonce,
+    if (!PyArg_ParseTuple(args, "OpiKnnny#KOInnnIIOnnd", &token, &first, &fd, &function, &suite.nonce,
                           &suite.counter_at, &suite.tag, &suite.key, &suite.key_size, &counter, &buffer, &word,
-                          &filled, &least, &largest, &number, &stream, &sink, &most, &enough, &linger, &lull))
+                          &filled, &least, &largest, &number, &stream, &sink, &most, &enough, &linger))
         return NULL;
     suite.function = (uintptr_t)function;
     job *j = new_job(p, token, fd, &suite);
@@ -672,7 +670,6 @@ static PyObject *pump_receive(pump *p, PyObject *args)
     j->most = most;
     j->enough = enough;
     j->linger = linger;
-    j->lull = lull;
     return submit(p, j, first);
 failed:
     Py_DECREF((PyObject *)j);
@@ -879,7 +876,7 @@ static PyMethodDef pump_methods[] = {
     {"send", (PyCFunction)pump_send, METH_VARARGS, "send(token, first, fd, encrypt, nonce, counter_at, tag, key, records)"},
     {"receive", (PyCFunction)pump_receive, METH_VARARGS,
      "receive(token, first, fd, decrypt, nonce, counter_at, tag, key, counter, buffer, word, filled, least, largest, number, "
-     "stream, sink, most, enough, linger, lull)"},
+     "stream, sink, most, enough, linger)"},
     {"finished", (PyCFunction)pump_finished, METH_NOARGS, "finished()"},
     {"close", (PyCFunction)pump_close, METH_NOARGS, "close()"},
     {NULL, NULL, 0, NULL},

@@ -4,8 +4,8 @@ The native helper (``pump.c``, built when there is a compiler) seals a run in on
 for each run of trio (:class:`Pump`) that works on sockets. It sends records one after the other, sealing each when its
 turn comes, and receives the plain case, whole records of bulk, in order, of one stream whose reader waits for more than
 they bring (:class:`Lane`), straight to their place. Everything else that comes it leaves to the layers that know what
-it means. Python hears of what came when there is much of it, when nothing more came for a moment, or after some
-(:data:`defaults.PUMP_ENOUGH`): a turn of the loop costs as much as some hundred KiB.
+it means. Python hears of what came when it is due to be acknowledged, or after :data:`defaults.PUMP_LINGER` seconds: a
+turn of the loop costs as much as some hundred KiB.
 
 Without it, with ``SHOAL_PURE=1`` or on Windows records are sealed and opened one by one (:mod:`records`): slower, the
 same bytes on the wire.
@@ -199,7 +199,7 @@ class Pump:
         job = self._native.receive(
             transfer, len(lane.sink) <= defaults.PUMP_AT_ONCE, descriptor, suite.addresses[1], suite.nonce,
             suite.counter_at, suite.tag, aead.key, counter, buffer, word, filled, defaults.DIRECT_RECORD, largest,
-            lane.number, lane.stream, lane.sink, most, defaults.PUMP_ENOUGH, defaults.PUMP_LINGER, defaults.PUMP_LULL,
+            lane.number, lane.stream, lane.sink, most, defaults.ACKNOWLEDGE_BYTES, defaults.PUMP_LINGER,
         )  # fmt: skip
         return transfer.begun(job)
 

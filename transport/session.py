@@ -48,7 +48,7 @@ class Outbox:
     """The sending half of one channel. ``window``: bytes kept beyond which nothing new goes out."""
 
     def __init__(self, window: int = defaults.MAX_UNACKNOWLEDGED) -> None:
-        self._window = self._most = window
+        self._window = self._own = self._most = window
         #: Bytes sent and not acknowledged, and those of them that are lent.
         self.kept = self.lent = 0
         self._next = 0
@@ -65,13 +65,14 @@ class Outbox:
     @property
     def full(self) -> bool:
         """True while a new record could be further ahead of a missing one than the peer may hold (:class:`Inbox`)."""
-        if self._next - self._acknowledged > defaults.MAX_EARLY_RECORDS or self.kept >= self._most:
+        if self._next - self._acknowledged > defaults.MAX_EARLY_RECORDS or self.kept >= self._window:
             return True
-        return self.kept - self.lent >= self._window  # what is lent takes no memory
+        return self.kept - self.lent >= self._own
 
-    def bound(self, size: int) -> None:
-        """The window is ``size`` bytes from here on, or that of the beginning if that is less."""
-        self._window = min(size, self._most)
+    def bound(self, size: int, own: int) -> None:
+        """The window is ``size`` bytes from here on, or that of the beginning if that is less; ``own``: for what takes
+        memory here, which what is lent does not."""
+        self._window, self._own = min(size, self._most), min(own, self._most)
 
     def keep(self, pipe: int, sealed: Sealed | Lent) -> None:
         """The record :attr:`next` went out on ``pipe``. Raises :class:`RemoteProtocolError` when too much is kept."""
@@ -231,9 +232,10 @@ class Session:
         """True when a record has to go out again."""
         return self.out[channel].repeat() is not None
 
-    def bound_bulk(self, size: int) -> None:
-        """From here on no more than ``size`` bytes of bulk are under way, or what was allowed in the beginning."""
-        self.out[BULK].bound(size)
+    def bound_bulk(self, size: int, own: int) -> None:
+        """From here on no more than ``size`` bytes of bulk are under way, ``own`` of those that are kept here, or what
+        was allowed in the beginning."""
+        self.out[BULK].bound(size, own)
 
     def lost(self, pipe: int) -> None:
         """``pipe`` is dead."""

@@ -127,7 +127,7 @@ def test_jobs_that_do_not_fit_are_refused_and_nothing_is_written() -> None:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(defaults, "PUMP_LULL", 0.002)
+    monkeypatch.setattr(defaults, "PUMP_LINGER", 0.002)
 
 
 @contextmanager
@@ -378,7 +378,7 @@ def test_arguments_that_do_not_fit_each_other_are_refused() -> None:
     room, sink = bytearray(SIZE + 200), bytearray(SIZE)
     arguments = [
         None, False, -1, suite.addresses[1], suite.nonce, suite.counter_at, suite.tag, bytes(suite.key), 0, room,
-        word, 0, 0, 1 << 20, 0, 6, sink, 1, 1 << 20, 0.01, 0.01,
+        word, 0, 0, 1 << 20, 0, 6, sink, 1, 1 << 20, 0.01,
     ]  # fmt: skip
     with pump_thread() as mover:
         for place, wrong in (
