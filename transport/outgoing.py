@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from . import pool, pump
@@ -70,8 +70,11 @@ class Outgoing:
         for record in self._records:
             yield record.seal() if isinstance(record, Lent) else record
 
-    async def pump(self, mover: pump.Pump, descriptor: int) -> None:
-        """Send all of them. Raises OSError. Cancelled, a part of a record may be gone."""
+    async def pump(self, mover: pump.Pump, descriptor: Callable[[], int]) -> None:
+        """Send all of them on a socket, whose descriptor is asked for again after each recall. Raises OSError.
+
+        Cancelled, a part of a record may be gone.
+        """
         room: memoryview | None = None
         rest: bytes | None = None  # of a record that is gone in part
         while self._records:
@@ -84,7 +87,7 @@ class Outgoing:
                     items.append((None, b"", record, 0))
             if rest is not None:
                 items[0] = (None, b"", rest, 0)
-            transfer = self._transfer = mover.send(descriptor, self.aead, items, self.size)
+            transfer = self._transfer = mover.send(descriptor(), self.aead, items, self.size)
             try:
                 await transfer.wait()
             finally:

@@ -97,6 +97,9 @@ class TcpStream(ByteStream):
         self.remote = _address(connected.getpeername())
         self.local = _address(connected.getsockname())
         self._drained = False  # the last read took all there was
+        # What the pump does with the descriptor, which must not be another connection's by then.
+        self._pumped: Outgoing | None = None
+        self._landing: Transfer | None = None
         self._stream = trio.SocketStream(connected)  # sets TCP_NODELAY, and keeps little unsent in the kernel
         if hasattr(socket, "TCP_CONGESTION") and scope_of(self.remote) == "loopback":
             with contextlib.suppress(OSError):
@@ -115,12 +118,13 @@ class TcpStream(ByteStream):
         await trio.lowlevel.checkpoint_if_cancelled()
         connected, waited = self._stream.socket, False
         if mover is not None:
-            if connected.fileno() < 0:
-                raise trio.ClosedResourceError("this stream was already closed")
+            self._pumped = outgoing
             try:
-                await outgoing.pump(mover, connected.fileno())
+                await outgoing.pump(mover, connected.fileno)
             except OSError as error:
                 raise self._broken(error) from error
+            finally:
+                self._pumped = None
             return
         left = list(outgoing.wires())
         while left:
@@ -195,9 +199,13 @@ class TcpStream(ByteStream):
 
     def land(self, opener: RecordOpener, lane: Lane) -> Transfer | None:
         mover = pump.current()
-        return None if mover is None else opener.land(self._stream.socket.fileno(), lane, mover)
+        if mover is None:
+            return None
+        self._landing = opener.land(self._stream.socket.fileno(), lane, mover)
+        return self._landing
 
     def landed(self, run: Run) -> None:
+        self._landing = None
         self._drained = run.drained
         if run.error:
             raise self._broken(OSError(run.error, os.strerror(run.error)))
@@ -252,6 +260,10 @@ class TcpStream(ByteStream):
         await self._stream.send_eof()
 
     async def aclose(self) -> None:
+        if self._pumped is not None:
+            self._pumped.recall()
+        if self._landing is not None:
+            self._landing.recall()
         await self._stream.aclose()
 
 

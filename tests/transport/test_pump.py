@@ -458,7 +458,7 @@ async def test_a_run_leaves_as_it_would_record_by_record_whoever_takes_it_back(n
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read)
             nursery.start_soon(recall)
-            await run.pump(mover, out.fileno())
+            await run.pump(mover, out.fileno)
     assert not run
     assert bytes(got) == wire
 
@@ -476,10 +476,10 @@ async def test_a_send_that_is_cancelled_or_fails_ends_at_once_and_lets_go_of_its
             if fails:
                 into.close()
                 with pytest.raises(BrokenPipeError):
-                    await run.pump(mover, out.fileno())
+                    await run.pump(mover, out.fileno)
             else:
                 with trio.move_on_after(0.05) as scope:
-                    await run.pump(mover, out.fileno())
+                    await run.pump(mover, out.fileno)
                 assert scope.cancelled_caught
                 into.setblocking(False)
                 assert len(into.recv(len(wire))) < len(wire)

@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 import struct
+import sys
 
 import pytest
 import trio
@@ -75,6 +76,28 @@ async def test_within_a_machine_nobody_waits_for_the_pacing_of_bbr() -> None:
             for stream in (ours, theirs):
                 chosen = stream._stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
                 assert chosen.rstrip(b"\0") == b"reno"
+
+
+@pytest.mark.real
+@pytest.mark.skipif(sys.platform != "linux", reason="what only Linux says")
+async def test_the_round_trip_is_that_of_packets_however_long_the_answer_takes() -> None:
+    network = TcpNetwork()
+    async with (
+        await network.listen(Address("tcp", "127.0.0.1", 0)) as listener,
+        await network.dial(listener.address) as ours,
+    ):
+        theirs = await listener.accept()
+        async with theirs:
+            for _ in range(3):
+                await ours.send_all(b"question")
+                await theirs.receive_some(8)
+                await trio.sleep(0.05)  # a busy peer
+                await theirs.send_all(b"answer")
+                await ours.receive_some(6)
+            round_trip = ours.round_trip()
+            assert round_trip is not None and 0 < round_trip < 0.04
+        await ours.aclose()
+        assert ours.round_trip() is None
 
 
 @pytest.mark.real
