@@ -137,11 +137,8 @@ def run_all(
                 told = now
                 console.print(f"{len(found)} of {len(cases)} runs; about {left:.0f} minutes left")
 
-        if processes == 1 or not todo:
-            for case in todo:
-                note(*each(case))
-            return found
-        if _spread(each, todo, max(1, min(processes, len(todo))), note):
+        alone = processes == 1 or not todo
+        if _alone(each, todo, note) if alone else _spread(each, todo, max(1, min(processes, len(todo))), note):
             return found
     if console is not None:
         rest = "" if kept is None else "; the same command goes on from there"
@@ -149,6 +146,20 @@ def run_all(
     # The pool's semaphores go with it: at the end of a command nothing else would remove them, and Python complains.
     gc.collect()
     raise KeyboardInterrupt
+
+
+def _alone(each: Callable[[C], tuple[C, R]], cases: Sequence[C], note: Callable[[C, R], None]) -> bool:
+    """:func:`_spread` in this process."""
+    try:
+        for case in cases:
+            note(*each(case))
+    except KeyboardInterrupt:
+        return False
+    except BaseExceptionGroup as group:  # as trio's nurseries hand it on
+        if group.split(KeyboardInterrupt)[1] is not None:
+            raise
+        return False
+    return True
 
 
 def _spread(each: Callable[[C], tuple[C, R]], cases: Sequence[C], processes: int, note: Callable[[C, R], None]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -13,10 +14,12 @@ import attrs
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from shoal.sim import cli
 from shoal.sim.byzantine_field import BACKGROUND, CLASSES, Case, Field, _Model, run, shifted
 from shoal.sim.lab_byzantine import NONE, sweep_over, with_liars
+from shoal.sim.sweep import run_all
 from shoal.transport.errors import ConfigError
 
 FIELD = Field(steps=60)
@@ -204,6 +207,26 @@ def children_of(pid: int) -> set[int]:
             if int(stat.rpartition(")")[2].split()[1]) == pid:
                 found.add(int(entry.name))
     return found
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_sweep_without_other_processes_says_how_far_it_came_too(grouped: bool) -> None:
+    def run(case: int) -> int:
+        if case == 2:
+            raise BaseExceptionGroup("of a nursery", [KeyboardInterrupt()]) if grouped else KeyboardInterrupt
+        return case
+
+    console = Console(file=io.StringIO(), width=100)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(run, [1, 2, 3], 1, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "interrupted: 1 of 3 runs are done" in console.file.getvalue()
+    with pytest.raises(BaseExceptionGroup):
+        run_all(lambda case: _raise(BaseExceptionGroup("both", [KeyboardInterrupt(), ValueError()])), [1], 1, console)
+
+
+def _raise(error: BaseException) -> int:
+    raise error
 
 
 @pytest.mark.process
