@@ -240,10 +240,6 @@ RUN_BYTES, RUN_TIME = 2 << 20, 0.01
 #: processors more than of the line. A run may then take so long.
 NEAR, NEAR_RUN_TIME = 0.001, 0.2
 
-#: Bytes of bulk under way to a near peer, where none of them are kept here: with less both sides wait for turns of each
-#: other's loops, with more small calls wait longer behind what fills the kernel's buffers.
-NEAR_UNDER_WAY = 6 << 20
-
 #: Seconds after which the operating system is asked again for the round trip that it sees.
 ASK_SYSTEM = 1.0
 

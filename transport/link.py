@@ -338,13 +338,11 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
 
     def _take_back(self, stream: MuxStream) -> None:
         """What ``stream`` has lent may change from here on."""
-        bulk = self._session.out[Priority.BULK]
-        if self._nursery is None or not bulk.borrows(stream):
-            return
         for pipe in self._pipes.all:
             if pipe.writing is not None:
-                pipe.writing.recall()
-        bulk.copy(stream)
+                pipe.writing.take_back(stream)
+        if self._nursery is not None:
+            self._session.out[Priority.BULK].copy(stream)
 
     def _only_bulk(self, pipe: Pipe) -> bool:
         """Whether bulk is next on ``pipe``, where its stream takes many records at once."""

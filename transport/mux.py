@@ -212,7 +212,8 @@ class Mux(MuxInput):
                 room -= self.calls.take(out, room // 2 if self._ready[channel] else room)
             # What is lent leaves in records of its own, which can be received in place.
             ready = self._ready[channel]
-            if ready and not (out and ready[0].lent and not self._before_pieces(ready[0])):
+            bulk = channel is Priority.BULK
+            if ready and not (bulk and out and ready[0].lent and not self._before_pieces(ready[0])):
                 self._fill(out, room, channel)
         return out or None
 

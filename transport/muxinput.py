@@ -122,10 +122,10 @@ class MuxInput:
     def lane(self) -> tuple[MuxStream, memoryview] | None:
         """The stream of the last bulk, if its reader waits, and where it wants what the stream may still bring."""
         stream = self._last
-        if stream is None or stream.sink is None or stream._chunks or stream.receiving is not Receiving.OPEN:
+        if stream is None or not stream.sink or stream._chunks or stream.receiving is not Receiving.OPEN:
             return None
         most = min(stream._allowance, self._allowance[Priority.BULK])
-        return stream, stream.sink[:most]
+        return (stream, stream.sink[:most]) if most > 0 else None
 
     def landed(self, stream: MuxStream, size: int) -> list[DataReceived]:
         """``size`` bytes came and stand at the beginning of what :meth:`lane` gave for ``stream``."""

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
+import trio
+
 from . import pool, pump
 from .aead import Aead
 
@@ -103,6 +105,14 @@ class Outgoing:
                 wire, prefix, body, _ = items[gone]
                 size = len(prefix) + len(body) + 2 * self.aead.suite.tag
                 rest = bytes(memoryview(body)[part:] if wire is None else wire[part:size])
+
+    def take_back(self, owner: object) -> None:
+        """What ``owner`` has lent, and has not left, may change from here on, whoever has acknowledged what of it."""
+        mine = [each for each in self._records if isinstance(each, Lent) and each.owner is owner]
+        if mine:
+            self.recall()
+            for lent in mine:
+                lent.keep()
 
     def recall(self) -> None:
         """What is lent will change: whoever looks at it from another thread stops first."""

@@ -458,9 +458,16 @@ static void *work(void *of)
         }
         p->sleeping = 1;
         pthread_mutex_unlock(&p->lock);
-        poll(fds, count, timeout);
+        int polled = poll(fds, count, timeout);
+        if (polled < 0 && errno != EINTR)
+            poll(NULL, 0, 1); /* more descriptors than this process may have: then each is tried */
         pthread_mutex_lock(&p->lock);
         p->sleeping = 0;
+        if (polled < 0) {
+            fds[0].revents = POLLIN;
+            for (nfds_t i = 1; i < count; i++)
+                fds[i].revents = fds[i].events;
+        }
         if (fds[0].revents)
             hush(p->wake[0]);
         double time = now();
@@ -870,7 +877,8 @@ static PyType_Slot job_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec job_spec = {"shoal.transport._pump.Job", sizeof(job), 0, Py_TPFLAGS_DEFAULT, job_slots};
+static PyType_Spec job_spec = {"shoal.transport._pump.Job", sizeof(job), 0,
+                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, job_slots};
 
 static PyMethodDef pump_methods[] = {
     {"send", (PyCFunction)pump_send, METH_VARARGS, "send(token, first, fd, encrypt, nonce, counter_at, tag, key, records)"},

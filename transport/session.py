@@ -109,13 +109,9 @@ class Outbox:
         if isinstance(sealed, Lent):
             self.lent -= sealed.size
 
-    def borrows(self, owner: object) -> bool:
-        """Whether something that ``owner`` has lent is not acknowledged yet."""
-        return self.lent > 0 and any(isinstance(s.sealed, Lent) and s.sealed.owner is owner for s in self._sent)
-
     def copy(self, owner: object) -> None:
         """What ``owner`` has lent may change from here on."""
-        for sent in self._sent:
+        for sent in self._sent if self.lent else ():
             if isinstance(sent.sealed, Lent) and sent.sealed.owner is owner:
                 sent.sealed.keep()
 

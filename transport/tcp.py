@@ -214,9 +214,9 @@ class TcpStream(ByteStream):
         socket = self._stream.socket
         if self._drained and socket.fileno() >= 0:
             await trio.lowlevel.wait_readable(socket)
-            self._drained = False
         else:
-            await trio.lowlevel.checkpoint()  # of a closed one, what trio says when it is read is right
+            await trio.lowlevel.checkpoint()
+        self._drained = False  # of a closed one, too: what the system says when it is read is right
 
     def _broken(self, error: OSError) -> trio.BrokenResourceError | trio.ClosedResourceError:
         if error.errno in (errno.EBADF, errno.ENOTSOCK):
