@@ -33,7 +33,6 @@ kernels = Extension(
 pump = Extension(
     "shoal.transport._pump",
     sources=[os.path.join("transport", "pump.c")],
-    extra_link_args=["-pthread"],
     define_macros=[("Py_LIMITED_API", "0x030b0000")] if stable else [],
     py_limited_api=stable,
     optional=True,  # without a compiler, or on Windows, shoal.transport.pump takes Python's own loops

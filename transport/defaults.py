@@ -236,24 +236,8 @@ UNSENT = ((0.0, 16 << 10), (50e6, 512 << 10), (200e6, 2 << 20))
 #: may be: control waits behind it, and every turn of the loop costs as much as Python does for several records.
 RUN_BYTES, RUN_TIME = 2 << 20, 0.01
 
-#: Seconds of round trip up to which a peer is near (this machine, a cable): what it takes to send there is a matter of
-#: processors more than of the line. A run may then take so long.
-NEAR, NEAR_RUN_TIME = 0.001, 0.2
-
 #: Seconds after which the operating system is asked again for the round trip that it sees.
 ASK_SYSTEM = 1.0
-
-#: Seconds after which the pump tells what has come of a run of records, where it need not be acknowledged before.
-PUMP_LINGER = 0.02
-
-#: Bytes up to which what can be done at once is done on the loop: the way to the thread and back costs as much.
-PUMP_AT_ONCE = 1 << 20
-
-#: Turns of the loop that data wait for whoever reads them to say where they belong.
-READER_TURNS = 3
-
-#: Bytes of records from which on they are given to the pump: for less it costs more than it saves.
-PUMP_LEAST = 64 << 10
 
 #: Bytes of bulk that may always be under way on a link: records of the largest size while their acknowledgement, due
 #: after 1 MiB, comes back, and some for a receiver that is late. On several links at once each has its part of so many,

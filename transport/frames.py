@@ -95,7 +95,6 @@ class MuxStream:
         "_ready",
         "_unacknowledged",
         "id",
-        "lent",
         "outgoing",
         "owner",
         "priority",
@@ -121,8 +120,6 @@ class MuxStream:
         self.receiving = Receiving.OPEN
         #: Bytes accepted by :meth:`Mux.send` and not yet in a record.
         self.queued = 0
-        #: What is queued stays as it is until the peer has it.
-        self.lent = False
         #: Bytes received and not yet read.
         self.unread = 0
         #: Where the reader, who waits, wants the next bytes; what is written to it is cut off its front.

@@ -10,8 +10,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import trio
-
 from . import defaults, pool, pump
 from .callmux import CallEvent
 from .errors import LinkClosed, RecordError, RemoteError, RemoteProtocolError
@@ -31,17 +29,6 @@ if TYPE_CHECKING:
     from .session import Session
 
 
-class Landing:
-    """What the pump receives for ``stream`` on ``pipe``; then the ``run``, or the ``failure``, that came of it."""
-
-    __slots__ = ("failure", "opener", "pipe", "run", "stream", "transfer")
-
-    def __init__(self, pipe: Pipe, opener: RecordOpener, stream: MuxStream, transfer: pump.Transfer) -> None:
-        self.pipe, self.opener, self.stream, self.transfer = pipe, opener, stream, transfer
-        self.run: pump.Run | None = None
-        self.failure: RecordError | None = None
-
-
 class TakesRecords:
     """A link, to those who send to it."""
 
@@ -50,8 +37,6 @@ class TakesRecords:
     _mux: Mux
     _pipes: PipeSet
     _session: Session
-    #: What the pump receives: one at a time.
-    _landings: list[Landing]
 
     @abstractmethod
     def _changed(self) -> None: ...
@@ -91,18 +76,9 @@ class TakesRecords:
     async def _receive(self, pipe: Pipe) -> int:
         """Wait for bytes and take in what they bring; how many there were, 0 at their end."""
         channel, stream = pipe.channel, pipe.stream
-        patience = defaults.READER_TURNS
         while stream.run:
-            landing = self._begin_landing(pipe)
-            if landing is not None:
-                came = await self._land(landing)
-            elif patience and self._reader_may_come(pipe):
-                patience -= 1
-                await trio.lowlevel.checkpoint()
-                continue
-            else:
-                await stream.wait_receivable()
-                came = self._receive_run(pipe)
+            await stream.wait_receivable()
+            came = self._receive_run(pipe)
             if came is not None:
                 return came
         opener = channel.opener
@@ -127,13 +103,11 @@ class TakesRecords:
             size: int | None
             if self._mux.goodbye_sent:
                 size = stream.receive_now(pool.scratch())  # nobody looks at it
-            elif opener is not None and total and opener.lane_begun and stream.pumped:
-                return total
-            elif opener is not None and opener.at_lane and stream.pumped and self._lane() is not None:
-                return total or None
             elif opener is None or room is None:
                 if size := stream.receive_now(scratch := pool.scratch()):
                     self._came(pipe, size, (channel.receive if opener is None else opener.feed)(scratch[:size]))
+            elif opener.at_lane and (found := self._lane()) is not None:
+                size = self._land(pipe, opener, *found, stream.run - total)
             elif size := stream.receive_now(room):
                 self._came(pipe, size, opener.fill(size))
             if size is None:
@@ -144,9 +118,9 @@ class TakesRecords:
         return total or None
 
     def _lane(self) -> tuple[MuxStream, pump.Lane] | None:
-        """What the pump may take in, if there is something, and whose it is."""
+        """What the native helper may take in, if there is one, and whose it is."""
         inbox = self._session.into[Priority.BULK]
-        if inbox.held or self._landings:
+        if pump.active is None or inbox.held:
             return None
         found = self._mux.lane()
         if found is None:
@@ -154,78 +128,25 @@ class TakesRecords:
         stream, sink = found
         return stream, pump.Lane(inbox.expected, stream.id, sink)
 
-    def _reader_may_come(self, pipe: Pipe) -> bool:
-        """Whether data have begun to come for which no place is known, though the pump could take them: whoever wants
-        them may just have been woken, and what is taken in before is copied once more."""
-        opener = pipe.channel.opener
-        return opener is not None and opener.lane_begun and pipe.stream.pumped and not self._mux.goodbye_sent
-
-    def _begin_landing(self, pipe: Pipe) -> Landing | None:
-        """Let the pump receive on ``pipe``, where what comes next may be for it."""
-        opener = pipe.channel.opener
-        if opener is None or not opener.at_lane or self._mux.goodbye_sent or (found := self._lane()) is None:
-            return None
-        stream, lane = found
-        transfer = pipe.stream.land(opener, lane)
-        if transfer is None:
-            return None
-        landing = Landing(pipe, opener, stream, transfer)
-        self._landings.append(landing)
-        return landing
-
-    async def _land(self, landing: Landing) -> int | None:
-        """As :meth:`_receive_run`, of what the pump receives, and a record more."""
-        try:
-            await landing.transfer.wait()
-        except trio.Cancelled:
-            if landing in self._landings:  # the pipe is dead: all of it comes again on another one
-                self._landings.remove(landing)
-                landing.transfer.result()
-            raise
-        self._finish(landing)
-        if landing.failure is not None:
-            raise landing.failure
-        run = landing.run
-        assert run is not None
-        landing.pipe.stream.landed(run)
-        return run.came or (0 if run.ended else None)
-
-    def _recall(self, stream: MuxStream) -> None:
-        """Whoever reads ``stream`` takes the place back in which the pump puts what comes."""
-        for landing in self._landings:
-            if landing.stream is stream:
-                self._finish(landing)
-                return
-
-    def _finish(self, landing: Landing) -> None:
-        """Take in what the pump has received, and what it left; once."""
-        if landing not in self._landings:
-            return
-        self._landings.remove(landing)
-        landing.transfer.recall()
-        pipe = landing.pipe
-        try:
-            run, records = landing.opener.landed(landing.transfer)
-        except RecordError as error:
-            landing.failure = error
-            return
-        landing.run = run
+    def _land(self, pipe: Pipe, opener: RecordOpener, stream: MuxStream, lane: pump.Lane, most: int) -> int | None:
+        """As :meth:`_receive_run`, of what belongs to ``lane``, and a record more."""
+        run, records = pipe.stream.land(opener, lane, most)
         if run.came:
             self._note_heard(pipe, run.came, self._host.now(), whole=bool(run.records or records))
         if run.records:
             try:
                 self._session.landed(run)
-                for event in self._mux.landed(landing.stream, run.size):
+                for event in self._mux.landed(stream, run.size):
                     self._handle(event)
             except RemoteProtocolError as error:
                 self._end(type(error)(error.message, peer=self.peer.short))
             self._heard(pipe)
-        try:
-            self._take(pipe, records)
-        except RecordError as error:
-            landing.failure = error
+        self._take(pipe, records)
         if run.records and not records:
             self._changed()
+        if run.error:
+            pipe.stream.failed(run.error)
+        return None if not run.came and run.drained else run.came
 
     def _came(self, pipe: Pipe, size: int, events: Sequence[Established | Record]) -> None:
         self._note_heard(pipe, size, self._host.now(), whole=bool(events))
@@ -241,9 +162,6 @@ class TakesRecords:
     def _record(self, pipe: Pipe, record: Record) -> None:
         """What an authenticated record says; nonsense in it is the peer's fault and ends the link."""
         retired_before = pipe.peer_retired
-        for landing in list(self._landings):
-            if landing.pipe is not pipe:
-                self._finish(landing)  # what it has, comes before this record, or is this record
         try:
             kind, payloads = self._session.receive(record)
             for payload in payloads:

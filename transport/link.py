@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import trio
@@ -32,7 +32,7 @@ from .frames import (
     StreamStopped,
     StreamWasReset,
 )
-from .intake import Landing, TakesRecords
+from .intake import TakesRecords
 from .linkcalls import CarriesCalls
 from .linkstreams import OpensStreams
 from .mux import Mux
@@ -48,10 +48,8 @@ from .wire import printable
 if TYPE_CHECKING:
     from .address import Address
     from .deadlines import LoopLag
-    from .frames import MuxStream
     from .host import Host
     from .identity import PeerId
-    from .outgoing import Outgoing
 
 __all__ = ["Link", "LinkStream", "Priority", "StreamLost"]
 
@@ -102,7 +100,6 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
         self._mux = Mux(initiator=channel.initiator, limits=limits, peer=self.peer.short)
         self._pipes = PipeSet(pipe, self.peer.short, self._pipes_changed)
         self._session = Session(self._mux.limits.link_window)
-        self._landings: list[Landing] = []
         self._slots = ParkingLot()
         self._nursery: trio.Nursery | None = None
         self._watching: trio.CancelScope | None = None
@@ -291,8 +288,8 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
     async def _write(self, pipe: Pipe) -> None:
         host, stream = self._host, pipe.stream
         while True:
-            outgoing = self._compose_run(pipe)
-            if not outgoing:
+            wires = self._compose_run(pipe)
+            if not wires:
                 if self._mux.goodbye_sent and pipe is self._pipes.best:
                     await stream.send_eof()
                     return  # the reader goes on until the peer has hung up, so that no reset overtakes the goodbye
@@ -305,44 +302,32 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
                 await pipe.work.wait()
                 continue
             began = host.now()
-            pipe.writing = outgoing
-            await stream.send_records(outgoing)
-            pipe.writing = None
+            pipe.writing = True
+            await stream.send_run(wires)
+            pipe.writing = False
             now = host.now()
-            self._sent(pipe, outgoing.size, now - began, now)
+            size = sum(map(len, wires))
+            self._sent(pipe, size, now - began, now)
             if pipe.sent_bulk and self.on_width is not None:
                 more, have = self._mux.has(Priority.BULK), len(self.bulk_pipes)
-                if self.width.note(now, outgoing.size, more=more, rtt=self._pipes.best.nearest, have=have):
+                if self.width.note(now, size, more=more, rtt=self._pipes.best.nearest, have=have):
                     self.on_width()
 
-    def _compose_run(self, pipe: Pipe) -> Outgoing:
-        """The next records of ``pipe``: as many as should go out in one turn."""
-        sealer, unsent = pipe.channel.sealer, pipe.take_unsent()
+    def _compose_run(self, pipe: Pipe) -> Sequence[bytearray | memoryview]:
+        """The next records of ``pipe`` for the wire: as many as should go out in one turn."""
+        unsent = pipe.take_unsent()
         if unsent is not None:
-            return sealer.run(unsent)
+            return [unsent]
         if self._only_bulk(pipe):
             limit = min(pipe.record_limit, defaults.MAX_RECORD) - HEAD_BYTES
-            outgoing = self._session.compose_run(
-                pipe.index,
-                sealer,
-                lambda: self._mux.next_piece(limit),
-                lambda: self._mux.next_record(Priority.BULK, limit),
-                pipe.run,
+            wires = self._session.compose_run(
+                pipe.index, pipe.channel.sealer, lambda: self._mux.next_piece(limit), pipe.run
             )
-            if outgoing:
-                self._composed()
+            if wires:
                 pipe.sent_bulk = True
-                return outgoing
+                return wires
         composed = self._compose(pipe)
-        return sealer.run() if composed is None else sealer.run(composed)
-
-    def _take_back(self, stream: MuxStream) -> None:
-        """What ``stream`` has lent may change from here on."""
-        for pipe in self._pipes.all:
-            if pipe.writing is not None:
-                pipe.writing.take_back(stream)
-        if self._nursery is not None:
-            self._session.out[Priority.BULK].copy(stream)
+        return [] if composed is None else [composed]
 
     def _only_bulk(self, pipe: Pipe) -> bool:
         """Whether bulk is next on ``pipe``, where its stream takes many records at once."""
@@ -358,10 +343,7 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
         self._note_sent(pipe, size, seconds, now)
         if pipe.sent_bulk:
             links = 1 if self.line is None else self.line.up.peers
-            rate, rtt = self._pipes.bandwidth, pipe.nearest
-            self._session.bound_bulk(
-                deadlines.under_way(rtt=rtt, bandwidth=rate), deadlines.under_way(rate, rtt, links)
-            )
+            self._session.bound_bulk(deadlines.under_way(self._pipes.bandwidth, pipe.nearest, links))
 
     def _compose(self, pipe: Pipe) -> bytearray | memoryview | None:
         """The next record of ``pipe`` for the wire."""
@@ -389,15 +371,12 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
         wire = self._session.compose(
             channel, pipe.index, pipe.channel.sealer, lambda: self._mux.next_record(channel, limit)
         )
-        self._composed()
-        self._calls_sent()
-        return wire
-
-    def _composed(self) -> None:
         for drained in self._mux.take_drained():
             if drained.owner is not None:
                 drained.owner._wake_sender()
         self._slots_changed()
+        self._calls_sent()
+        return wire
 
     # Signs of life
 

@@ -94,9 +94,8 @@ class Mux(MuxInput):
         self._frames[priority].append(HEADER.pack(Frame.OPEN, id, len(name)) + name)
         return stream
 
-    def send(self, stream: MuxStream, data: Buffer, *, lent: bool = False) -> None:
-        """Queue ``data`` without a copy: it must not change before it is drained (:meth:`take_drained`); ``lent``: not
-        before the peer has it, and what is queued already is no other."""
+    def send(self, stream: MuxStream, data: Buffer) -> None:
+        """Queue ``data`` without a copy: it must not change before it is drained (:meth:`take_drained`)."""
         if stream.sending is not Sending.OPEN:
             raise ProtocolMisuse(f"send on {stream}")
         view = memoryview(data)
@@ -106,7 +105,6 @@ class Mux(MuxInput):
             return
         stream._queue.append(view)
         stream.queued += len(view)
-        stream.lent = lent
         self._make_ready(stream)
 
     def end(self, stream: MuxStream) -> None:
@@ -210,66 +208,36 @@ class Mux(MuxInput):
                 self._answers = 0
             if channel is Priority.CONTROL and self.calls.has_output:
                 room -= self.calls.take(out, room // 2 if self._ready[channel] else room)
-            # What is lent leaves in records of its own, which can be received in place.
-            ready = self._ready[channel]
-            bulk = channel is Priority.BULK
-            if ready and not (bulk and out and ready[0].lent and not self._before_pieces(ready[0])):
+            if self._ready[channel]:
                 self._fill(out, room, channel)
         return out or None
 
-    def next_piece(self, limit: int) -> tuple[bytes, memoryview, MuxStream | None] | None:
-        """A frame of BULK that fills a record of ``limit`` bytes: its head, data, and their stream where they are lent;
-        None where :meth:`next_record` has to look. Of data that are not lent something is left in the queue, or their
-        sender would go on before they are sealed."""
+    def next_piece(self, limit: int) -> tuple[bytes, memoryview] | None:
+        """A frame of BULK that fills a record of ``limit`` bytes, in two parts, and what is left of its stream's data
+        is more; None where :meth:`next_record` has to look."""
         ready, n = self._ready[Priority.BULK], limit - HEADER_BYTES
         if len(ready) != 1 or self._frames[Priority.BULK] or n < defaults.DIRECT_BODY:
             return None
         stream = ready[0]
         view = stream._queue[0]
-        if len(view) <= n:
-            if not stream.lent or len(view) < defaults.DIRECT_BODY:
-                return None
-            n = len(view)
-        if stream._credit <= n or self._credit[Priority.BULK] <= n:
+        if len(view) <= n or stream._credit <= n or self._credit[Priority.BULK] <= n:
             return None
-        if n == len(view):
-            stream._queue.popleft()
-        else:
-            stream._queue[0] = view[n:]
+        stream._queue[0] = view[n:]
         stream.queued -= n
         stream._credit -= n
         self._credit[Priority.BULK] -= n
-        if not stream.queued:
-            ready.clear()
-            stream._ready = False
-            self._drained.append(stream)
-            if stream.sending is Sending.ENDING:
-                self._finish_sending(stream)
-                self._frames[Priority.BULK].append(HEADER.pack(Frame.EOF, stream.id, 0))
-        return HEADER.pack(Frame.DATA, stream.id, n), view[:n], stream if stream.lent else None
+        return HEADER.pack(Frame.DATA, stream.id, n), view[:n]
 
     def take_drained(self) -> list[MuxStream]:
         """The streams whose queue has become empty since the last call, in order."""
         drained, self._drained = self._drained, []
         return drained
 
-    @staticmethod
-    def _before_pieces(stream: MuxStream) -> int:
-        """Bytes in front of the first data that :meth:`next_piece` can take."""
-        before = 0
-        for view in stream._queue:
-            if len(view) >= defaults.DIRECT_BODY:
-                break
-            before += len(view)
-        return before
-
     def _fill(self, out: list[Buffer], room: int, priority: Priority) -> None:
         ready = self._ready[priority]
         while ready and self._credit[priority] > 0 and room > HEADER_BYTES:
             stream = ready.pop(0)
             n = min(stream.queued, stream._credit, self._credit[priority], room - HEADER_BYTES)
-            if stream.lent:
-                n = min(n, self._before_pieces(stream) or n)
             out.append(HEADER.pack(Frame.DATA, stream.id, n))
             room -= HEADER_BYTES + n
             stream.queued -= n

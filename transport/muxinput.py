@@ -122,18 +122,15 @@ class MuxInput:
     def lane(self) -> tuple[MuxStream, memoryview] | None:
         """The stream of the last bulk, if its reader waits, and where it wants what the stream may still bring."""
         stream = self._last
-        if stream is None or not stream.sink or stream._chunks or stream.receiving is not Receiving.OPEN:
+        if stream is None or stream.sink is None or stream._chunks or stream.receiving is not Receiving.OPEN:
             return None
         most = min(stream._allowance, self._allowance[Priority.BULK])
-        return (stream, stream.sink[:most]) if most > 0 else None
+        return stream, stream.sink[:most]
 
     def landed(self, stream: MuxStream, size: int) -> list[DataReceived]:
         """``size`` bytes came and stand at the beginning of what :meth:`lane` gave for ``stream``."""
-        self._allowance[stream.priority] -= size
-        if stream.receiving is not Receiving.OPEN:
-            self._give_back(stream.priority, size)  # it was given up meanwhile
-            return []
         assert stream.sink is not None
+        self._allowance[stream.priority] -= size
         stream._allowance -= size
         stream.unread += size
         stream.sink = stream.sink[size:]

@@ -7,8 +7,8 @@ Implementations: :mod:`shoal.transport.tcp` (kernel sockets) and :mod:`shoal.tra
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import trio
 
@@ -16,9 +16,8 @@ from .address import Address
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from .outgoing import Outgoing
-    from .pump import Lane, Run, Transfer
-    from .records import RecordOpener
+    from .pump import Lane, Run
+    from .records import Record, RecordOpener
 
 
 class ByteStream(trio.abc.HalfCloseableStream):
@@ -51,9 +50,9 @@ class ByteStream(trio.abc.HalfCloseableStream):
         """
         return 0
 
-    async def send_records(self, outgoing: Outgoing) -> None:
+    async def send_run(self, wires: Sequence[bytes | bytearray | memoryview]) -> None:
         """As ``send_all`` of one after the other."""
-        for wire in outgoing.wires():
+        for wire in wires:
             await self.send_all(wire)
 
     def receive_now(self, buffer: memoryview) -> int | None:
@@ -63,17 +62,12 @@ class ByteStream(trio.abc.HalfCloseableStream):
         """
         raise NotImplementedError
 
-    @property
-    def pumped(self) -> bool:
-        """Whether :meth:`land` may be of use here."""
-        return False
+    def land(self, opener: RecordOpener, lane: Lane, most: int) -> tuple[Run, list[Record]]:
+        """:meth:`RecordOpener.land` from here, in the place of :meth:`receive_now`."""
+        raise NotImplementedError
 
-    def land(self, opener: RecordOpener, lane: Lane) -> Transfer | None:
-        """:meth:`RecordOpener.land` from here; None: nobody can do that here."""
-        return None
-
-    def landed(self, run: Run) -> None:
-        """What :meth:`land` has met here. Raises as :meth:`receive_into`."""
+    def failed(self, error: int) -> NoReturn:
+        """Raise what the ``error`` that :meth:`land` has met means here."""
         raise NotImplementedError
 
     async def wait_receivable(self) -> None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .network import ByteStream
-    from .outgoing import Outgoing
     from .pipehello import PipeChannel
     from .records import Record, RecordOpener, RecordSealer
     from .secure import Established
@@ -127,8 +126,7 @@ class Pipe:
         self.scope: trio.CancelScope | None = None
         #: Wakes its writer.
         self.work = Waiter()
-        #: What is being sent.
-        self.writing: Outgoing | None = None
+        self.writing = False
         #: The rest of a record that went out in part, past the writer: it goes before everything else.
         self.unsent: memoryview | None = None
         #: Its last record was of bulk.
@@ -162,8 +160,7 @@ class Pipe:
     @property
     def run(self) -> int:
         """Bytes of records to write in one turn, the last one counted as nothing."""
-        seconds = defaults.RUN_TIME if self.nearest > defaults.NEAR else defaults.NEAR_RUN_TIME
-        return min(self.stream.run, int((self.bandwidth or 0.0) * seconds))
+        return min(self.stream.run, int((self.bandwidth or 0.0) * defaults.RUN_TIME))
 
     def fail(self, reason: RemoteError) -> None:
         """It is dead: its tasks end."""
@@ -235,7 +232,7 @@ class Pipe:
             sample = max(0.0, now - self.asked)
             self.rtt = 0.875 * self.rtt + 0.125 * sample if self._measured else sample  # RFC 6298
             # That of the handshake was no ping; what the system saw is one of the best.
-            known = self._measured or self._asked_system > -math.inf
+            known = self._measured or self.stream.round_trip() is not None
             self.nearest = min(self.nearest, sample) if known else sample
             self._measured = True
         self.asked = None

@@ -27,7 +27,6 @@ import attrs
 from . import defaults, pool, pump
 from .aead import SUITES, Aead
 from .errors import ProtocolMisuse, RecordError
-from .outgoing import Lent, Outgoing
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -124,14 +123,12 @@ class Record:
 class Sealed:
     """A record as it went out, which the one who sealed it can open again."""
 
-    __slots__ = ("_body", "_head", "size", "wire")
+    __slots__ = ("_body", "_head", "wire")
 
     def __init__(
         self, wire: bytearray | memoryview, head: tuple[Aead, int], body: tuple[Aead, int] | None = None
     ) -> None:
         self.wire, self._head, self._body = wire, head, body
-        #: Bytes on the wire.
-        self.size = len(wire)
 
     def plain(self) -> memoryview:
         """The plaintext, in a new buffer."""
@@ -187,26 +184,6 @@ class RecordSealer:
             self.seal_now(upto=keys.counter + 2)
         keys.skip(2)
         return sealed
-
-    def run(self, *records: bytearray | memoryview) -> Outgoing:
-        """The beginning of what leaves in one turn."""
-        return Outgoing(self._keys.aead, *records)
-
-    def lends(self, to: Outgoing) -> bool:
-        """Whether one more record of ``to`` may be lent: not where the key steps."""
-        keys = self._keys
-        return keys.left() >= 2 and to.aead is keys.aead
-
-    def lend(self, head: bytes, body: Buffer, owner: object) -> Lent:
-        """A split record that is sealed when it leaves; see :class:`Lent`. Only where it :meth:`lends`."""
-        self.seal_now()
-        keys = self._keys
-        self._check(len(head) + len(body))
-        length = len(head) + len(body) + 2 * len(self._tail)
-        header = _HEADER.pack(_SPLIT | len(head) << _LENGTH_BITS | length)
-        lent = Lent(keys.aead, keys.counter, header, head, body, owner)
-        keys.skip(2)
-        return lent
 
     def seal_now(self, upto: int | None = None) -> None:
         """Seal what :meth:`seal_later` was given."""
@@ -333,55 +310,37 @@ class RecordOpener:
 
     @property
     def at_lane(self) -> bool:
-        """True when what comes next may be for :meth:`land`: a large split record of one frame is under way, or none is
-        and the peer has sent large ones."""
-        if self._header:
-            return self.lane_begun
-        return self._failure is None and self._keys.left() >= 2 and self._largest >= defaults.DIRECT_RECORD
-
-    @property
-    def lane_begun(self) -> bool:
-        """:attr:`at_lane`, and a record is under way."""
-        if not 0 <= self._filled < len(self._body) - HEADER or self._failure is not None or self._keys.left() < 2:
+        """True when what comes next may be for :meth:`land`: a large split record of one frame is under way."""
+        header = self._header
+        if self._filled < 0 or self._failure is not None or self._filled >= len(self._body) - HEADER:
             return False
-        return bool(_HEADER.unpack(self._header)[0] >> _LENGTH_BITS == _LANE_SHAPE)
+        return _HEADER.unpack(header)[0] >> _LENGTH_BITS == _LANE_SHAPE and self._keys.left() >= 2
 
-    def land(self, descriptor: int, lane: pump.Lane, mover: pump.Pump) -> pump.Transfer:
-        """Have the pump receive from a socket what it knows how to, where :attr:`at_lane`. Until it is over and what
-        came of it is given to :meth:`landed`, nothing else may be done here."""
-        keys, word = self._keys, 0
-        if self._header:
-            word = _HEADER.unpack(self._header)[0]
-        else:
-            self._body, self._filled = pool.take(), -1
+    def land(self, descriptor: int, lane: pump.Lane, most: int) -> tuple[pump.Run, list[Record]]:
+        """Receive from a socket what the native helper knows how to, about ``most`` bytes of it, where :attr:`at_lane`.
+
+        Also returns the records that it left: to be taken in after what the :class:`pump.Run` says, as those of
+        :meth:`fill`. Raises :class:`RecordError`; then nothing of this run counts.
+        """
+        keys, suite, length = self._keys, self._keys.suite, self._length
         assert isinstance(self._body, memoryview)
-        return mover.receive(
-            descriptor, keys.aead, keys.counter, self._body.obj, word, self._filled, self._largest, lane,
-            keys.left() // 2,
+        status, records, size, came, word, filled, drained, control, bulk, counter, error = pump.active.receive(
+            descriptor, suite.addresses[1], suite.nonce, suite.counter_at, suite.tag, keys.aead.key,
+            keys.counter, self._body.obj, _HEADER.unpack(self._header)[0], self._filled, defaults.DIRECT_RECORD,
+            self._largest, lane.number, lane.stream, lane.sink, min(keys.left() // 2, most // length + 1),
         )  # fmt: skip
-
-    def landed(self, transfer: pump.Transfer) -> tuple[pump.Run, list[Record]]:
-        """What came of :meth:`land`, and the records that the pump left: to be taken in after what the
-        :class:`pump.Run` says, as those of :meth:`fill`. Raises :class:`RecordError`; then nothing of it counts."""
-        keys = self._keys
-        assert isinstance(self._body, memoryview)
-        (status, records, size, came, word, filled, drained, control, bulk, counter, error,
-         between, begun) = transfer.result()  # fmt: skip
-        run = pump.Run(records, size, came, drained, status == pump.ENDED, control, bulk, error)
+        run = pump.Run(records, size, came, drained, control, bulk, error)
         whole, length = memoryview(self._body.obj), word & _LENGTH
         keys.skip(counter - keys.counter)
+        self._header = _HEADER.pack(word)
         try:
             if status == pump.FORGED:
                 raise RecordError(f"record {keys.counter} was altered, replayed or reordered")
-            if between:
+            self._length, self._body, self._filled = length, whole[: length + HEADER], filled
+            if status == pump.LANDED:
+                rest = bytes(whole[length:filled])
                 self._header, self._body, self._filled = b"", bytearray(), -1
-                return run, self._feed(memoryview(begun + bytes(whole[:filled])))
-            self._header, self._length, self._body, self._filled = (
-                _HEADER.pack(word),
-                length,
-                whole[: length + HEADER],
-                filled,
-            )
+                return run, self._feed(memoryview(rest))
             if status == pump.HEADED:
                 rest = bytes(whole[length:filled])
                 return run, [self._opened(), *self._feed(memoryview(rest))]

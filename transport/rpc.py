@@ -235,8 +235,7 @@ async def exchange(
     body: Sequence[Buffer] | Body | None = None,
     timeout: float,
 ) -> AsyncIterator[Reply[R]]:
-    """One call over ``link``: sends ``request`` and ``body``, yields the :class:`Reply`. Views in ``body`` must not
-    change before the block is left.
+    """One call over ``link``: sends ``request`` and ``body``, yields the :class:`Reply`.
 
     Leaving the block without having read the result, by an exception or cancellation, cancels the handler on the other
     side. Raises :class:`WaitExpired` when ``timeout`` seconds are over (also inside the block), :class:`LinkClosed`
@@ -265,9 +264,9 @@ async def exchange(
                 if not stream.post(start, end=not size):
                     await stream.send_all(start)
                 for view in views[:-1]:
-                    await stream.lend(view)
+                    await stream.send_all(view)
                 if views:
-                    await stream.send_last(views[-1], lent=True)
+                    await stream.send_last(views[-1])
                 if made is not None:
                     await _send_made(stream, made)
                 if not stream.ended:

@@ -7,8 +7,7 @@ on any pipe of the link; its head carries its number, and what its sender has re
 
 Numbers count modulo 2^32. The receiver hands records on in order, holds those that came early, drops those it had.
 The sender keeps each record, sealed as it went out, until it is acknowledged; when its pipe dies, the record is opened
-again and goes out anew on another pipe. Of data that are lent (:class:`.outgoing.Lent`) it keeps where they are. So
-nothing is copied for this, and nothing is lost or delivered twice.
+again and goes out anew on another pipe. So nothing is copied for this, and nothing is lost or delivered twice.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import attrs
 
 from . import defaults
 from .errors import RemoteProtocolError
-from .outgoing import Lent, Outgoing
 from .pump import SPLIT_HEAD, Run
 from .records import Buffer, Record, RecordSealer, Sealed
 
@@ -41,16 +39,16 @@ class Sent:
 
     number: int
     pipe: int
-    sealed: Sealed | Lent
+    sealed: Sealed
 
 
 class Outbox:
     """The sending half of one channel. ``window``: bytes kept beyond which nothing new goes out."""
 
     def __init__(self, window: int = defaults.MAX_UNACKNOWLEDGED) -> None:
-        self._window = self._own = self._most = window
-        #: Bytes sent and not acknowledged, and those of them that are lent.
-        self.kept = self.lent = 0
+        self._window = self._most = window
+        #: Bytes sent and not acknowledged.
+        self.kept = 0
         self._next = 0
         self._acknowledged = 0  # all before this number
         # In order of numbers; those to be sent again are in both. Lists: an empty deque takes 760 bytes.
@@ -65,22 +63,17 @@ class Outbox:
     @property
     def full(self) -> bool:
         """True while a new record could be further ahead of a missing one than the peer may hold (:class:`Inbox`)."""
-        if self._next - self._acknowledged > defaults.MAX_EARLY_RECORDS or self.kept >= self._window:
-            return True
-        return self.kept - self.lent >= self._own
+        return self._next - self._acknowledged > defaults.MAX_EARLY_RECORDS or self.kept >= self._window
 
-    def bound(self, size: int, own: int) -> None:
-        """The window is ``size`` bytes from here on, or that of the beginning if that is less; ``own``: for what takes
-        memory here, which what is lent does not."""
-        self._window, self._own = min(size, self._most), min(own, self._most)
+    def bound(self, size: int) -> None:
+        """The window is ``size`` bytes from here on, or that of the beginning if that is less."""
+        self._window = min(size, self._most)
 
-    def keep(self, pipe: int, sealed: Sealed | Lent) -> None:
+    def keep(self, pipe: int, sealed: Sealed) -> None:
         """The record :attr:`next` went out on ``pipe``. Raises :class:`RemoteProtocolError` when too much is kept."""
         self._sent.append(Sent(self._next, pipe, sealed))
         self._next += 1
-        self.kept += sealed.size
-        if isinstance(sealed, Lent):
-            self.lent += sealed.size
+        self.kept += len(sealed.wire)
         if self.kept > defaults.MAX_UNACKNOWLEDGED:
             raise RemoteProtocolError("it takes our records and never acknowledges them")
 
@@ -98,22 +91,11 @@ class Outbox:
         for sent in self._sent:
             if sent.number >= self._acknowledged:
                 break
-            self._let_go(sent.sealed)
+            self.kept -= len(sent.sealed.wire)
             done += 1
         del self._sent[:done]
         while self._again and self._again[0].number < self._acknowledged:
             self._again.pop(0)
-
-    def _let_go(self, sealed: Sealed | Lent) -> None:
-        self.kept -= sealed.size
-        if isinstance(sealed, Lent):
-            self.lent -= sealed.size
-
-    def copy(self, owner: object) -> None:
-        """What ``owner`` has lent may change from here on."""
-        for sent in self._sent if self.lent else ():
-            if isinstance(sent.sealed, Lent) and sent.sealed.owner is owner:
-                sent.sealed.keep()
 
     def lost(self, pipe: int) -> None:
         """``pipe`` is dead: what went out on it and is not acknowledged must go out again."""
@@ -129,8 +111,6 @@ class Outbox:
         """``sent``, the head of what must be repeated, went out again on ``pipe``."""
         assert self._again[0] is sent
         self._again.pop(0)
-        self._let_go(sent.sealed)
-        self.kept += sealed.size
         sent.pipe, sent.sealed = pipe, sealed
 
 
@@ -228,10 +208,9 @@ class Session:
         """True when a record has to go out again."""
         return self.out[channel].repeat() is not None
 
-    def bound_bulk(self, size: int, own: int) -> None:
-        """From here on no more than ``size`` bytes of bulk are under way, ``own`` of those that are kept here, or what
-        was allowed in the beginning."""
-        self.out[BULK].bound(size, own)
+    def bound_bulk(self, size: int) -> None:
+        """From here on no more than ``size`` bytes of bulk are under way, or what was allowed in the beginning."""
+        self.out[BULK].bound(size)
 
     def lost(self, pipe: int) -> None:
         """``pipe`` is dead."""
@@ -267,34 +246,21 @@ class Session:
         self.into[BULK].landed(run.records, run.size + run.records * (SPLIT_HEAD - HEAD_BYTES))
 
     def compose_run(
-        self,
-        pipe: int,
-        sealer: RecordSealer,
-        piece: Callable[[], tuple[bytes, memoryview, object] | None],
-        fresh: Callable[[], Sequence[Buffer] | None],
-        most: int,
-    ) -> Outgoing:
-        """New records of bulk, about ``most`` bytes: each of a ``piece`` (a frame's head, data, and who lends them, or
-        None), or of what is ``fresh`` where there is no such piece."""
-        outbox, run = self.out[BULK], sealer.run()
-        sealed: Sealed | Lent
+        self, pipe: int, sealer: RecordSealer, piece: Callable[[], tuple[bytes, memoryview] | None], most: int
+    ) -> list[bytearray | memoryview]:
+        """New records of bulk for the wire, each of a ``piece``: a frame's head and data; about ``most`` bytes."""
+        outbox = self.out[BULK]
+        wires: list[bytearray | memoryview] = []
         try:
-            while run.size < most and not outbox.full and outbox.repeat() is None and sealer.lends(run):
-                if (found := piece()) is not None:
-                    frame, data, owner = found
-                    head = self._head(BULK, outbox.next) + frame
-                    sealed = sealer.seal_later(head, data) if owner is None else sealer.lend(head, data, owner)
-                elif (parts := fresh()) is not None:
-                    sealer.seal_now()
-                    sealed = sealer.seal_to_keep((self._head(BULK, outbox.next), *parts), split=True)
-                else:
-                    break
+            while most > 0 and not outbox.full and outbox.repeat() is None and (found := piece()) is not None:
+                sealed = sealer.seal_later(self._head(BULK, outbox.next) + found[0], found[1])
                 outbox.keep(pipe, sealed)
-                self.note(sealed.size)
-                run.add(sealed if isinstance(sealed, Lent) else sealed.wire)
+                self.note(len(sealed.wire))
+                wires.append(sealed.wire)
+                most -= len(sealed.wire)
         finally:
             sealer.seal_now()  # what is kept can be opened again, whatever happens
-        return run
+        return wires
 
     def seal(self, sealer: RecordSealer, frames: bytes) -> bytearray | memoryview:
         """A record of :data:`PIPE` for the wire."""
@@ -316,7 +282,7 @@ class Session:
         # Of bulk the last part is a piece of data, or a frame too small to be a body.
         sealed = sealer.seal_to_keep((self._head(channel, outbox.next), *parts), split=channel == BULK)
         outbox.keep(pipe, sealed)
-        self.note(sealed.size)
+        self.note(len(sealed.wire))
         return sealed.wire
 
     def _head(self, kind: int, number: int) -> bytes:

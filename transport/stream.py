@@ -53,7 +53,6 @@ class LinkStream(trio.abc.HalfCloseableStream):
         self._sending = False
         self._receiving = False
         self._closed = False
-        self._lends = False  # something was lent, and may still be
         self._lost: RemoteError | None = None
         stream.owner = self
 
@@ -95,21 +94,13 @@ class LinkStream(trio.abc.HalfCloseableStream):
         ``data`` is not copied and must not change meanwhile. Cancellation while it is partly sent resets the stream:
         the peer would otherwise take half a message for a whole one.
         """
-        await self._send(data, end=False, lent=False)
+        await self._send(data, end=False)
 
-    async def send_last(self, data: Buffer, *, lent: bool = False) -> None:
-        """As :meth:`send_all`, and close the sending half behind it, without a turn of the loop for that.
+    async def send_last(self, data: Buffer) -> None:
+        """As :meth:`send_all`, and close the sending half behind it, without a turn of the loop for that."""
+        await self._send(data, end=True)
 
-        ``lent``: ``data`` will not change after this returns either, until the peer has answered that it has them or
-        the stream is closed or reset: then it needs not be kept as it was sent.
-        """
-        await self._send(data, end=True, lent=lent)
-
-    async def lend(self, data: Buffer) -> None:
-        """:meth:`send_all` of what is lent; see :meth:`send_last`."""
-        await self._send(data, end=False, lent=True)
-
-    async def _send(self, data: Buffer, *, end: bool, lent: bool) -> None:
+    async def _send(self, data: Buffer, *, end: bool) -> None:
         self._begin_sending()
         try:
             await checkpoint_if_cancelled()
@@ -123,8 +114,7 @@ class LinkStream(trio.abc.HalfCloseableStream):
                 self.link._changed()
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return
-            self._mux.send(stream, data, lent=lent)
-            self._lends = self._lends or lent
+            self._mux.send(stream, data)
             if end:
                 self._mux.end(stream)
             self.link._changed()
@@ -273,7 +263,6 @@ class LinkStream(trio.abc.HalfCloseableStream):
         try:
             await self._wait_readable()
         finally:
-            self.link._recall(self._stream)
             rest, self._stream.sink = self._stream.sink, None
         return len(sink) - len(rest or b"")
 
@@ -304,7 +293,6 @@ class LinkStream(trio.abc.HalfCloseableStream):
         """:meth:`aclose` without its checkpoint."""
         if not self._closed:
             self._closed = True
-            self._take_back()
             if self._sending and self._stream.queued:
                 self._mux.reset(self._stream, ResetCode.CANCELLED)  # another task's buffer must not be sent any more
             else:
@@ -317,7 +305,6 @@ class LinkStream(trio.abc.HalfCloseableStream):
         """End both halves at once, without waiting; the peer gets :class:`StreamReset` with ``code``."""
         if not self._closed:
             self._closed = True
-            self._take_back()
             self._mux.reset(self._stream, code)
             self.link._changed()
             self._wake()
@@ -339,15 +326,8 @@ class LinkStream(trio.abc.HalfCloseableStream):
         self._sender.wake()
         self._receiver.wake()
 
-    def _take_back(self) -> None:
-        """What was lent may change from here on."""
-        if self._lends:
-            self._lends = False
-            self.link._take_back(self._stream)
-
     def _broken(self) -> None:
         """The peer has reset the stream."""
-        self._take_back()
         self._wake()
         if self.on_broken is not None:
             self.on_broken()

@@ -10,20 +10,20 @@ import os
 import socket
 import struct
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import trio
 
-from . import defaults, pump
+from . import defaults
 from .address import Address, scope_of
 from .errors import ConfigError, PeerUnreachable
 from .interfaces import local_addresses
 from .network import ByteStream, Datagrams, Listener, Network
 
 if TYPE_CHECKING:
-    from .outgoing import Outgoing
-    from .pump import Lane, Run, Transfer
-    from .records import RecordOpener
+    from .pump import Lane, Run
+    from .records import Record, RecordOpener
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +97,6 @@ class TcpStream(ByteStream):
         self.remote = _address(connected.getpeername())
         self.local = _address(connected.getsockname())
         self._drained = False  # the last read took all there was
-        # What the pump does with the descriptor, which must not be another connection's by then.
-        self._pumped: Outgoing | None = None
-        self._landing: Transfer | None = None
         self._stream = trio.SocketStream(connected)  # sets TCP_NODELAY, and keeps little unsent in the kernel
         if hasattr(socket, "TCP_CONGESTION") and scope_of(self.remote) == "loopback":
             with contextlib.suppress(OSError):
@@ -109,24 +106,14 @@ class TcpStream(ByteStream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._stream.send_all(data)
 
-    async def send_records(self, outgoing: Outgoing) -> None:
-        """By the pump where there is much, without a turn of the loop for each of them."""
-        mover = pump.current() if _DIRECT and outgoing.size >= defaults.PUMP_LEAST else None
-        if mover is None and (outgoing.lent or not _DIRECT):
-            await super().send_records(outgoing)
+    async def send_run(self, wires: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Without a turn of the loop for each of them, and a layer of Python less."""
+        if not _DIRECT:
+            await super().send_run(wires)
             return
         await trio.lowlevel.checkpoint_if_cancelled()
-        connected, waited = self._stream.socket, False
-        if mover is not None:
-            self._pumped = outgoing
-            try:
-                await outgoing.pump(mover, connected.fileno)
-            except OSError as error:
-                raise self._broken(error) from error
-            finally:
-                self._pumped = None
-            return
-        left = list(outgoing.wires())
+        left, connected = list(wires), self._stream.socket
+        waited = False
         while left:
             try:
                 sent = os.writev(connected.fileno(), left)
@@ -193,30 +180,21 @@ class TcpStream(ByteStream):
         self._drained = size < len(buffer)
         return size
 
-    @property
-    def pumped(self) -> bool:
-        return pump.current() is not None
-
-    def land(self, opener: RecordOpener, lane: Lane) -> Transfer | None:
-        mover = pump.current()
-        if mover is None:
-            return None
-        self._landing = opener.land(self._stream.socket.fileno(), lane, mover)
-        return self._landing
-
-    def landed(self, run: Run) -> None:
-        self._landing = None
+    def land(self, opener: RecordOpener, lane: Lane, most: int) -> tuple[Run, list[Record]]:
+        run, records = opener.land(self._stream.socket.fileno(), lane, most)
         self._drained = run.drained
-        if run.error:
-            raise self._broken(OSError(run.error, os.strerror(run.error)))
+        return run, records
+
+    def failed(self, error: int) -> NoReturn:
+        raise self._broken(OSError(error, os.strerror(error)))
 
     async def wait_receivable(self) -> None:
         socket = self._stream.socket
         if self._drained and socket.fileno() >= 0:
             await trio.lowlevel.wait_readable(socket)
+            self._drained = False
         else:
-            await trio.lowlevel.checkpoint()
-        self._drained = False  # of a closed one, too: what the system says when it is read is right
+            await trio.lowlevel.checkpoint()  # of a closed one, what trio says when it is read is right
 
     def _broken(self, error: OSError) -> trio.BrokenResourceError | trio.ClosedResourceError:
         if error.errno in (errno.EBADF, errno.ENOTSOCK):
@@ -260,10 +238,6 @@ class TcpStream(ByteStream):
         await self._stream.send_eof()
 
     async def aclose(self) -> None:
-        if self._pumped is not None:
-            self._pumped.recall()
-        if self._landing is not None:
-            self._landing.recall()
         await self._stream.aclose()
 
 

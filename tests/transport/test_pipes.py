@@ -12,14 +12,7 @@ import trio
 from shoal.transport import deadlines, defaults
 from shoal.transport.aead import NOMINAL_CIPHERS
 from shoal.transport.deadlines import LoopLag
-from shoal.transport.errors import (
-    HandshakeError,
-    LinkClosed,
-    RecordError,
-    RemoteProtocolError,
-    StreamReset,
-    WaitExpired,
-)
+from shoal.transport.errors import HandshakeError, LinkClosed, RecordError, RemoteProtocolError, WaitExpired
 from shoal.transport.establish import join_pipe, open_pipe
 from shoal.transport.link import Link, LinkStream, Priority
 from shoal.transport.memory import Route
@@ -164,49 +157,6 @@ async def test_streams_outlive_the_death_of_every_pipe(world: type[World]) -> No
             await exchange(bench.pair, 200_000, Priority.CONTROL)
         assert troubles >= 4
         assert bench.pair.a.pipes_lost >= 4
-
-
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("gives_up", [False, True])
-async def test_what_was_lent_outlives_its_pipes_as_it_was(world: type[World], gives_up: bool) -> None:
-    size = 24 << 20
-    async with lab(world()) as bench, trio.open_nursery() as nursery:
-        bench.pair.a.on_trouble = lambda: nursery.start_soon(bench.add) if bench.pair.a.interrupted else None
-        bench.pair.b.on_trouble = lambda: None
-        await exchange(bench.pair, 3_000_000, Priority.BULK)
-        for turn in range(3):
-            out = await bench.pair.a.open_stream("x", Priority.BULK)
-            into = await bench.pair.accept()
-            sent, got = bytearray(pattern(size)), bytearray(size)
-            ended = trio.Event()
-
-            async def read(into: LinkStream = into, got: bytearray = got, ended: trio.Event = ended) -> None:
-                with suppress(StreamReset):
-                    await into.read_exactly_into(memoryview(got))
-                ended.set()
-
-            async def lend(out: LinkStream = out, sent: bytearray = sent) -> None:
-                if gives_up:
-                    with trio.move_on_after(0.01):
-                        await out.lend(sent)
-                    out.close() if out.ended else out.reset()
-                    sent[:] = b"\xff" * size  # it is somebody else's now, and some of it has not arrived
-                else:
-                    await out.lend(sent)
-
-            nursery.start_soon(read)
-            before = bench.pair.b.bytes_received
-            async with trio.open_nursery() as both:
-                both.start_soon(lend)
-                with trio.move_on_after(0.5 if gives_up else 30):
-                    while bench.pair.b.bytes_received < before + 1_000_000:
-                        await trio.sleep(0.001)
-                await bench.cut(turn)
-            await ended.wait()
-            assert b"\xff" * 64 not in got
-            assert gives_up or got == pattern(size)
-        await exchange(bench.pair, 3_000_000, Priority.BULK)
-        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("world", WORLDS)
