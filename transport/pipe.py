@@ -53,6 +53,7 @@ class Pipe:
         "_pace",
         "_pings_due",
         "_pong",
+        "_seen",
         "_token",
         "_unsent",
         "_whole",
@@ -141,7 +142,7 @@ class Pipe:
         self._token = self._answered = 0  # the last ping, and the last that was answered
         self._pings_due: list[bytes] = []
         self._pong: int | None = None
-        self._asked_system = -math.inf  # when that was
+        self._asked_system, self._seen = -math.inf, False  # when that was, and whether it knew
         self._pace: float | None = None  # smoothed seconds per byte of larger records
         self._unsent = defaults.UNSENT[0][1]  # what may wait in the kernel
 
@@ -232,7 +233,7 @@ class Pipe:
             sample = max(0.0, now - self.asked)
             self.rtt = 0.875 * self.rtt + 0.125 * sample if self._measured else sample  # RFC 6298
             # That of the handshake was no ping; what the system saw is one of the best.
-            known = self._measured or self.stream.round_trip() is not None
+            known = self._measured or self._seen
             self.nearest = min(self.nearest, sample) if known else sample
             self._measured = True
         self.asked = None
@@ -259,7 +260,9 @@ class Pipe:
             return
         if now >= self._asked_system + defaults.ASK_SYSTEM:
             self._asked_system = now
-            self.nearest = min(self.nearest, self.stream.round_trip() or math.inf)
+            seen = self.stream.round_trip()
+            if seen is not None:
+                self._seen, self.nearest = True, min(self.nearest, seen)
         # Seconds per byte are averaged, not bytes per second: a record that vanished in the kernel's buffer in no time
         # says little about the line, one that took long says much.
         sample = seconds / size
