@@ -36,6 +36,7 @@ FED_BY = {
     "learning.rounds.trials": "opinion",
     "learning.strategies.scaffold": "no bytes from outside: its own digests",
     "learning.strategies.spsa": "payload of gradients",
+    "transport.tcp": "no bytes from outside: what the kernel says of a socket",
     "learning.topologies": "no bytes from outside: its own digests",
     "learning.rounds.weighing": "inner products",
     "learning.shard": "no bytes from outside: seeds",
