@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -498,6 +499,49 @@ def test_pings_of_a_pipe_measure_the_round_trip_and_make_no_queue() -> None:
         pipe.receive_frames(memoryview(b"\x01" + i.to_bytes(4, "big")), now)
     assert pipe.take_frames() == b"\x02" + (9999).to_bytes(4, "big")
     assert not pipe.has_frames
+
+
+@pytest.mark.parametrize("seen", [None, 0.00002, 0.3])
+def test_the_nearest_is_the_least_of_what_pings_and_the_system_saw(seen: float | None) -> None:
+    class Stream:
+        remote = local = None
+        asked = 0
+
+        def round_trip(self) -> float | None:
+            self.asked += 1
+            return seen
+
+        def allow_unsent(self, size: int) -> None:
+            pass
+
+    stream = Stream()
+    pipe = Pipe(stream, None, now=0.0, rtt=0.2)  # type: ignore[arg-type]
+    assert pipe.nearest == 0.2
+    for now in (1.0, 1.1, 1.9, 2.5):
+        pipe.note_sent(defaults.MIN_RECORD, 0.001, now)
+    assert stream.asked == 2  # once a second, not for each record
+    assert pipe.nearest == min(0.2, seen or 0.2)
+    pipe.ping(3.0)
+    pipe.receive_frames(memoryview(b"\x02" + pipe.take_frames()[1:]), 3.25)
+    # A handshake was no ping: where nobody else knows better, the first ping takes its place.
+    assert pipe.nearest == (0.25 if seen is None else min(0.2, seen))
+    assert pipe.rtt == 0.25
+
+
+@pytest.mark.real(timeout=60)
+@pytest.mark.skipif(sys.platform != "linux", reason="what only Linux's kernel says")
+async def test_a_busy_peer_nearby_is_no_long_path_that_needs_more_connections() -> None:
+    async with lab(Real()) as bench:
+        link, told = bench.pair.a, []
+
+        def note(now: float, size: int, *, more: bool, rtt: float, have: int) -> bool:
+            told.append(rtt)
+            return False
+
+        link.on_width, link.width.note = lambda: None, note  # type: ignore[method-assign]
+        link.best.rtt = link.best.nearest = 0.05  # what its handshake took while it was busy
+        await exchange(bench.pair, 8_000_000, Priority.BULK)
+        assert told[-1] < defaults.WIDE_RTT <= link.rtt
 
 
 def test_answers_to_earlier_pings_may_still_come_others_never() -> None:
