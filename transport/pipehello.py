@@ -61,10 +61,16 @@ class SessionSecrets:
         self._used = 1  # a bit for that one, and one for each before it
 
     def next_index(self) -> int:
-        """Raises :class:`LinkClosed`: a link that has used them all up gets no further pipe."""
-        if self._next > defaults.MAX_PIPE_INDEX:
+        """One above all that were used so far, by either side: of pipes that are alike the highest counts.
+
+        Raises :class:`LinkClosed`: a link that has used them all up gets no further pipe.
+        """
+        index = self._next
+        if index < self._highest:
+            index = self._highest + 1
+        if index > defaults.MAX_PIPE_INDEX:
             raise LinkClosed("this link has used up the numbers of its pipes")
-        index, self._next = self._next, self._next + 2
+        self._next = index + 2
         return index
 
     def use(self, index: int) -> bool:

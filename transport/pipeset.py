@@ -80,8 +80,10 @@ class PipeSet:
         usable = self.usable
         if not usable:
             return False
-        # What the peer has retired still carries what we send, but no answer comes back on it.
-        best = min(usable, key=lambda pipe: (pipe.suspect, pipe.peer_retired, pipe.bulk_only, pipe.rank, pipe.index))
+        # What the peer has retired still carries what we send, but no answer comes back on it. Of those that are alike
+        # the newest counts, at both ends: it was opened because one of them found the older one dead, and the other may
+        # not know yet.
+        best = min(usable, key=lambda pipe: (pipe.suspect, pipe.peer_retired, pipe.bulk_only, pipe.rank, -pipe.index))
         if best is not self.best:
             before, self.best = self.best, best
             if before in self.all or before.way != best.way:

@@ -244,6 +244,17 @@ def test_a_link_may_have_more_pipes_in_its_life_than_a_day_of_training_opens_and
         ours.next_index()
 
 
+def test_a_new_pipe_has_a_higher_number_than_any_before_whoever_opened_them() -> None:
+    ours = SessionSecrets(bytes(32), "ChaCha20-Poly1305", initiator=True)
+    theirs = SessionSecrets(bytes(32), "ChaCha20-Poly1305", initiator=False)
+    last = 0
+    for opener, other in [(ours, theirs)] * 3 + [(theirs, ours)] * 4 + [(ours, theirs), (theirs, ours)] * 2:
+        index = opener.next_index()
+        assert other.use(index)
+        assert index > last
+        last = index
+
+
 def test_a_number_far_ahead_costs_no_memory() -> None:
     secrets = SessionSecrets(bytes(32), "ChaCha20-Poly1305", initiator=True)
     assert secrets.use(2)

@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import pytest
 import trio
@@ -128,6 +129,38 @@ async def test_a_worse_pipe_takes_over_nothing() -> None:
         for link in (bench.pair.a, bench.pair.b):
             await settled(link)
             assert link.way == "direct"
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("opener", ["a", "b"])
+async def test_a_new_pipe_counts_though_one_side_does_not_know_yet_that_the_old_one_is_dead(
+    world: type[World], opener: str
+) -> None:
+    async with lab(world()) as bench:
+        here, there = (bench.pair.a, bench.pair.b)[:: 1 if opener == "a" else -1]
+        for _ in range(3):  # numbers that the other side has used count, too
+            await bench.add(opener="b" if opener == "a" else "a")
+            await settled(here)
+            await settled(there)
+        old = here.best
+        aclose = old.stream.aclose
+
+        async def stay_open() -> None:
+            await trio.lowlevel.checkpoint()
+
+        old.stream.aclose = stay_open  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            here.on_trouble = lambda: nursery.start_soon(partial(bench.add, opener=opener))
+            there.on_trouble = lambda: None
+            old.fail(LinkClosed("only one side has noticed"))
+            with trio.fail_after(1):  # before anybody misses an answer
+                while not all(link.best.usable and link.best.index > old.index for link in (here, there)):
+                    await trio.sleep(0.001)
+        await aclose()
+        for link in (here, there):
+            await settled(link)
+            assert not link.interrupted
+        await exchange(bench.pair, 1_000_000, Priority.BULK)
 
 
 @pytest.mark.parametrize("world", WORLDS)
