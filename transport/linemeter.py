@@ -32,8 +32,8 @@ class Direction:
     __slots__ = ("_before", "_begin", "_by_peer", "_bytes", "_end", "_first", "_gap", "_paths", "_roomy", "windows")
 
     def __init__(self, gap: float) -> None:
-        #: (when it ended, bytes per second) of the last windows.
-        self.windows: deque[tuple[float, float]] = deque(maxlen=defaults.LINE_WINDOWS)
+        #: (when it ended, bytes per second, to how many peers) of the last windows.
+        self.windows: deque[tuple[float, float, int]] = deque(maxlen=defaults.LINE_WINDOWS)
         self._gap = gap
         self._begin = self._end = float("-inf")
         self._bytes = 0
@@ -65,18 +65,18 @@ class Direction:
             self._by_peer[peer] = self._by_peer.get(peer, 0) + size
 
     def _close(self, now: float, span: float) -> None:
-        rate, known = self._bytes / span, self.rate(now)
+        rate, known, peers = self._bytes / span, self.rate(now), len(self._by_peer)
         if known is None or rate >= defaults.LINE_ROOM * known:
-            self.windows.append((now, rate))
+            self.windows.append((now, rate, peers))
             self._roomy = -math.inf
             return
         # The line has room, so its capacity is not what this window shows. Unless it became slower, and all windows of
-        # a busy time in which we sent to several show it.
-        self._roomy += len(self._by_peer) > 1
+        # a busy time in which we sent to several show it; of many, not only to the few that are behind slow paths.
+        self._roomy += peers > 1 and 2 * peers > max(most for _, _, most in self.windows)
         if self._roomy >= defaults.LINE_ROOMY:
             self.windows.clear()
             self._paths.clear()
-            self.windows.append((now, rate))
+            self.windows.append((now, rate, peers))
             return
         for peer, size in self._by_peer.items():
             samples = self._paths.pop(peer, None) or deque(maxlen=defaults.PATH_WINDOWS)
@@ -87,16 +87,16 @@ class Direction:
 
     def rate(self, now: float) -> float | None:
         """Bytes per second of the whole line: the upper quartile of the recent windows. None: not measured."""
-        rates = sorted(rate for at, rate in self.windows if now - at < defaults.LINE_MEMORY)
+        rates = sorted(rate for at, rate, _ in self.windows if now - at < defaults.LINE_MEMORY)
         return rates[3 * len(rates) // 4] if rates else None
 
     def path(self, peer: PeerId, now: float) -> float | None:
         """Bytes per second of the path to ``peer`` where it is known to be slower than the line; None otherwise.
 
-        The median of its recent windows, of two at least: in one its bulk may have ended half-way, or that of others.
+        The median of its recent windows, of three at least: in one its bulk may have ended half-way, in another begun.
         """
         rates = sorted(rate for at, rate in self._paths.get(peer, ()) if now - at < defaults.LINE_MEMORY)
-        return rates[len(rates) // 2] if len(rates) > 1 else None
+        return rates[len(rates) // 2] if len(rates) > 2 else None
 
     @property
     def peers(self) -> int:

@@ -98,6 +98,13 @@ class Buffers:
         self.coding.encode(piece, start, part.data)
         return part
 
+    def passed_on(self, piece: Slice, index: int) -> Part | None:
+        """Combined slice ``index`` as somebody else combined it, in fp32, once it is here."""
+        if self.result is None or index not in self.filled:
+            return None
+        vector = self.result[piece.start : piece.stop]
+        return Part(FP32, bytes_view(vector), vector)
+
     def open(self, generation: tuple[int, int], length: int) -> None:
         """Begin to collect the result of a new generation; the older one is given up."""
         self.generation, self.filled, self.coded = generation, {}, {}

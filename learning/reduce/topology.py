@@ -32,6 +32,9 @@ MOST = 8.0
 #: may shrink the share of the peer at its other end no further.
 PATH_FLOOR = 1.0 / 16.0
 
+#: Of what has come over a peer's line, slow senders to it must have brought this part together for the line to be why.
+SHARED = 0.75
+
 #: A member whose line is so many times slower than the median one is not waited for: it would hold up all others that
 #: much. Twice as far as lines of one kind differ (a mobile one and a good home line), half of TRUST.
 LAGGARD = 16.0
@@ -102,8 +105,9 @@ class Mesh:
         down = []
         for j, report in enumerate(found):
             slow = [rate for (_, at), rate in said.items() if at == j]
-            if 2 * len(slow) >= len(peers) > 2:
-                # Slow for most of those who send to it: that is its own line, which they shared.
+            if 2 * len(slow) >= len(peers) > 2 and sum(slow) >= SHARED * found[j].down:
+                # Slow for most of those who send to it: that is its own line, which they shared, unless much more than
+                # they brought has come over it.
                 down.append(max(float(report.down), sum(slow), usual / TRUST))
             else:
                 down.append(math.inf)

@@ -26,6 +26,17 @@ class Push:
 
 
 @attrs.frozen
+class Circulate:
+    """Add our contribution to the sum of slice ``index`` that came round the ring, if we are not the first, and pass it
+    on to ``to``."""
+
+    to: PeerId
+    attempt: int
+    epoch: int
+    index: int
+
+
+@attrs.frozen
 class Combine:
     """Combine exactly ``members`` with ``weights``, in this order, for the slices ``indices`` that we own.
 
@@ -188,6 +199,7 @@ class Note:
 Action = (
     Send
     | Push
+    | Circulate
     | Combine
     | Measure
     | Weigh

@@ -50,7 +50,7 @@ class Assessing(Convicting):
 
     def _has_all(self, peer: PeerId, plan: Plan, indices: Sequence[int]) -> bool:
         """Whether we hold what ``peer`` contributes to the slices ``indices``."""
-        return all(peer in self._holds.get((*plan.slices[i].range, plan.codec), ()) for i in indices)
+        return all(peer in self._holds.get((*plan.slices[i].range, plan.form), ()) for i in indices)
 
     def _opinion(self, plan: Plan) -> bytes:
         """What we say of those on trial, for the record."""

@@ -21,6 +21,7 @@ from .messages import ANSWERED, MESSAGES, Commit
 from .methods import (
     FORWARD,
     PART,
+    PASS,
     SAY,
     SCATTER,
     SHARE,
@@ -30,6 +31,7 @@ from .methods import (
     Forward,
     Given,
     Opened,
+    Passed,
     Scatter,
     Shared,
     Taken,
@@ -49,12 +51,13 @@ class Hub:
         self._awaited: dict[bytes, trio.Event] = {}
         self._early = Early()
         self.memory = RoundMemory()
-        self._remembered = -math.inf
+        self._remembered = self._ring_broke = -math.inf
         #: A commit of a round we are not in: we may have been admitted by it, or left behind.
         self.on_foreign_commit: Callable[[PeerId, Commit], None] = lambda sender, commit: None
         for kind in MESSAGES:
             endpoint.serve_at_once(SAY[kind], self._on_message)
         endpoint.serve(SCATTER, self._on_scatter)
+        endpoint.serve(PASS, self._on_pass)
         endpoint.serve(SHARE, self._on_share)
         endpoint.serve(WANT, self._on_want)
         endpoint.serve(PART, self._on_part)
@@ -64,6 +67,7 @@ class Hub:
         """Begin to route to ``instance``."""
         self._live[instance.key] = instance
         instance.on_open = self._make_room
+        instance.rings = lambda: self._now() - self._ring_broke > defaults.RING_AGAIN
         for letter in self._early.take(self._now(), instance.key):
             # It was taken in already, so nobody is there to hear of a refusal.
             with contextlib.suppress(RemoteRefused):
@@ -75,6 +79,9 @@ class Hub:
     def remember(self, commit: Commit) -> None:
         """Answer late peers of a decided round with ``commit``; forget the oldest, and results before the last two."""
         self._commits[commit.key] = commit
+        ended = self._live.get(commit.key)
+        if ended is not None and ended.voter.ring_broken:
+            self._ring_broke = self._now()
         while len(self._commits) > defaults.REMEMBERED_COMMITS:
             self._commits.pop(next(iter(self._commits)))
         decided = [key for key, instance in self._live.items() if instance.commit is not None]
@@ -133,6 +140,9 @@ class Hub:
 
     async def _on_scatter(self, call: Call[Scatter]) -> Taken:
         return await (await self._await(call.request.key)).traffic.on_scatter(call)
+
+    async def _on_pass(self, call: Call[Passed]) -> Ack:
+        return await (await self._await(call.request.key)).traffic.relay.on_pass(call)
 
     async def _on_share(self, call: Call[Shared]) -> Ack:
         return await (await self._await(call.request.key)).traffic.on_share(call)

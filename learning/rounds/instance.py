@@ -26,6 +26,7 @@ from .actions import (
     Action,
     Assess,
     Check,
+    Circulate,
     Combine,
     Done,
     Examine,
@@ -131,6 +132,8 @@ class Instance:
         self.scales = Scales(self._host, setting, self.voter, self.buffers, passes, self._feed, self.auditor)
         #: Called when this round begins to collect its result: bytes that it takes.
         self.on_open: Callable[[int], None] = lambda size: None
+        #: Whether we may plan a ring.
+        self.rings: Callable[[], bool] = lambda: True
         self._steps: deque[Callable[[], Sequence[Action]]] = deque()
         self._actions: deque[Action] = deque()
         self._scope = trio.CancelScope()
@@ -166,6 +169,7 @@ class Instance:
         self._scope.cancel()
         # The tasks that end now hold us, and the next round wants the memory at once.
         self.auditor.ledger.drop()
+        self.traffic.relay.drop()
         self.buffers.drop()
         self.results.drop()
 
@@ -219,6 +223,7 @@ class Instance:
             # round may be closed meanwhile, which takes nothing from who has agreed on it.
             await self._post.leave_first()
             self.auditor.ledger.drop()
+            self.traffic.relay.drop()
             self.buffers.drop_inputs()
             return final
         return None
@@ -344,6 +349,7 @@ class Instance:
             audits=self.setting.audit > 0,
             trial=self.setting.trial,
             scores=self.setting.scores,
+            rings=self.rings(),
         )
         self.leader.spare = self.voter.spare
 
@@ -393,7 +399,7 @@ class Instance:
                 self._steps.append(lambda: self._receive(self.me, message))
             case Send():
                 self._post.send(action.to, action.message)
-            case Push() | Combine() | Share() | Pull():
+            case Push() | Circulate() | Combine() | Share() | Pull():
                 self.traffic.start(self._nursery, action)
             case Measure():
                 self._nursery.start_soon(self.scales.measure, action)
@@ -430,6 +436,7 @@ class Instance:
         plan = self.voter.plan
         if plan is not None and self.buffers.generation != (plan.attempt, plan.epoch) and self.commit is None:
             self.on_open(4 * plan.length)
+            self.traffic.relay.open((plan.attempt, plan.epoch))
             self.buffers.open((plan.attempt, plan.epoch), plan.length)
         if plan is not None and self.buffers.generation == (plan.attempt, plan.epoch):
             self.buffers.take_early(plan.slices, plan.codec)

@@ -253,7 +253,9 @@ class Leader(Judging):
         if not length:
             return self._collect(now, members, reason + without)
         guests = {peer: ready for peer, ready in self._guests.items() if peer not in self.lost}
-        plan = first_plan(self.key, self.attempt, self._ready, self.me, self.needed, reason, self.rule, guests)
+        plan = first_plan(
+            self.key, self.attempt, self._ready, self.me, self.needed, reason, self.rule, guests, self._rings
+        )
         few = too_few(self.rule, len(plan.members))
         if few is not None:
             self._reason = again + few
@@ -294,6 +296,8 @@ class Leader(Judging):
             return []
         if self._challenges is not None and (challenged := self._challenge(now, self._challenges)) is not None:
             return challenged
+        if plan.ring and any(self._held[owner] != plan.members for owner in owners):
+            return self._replan(now, (), "the ring has not closed in time")
         frozen, slow, why = freeze(plan, self._held)
         if slow:
             self._late.update(dict.fromkeys(slow, "scatter"))
@@ -467,6 +471,8 @@ class Leader(Judging):
         if self.rule.needs_gram and exchanging and len(self.voters) - against < self.needed:
             # It is we who are wrong, or taken to be.
             return [note, *self._abort(now, f"too many refuse: {message.reason}")]
+        if self.phase == "scatter" and self.plan is not None and self.plan.ring:
+            return [note, *self._replan(now, (), f"no ring, as {sender.short} refuses: {message.reason}"[:200])]
         gives = self.phase == "scatter" and self.plan is not None and sender in self.plan.members
         if gives or (self._owns(sender) and exchanging):
             return [note, *self._replan(now, (sender,), f"{sender.short} refuses: {message.reason}")]

@@ -203,7 +203,8 @@ class Plan(Bounded):
 
     ``within``: milliseconds after which a phase of bulk is over for those that are late; 0: each keeps its own pace.
     ``codec``: how contributions and combined slices travel; slices begin at multiples of its block. ``layout``: that of
-    all members' vectors. ``trial``: who sends its work to the owners to be judged, and is no member.
+    all members' vectors. ``trial``: who sends its work to the owners to be judged, and is no member. ``ring``: in which
+    order sums of contributions, and then combined slices, go round (:mod:`.circling`); empty for a butterfly.
     """
 
     key: bytes
@@ -220,15 +221,26 @@ class Plan(Bounded):
     codec: str = "fp32"
     layout: str = ""
     trial: tuple[PeerId, ...] = ()
+    ring: tuple[PeerId, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         Bounded.__attrs_post_init__(self)
         check_codec(self.codec)
         check_layout(self.layout)
 
+    @property
+    def form(self) -> str:
+        """In which form owners hold contributions: their codec, or sums of a ring, which are of one plan alone."""
+        return f"ring {self.attempt}.{self.epoch}" if self.ring else self.codec
+
     def phase(self, otherwise: float) -> float:
         """Seconds that a phase of bulk may take; ``otherwise`` where the plan does not say."""
         return self.within / 1e3 or otherwise
+
+
+converter.register_unstructure_hook(
+    Plan, make_dict_unstructure_fn(Plan, converter, ring=override(omit_if_default=True))
+)
 
 
 @attrs.frozen

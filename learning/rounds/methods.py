@@ -1,4 +1,4 @@
-"""The calls in which rounds travel: one per message, and three for bulk."""
+"""The calls in which rounds travel: one per message, and those for bulk."""
 
 from __future__ import annotations
 
@@ -54,6 +54,21 @@ class Forward:
 
     def __attrs_post_init__(self) -> None:
         check_codec(self.codec)
+
+
+@attrs.frozen
+class Passed:
+    """The sum of slice ``index`` (elements ``start..stop``) of (attempt, epoch), on its way round a ring.
+
+    The body is its bytes in fp32: of all members from the one behind the slice's owner to the sender, each times its
+    weight ÷ the weight of all."""
+
+    key: bytes
+    attempt: int
+    epoch: int
+    index: int
+    start: int
+    stop: int
 
 
 @attrs.frozen
@@ -129,6 +144,7 @@ SAY: dict[type, Method] = {  # type: ignore[type-arg]
 }
 SCATTER = Method("round.scatter", Scatter, Taken, Priority.BULK)
 FORWARD = Method("round.forward", Forward, Taken, Priority.BULK)
+PASS = Method("round.pass", Passed, Ack, Priority.BULK)
 SHARE = Method("round.share", Shared, Ack, Priority.BULK)
 WANT = Method("round.want", Want, Given, Priority.BULK)
 PART = Method("round.part", AskPart, Opened, Priority.BULK)

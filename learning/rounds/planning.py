@@ -11,7 +11,7 @@ from ...transport.identity import PeerId
 from .. import defaults
 from ..aggregate.aggregator import Aggregator
 from ..reduce import topology
-from ..reduce.codecs import resolve
+from ..reduce.codecs import FP32, resolve
 from ..reduce.slices import covers, reassign
 from .actions import Pace
 from .decisions import contributors, kind_of, shares, short
@@ -28,6 +28,7 @@ def first_plan(
     reason: str,
     rule: Aggregator = MEAN,
     guests: Mapping[PeerId, Ready] | None = None,
+    rings: bool = False,
 ) -> Plan:
     """Who contributes, who receives and who owns what, for those that are ``ready``; ``me`` leads.
 
@@ -35,6 +36,7 @@ def first_plan(
     as ``rule`` needs: see :func:`topology.laggards`. They receive the result like all others.
 
     ``guests``: those on trial that are ready. They send what they have and receive the result, and own nothing.
+    ``rings``: contributions may go round a ring, where sums of them are all that ``rule`` needs.
     """
     members, (length, name, layout), without = contributors(ready)
     codec = resolve(name)
@@ -50,7 +52,8 @@ def first_plan(
         rates.update({peer: each.rates for peer, each in guests.items()})
         chosen = topology.plan(members, voters, length, rates, codec, guests=tuple(guests), judged=trial)
     else:
-        chosen = topology.plan(members, voters, length, rates, codec)
+        ring = ("ring",) if rings and rule.is_mean and codec is FP32 else ()
+        chosen = topology.plan(members, voters, length, rates, codec, ("butterfly", *ring))
     return Plan(
         key=key,
         attempt=attempt,
@@ -66,13 +69,14 @@ def first_plan(
         codec=codec.name,
         layout=layout,
         trial=trial if members else (),
+        ring=chosen.order,
     )
 
 
 def without_result(plan: Plan, why: str) -> Plan:
     """``plan`` for a round without contributions, since ``why``: nothing weaker than the run's rule will do."""
     return attrs.evolve(
-        plan, members=(), samples=(), weights=(), trial=(), reason=f"no contribution is combined: {why}"
+        plan, members=(), samples=(), weights=(), trial=(), ring=(), reason=f"no contribution is combined: {why}"
     )
 
 
@@ -89,10 +93,11 @@ def plan_fault(
     me: PeerId,
     offer: Ready | None,
     trial: Sequence[PeerId] = (),
+    sums: bool = False,
 ) -> str | None:
     """What is wrong with a plan, None when ``me`` may follow it. A leader is a peer like any other.
 
-    ``trial``: who is on trial in this round.
+    ``trial``: who is on trial in this round. ``sums``: contributions may be summed on their way.
     """
     if not len(plan.members) == len(plan.samples) == len(plan.weights):
         return "members, samples and weights differ in number"
@@ -111,6 +116,8 @@ def plan_fault(
         return "slices do not cover the vector"
     if any(piece.owner not in plan.receivers or piece.owner in trial for piece in plan.slices):
         return "an owner that is no receiver"
+    if plan.ring and (wrong := _ring_fault(plan, sums)) is not None:
+        return wrong
     block = resolve(plan.codec).block
     if any(piece.start % block for piece in plan.slices):
         return f"a slice that begins within a block of {block}"
@@ -118,6 +125,17 @@ def plan_fault(
     if (me in plan.members or me in plan.trial) and not ours:
         return "we contribute nothing of that length, codec and layout"
     return None
+
+
+def _ring_fault(plan: Plan, sums: bool) -> str | None:
+    owners = [piece.owner for piece in plan.slices]
+    if not sums or plan.codec != FP32.name or plan.trial:
+        return "a ring where each contribution is looked at"
+    if tuple(sorted(plan.ring)) != plan.members or set(plan.receivers) != set(plan.members) or len(plan.ring) < 3:
+        return "a ring of others than the members"
+    if len(owners) != len(set(owners)):
+        return "a ring in which somebody owns two slices"
+    return "a ring after the first epoch" if plan.epoch else None
 
 
 def step_time(pace: Pace, plan: Plan | None, frozen: bool, spare: float) -> float:
@@ -148,6 +166,7 @@ def next_plan(
     return attrs.evolve(
         plan,
         epoch=plan.epoch + 1,
+        ring=(),  # it takes all of them: where one is missing, each sends what it has to the owners
         members=members,
         samples=samples,
         weights=weights,
@@ -185,13 +204,13 @@ def freeze_fault(
 ) -> str | None:
     """What is wrong with frozen ``members``; None when an owner of the slices ``mine`` may combine them.
 
-    ``holds``: whose elements it has, by (start, stop, codec).
+    ``holds``: whose elements it has, by (start, stop, form).
     """
     given = set(members)
     if list(members) != [m for m in plan.members if m in given] or (plan.members and not given):
         return "frozen members are not the plan's"
     for index in mine:
-        held = holds.get((*plan.slices[index].range, plan.codec), ())
+        held = holds.get((*plan.slices[index].range, plan.form), ())
         for member in members:
             if member not in held:
                 return f"{member.short}'s slice is not held here"

@@ -58,17 +58,18 @@ class Proposer:
         audits: bool = False,
         trial: tuple[OnTrial, ...] = (),
         scores: Mapping[PeerId, int] = NOTHING,
+        rings: bool = False,
     ) -> None:
         """``unfit``: why we ourselves would refuse a record that somebody accepted; None when we would not.
         ``convicted``: who lied, and in what; they are led no more, and are in no roster that we propose. ``trial``: who
         is on trial in this round: they are led as voters are, but promise, own and accept nothing. ``scores``: what the
-        rule remembers of the voters."""
+        rule remembers of the voters. ``rings``: whether contributions may go round a ring."""
         self.key, self.round, self.voters, self.attempt = key, round, voters, attempt
         self.me, self._identity, self.pace, self._terms = identity.peer_id, identity, pace, terms
         self._unfit, self.spare = unfit, 0.0  # spare: see Voter
         self.rule, self.trial, self.guests = rule, trial, tuple(each.peer for each in trial)
         self.needed = accepts_needed(len(voters), terms.gossip)
-        self.convicted, self.audits = dict(convicted or {}), audits
+        self.convicted, self.audits, self._rings = dict(convicted or {}), audits, rings and not audits
         self._challenges: Challenges | None = None
         self.lost: dict[PeerId, str] = {**lost, **self.convicted}
         self.phase = "convene"

@@ -23,11 +23,13 @@ from ..reduce.codecs import FP32, Codec, resolve
 from ..reduce.filling import Filling
 from ..reduce.slices import Slice
 from ..state import bytes_view
-from .actions import Action, Combine, Note, Pull, Push, Share
+from .actions import Action, Circulate, Combine, Note, Pull, Push, Share
+from .circling import source
 from .delivery import Delivery
 from .downloads import download
 from .messages import members_hash
 from .methods import SCATTER, SHARE, Ack, Given, Scatter, Shared, Taken, Want
+from .relay import Relay
 from .setting import Setting
 from .voter import Voter
 
@@ -58,6 +60,7 @@ class Traffic:
     ) -> None:
         self._auditor = auditor
         self.delivery = Delivery(endpoint, setting, voter, buffers, passes, auditor, feed, fault)
+        self.relay = Relay(endpoint, setting, voter, buffers, passes, post, feed)
         self._endpoint, self._host, self.setting, self.voter = endpoint, endpoint.host, setting, voter
         self.me, self.key, self.round, self.voters = endpoint.peer_id, setting.key, setting.round, setting.voters
         self.trial = tuple(each.peer for each in setting.trial)
@@ -70,7 +73,7 @@ class Traffic:
         #: Combined slices (attempt, epoch, index) that are being received where they belong.
         self._landing: dict[tuple[int, int, int], trio.CancelScope] = {}
 
-    def start(self, nursery: trio.Nursery, action: Push | Combine | Share | Pull) -> None:
+    def start(self, nursery: trio.Nursery, action: Push | Circulate | Combine | Share | Pull) -> None:
         """Carry ``action`` out in a task of ``nursery``; what is ours already needs none."""
         match action:
             case Push() if action.owner == self.me and self.filling.ready >= action.stop and self.buffers.coding.plain:
@@ -79,6 +82,8 @@ class Traffic:
                 nursery.start_soon(self._keep_own_later, action)
             case Push():
                 nursery.start_soon(self._push, action)
+            case Circulate():
+                nursery.start_soon(self._circulate, action)
             case Combine():
                 nursery.start_soon(self._combine, action)
             case Share():
@@ -107,6 +112,14 @@ class Traffic:
                 return True
         self._feed(lambda: self.voter.push_failed(self._host.now(), action.owner, action.start, action.stop))
         return False
+
+    async def _circulate(self, action: Circulate) -> None:
+        plan = self.voter.plan
+        if plan is not None and (plan.attempt, plan.epoch) == (action.attempt, action.epoch):
+            # Not in time: then the ring does not close, and what is there goes to the owners.
+            with trio.move_on_after(self.voter.scatter_time()):
+                if await self.filling.wait(plan.slices[action.index].stop):
+                    await self.relay.circulate(action)
 
     async def _push(self, action: Push) -> None:
         if not await self._filled(action):
@@ -187,7 +200,12 @@ class Traffic:
         ranges = [plan.slices[index].range for index in action.indices]
         decision = Decision.read(action.decision, len(action.members)) if action.decision else None
         codec, rule = resolve(plan.codec), self.setting.rule
-        combine = self.buffers.combination(action.members, action.weights, ranges, codec, rule, decision)
+        if plan.ring:
+            if not await self.filling.wait(max(stop for _, stop in ranges)):
+                return  # the leader was told that we withdraw
+            combine = self.relay.closing(plan, action)
+        else:
+            combine = self.buffers.combination(action.members, action.weights, ranges, codec, rule, decision)
         try:
             coded = await self._passes.run(sum(stop - start for start, stop in ranges) * len(action.members), combine)
         except ProtocolMisuse as error:
@@ -206,6 +224,8 @@ class Traffic:
 
     async def _share(self, action: Share) -> None:
         plan, frozen, part = self.voter.plan, self.voter.frozen, self.buffers.coded.get(action.index)
+        if plan is not None and plan.ring and part is None:
+            part = self.buffers.passed_on(plan.slices[action.index], action.index)
         current = plan is not None and (plan.attempt, plan.epoch) == (action.attempt, action.epoch)
         if plan is None or frozen is None or part is None or not current:
             return
@@ -319,7 +339,8 @@ class Traffic:
         if not 0 <= request.index < len(plan.slices) or request.index in self.buffers.filled:
             return None
         piece = plan.slices[request.index]
-        if piece.range != (request.start, request.stop) or piece.owner != sender or plan.codec != request.codec:
+        known = source(plan, request.index, self.me) == sender and plan.codec == request.codec
+        if piece.range != (request.start, request.stop) or not known:
             return None
         return result[request.start : request.stop]
 

@@ -31,10 +31,9 @@ from .actions import (
     Pull,
     Push,
     Send,
-    Share,
     Verify,
 )
-from .assessing import Assessing
+from .circling import Circling, source
 from .claims import Accuse, Missing
 from .messages import (
     Accepted,
@@ -65,7 +64,7 @@ from .weighing import MEAN, too_few
 MAX_REFUSED = 64
 
 
-class Voter(Assessing):
+class Voter(Circling):
     """One peer's part in one instance. Every method takes ``now`` (seconds) and returns actions, in order."""
 
     def __init__(
@@ -107,6 +106,7 @@ class Voter(Assessing):
         self.refused: dict[bytes, str] = {}
         self._refused_at = -1  # the attempt whose proposal, or decision, we refused
         self._holds: dict[tuple[int, int, str], dict[PeerId, None]] = {}
+        self._sums = {}
         self._pushed: dict[tuple[PeerId, int, int], None] = {}
         self._combined: dict[int, None] = {}
         self._early: dict[tuple[PeerId, int, int, int], bytes] = {}
@@ -149,9 +149,8 @@ class Voter(Assessing):
         actions: list[Action] = []
         for index in indices:
             self._combined[index] = None
-        for receiver in self.plan.receivers:
-            if receiver != self.me:
-                actions.extend(Share(receiver, attempt, epoch, index) for index in indices)
+        for index in indices:
+            actions += self._hand_out(self.plan, index)
         return actions + self._check_full(now)
 
     def combined_received(
@@ -166,10 +165,13 @@ class Voter(Assessing):
             return []
         if (attempt, epoch) != (plan.attempt, plan.epoch) or not 0 <= index < len(plan.slices):
             return []
-        if members != members_hash(frozen.members) or not (pulled or plan.slices[index].owner == sender):
+        if members != members_hash(frozen.members) or not (pulled or source(plan, index, self.me) == sender):
             return []
+        onward: list[Action] = []
+        if plan.ring and not pulled and index not in self._combined:
+            onward = self._hand_out(plan, index)
         self._combined[index] = None
-        return [*self._look(plan, index), *self._check_full(now)]
+        return [*onward, *self._look(plan, index), *self._check_full(now)]
 
     def verified(self, now: float, attempt: int, record: CommitRecord, wrong: str | None) -> list[Action]:
         """The driver compared our result with the record's fingerprint: ``wrong`` is None when equal."""
@@ -307,7 +309,8 @@ class Voter(Assessing):
             return []
         if self.plan is not None and (plan.attempt, plan.epoch) <= (self.plan.attempt, self.plan.epoch):
             return []
-        wrong = plan_fault(plan, self.voters, self._max_length, self.me, self.offer, self.trial)
+        sums = self.rule.is_mean and not self.audits
+        wrong = plan_fault(plan, self.voters, self._max_length, self.me, self.offer, self.trial, sums)
         if liars := self._tainted(plan):
             wrong = f"owner {liars[0].short} lied in this round: {self.convicted[liars[0]]}"[:200]
         if wrong is not None:
@@ -316,6 +319,7 @@ class Voter(Assessing):
         if plan.attempt > self.promised:
             self.promised = self.attempt = plan.attempt
             actions.append(Persist(self.promised, self.accepted))
+        self.ring_broken |= self.plan is not None and bool(self.plan.ring)
         self.plan, self.frozen, self.full = plan, None, False
         self._combined, self._reported, self._verifying = {}, None, None
         self._reset_decision()
@@ -326,7 +330,9 @@ class Voter(Assessing):
         self.due = self._phase_until
         self.phase, self.reason = "scatter", plan.reason
         actions.append(Note("scatter", "begin", f"attempt {plan.attempt}, epoch {plan.epoch}: {plan.reason}"))
-        if self.me in plan.members or self.me in plan.trial:
+        if plan.ring:
+            actions += self._circulate(plan)
+        elif self.me in plan.members or self.me in plan.trial:
             for piece in plan.slices:
                 item = (piece.owner, piece.start, piece.stop)
                 if item not in self._pushed:
@@ -383,7 +389,9 @@ class Voter(Assessing):
         return actions
 
     def _misses(self, plan: Plan, owner: PeerId) -> bool:
-        return any(p.owner == owner and i not in self._combined for i, p in enumerate(plan.slices))
+        """Whether we still wait for something that ``owner`` may have been to bring."""
+        missing = (p.owner for i, p in enumerate(plan.slices) if i not in self._combined)
+        return any(plan.ring or each == owner for each in missing)
 
     def _progress(self, plan: Plan) -> Progress:
         nonce = self._nonce(plan.attempt, plan.epoch) if self.full else b""
