@@ -28,7 +28,7 @@ class Push:
 @attrs.frozen
 class Circulate:
     """Add our contribution to the sum of slice ``index`` that came round the ring, if we are not the first, and pass it
-    on to ``to``."""
+    on to ``to`` (ourselves: the slice is ours, say when both are here)."""
 
     to: PeerId
     attempt: int

@@ -13,7 +13,7 @@ from __future__ import annotations
 from ...transport.identity import PeerId
 from .actions import Action, Circulate, Note, Send, Share
 from .assessing import Assessing
-from .messages import Plan, Reject
+from .messages import Plan, sign_held
 
 
 def after(plan: Plan, peer: PeerId) -> PeerId:
@@ -32,7 +32,7 @@ class Circling(Assessing):
     """A base of :class:`.voter.Voter`, whose theory of operation tells the whole."""
 
     #: A ring of this round did not close.
-    ring_broken = False
+    ring_broken: bool
     _combined: dict[int, None]
     _sums: dict[tuple[int, int, int], PeerId]
 
@@ -59,8 +59,14 @@ class Circling(Assessing):
             return []
         if (attempt, epoch) != (plan.attempt, plan.epoch) or not self.passes(plan, index, sender):
             return []
-        if plan.slices[index].owner != self.me:
-            return [Circulate(after(plan, self.me), attempt, epoch, index)]
+        ours = plan.slices[index].owner == self.me
+        return [Circulate(self.me if ours else after(plan, self.me), attempt, epoch, index)]
+
+    def sum_closed(self, now: float, attempt: int, epoch: int, index: int) -> list[Action]:
+        """The sum of slice ``index``, which is ours, is here, and so is our own part."""
+        plan = self.plan
+        if plan is None or not plan.ring or (attempt, epoch) != (plan.attempt, plan.epoch):
+            return []
         self._holds[(*plan.slices[index].range, plan.form)] = dict.fromkeys(plan.members)
         return self._report_held(now, force=False)
 
@@ -75,10 +81,8 @@ class Circling(Assessing):
         plan = self.plan
         if plan is None or self.frozen is not None or (attempt, epoch) != (plan.attempt, plan.epoch):
             return []
-        return [
-            Note("scatter", "refused", why),
-            Send(self.leader(), Reject(self.key, plan.attempt, self.promised, why[:200])),
-        ]
+        held = sign_held(self._identity, self.key, attempt, epoch, ())
+        return [Note("scatter", "refused", why), Send(self.leader(), held)]
 
     def _hand_out(self, plan: Plan, index: int) -> list[Action]:
         """Combined slice ``index`` is here, by our own work or from the ring: who gets it from us."""

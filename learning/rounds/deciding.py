@@ -106,8 +106,9 @@ class Deciding(Ballots):
     def _dispute(self, wrong: str) -> list[Action]:
         """The leader's decision is not ours: nothing of ours is combined with it."""
         self._refused_at, leader = self.attempt, self.leader()
+        epoch = self.plan.epoch if self.plan is not None else 0
         self.reason = f"the decision of leader {leader.short} is refused: {wrong}"
         return [
             Note("combine", "refused", self.reason, leader),
-            Send(leader, Reject(self.key, self.attempt, self.promised, self.reason[:200])),
+            Send(leader, Reject(self.key, self.attempt, self.promised, self.reason[:200], epoch)),
         ]

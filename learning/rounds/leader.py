@@ -285,6 +285,8 @@ class Leader(Judging):
             return []
         if not sender.verify(held_bytes(self.key, message.attempt, message.epoch, message.holds), message.signature):
             return []
+        if plan.ring and message.holds != plan.members:
+            return self._replan(now, (), f"the ring does not close at {sender.short}")
         self._held[sender] = message.holds
         return self._maybe_freeze(now)
 
@@ -296,8 +298,6 @@ class Leader(Judging):
             return []
         if self._challenges is not None and (challenged := self._challenge(now, self._challenges)) is not None:
             return challenged
-        if plan.ring and any(self._held[owner] != plan.members for owner in owners):
-            return self._replan(now, (), "the ring has not closed in time")
         frozen, slow, why = freeze(plan, self._held)
         if slow:
             self._late.update(dict.fromkeys(slow, "scatter"))
@@ -473,6 +473,8 @@ class Leader(Judging):
             return [note, *self._abort(now, f"too many refuse: {message.reason}")]
         if self.phase == "scatter" and self.plan is not None and self.plan.ring:
             return [note, *self._replan(now, (), f"no ring, as {sender.short} refuses: {message.reason}"[:200])]
+        if exchanging and self.plan is not None and message.epoch < self.plan.epoch:
+            return [note]  # of the plan before; this one it has not seen
         gives = self.phase == "scatter" and self.plan is not None and sender in self.plan.members
         if gives or (self._owns(sender) and exchanging):
             return [note, *self._replan(now, (sender,), f"{sender.short} refuses: {message.reason}")]

@@ -367,12 +367,14 @@ class Accept(Bounded):
 
 @attrs.frozen
 class Reject(Bounded):
-    """The sender promised a higher ballot, or the proposal contradicts what it holds (``reason``)."""
+    """The sender promised a higher ballot, or the proposal contradicts what it holds (``reason``). ``epoch``: of the
+    plan that is refused, if one is."""
 
     key: bytes
     attempt: int
     promised: int
     reason: str
+    epoch: int = 0
 
 
 @attrs.frozen

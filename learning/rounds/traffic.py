@@ -201,8 +201,6 @@ class Traffic:
         decision = Decision.read(action.decision, len(action.members)) if action.decision else None
         codec, rule = resolve(plan.codec), self.setting.rule
         if plan.ring:
-            if not await self.filling.wait(max(stop for _, stop in ranges)):
-                return  # the leader was told that we withdraw
             combine = self.relay.closing(plan, action)
         else:
             combine = self.buffers.combination(action.members, action.weights, ranges, codec, rule, decision)

@@ -107,6 +107,7 @@ class Voter(Circling):
         self._refused_at = -1  # the attempt whose proposal, or decision, we refused
         self._holds: dict[tuple[int, int, str], dict[PeerId, None]] = {}
         self._sums = {}
+        self.ring_broken = False
         self._pushed: dict[tuple[PeerId, int, int], None] = {}
         self._combined: dict[int, None] = {}
         self._early: dict[tuple[PeerId, int, int, int], bytes] = {}
@@ -128,7 +129,7 @@ class Voter(Circling):
             return self._ready(now, again=True)
         if self.frozen is not None or self.me not in plan.members:
             return []
-        return [Send(self.leader(), Reject(self.key, plan.attempt, self.promised, why[:200]))]
+        return [Send(self.leader(), Reject(self.key, plan.attempt, self.promised, why[:200], plan.epoch))]
 
     def slice_received(
         self, now: float, contributor: PeerId, start: int, stop: int, codec: str = "fp32"
@@ -314,7 +315,7 @@ class Voter(Circling):
         if liars := self._tainted(plan):
             wrong = f"owner {liars[0].short} lied in this round: {self.convicted[liars[0]]}"[:200]
         if wrong is not None:
-            return [Send(sender, Reject(self.key, plan.attempt, self.promised, wrong))]
+            return [Send(sender, Reject(self.key, plan.attempt, self.promised, wrong, plan.epoch))]
         actions: list[Action] = []
         if plan.attempt > self.promised:
             self.promised = self.attempt = plan.attempt
@@ -368,7 +369,7 @@ class Voter(Circling):
         mine = self._my_slices(plan)
         wrong = freeze_fault(plan, message.members, mine, self._holds) or too_few(self.rule, len(message.members))
         if wrong is not None:
-            return [Send(sender, Reject(self.key, plan.attempt, self.promised, wrong))]
+            return [Send(sender, Reject(self.key, plan.attempt, self.promised, wrong, plan.epoch))]
         self.frozen, self._moved = message, now
         self.phase, self.reason = "combine", f"combining {len(message.members)} contributions"
         self._phase_until = self.due = now + plan.phase(self.pace.gather)

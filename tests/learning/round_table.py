@@ -18,6 +18,7 @@ from shoal.learning.rounds.actions import (
     Action,
     Assess,
     Check,
+    Circulate,
     Combine,
     Done,
     Fingerprint,
@@ -44,6 +45,7 @@ from shoal.learning.rounds.messages import (
     Commit,
     CommitRecord,
     OnTrial,
+    Plan,
     Ready,
     Reject,
     instance_key,
@@ -69,6 +71,7 @@ class Seat:
         self.alive, self.frozen_until = True, 0.0
         self.vector = np.random.default_rng(identity.peer_id.key[0]).integers(-8, 8, table.length).astype(np.float32)
         self.parts: dict[tuple[PeerId, int, int], np.ndarray] = {}
+        self.sums: dict[tuple[int, int, int], np.ndarray] = {}
         self.result: dict[tuple[int, int], dict[int, np.ndarray]] = {}
         self.commit: Commit | None = None
         self.final: np.ndarray | None = None
@@ -121,6 +124,26 @@ class Seat:
                 piece = self.vector[action.start : action.stop].copy()
                 key = (self.me, action.start, action.stop)
                 table.post(self.me, action.owner, lambda seat: seat.take(key, piece))
+            case Circulate() if action.to == self.me:
+                here = (action.attempt, action.epoch, action.index)
+                table.post(self.me, self.me, lambda seat: seat.do(seat.voter.sum_closed(table.now, *here)))
+            case Circulate():
+                plan = self.voter.plan
+                assert plan is not None and plan.ring
+                place = (action.attempt, action.epoch, action.index)
+                summed = self._with_own(plan, *place)
+                me = self.me
+                table.post(me, action.to, lambda seat: seat.take_sum(me, place, summed))
+            case Combine() if (plan := self.voter.plan) is not None and plan.ring:
+                out = self.result.setdefault((action.attempt, action.epoch), {})
+                total = np.float32(sum(action.weights))
+                for index in action.indices:
+                    out[index] = self._with_own(plan, action.attempt, action.epoch, index) / total
+                table.post(
+                    self.me,
+                    self.me,
+                    lambda seat: seat.do(seat.voter.combined(table.now, action.attempt, action.epoch, action.indices)),
+                )
             case Combine():
                 plan = self.voter.plan
                 assert plan is not None
@@ -283,6 +306,18 @@ class Seat:
     def take(self, key: tuple[PeerId, int, int], piece: np.ndarray) -> None:
         self.parts[key] = piece
         self.do(self.voter.slice_received(self.table.now, *key))
+
+    def _with_own(self, plan: Plan, attempt: int, epoch: int, index: int) -> np.ndarray:
+        """Whole numbers, whose sums are exact in any order."""
+        start, stop = plan.slices[index].range
+        weight = plan.weights[plan.members.index(self.me)]
+        own = self.vector[start:stop] * np.float32(weight)
+        before = self.sums.get((attempt, epoch, index))
+        return own if before is None else before + own
+
+    def take_sum(self, sender: PeerId, place: tuple[int, int, int], summed: np.ndarray) -> None:
+        self.sums[place] = summed
+        self.do(self.voter.sum_received(self.table.now, sender, *place))
 
     def gather(
         self, sender: PeerId, attempt: int, epoch: int, index: int, hashed: bytes, part: np.ndarray, pulled: bool

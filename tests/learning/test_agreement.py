@@ -22,6 +22,7 @@ from .model.explore import Found, ends, explore, failing, round_of, shorten, wal
 from .model.seats import Shape
 from .model.table import Table
 from .model.words import Budget, Step
+from .rings import rings  # noqa: F401
 
 #: A bit of everything, for ways at random: what a bad hour on the internet has for one round.
 ANYTHING = Budget(timer=6, drop=3, twice=2, crash=3, alarm=3, cut=2, skip=2, hold=2, total=9)
@@ -131,6 +132,20 @@ def test_on_very_many_ways(mode: str, count: int) -> None:
     for length in (1, 33):
         start = round_of(count, strict=mode == "strict", length=length)
         walks(f"{mode}, {count} members, {length} elements", start, range(1000, 6000))
+
+
+# -- rings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("rings")
+def test_the_same_holds_where_contributions_go_round_a_ring() -> None:
+    check("a ring, any order", explore(round_of(3, length=48), Budget(), every=1))
+    for kind in ("timer", "crash", "alarm", "drop"):
+        found = explore(round_of(3, length=48), Budget(**{kind: 1}), ordered=True, every=100)
+        check(f"a ring, one {kind}", found)
+    check("a ring, two timers", explore(round_of(3, length=48), Budget(timer=2), ordered=True, every=500))
+    for count, length in ((3, 1), (4, 64), (5, 33)):
+        walks(f"a ring of {count}, {length} elements", round_of(count, length=length), range(120))
 
 
 # -- what the model found -------------------------------------------------------------------------------

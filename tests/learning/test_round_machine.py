@@ -17,7 +17,7 @@ import torch
 
 from shoal.learning.aggregate import aggregate
 from shoal.learning.rounds import remembering
-from shoal.learning.rounds.actions import Action, Send
+from shoal.learning.rounds.actions import Action, Circulate, Send
 from shoal.learning.rounds.messages import (
     Accept,
     Commit,
@@ -33,6 +33,7 @@ from shoal.learning.rounds.messages import (
 from shoal.learning.rounds.weighing import seed_of
 from shoal.transport.identity import PeerId
 
+from .rings import rings  # noqa: F401
 from .round_table import Seat, Table
 
 
@@ -469,3 +470,85 @@ def test_any_mixture_of_faults_is_safe_and_ends_when_they_do(n: int) -> None:
             seed,
             [(s.me.short, s.voter.attempt, s.voter.phase, s.voter.reason) for s in table.live() if s.commit is None],
         )
+
+
+# -- rings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("rings")
+def test_a_ring_without_faults_commits_the_mean_of_all_in_one_epoch() -> None:
+    for n in (3, 4, 5, 8):
+        table, passed = Table(n, seed=n, weighted=True), list[Circulate]()
+        table.hook = lambda seat, action, passed=passed: isinstance(action, Circulate) and passed.append(action)
+        table.run()
+        check_done(table, within=5.0)
+        assert table.commits()[0].record.members == table.voters
+        plans = [seat.voter.plan for seat in table.live()]
+        assert all(plan is not None and plan.ring and plan.epoch == 0 for plan in plans)
+        slices = plans[0].slices if plans[0] is not None else ()
+        assert len(passed) == n * len(slices) and not any(seat.parts for seat in table.live())
+
+
+@pytest.mark.usefixtures("rings")
+@pytest.mark.parametrize("n", [3, 5])
+def test_a_kill_at_every_single_action_of_a_ring_costs_an_epoch_at_most(n: int) -> None:
+    for kill in range(actions_of(n, 11, weighted=True)):
+        table = run_with_kills(n, 11, (kill,), weighted=True)
+        check_done(table, within=40.0)
+
+
+@pytest.mark.usefixtures("rings")
+@pytest.mark.parametrize("n", [4, 5])
+def test_two_kills_at_any_two_actions_of_a_ring_leave_a_majority_that_finishes(n: int) -> None:
+    count = actions_of(5, 2)
+    for first, second in itertools.combinations(range(0, count, 11), 2):
+        check_done(run_with_kills(5, 2, (first, second)), within=60.0)
+
+
+@pytest.mark.usefixtures("rings")
+def test_a_way_that_breaks_in_a_ring_costs_its_deadline_and_then_a_butterfly() -> None:
+    for seed in range(6):
+        for one, other in itertools.combinations(range(4), 2):
+            table = Table(4, seed=seed)
+            pair = table.voters[one], table.voters[other]
+            table.at(0.9, pair[0], lambda seat, table=table, pair=pair: table.sever(*pair))
+            table.run(limit=300.0)
+            check_safe(table)
+            assert sum(seat.commit is not None for seat in table.live()) >= 3
+
+
+@pytest.mark.usefixtures("rings")
+def test_a_peer_frozen_in_a_ring_holds_nobody_up_for_longer_than_in_a_butterfly() -> None:
+    for freeze in range(0, actions_of(4, 5), 3):
+        table, count = Table(4, seed=5), itertools.count()
+
+        def hook(seat: Seat, action: Action, table: Table = table, count: Any = count, freeze: int = freeze) -> None:
+            if next(count) == freeze:
+                table.freeze(seat, 60.0)
+
+        table.hook = hook
+        table.run(limit=200.0)
+        check_done(table, within=100.0)
+        assert all(seat.commit is not None for seat in table.live())
+
+
+@pytest.mark.usefixtures("rings")
+def test_what_is_refused_in_a_ring_is_sent_to_owners_who_can_tell_whose_it_is() -> None:
+    table = Table(4, seed=3)
+
+    def hook(seat: Seat, action: Action) -> None:
+        if isinstance(action, Circulate) and action.epoch == 0 and seat.me == table.voters[2]:
+            table.at(table.now, seat.me, lambda s: s.do(s.voter.sum_refused(0, 0, "what came is not finite")))
+
+    table.hook = hook
+    table.run()
+    check_done(table, within=10.0)
+    record = table.commits()[0].record
+    assert record.members == table.voters and f"does not close at {table.voters[2].short}" in record.reason
+    assert all(seat.voter.ring_broken for seat in table.live())
+
+
+@pytest.mark.usefixtures("rings")
+@pytest.mark.parametrize("n", [3, 4])
+def test_any_mixture_of_faults_is_safe_with_rings(n: int) -> None:
+    test_any_mixture_of_faults_is_safe_and_ends_when_they_do(n)

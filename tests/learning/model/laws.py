@@ -44,7 +44,11 @@ def check_held(seat: Seat, action: Combine | Measure) -> None:
     assert plan is not None
     for index in action.indices:
         start, stop = plan.slices[index].range
-        if any((member, start, stop) not in seat.parts for member in action.members):
+        if plan.ring:
+            summed = (*seat.sums.get((action.attempt, action.epoch, index), ()), seat.me)
+            if tuple(sorted(summed)) != action.members:
+                raise Broken(f"{seat.place} combines a sum of {len(summed)} for {len(action.members)} members")
+        elif any((member, start, stop) not in seat.parts for member in action.members):
             raise Broken(f"{seat.place} takes a contribution that it does not hold")
     if isinstance(action, Combine) and bool(action.decision) != (rule.needs_gram and bool(action.members)):
         raise Broken(f"{seat.place} combines {'with' if action.decision else 'without'} a decision")

@@ -145,7 +145,7 @@ class Seat:
 
     __slots__ = (
         "alive", "applied", "begun", "clock", "commit", "final", "first", "hashed", "leader", "life", "parts", "place",
-        "shape", "stored", "values", "view", "voter",
+        "shape", "stored", "sums", "values", "view", "voter",
     )  # fmt: skip
 
     def __init__(self, shape: Shape, place: int) -> None:
@@ -169,6 +169,8 @@ class Seat:
         self.commit: Commit | None = None
         self.applied: Value | None = None
         self.parts: dict[tuple[PeerId, int, int], None] = {}
+        #: Whose contributions are in a sum that came round a ring.
+        self.sums: dict[tuple[int, int, int], tuple[PeerId, ...]] = {}
         self.values: dict[tuple[int, int], dict[int, Value]] = {}
         self.final: dict[bytes, Value] = {}
         self.leader = None
@@ -210,7 +212,7 @@ class Seat:
         self.alive, self.begun, self.leader = False, False, None
         self.life += 1
         self.commit = self.applied = None
-        self.parts, self.values, self.final = {}, {}, {}
+        self.parts, self.sums, self.values, self.final = {}, {}, {}, {}
 
     def offer(self) -> Ready:
         return Ready(self.view.key, self.view.round, 0, True, 1, 1, self.shape.length, None, False, "")
@@ -252,7 +254,7 @@ class Seat:
         twin = object.__new__(Seat)
         for name in Seat.__slots__:
             setattr(twin, name, getattr(self, name))
-        twin.parts, twin.final = dict(self.parts), dict(self.final)
+        twin.parts, twin.sums, twin.final = dict(self.parts), dict(self.sums), dict(self.final)
         twin.values = {key: dict(found) for key, found in self.values.items()}
         twin.voter = copied(self.voter)
         twin.leader = None if self.leader is None else copied(self.leader)
@@ -276,6 +278,7 @@ class Seat:
                         self.begun,
                         self.first,
                         tuple(self.parts),
+                        tuple(self.sums.items()),
                         _frozen(self.values),
                         tuple(self.final),
                         _core(self.voter, self.clock, _VOTER),

@@ -16,6 +16,7 @@ from shoal.learning.rounds import terms as terms_module
 from shoal.learning.rounds.actions import (
     Action,
     Check,
+    Circulate,
     Combine,
     Done,
     Fingerprint,
@@ -314,6 +315,15 @@ class Table:
                 else:
                     back = (action.owner, action.start, action.stop)
                     work.append((place, lambda: self.seats[place].voter.push_failed(seat.clock, *back)))
+            case Circulate() if action.to == seat.me:
+                here = (action.attempt, action.epoch, action.index)
+                work.append((place, lambda: self.seats[place].voter.sum_closed(self.seats[place].clock, *here)))
+            case Circulate():
+                to, sender = shape.index[action.to], seat.me
+                so_far = (action.attempt, action.epoch, action.index)
+                summed = (*seat.sums.get(so_far, ()), sender)
+                if self._open(place, to):
+                    work.append((to, lambda: self._take_sum(self.seats[to], sender, so_far, summed)))
             case Combine():
                 value = action.members, action.weights
                 plan = seat.voter.plan
@@ -430,6 +440,12 @@ class Table:
             return []
         seat.parts[key] = None
         return seat.voter.slice_received(seat.clock, *key)
+
+    def _take_sum(self, seat: Seat, sender: Any, place: tuple[int, int, int], summed: tuple[Any, ...]) -> list[Action]:
+        if seat.commit is not None or place in seat.sums:
+            return []  # from one that came back and begins again: refused
+        seat.sums[place] = summed
+        return seat.voter.sum_received(seat.clock, sender, *place)
 
     def _offer(self, holder: Seat, action: Share | Pull, work: Any, to: int, *, pulled: bool) -> None:
         value = holder.values.get((action.attempt, action.epoch), {}).get(action.index)
