@@ -315,6 +315,7 @@ def arguments() -> argparse.ArgumentParser:
     killing.add_argument("--mb", type=int, default=64, metavar="N", help="MiB of the tensor (default: 64)")
     killing.add_argument("--warmup", type=int, default=2, metavar="N", help="clean runs that do not count (default: 2)")
     killing.add_argument("--only", default="", metavar="TEXT", help="only victims whose name contains TEXT")
+    killing.add_argument("--ring", action="store_true", help="contributions go round a ring, in which all own a part")
     killing.add_argument("--no-gloo", dest="gloo", action="store_false", help="without torch gloo beside it")
     killing.add_argument("--verbose", action="store_true", help="what happened when, of every run")
     soaking = commands.add_parser(

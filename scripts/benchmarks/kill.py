@@ -68,8 +68,8 @@ class Peer:
 class Team:
     """Four processes. Whoever is killed is replaced by a new one with another key."""
 
-    def __init__(self, group: Children, elements: int) -> None:
-        self._group, self._elements = group, elements
+    def __init__(self, group: Children, elements: int, *, ring: bool) -> None:
+        self._group, self._elements, self._ring = group, elements, ring
         self.peers: list[Peer] = []
         self._rounds = 0
 
@@ -91,7 +91,7 @@ class Team:
         """Open a round of ``members``; returns the name of its leader."""
         self._rounds += 1
         team, voters = [peer.child for peer in members], [peer.name for peer in members]
-        await ask_all(team, "group", voters=voters, name=f"round {self._rounds}", lazy=lazy)
+        await ask_all(team, "group", voters=voters, name=f"round {self._rounds}", lazy=lazy, ring=self._ring)
         answers = await ask_all(team, "open", run=self._rounds % 100)
         return str(answers[0]["leader"])
 
@@ -157,15 +157,16 @@ def check(members: list[Peer], answers: list[dict[str, Any]], what: str) -> None
 async def run(options: argparse.Namespace) -> None:
     rows: list[Row] = []
     size = options.mb << 20
-    cases = [case for case in CASES if options.only in case.name]
+    cases = [case for case in CASES if options.only in case.name and (case.owns or not options.ring)]
     ends = None if options.seconds is None else trio.current_time() + options.seconds
     for case in cases:
-        rows.append(Row("kill", {"case": case.name, "peers": PEERS, "bytes": size}, "shoal", "median_s"))
+        about = {"case": case.name, "peers": PEERS, "bytes": size, "ring": options.ring}
+        rows.append(Row("kill", about, "shoal", "median_s"))
     cleans: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
         try:
             async with children() as group:
-                team = Team(group, size // 4)
+                team = Team(group, size // 4, ring=options.ring)
                 await team.fill()
                 for _ in range(options.warmup):
                     await team.clean(team.peers)

@@ -61,7 +61,7 @@ class KillPeer(ShoalPeer):
     def __init__(self) -> None:
         super().__init__()
         leader.first_plan = self._first_plan
-        self._lazy = ""
+        self._lazy, self._ring = "", False
         self._at, self._share, self._file = "", 0.0, Path()
         self._bases: dict[int, Tensor] = {}
         self._numbers: dict[PeerId, int] = {}
@@ -74,7 +74,7 @@ class KillPeer(ShoalPeer):
             case "group":
                 self._voters = tuple(sorted(PeerId.parse(peer) for peer in arguments["voters"]))
                 self._head = attrs.evolve(genesis(self._voters), state=arguments["name"].encode())
-                self._lazy = arguments["lazy"]
+                self._lazy, self._ring = arguments["lazy"], arguments["ring"]
                 self._presence.watch(self._voters)
                 return {}
             case "open":
@@ -105,8 +105,10 @@ class KillPeer(ShoalPeer):
         return pace(self._endpoint, self._voters, self._base.numel() * 4, 0.0)
 
     def _first_plan(self, *arguments: Any, **more: Any) -> Plan:
-        """The planner's, but nobody waits for the one that is to be a contributor alone: it owns nothing."""
+        """The planner's, but nobody waits for the one that is to be a contributor alone: it owns nothing. Or a ring."""
         plan = first_plan(*arguments, **more)
+        if self._ring and plan.members == self._voters:
+            return attrs.evolve(plan, ring=plan.members)
         heirs = tuple(peer for peer in dict.fromkeys(p.owner for p in plan.slices) if peer.text != self._lazy)
         lazy = tuple(peer for peer in self._voters if peer.text == self._lazy)
         return attrs.evolve(plan, slices=reassign(plan.slices, lazy, heirs))

@@ -31,6 +31,7 @@ from shoal.sim.virtual import VirtualHost
 from shoal.transport.address import Address
 from shoal.transport.aead import NOMINAL_CIPHERS
 from shoal.transport.endpoint import Endpoint
+from shoal.transport.host import RealHost
 from shoal.transport.identity import Identity, PeerId
 from shoal.transport.memory import MemoryWorld
 from shoal.transport.memory_flow import Route
@@ -45,6 +46,8 @@ class Member:
     name: str
     endpoint: Endpoint
     vector: Tensor
+    #: Where it listens.
+    address: Address
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     notes: list[tuple[float, Note]] = attrs.field(factory=list)
     lost: list[tuple[float, PeerId]] = attrs.field(factory=list)
@@ -218,7 +221,7 @@ async def _run_member(member: Member, *, task_status: trio.TaskStatus[None]) -> 
     with member.scope:
         async with trio.open_nursery() as nursery:
             member.nursery = nursery
-            await nursery.start(member.endpoint.run, [Address("mem", member.name, 4001)])
+            await nursery.start(member.endpoint.run, [member.address])
             member.post = Post(member.endpoint, nursery)
             member.presence = Presence(member.endpoint, nursery)
             member.hub = Hub(member.endpoint, member.post)
@@ -234,23 +237,29 @@ async def _run_member(member: Member, *, task_status: trio.TaskStatus[None]) -> 
 
 
 @asynccontextmanager
-async def reduce_group(count: int, elements: int, *, route: Route | None = None, seed: int = 0) -> AsyncIterator[Group]:
-    """``count`` peers that hold vectors of ``elements`` float32 and are connected in pairs."""
+async def reduce_group(
+    count: int, elements: int, *, route: Route | None = None, seed: int = 0, real: bool = False
+) -> AsyncIterator[Group]:
+    """``count`` peers that hold vectors of ``elements`` float32 and are connected in pairs. ``real``: over sockets."""
     world = MemoryWorld(random.Random(f"group {seed}"), default=route or Route(latency=0.005, bandwidth=50e6))
     members = []
     for number in range(count):
-        host = VirtualHost(f"peer{number}", world, seed=seed)
-        host.ciphers = NOMINAL_CIPHERS
+        name = f"peer{number}"
+        host = RealHost() if real else VirtualHost(name, world, seed=seed)
+        if not real:
+            host.ciphers = NOMINAL_CIPHERS
+        address = Address("tcp", "127.0.0.1", 0) if real else Address("mem", name, 4001)
         identity = Identity(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=32).digest())
         generator = torch.Generator().manual_seed(1000 * seed + number)
-        members.append(Member(host.name, Endpoint(host, identity), torch.randn(elements, generator=generator)))
+        vector = torch.randn(elements, generator=generator)
+        members.append(Member(name, Endpoint(host, identity), vector, address))
     members.sort(key=lambda member: member.me)
     async with trio.open_nursery() as nursery:
         for member in members:
             await nursery.start(_run_member, member)
         for index, member in enumerate(members):
             for other in members[index + 1 :]:
-                await member.endpoint.connect(other.me, [Address("mem", other.name, 4001)])
+                await member.endpoint.connect(other.me, list(other.endpoint.addresses()))
         group = Group(world, members)
         for member in members:
             member.presence.watch(group.voters)

@@ -90,6 +90,19 @@ EVERY = (
     Missing(KEY, 0, 1, VOTERS[0]),
     Receipts(KEY, 0, 1, VOTERS[0], (Receipt(0, 16, "fp32", b"r" * 32, b"s" * 64),)),
     Denied(KEY, 0, 1, VOTERS[0], VOTERS[1]),
+    Plan(
+        KEY,
+        0,
+        0,
+        VOTERS,
+        (1,) * len(VOTERS),
+        (1,) * len(VOTERS),
+        VOTERS,
+        (Slice(0, 100, VOTERS[0]),),
+        100,
+        "why",
+        ring=VOTERS,
+    ),
 )
 
 
