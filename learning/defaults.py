@@ -85,8 +85,9 @@ TURNS_TO_LEAVE = 10
 #: Seconds after which the task of an empty queue ends.
 IDLE_QUEUE = 60.0
 
-#: Seconds in which a peer plans no ring after one that did not close: it costs the time of a phase, and may again.
-RING_AGAIN = 600.0
+#: Seconds in which a peer plans no ring after one that did not close, which costs the time of a phase: of the path that
+#: was the reason more is known then. Doubled with each that breaks soon after, up to the second figure.
+RING_AGAIN, RING_NEVER = 60.0, 3600.0
 
 #: Seconds a message for a round that we have not reached yet waits for us to get there. Peers that commit at once
 #: differ by a round trip and the outer step; anything later is answered as refused and sent again.

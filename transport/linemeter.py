@@ -71,8 +71,8 @@ class Direction:
             self._roomy = -math.inf
             return
         # The line has room, so its capacity is not what this window shows. Unless it became slower, and all windows of
-        # a busy time in which we sent to several show it; of many, not only to the few that are behind slow paths.
-        self._roomy += peers > 1 and 2 * peers > max(most for _, _, most in self.windows)
+        # a busy time in which we sent to as many as ever show it, not only to those that are behind slow paths.
+        self._roomy += peers > 1 and 4 * peers > 3 * max(most for _, _, most in self.windows)
         if self._roomy >= defaults.LINE_ROOMY:
             self.windows.clear()
             self._paths.clear()

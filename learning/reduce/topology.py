@@ -74,6 +74,8 @@ class Topology:
 @attrs.frozen
 class Mesh:
     """What the reports come down to, in bytes per second. ``paths``: only those that limit more than the lines do.
+    ``said``: all that are said to be slow, also where a slow line at their end explains it: nothing sends over them in
+    vain in a ring, and where lines are what is slow no ring is better than a butterfly.
 
     ``inf``: no limit known. ``known``: peers whose uplink was reported; the others are taken to have the median one.
     ``rtt``: seconds, the longest that anybody reports, the upper quarter of reports left out.
@@ -85,6 +87,7 @@ class Mesh:
     paths: Mapping[tuple[int, int], float]
     known: int
     rtt: float
+    said: Mapping[tuple[int, int], float] = attrs.field(factory=dict)
 
     @classmethod
     def of(cls, peers: Sequence[PeerId], reports: Mapping[PeerId, Rates]) -> Mesh | None:
@@ -114,7 +117,7 @@ class Mesh:
         paths = {(i, j): rate for (i, j), rate in said.items() if down[j] == math.inf and rate < up[i]}
         trips = sorted(report.rtt for report in found if report.rtt)
         rtt = trips[(3 * len(trips) - 1) // 4] / 1e6 if trips else 0.0
-        return cls(tuple(peers), up, tuple(down), paths, len(measured), rtt)
+        return cls(tuple(peers), up, tuple(down), paths, len(measured), rtt, said)
 
     def lines(
         self, size: int, givers: Collection[PeerId], takers: Collection[PeerId], owners: Collection[PeerId]
@@ -137,11 +140,14 @@ class Mesh:
             most=tuple(most if peer in owners else 0.0 for peer in self.peers),
         )
 
+    def _path(self, i: int, j: int) -> float:
+        return min(self.paths.get((i, j), math.inf), self.said.get((i, j), math.inf))
+
     def matrix(self, size: int) -> tuple[tuple[float, ...], ...]:
         """Vectors of ``size`` bytes per second from each to each when nothing else is sent."""
         count = range(len(self.peers))
         return tuple(
-            tuple(min(self.up[i], self.down[j], self.paths.get((i, j), math.inf)) / size for j in count) for i in count
+            tuple(min(self.up[i], self.down[j], self._path(i, j)) / size for j in count) for i in count
         )
 
 

@@ -52,6 +52,7 @@ class Hub:
         self._early = Early()
         self.memory = RoundMemory()
         self._remembered = self._ring_broke = -math.inf
+        self._no_ring = defaults.RING_AGAIN  # seconds after the last one that broke, doubled with each
         #: A commit of a round we are not in: we may have been admitted by it, or left behind.
         self.on_foreign_commit: Callable[[PeerId, Commit], None] = lambda sender, commit: None
         for kind in MESSAGES:
@@ -67,7 +68,7 @@ class Hub:
         """Begin to route to ``instance``."""
         self._live[instance.key] = instance
         instance.on_open = self._make_room
-        instance.rings = lambda: self._now() - self._ring_broke > defaults.RING_AGAIN
+        instance.rings = lambda: self._now() - self._ring_broke > self._no_ring
         for letter in self._early.take(self._now(), instance.key):
             # It was taken in already, so nobody is there to hear of a refusal.
             with contextlib.suppress(RemoteRefused):
@@ -81,7 +82,9 @@ class Hub:
         self._commits[commit.key] = commit
         ended = self._live.get(commit.key)
         if ended is not None and ended.voter.ring_broken:
-            self._ring_broke = self._now()
+            before, self._ring_broke = self._ring_broke, self._now()
+            again = self._ring_broke - before < 4.0 * self._no_ring
+            self._no_ring = min(2.0 * self._no_ring, defaults.RING_NEVER) if again else defaults.RING_AGAIN
         while len(self._commits) > defaults.REMEMBERED_COMMITS:
             self._commits.pop(next(iter(self._commits)))
         decided = [key for key, instance in self._live.items() if instance.commit is not None]

@@ -176,6 +176,28 @@ def test_a_receiver_that_is_slow_for_most_is_taken_for_a_slow_downlink() -> None
     assert mesh.paths == {}
 
 
+@pytest.mark.parametrize("down", [1_000_000, 10_000_000])
+def test_slow_senders_are_no_slow_downlink_where_much_more_has_come_over_it(down: int) -> None:
+    peers = PEERS[:8]
+    slow = (Path(peers[0], 200_000),)
+    reports = {p: Rates(up=8_000_000, paths=slow if p in peers[1:6] else ()) for p in peers}
+    mesh = topology.Mesh.of(peers, {**reports, peers[0]: Rates(up=8_000_000, down=down)})
+    assert mesh is not None
+    assert (mesh.down[0], len(mesh.paths)) == ((1e6, 0) if down == 1_000_000 else (math.inf, 5))
+
+
+def test_no_ring_goes_over_what_is_said_to_be_slow_whatever_explains_it() -> None:
+    """Five of seven say that they are slow to one peer, which is taken for its downlink; the other two are not."""
+    peers = PEERS[:8]
+    slow = Path(peers[0], 400_000)
+    reports = {p: Rates(up=8_000_000, paths=(slow,) if p in peers[1:6] else ()) for p in peers}
+    mesh = topology.Mesh.of(peers, reports)
+    assert mesh is not None and mesh.down[0] == 2e6 and mesh.paths == {}
+    order, _, _ = topology.best_ring(mesh.matrix(1 << 20), 0.02)
+    me = mesh.peers.index(peers[0])
+    assert mesh.peers[order[order.index(me) - 1]] in peers[6:]
+
+
 claims = st.builds(
     Rates,
     up=st.integers(0, 10**12),

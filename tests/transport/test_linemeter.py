@@ -51,6 +51,27 @@ def test_a_line_that_became_slower_is_found_out_in_the_next_busy_time() -> None:
     assert meter.rate(end) == pytest.approx(1e6, rel=0.15)
 
 
+@pytest.mark.parametrize("slow", [2, 3])
+def test_several_slow_paths_in_a_busy_time_of_their_own_are_no_slow_line(slow: int) -> None:
+    """The others have all they wanted, there was a break, and now bulk goes to a few that are far away."""
+    meter = Direction(0.02)
+    end = send(meter, 0.0, [1e6] * 5, 3.0)
+    end = send(meter, end + 0.5, [0.2e6] * slow, 6.0)
+    assert meter.rate(end) == pytest.approx(5e6, rel=0.1)
+    for peer in PEERS[:slow]:
+        assert meter.path(peer, end) == pytest.approx(0.2e6, rel=0.15)
+
+
+def test_a_path_whose_bulk_ends_in_the_middle_of_a_window_is_not_slow() -> None:
+    meter = Direction(0.02)
+    end = send(meter, 0.0, [1e6] * 4, 3.0)
+    for _ in range(2):
+        began = end
+        end = send(meter, began, [0.2e6], 0.6)
+        meter.note(began, began + 0.1, RECORD, PEERS[3])
+    assert meter.path(PEERS[3], end) is None
+
+
 def test_what_is_old_says_nothing_any_more() -> None:
     meter = Direction(0.02)
     end = send(meter, 0.0, [1e6] * 2, 3.0)
