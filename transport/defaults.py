@@ -695,6 +695,12 @@ LINE_GAP_UP, LINE_GAP_DOWN = 0.02, 0.25
 #: window must hold them all.
 LINE_INSTANT = 0.005
 
+#: Part of a window in which a link must have been sending for its path to be what held it back.
+PATH_BUSY = 0.8
+
+#: So many times what is known of a path show in one window that it was something else.
+PATH_FASTER = 2.0
+
 #: Part of the line's rate below which a window left it room. Windows of one path that are kept, and paths.
 LINE_ROOM = 0.5
 #: Such windows at the beginning of a busy time, to several peers, after which the line itself has become slower.

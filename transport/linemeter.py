@@ -8,7 +8,8 @@ A window tells what passed, which is the line's capacity only where the line was
 out that is likely (a sender pushes as fast as it can), on the way in it takes the senders' word that they had more.
 
 A path to one peer shows itself where the line is not full and that peer's bulk still is not through: in windows that
-carry clearly less than the line has carried, each link that is at work moves what its own path allows.
+carry clearly less than the line has carried, each link that sends without a break moves what its own path allows. One
+that pauses has nothing to send, or waits for an answer.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Direction:
         self._gap = gap
         self._begin = self._end = float("-inf")
         self._bytes = 0
-        self._by_peer: dict[PeerId, int] = {}
+        self._by_peer: dict[PeerId, tuple[int, float]] = {}  # bytes, and seconds in which some were being sent
         self._before = 0  # peers of the window before
         self._first = True
         self._roomy: float = 0  # windows of this busy time that left room, as long as all did
@@ -62,10 +63,15 @@ class Direction:
         self._end = max(self._end, now)
         self._bytes += size
         if peer is not None:
-            self._by_peer[peer] = self._by_peer.get(peer, 0) + size
+            before, busy = self._by_peer.get(peer, (0, 0.0))
+            self._by_peer[peer] = before + size, busy + now - max(began, self._begin)
 
     def _close(self, now: float, span: float) -> None:
         rate, known, peers = self._bytes / span, self.rate(now), len(self._by_peer)
+        for peer, (size, _) in self._by_peer.items():
+            path = self.path(peer, now)
+            if path is not None and size > defaults.PATH_FASTER * path * span:
+                del self._paths[peer]  # whatever held it back then
         if known is None or rate >= defaults.LINE_ROOM * known:
             self.windows.append((now, rate, peers))
             self._roomy = -math.inf
@@ -78,7 +84,9 @@ class Direction:
             self._paths.clear()
             self.windows.append((now, rate, peers))
             return
-        for peer, size in self._by_peer.items():
+        for peer, (size, busy) in self._by_peer.items():
+            if busy < defaults.PATH_BUSY * span:
+                continue
             samples = self._paths.pop(peer, None) or deque(maxlen=defaults.PATH_WINDOWS)
             samples.append((now, size / span))
             self._paths[peer] = samples
@@ -86,17 +94,22 @@ class Direction:
                 del self._paths[next(iter(self._paths))]
 
     def rate(self, now: float) -> float | None:
-        """Bytes per second of the whole line: the upper quartile of the recent windows. None: not measured."""
+        """Bytes per second of the whole line: the upper quartile of the recent windows. None: not measured.
+
+        Before more was known a window that left room may have counted: what is much less than two of them does not.
+        """
         rates = sorted(rate for at, rate, _ in self.windows if now - at < defaults.LINE_MEMORY)
+        if len(rates) > 1:
+            rates = [rate for rate in rates if rate >= defaults.LINE_ROOM * rates[-2]]
         return rates[3 * len(rates) // 4] if rates else None
 
     def path(self, peer: PeerId, now: float) -> float | None:
         """Bytes per second of the path to ``peer`` where it is known to be slower than the line; None otherwise.
 
-        The median of its recent windows, of three at least: in one its bulk may have ended half-way, in another begun.
+        The median of its recent windows, of two at least.
         """
         rates = sorted(rate for at, rate in self._paths.get(peer, ()) if now - at < defaults.LINE_MEMORY)
-        return rates[len(rates) // 2] if len(rates) > 2 else None
+        return rates[len(rates) // 2] if len(rates) > 1 else None
 
     @property
     def peers(self) -> int:

@@ -146,9 +146,7 @@ class Mesh:
     def matrix(self, size: int) -> tuple[tuple[float, ...], ...]:
         """Vectors of ``size`` bytes per second from each to each when nothing else is sent."""
         count = range(len(self.peers))
-        return tuple(
-            tuple(min(self.up[i], self.down[j], self._path(i, j)) / size for j in count) for i in count
-        )
+        return tuple(tuple(min(self.up[i], self.down[j], self._path(i, j)) / size for j in count) for i in count)
 
 
 def plan(

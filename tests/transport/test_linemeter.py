@@ -62,14 +62,37 @@ def test_several_slow_paths_in_a_busy_time_of_their_own_are_no_slow_line(slow: i
         assert meter.path(peer, end) == pytest.approx(0.2e6, rel=0.15)
 
 
+def test_a_line_that_was_met_through_a_slow_path_first_is_known_once_it_was_full_twice() -> None:
+    meter, end = Direction(0.02), 0.0
+    for _ in range(2):  # fast ones are done before a window is over, nearly
+        began = end
+        end = send(meter, began, [0.2e6], 4.0)
+        assert meter.rate(end) == pytest.approx(0.2e6, rel=0.1)
+    for _ in range(3):
+        end = send(meter, end, [1e6] * 4, 0.6)
+        end = send(meter, end, [0.2e6], 4.0)
+    assert meter.rate(end) == pytest.approx(4e6, rel=0.15)
+    assert meter.path(PEERS[0], end) == pytest.approx(0.2e6, rel=0.1)
+
+
 def test_a_path_whose_bulk_ends_in_the_middle_of_a_window_is_not_slow() -> None:
     meter = Direction(0.02)
     end = send(meter, 0.0, [1e6] * 4, 3.0)
-    for _ in range(2):
+    for _ in range(4):  # what it has leaves at once, and no more comes before the next window
         began = end
-        end = send(meter, began, [0.2e6], 0.6)
-        meter.note(began, began + 0.1, RECORD, PEERS[3])
+        end = send(meter, began, [0.2e6], 0.3)
+        meter.note(began, began + 0.05, RECORD, PEERS[3])
     assert meter.path(PEERS[3], end) is None
+    assert meter.path(PEERS[0], end) is not None
+
+
+def test_a_path_that_once_was_slow_is_forgotten_when_more_gets_through() -> None:
+    meter = Direction(0.02)
+    end = send(meter, 0.0, [1e6] * 4, 3.0)
+    end = send(meter, end, [0.2e6], 3.0)
+    assert meter.path(PEERS[0], end) is not None
+    end = send(meter, end, [1e6] * 4, 3.0)
+    assert meter.path(PEERS[0], end) is None
 
 
 def test_what_is_old_says_nothing_any_more() -> None:
