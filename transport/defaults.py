@@ -698,6 +698,10 @@ LINE_INSTANT = 0.005
 #: Part of a window in which a link must have been sending for its path to be what held it back.
 PATH_BUSY = 0.8
 
+#: Seconds for which a path counts as slow when nothing has gone there, and within which a window to many peers says how
+#: many are usual.
+PATH_MEMORY, LINE_USUAL = 86400.0, 300.0
+
 #: So many times what is known of a path show in one window that it was something else.
 PATH_FASTER = 2.0
 

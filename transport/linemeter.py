@@ -30,11 +30,25 @@ class Direction:
     ``gap``: seconds without bulk after which a busy time is over.
     """
 
-    __slots__ = ("_before", "_begin", "_by_peer", "_bytes", "_end", "_first", "_gap", "_paths", "_roomy", "windows")
+    __slots__ = (
+        "_before",
+        "_begin",
+        "_by_peer",
+        "_bytes",
+        "_end",
+        "_first",
+        "_gap",
+        "_paths",
+        "_roomy",
+        "_usual",
+        "windows",
+    )
 
     def __init__(self, gap: float) -> None:
-        #: (when it ended, bytes per second, to how many peers) of the last windows.
-        self.windows: deque[tuple[float, float, int]] = deque(maxlen=defaults.LINE_WINDOWS)
+        #: (when it ended, bytes per second) of the last windows that were full, as far as was known.
+        self.windows: deque[tuple[float, float]] = deque(maxlen=defaults.LINE_WINDOWS)
+        #: (when it ended, to how many peers) of recent windows, but for those after which there was a wider one.
+        self._usual: deque[tuple[float, int]] = deque()
         self._gap = gap
         self._begin = self._end = float("-inf")
         self._bytes = 0
@@ -72,17 +86,22 @@ class Direction:
             path = self.path(peer, now)
             if path is not None and size > defaults.PATH_FASTER * path * span:
                 del self._paths[peer]  # whatever held it back then
+        while self._usual and self._usual[-1][1] <= peers:
+            self._usual.pop()
+        self._usual.append((now, peers))
+        while now - self._usual[0][0] > defaults.LINE_USUAL:
+            self._usual.popleft()
         if known is None or rate >= defaults.LINE_ROOM * known:
-            self.windows.append((now, rate, peers))
+            self.windows.append((now, rate))
             self._roomy = -math.inf
             return
         # The line has room, so its capacity is not what this window shows. Unless it became slower, and all windows of
-        # a busy time in which we sent to as many as ever show it, not only to those that are behind slow paths.
-        self._roomy += peers > 1 and 4 * peers > 3 * max(most for _, _, most in self.windows)
+        # a busy time in which we sent to as many as lately show it, not only to those that are behind slow paths.
+        self._roomy += peers > 1 and 4 * peers > 3 * self._usual[0][1]
         if self._roomy >= defaults.LINE_ROOMY:
             self.windows.clear()
             self._paths.clear()
-            self.windows.append((now, rate, peers))
+            self.windows.append((now, rate))
             return
         for peer, (size, busy) in self._by_peer.items():
             if busy < defaults.PATH_BUSY * span:
@@ -98,7 +117,7 @@ class Direction:
 
         Before more was known a window that left room may have counted: what is much less than two of them does not.
         """
-        rates = sorted(rate for at, rate, _ in self.windows if now - at < defaults.LINE_MEMORY)
+        rates = sorted(rate for at, rate in self.windows if now - at < defaults.LINE_MEMORY)
         if len(rates) > 1:
             rates = [rate for rate in rates if rate >= defaults.LINE_ROOM * rates[-2]]
         return rates[3 * len(rates) // 4] if rates else None
@@ -106,9 +125,10 @@ class Direction:
     def path(self, peer: PeerId, now: float) -> float | None:
         """Bytes per second of the path to ``peer`` where it is known to be slower than the line; None otherwise.
 
-        The median of its recent windows, of two at least.
+        The median of its windows, of two at least. Kept for long: whoever plans by it sends nothing there any more that
+        would show it anew, and what does go there faster refutes it.
         """
-        rates = sorted(rate for at, rate in self._paths.get(peer, ()) if now - at < defaults.LINE_MEMORY)
+        rates = sorted(rate for at, rate in self._paths.get(peer, ()) if now - at < defaults.PATH_MEMORY)
         return rates[len(rates) // 2] if len(rates) > 1 else None
 
     @property

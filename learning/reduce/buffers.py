@@ -200,7 +200,10 @@ class Buffers:
         self._early[attempt, epoch, index, piece.owner] = (piece, part)
 
     def take_early(self, slices: Sequence[Slice], codec: str) -> None:
-        """Move early slices of the present generation that are the plan's and not there yet into the result."""
+        """Move early slices of the present generation that are the plan's and not there yet into the result.
+
+        ``slices``: with who sends them as their owner.
+        """
         assert self.result is not None and self.generation is not None
         for key, (piece, part) in list(self._early.items()):
             generation, index = key[:2], key[2]

@@ -34,7 +34,7 @@ class Circling(Assessing):
     #: A ring of this round did not close.
     ring_broken: bool
     _combined: dict[int, None]
-    _sums: dict[tuple[int, int, int], PeerId]
+    _sums: dict[tuple[PeerId, int, int, int], None]
 
     def _report_held(self, now: float, *, force: bool) -> list[Action]:
         raise NotImplementedError
@@ -46,7 +46,7 @@ class Circling(Assessing):
         for index, piece in enumerate(plan.slices):
             if after(plan, piece.owner) == self.me:
                 actions.append(Circulate(after(plan, self.me), plan.attempt, plan.epoch, index))
-        for (attempt, epoch, index), sender in early.items():
+        for sender, attempt, epoch, index in early:
             actions += self.sum_received(self._moved, sender, attempt, epoch, index)
         return actions
 
@@ -54,8 +54,8 @@ class Circling(Assessing):
         """The sum of slice ``index`` came from ``sender``: of all before us, from the one behind its owner on."""
         plan = self.plan
         if plan is None or (attempt, epoch) > (plan.attempt, plan.epoch):
-            if len(self._sums) < 4 * len(self.voters):
-                self._sums[attempt, epoch, index] = sender
+            if sum(each[0] == sender for each in self._sums) < 4 * len(self.voters):
+                self._sums[sender, attempt, epoch, index] = None
             return []
         if (attempt, epoch) != (plan.attempt, plan.epoch) or not self.passes(plan, index, sender):
             return []

@@ -45,6 +45,7 @@ from .actions import (
     Weigh,
 )
 from .audits import Auditor
+from .circling import source
 from .claims import Proof
 from .decisions import candidates, resume_at
 from .leader import Leader
@@ -349,7 +350,7 @@ class Instance:
             audits=self.setting.audit > 0,
             trial=self.setting.trial,
             scores=self.setting.scores,
-            rings=self.rings(),
+            rings=self.rings() and not self.voter.ring_broken and not (self.voter.plan and self.voter.plan.ring),
         )
         self.leader.spare = self.voter.spare
 
@@ -439,7 +440,8 @@ class Instance:
             self.traffic.relay.open((plan.attempt, plan.epoch))
             self.buffers.open((plan.attempt, plan.epoch), plan.length)
         if plan is not None and self.buffers.generation == (plan.attempt, plan.epoch):
-            self.buffers.take_early(plan.slices, plan.codec)
+            sent = [attrs.evolve(p, owner=source(plan, i, self.me) or p.owner) for i, p in enumerate(plan.slices)]
+            self.buffers.take_early(sent if plan.ring else plan.slices, plan.codec)
 
     async def _weigh(self, action: Weigh) -> None:
         leader = self.leader

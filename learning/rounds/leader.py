@@ -265,6 +265,8 @@ class Leader(Judging):
         return [Note("convene", "members", plan.reason), *self._publish(now, plan)]
 
     def _publish(self, now: float, plan: Plan) -> list[Action]:
+        if self.plan is not None and self.plan.ring:
+            self._refusals.clear()  # that was the ring
         self.plan, self.phase = plan, "scatter"
         self._held, self._progress, self._frozen, self._asked, self._fetching = {}, {}, (), {}, {}
         self._products, self._decided, self._learnt = {}, None, NOTHING

@@ -8,6 +8,7 @@ ballot of single-decree Paxos; ``epoch`` counts the freezes within one attempt.
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import attrs
 from cattrs.gen import make_dict_unstructure_fn, override
@@ -42,6 +43,12 @@ def check_layout(layout: str) -> None:
     """Raises ValueError for one that is longer than ours ever are."""
     if len(layout) > MAX_LAYOUT:
         raise ValueError(f"a layout of {len(layout)} characters")
+
+
+def _omit(kind: type, *names: str) -> None:
+    """Have fields that hold their default left out of the bytes, as before there were such fields."""
+    brief: dict[str, Any] = {name: override(omit_if_default=True) for name in names}
+    converter.register_unstructure_hook(kind, make_dict_unstructure_fn(kind, converter, **brief))
 
 
 @attrs.frozen
@@ -95,17 +102,7 @@ class CommitRecord(Bounded):
         return hashlib.blake2b(pack(self), digest_size=32, person=b"shoal commit v1").digest()
 
 
-converter.register_unstructure_hook(
-    CommitRecord,
-    make_dict_unstructure_fn(
-        CommitRecord,
-        converter,
-        trial=override(omit_if_default=True),
-        opinions=override(omit_if_default=True),
-        scores=override(omit_if_default=True),
-        payloads=override(omit_if_default=True),
-    ),
-)
+_omit(CommitRecord, "trial", "opinions", "scores", "payloads")
 
 
 @attrs.frozen
@@ -169,9 +166,7 @@ class Ready(Bounded):
             raise ValueError("a payload beside a vector")
 
 
-converter.register_unstructure_hook(
-    Ready, make_dict_unstructure_fn(Ready, converter, payload=override(omit_if_default=True))
-)
+_omit(Ready, "payload")
 
 
 @attrs.frozen
@@ -238,9 +233,7 @@ class Plan(Bounded):
         return self.within / 1e3 or otherwise
 
 
-converter.register_unstructure_hook(
-    Plan, make_dict_unstructure_fn(Plan, converter, ring=override(omit_if_default=True))
-)
+_omit(Plan, "ring")
 
 
 @attrs.frozen
@@ -375,6 +368,9 @@ class Reject(Bounded):
     promised: int
     reason: str
     epoch: int = 0
+
+
+_omit(Reject, "epoch")
 
 
 @attrs.frozen

@@ -209,6 +209,8 @@ def freeze_fault(
     given = set(members)
     if list(members) != [m for m in plan.members if m in given] or (plan.members and not given):
         return "frozen members are not the plan's"
+    if plan.ring and tuple(members) != plan.members:
+        return "nobody can be left out of what came round a ring"
     for index in mine:
         held = holds.get((*plan.slices[index].range, plan.form), ())
         for member in members:

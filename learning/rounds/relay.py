@@ -17,6 +17,7 @@ from ..reduce.buffers import Buffers, Part
 from ..reduce.codecs import FP32
 from ..state import bytes_view
 from .actions import Action, Circulate, Combine
+from .circling import source
 from .decisions import shares
 from .messages import Plan
 from .methods import PASS, Ack, Passed
@@ -43,12 +44,12 @@ class Relay:
     ) -> None:
         self._endpoint, self._setting, self._voter, self._buffers = endpoint, setting, voter, buffers
         self._passes, self._post, self._feed = passes, post, feed
-        #: What came round, by (attempt, epoch, index); None: it is on its way here, or was passed on.
-        self._sums: dict[tuple[int, int, int], Tensor | None] = {}
+        #: What came round, by (sender, attempt, epoch, index); None: it is on its way here, or was passed on.
+        self._sums: dict[tuple[PeerId, int, int, int], Tensor | None] = {}
 
     def open(self, generation: tuple[int, int]) -> None:
         """What came for older plans is needed no more."""
-        self._sums = {place: total for place, total in self._sums.items() if place[:2] >= generation}
+        self._sums = {place: total for place, total in self._sums.items() if place[1:3] >= generation}
 
     def drop(self) -> None:
         """Nothing of it is needed any more."""
@@ -67,18 +68,24 @@ class Relay:
             fits = self._voter.passes(plan, request.index, sender)
             if not fits or plan.slices[request.index].range != (request.start, request.stop):
                 raise RemoteRefused("bad-range", "that sum is not the plan's")
-        if place in self._sums:
+        if request.epoch:
+            raise RemoteRefused("bad-range", "no ring comes after the first epoch")
+        if (sender, *place) in self._sums:
             raise RemoteRefused("busy", "that sum is on its way already")
         part = self._buffers.room_for(sender, request.start, request.stop, FP32)
         if part is None or part.vector is None:
             raise RemoteRefused("bad-range", f"elements {request.start}..{request.stop} are too many")
-        self._sums[place] = None
-        await call.read_into(part.data)
+        self._sums[sender, *place] = None
+        try:
+            await call.read_into(part.data)
+        except BaseException:
+            del self._sums[sender, *place]  # it may come back, and begin again
+            raise
         wrong = await self._passes.run(elements, exact.check_finite, part.vector)
         if wrong is not None:
             self._feed(lambda: self._voter.sum_refused(*place[:2], f"what came round the ring: {wrong}"))
             raise RemoteRefused("not-finite", f"a sum of round {self._setting.round} is refused: {wrong}")
-        self._sums[place] = part.vector
+        self._sums[sender, *place] = part.vector
         self._feed(lambda: self._voter.sum_received(now(), sender, *place))
         return Ack()
 
@@ -92,7 +99,7 @@ class Relay:
             self._feed(lambda: self._voter.sum_closed(self._endpoint.host.now(), *place))
             return
         start, stop = plan.slices[action.index].range
-        before, self._sums[place] = self._sums.get(place), None
+        before = self._came(plan, action.index, take=True)
         if before is not None and len(before) != stop - start:
             self._feed(lambda: self._voter.sum_refused(*place[:2], "a sum of another length came round the ring"))
             return
@@ -102,7 +109,12 @@ class Relay:
         request = Passed(self._setting.key, *place, start, stop)
         try:
             await self._endpoint.call(action.to, PASS, request, body=[bytes_view(total)])
+        except RemoteRefused as error:
+            why = f"{action.to.short} refuses a sum: {error.reason}"
+            log.debug("%s", why)
+            self._feed(lambda: self._voter.sum_refused(*place[:2], why))
         except RemoteError as error:
+            # Whether it is lost, others find out. If it is not, the ring does not close in time.
             log.debug("sum of a slice for %s: %s", action.to.short, error)
 
     def closing(self, plan: Plan, action: Combine) -> Callable[[], list[Part]]:
@@ -113,7 +125,7 @@ class Relay:
         work = []
         for index in action.indices:
             start, stop = plan.slices[index].range
-            total = self._sums[action.attempt, action.epoch, index]
+            total = self._came(plan, index, take=False)
             assert total is not None  # or it would not be said to be held
             work.append((total, own[start:stop], result[start:stop]))
 
@@ -128,6 +140,17 @@ class Relay:
         """The present plan, if it is that one and has a ring."""
         plan = self._voter.plan
         return plan if plan is not None and plan.ring and (plan.attempt, plan.epoch) == (attempt, epoch) else None
+
+    def _came(self, plan: Plan, index: int, *, take: bool) -> Tensor | None:
+        """The sum of slice ``index`` that the member before us has passed on; None where we begin with it."""
+        before = source(plan, index, self._endpoint.peer_id)
+        if before is None or before == plan.slices[index].owner:
+            return None
+        place = before, plan.attempt, plan.epoch, index
+        total = self._sums.get(place)
+        if take:
+            self._sums[place] = None
+        return total
 
     def _factor(self, plan: Plan, members: Sequence[PeerId]) -> float:
         """Our part in the mean: sums of parts stay as small as what they are made of."""

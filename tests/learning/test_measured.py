@@ -27,8 +27,8 @@ async def report_in(world: World) -> tuple[int, int, int]:
             while not link.nearest:
                 await trio.sleep(0.01)
         now = one.host.now()
-        one.line.up.windows.append((now, 10e6, 1))
-        one.line.down.windows.append((now, 20e6, 0))
+        one.line.up.windows.append((now, 10e6))
+        one.line.down.windows.append((now, 20e6))
         rates = measured(one, [one.peer_id, other.peer_id])
         nursery.cancel_scope.cancel()
     return rates.up, rates.down, rates.rtt

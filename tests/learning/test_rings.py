@@ -5,6 +5,9 @@ Message by message, with every fault at every action: ``test_round_machine.py``;
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
 import attrs
 import pytest
 import torch
@@ -18,8 +21,10 @@ from shoal.learning.rounds import instance, leader, relay
 from shoal.learning.rounds.messages import Plan
 from shoal.learning.rounds.methods import PASS, Passed
 from shoal.learning.rounds.planning import plan_fault
+from shoal.learning.state import bytes_view
 from shoal.sim.reduce_world import ReduceScenario, optimum, reduce_rounds
 from shoal.transport.errors import RemoteRefused
+from shoal.transport.identity import PeerId
 from shoal.transport.memory_flow import Route
 
 from .reduce_group import Group, Member, reduce_group
@@ -273,3 +278,126 @@ def test_where_many_paths_are_slow_a_ring_is_planned_once_they_are_known_and_rea
         assert "ring" in result.reason and result.epochs == result.attempts == 1
         assert len(result.members) == 6
         assert optimum(scenario) / result.seconds > 0.9
+
+
+# -- lies -------------------------------------------------------------------------------------------------------------
+
+
+async def with_something_before_the_plan(group: Group, act: Callable[[], Awaitable[None]]) -> float:
+    """A round in which ``act`` is done before anybody is ready: its seconds from there on."""
+
+    async def late(member: Member) -> None:
+        member.nursery.start_soon(member.instance.run)
+        await trio.sleep(0.5)
+        member.instance.begin(member.vector, 1, 1, member.vector.numel(), "")
+        member.result = await member.instance.outcome()
+
+    group._take_part = late  # type: ignore[method-assign]
+
+    async def soon() -> None:
+        await trio.sleep(0.1)
+        await act()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(soon)
+        return await group.reduce(limit=60.0) - 0.5
+
+
+async def say_sum(sender: Member, to: Member, index: int, *, attempt: int = 0, epoch: int = 0, size: int = 0) -> str:
+    """Before there is a plan ``sender`` says to pass on the sum of a slice; what comes of it."""
+    step = ELEMENTS // 4
+    start, stop = (0, size) if size else (index * step, (index + 1) * step)
+    request = Passed(to.instance.key, attempt, epoch, index, start, stop)
+    body = [bytes_view(torch.full((stop - start,), 1000.0))]
+    try:
+        await sender.endpoint.call(to.me, PASS, request, body=body)
+    except RemoteRefused as refused:
+        return refused.code
+    return "taken"
+
+
+@pytest.mark.usefixtures("rings")
+@pytest.mark.parametrize("index", range(4))
+async def test_a_sum_of_somebody_else_that_comes_before_the_plan_counts_for_nothing_and_is_in_nobodys_way(
+    index: int,
+) -> None:
+    """The ring is 0, 2, 3, 1: to each member, for each slice, from one that is not before it."""
+    async with reduce_group(4, ELEMENTS) as group:
+
+        async def lie() -> None:
+            for victim, before in {0: 1, 2: 0, 3: 2, 1: 3}.items():
+                liar = next(number for number in range(4) if number not in (victim, before))
+                assert await say_sum(group.members[liar], group.members[victim], index) == "taken"
+
+        seconds = await with_something_before_the_plan(group, lie)
+        check(group, group.members)
+        assert ringed(group)
+        assert seconds < 1.0
+
+
+@pytest.mark.usefixtures("rings")
+async def test_early_sums_by_the_hundred_keep_nobody_elses_away() -> None:
+    async with reduce_group(4, ELEMENTS) as group:
+        liar, victim = group.members[0], group.members[1]
+
+        async def flood() -> None:
+            receive = victim.instance.receive
+
+            def late(sender: PeerId, message: object) -> None:
+                if isinstance(message, Plan):
+                    victim.nursery.start_soon(later, sender, message)
+                else:
+                    receive(sender, message)
+
+            async def later(sender: PeerId, message: object) -> None:
+                await trio.sleep(0.1)
+                receive(sender, message)
+
+            victim.instance.receive = late  # type: ignore[method-assign]
+            told = [await say_sum(liar, victim, index, attempt=50, size=1) for index in range(100)]
+            told += [await say_sum(liar, victim, 0, epoch=1, size=1)]
+            assert told == ["taken"] * 100 + ["bad-range"]
+
+        seconds = await with_something_before_the_plan(group, flood)
+        check(group, group.members)
+        assert ringed(group)
+        assert seconds < 1.0
+
+
+@pytest.mark.usefixtures("rings")
+async def test_a_leader_cannot_leave_anybody_out_of_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with reduce_group(4, ELEMENTS) as group:
+        liar = group.leader
+        out = next(member for member in reversed(group.members) if member is not liar)
+        freeze = leader.freeze
+
+        def fewer(plan: Plan, held: Mapping[PeerId, Sequence[PeerId]]) -> Any:
+            frozen, slow, why = freeze(plan, held)
+            return tuple(peer for peer in frozen if peer != out.me) if plan.ring else frozen, slow, why
+
+        monkeypatch.setattr(leader, "freeze", fewer)
+        await group.reduce(limit=60.0)
+        commit = group.members[0].instance.commit
+        assert commit is not None
+        check(group, [member for member in group.members if member.me in commit.record.members])
+        refused = [note.detail for member in group.members for _, note in member.notes if note.what == "refused"]
+        assert any("nobody can be left out" in detail for detail in refused)
+
+
+async def test_after_a_ring_that_broke_the_next_leader_plans_a_butterfly(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = leader.first_plan
+    monkeypatch.setattr(leader, "first_plan", lambda *a, **k: ring_plan(*a, **k) if a[8] else plain(*a, **k))
+    async with reduce_group(5, 8 * ELEMENTS, route=NARROW) as group:
+        victim = group.leader
+        others = [member for member in group.members if member is not victim]
+
+        async def kill() -> None:
+            await trio.sleep(0.1)
+            group.kill(victim)
+
+        async with trio.open_nursery() as nursery:
+            at_phase(group, "scatter", victim, lambda: nursery.start_soon(kill))
+            await group.reduce(limit=60.0, wait_for=others)
+        plan = others[0].instance.voter.plan
+        assert plan is not None and plan.attempt == 1 and not plan.ring
+        check(group, others, others)

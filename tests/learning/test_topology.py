@@ -258,3 +258,16 @@ def test_members_far_too_slow_are_left_out_as_long_as_enough_remain() -> None:
 def test_absurd_reports_are_refused(make: object) -> None:
     with pytest.raises(ValueError, match=r"path|rates"):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("count", [10, 12, 16])
+def test_the_search_for_a_ring_ends_however_large_the_costs_are(count: int) -> None:
+    """All paths of a peer cost the same, so that turning a stretch saves nothing but rounding."""
+    for seed in range(25):
+        chance = random.Random(seed)
+        peers, size = PEERS[:count], 1 << 30
+        reports = {peer: Rates(up=int(1e6 * chance.uniform(0.3, 3.0)), rtt=80_000) for peer in peers}
+        first = reports[peers[0]].up
+        reports[peers[0]] = Rates(up=first, rtt=80_000, paths=(Path(peers[1], first // 10),))
+        found = topology.plan(peers, peers, size // 4, reports, schedules=("butterfly", "ring"))
+        assert any(name.startswith("ring") for name, _ in found.compared)
