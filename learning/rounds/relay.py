@@ -79,12 +79,14 @@ class Relay:
         try:
             await call.read_into(part.data)
         except BaseException:
-            del self._sums[sender, *place]  # it may come back, and begin again
+            self._sums.pop((sender, *place), None)  # it may come back, and begin again
             raise
         wrong = await self._passes.run(elements, exact.check_finite, part.vector)
         if wrong is not None:
             self._feed(lambda: self._voter.sum_refused(*place[:2], f"what came round the ring: {wrong}"))
             raise RemoteRefused("not-finite", f"a sum of round {self._setting.round} is refused: {wrong}")
+        if (sender, *place) not in self._sums:
+            raise RemoteRefused("late", "that ring was given up")
         self._sums[sender, *place] = part.vector
         self._feed(lambda: self._voter.sum_received(now(), sender, *place))
         return Ack()

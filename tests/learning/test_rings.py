@@ -5,7 +5,8 @@ Message by message, with every fault at every action: ``test_round_machine.py``;
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
@@ -26,6 +27,7 @@ from shoal.sim.reduce_world import ReduceScenario, optimum, reduce_rounds
 from shoal.transport.errors import RemoteRefused
 from shoal.transport.identity import PeerId
 from shoal.transport.memory_flow import Route
+from shoal.transport.rpc import Body
 
 from .reduce_group import Group, Member, reduce_group
 from .rings import ring_plan, rings  # noqa: F401
@@ -401,3 +403,39 @@ async def test_after_a_ring_that_broke_the_next_leader_plans_a_butterfly(monkeyp
         plan = others[0].instance.voter.plan
         assert plan is not None and plan.attempt == 1 and not plan.ring
         check(group, others, others)
+
+
+@pytest.mark.usefixtures("rings")
+@pytest.mark.parametrize("moved_on", [False, True])
+async def test_a_sum_that_is_cut_off_leaves_nothing_behind_and_may_come_again(moved_on: bool) -> None:
+    async with reduce_group(4, ELEMENTS) as group:
+        sender, to = group.members[3], group.members[1]
+        relays = []
+
+        async def cut_off() -> None:
+            relay = to.instance.traffic.relay
+            relays.append(relay)
+
+            async def pieces() -> AsyncGenerator[memoryview, None]:
+                yield bytes_view(torch.zeros(ELEMENTS // 8))
+                await trio.sleep_forever()
+
+            request = Passed(to.instance.key, 0, 0, 1, ELEMENTS // 4, ELEMENTS // 2)
+            with trio.move_on_after(0.05):
+                await sender.endpoint.call(to.me, PASS, request, body=Body(ELEMENTS, pieces))
+            await trio.sleep(0.1)
+            assert relay._sums == {}
+            if moved_on:
+                with trio.move_on_after(0.05) as scope:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(
+                            partial(sender.endpoint.call, to.me, PASS, request, body=Body(ELEMENTS, pieces))
+                        )
+                        await trio.sleep(0.02)
+                        relay.drop()
+                assert scope.cancelled_caught and relay._sums == {}
+
+        seconds = await with_something_before_the_plan(group, cut_off)
+        check(group, group.members)
+        assert ringed(group) and len(relays) == 1
+        assert seconds < 1.0
