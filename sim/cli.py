@@ -267,10 +267,7 @@ def _add_reduce(trials: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     reduce.add_argument("--uplink", type=_megabits, default=25 * 125e3, metavar="MBIT", help="of each peer (25)")
     reduce.add_argument("--probes", action="store_true", help="peers measure their lines before the first round")
     reduce.add_argument("--unequal", type=_factors, metavar="A,B,…", help="uplinks are A, B, … times that, in turns")
-    reduce.add_argument(
-        "--slow-paths", type=_percent, default=0.0, metavar="PERCENT",
-        help="of the ways from one peer to another, drawn by the seed, are 5 to 20 times slower than an uplink (0)",
-    )  # fmt: skip
+    reduce.add_argument("--slow-paths", type=_percent, default=0.0, metavar="PERCENT", help="5 to 20 times slower (0)")
     reduce.add_argument("--latency", type=_milliseconds, default=0.04, metavar="MS", help="one way (40)")
     reduce.add_argument("--rounds", type=positive, default=2, metavar="R", help="the first knows nothing (2)")
     reduce.add_argument("--seed", type=count, default=0, metavar="S", help="of everything (0)")
@@ -436,7 +433,6 @@ def _pixels(text: str) -> int:
 
 
 def _size(text: str) -> float:
-    """MiB."""
     return _number(text, 0.001, 4096.0, "size in MiB, up to 4096")
 
 

@@ -55,7 +55,9 @@ def unequal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans give every owner another number of elements; one of them owns two slices that do not touch."""
     real = planning.topology.plan
 
-    def plan(members: Any, receivers: Any, length: int, rates: Any, codec: Any) -> topology.Topology:
+    def plan(
+        members: Any, receivers: Any, length: int, rates: Any, codec: Any, schedules: Any = ("butterfly",)
+    ) -> topology.Topology:
         chosen = real(members, receivers, length, rates, codec)
         owners = list(dict.fromkeys(piece.owner for piece in chosen.slices))
         owners.append(owners[0])
