@@ -199,10 +199,10 @@ class Buffers:
         """Keep what ``piece.owner`` sent as combined slice ``index`` of a generation that is not open here yet."""
         self._early[attempt, epoch, index, piece.owner] = (piece, part)
 
-    def take_early(self, slices: Sequence[Slice], codec: str) -> None:
+    def take_early(self, slices: Sequence[Slice], codec: str, source: Callable[[int], PeerId | None]) -> None:
         """Move early slices of the present generation that are the plan's and not there yet into the result.
 
-        ``slices``: with who sends them as their owner.
+        ``source``: who sends us slice number so and so.
         """
         assert self.result is not None and self.generation is not None
         for key, (piece, part) in list(self._early.items()):
@@ -210,7 +210,8 @@ class Buffers:
             if generation > self.generation:
                 continue
             del self._early[key]
-            valid = index < len(slices) and slices[index] == piece and part.codec.name == codec
+            valid = 0 <= index < len(slices) and slices[index].range == piece.range and source(index) == piece.owner
+            valid = valid and part.codec.name == codec
             if generation == self.generation and index not in self.filled and valid:
                 resolve(codec).decode(part.data, self.result[piece.start : piece.stop])
                 self.filled[index] = None

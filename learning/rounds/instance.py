@@ -440,8 +440,7 @@ class Instance:
             self.traffic.relay.open((plan.attempt, plan.epoch))
             self.buffers.open((plan.attempt, plan.epoch), plan.length)
         if plan is not None and self.buffers.generation == (plan.attempt, plan.epoch):
-            sent = [attrs.evolve(p, owner=source(plan, i, self.me) or p.owner) for i, p in enumerate(plan.slices)]
-            self.buffers.take_early(sent if plan.ring else plan.slices, plan.codec)
+            self.buffers.take_early(plan.slices, plan.codec, lambda index: source(plan, index, self.me))
 
     async def _weigh(self, action: Weigh) -> None:
         leader = self.leader

@@ -44,7 +44,7 @@ class Relay:
     ) -> None:
         self._endpoint, self._setting, self._voter, self._buffers = endpoint, setting, voter, buffers
         self._passes, self._post, self._feed = passes, post, feed
-        #: What came round, by (sender, attempt, epoch, index); None: it is on its way here, or was passed on.
+        #: What came round, by (sender, attempt, epoch, index); None: it is on its way here.
         self._sums: dict[tuple[PeerId, int, int, int], Tensor | None] = {}
 
     def open(self, generation: tuple[int, int]) -> None:
@@ -97,13 +97,13 @@ class Relay:
         if plan is None or (own := self._buffers.own) is None:
             return
         place = action.attempt, action.epoch, action.index
+        start, stop = plan.slices[action.index].range
+        before = self._came(plan, action.index)
+        if before is not None and len(before) != stop - start:  # it came before the plan
+            self._feed(lambda: self._voter.sum_refused(*place[:2], "a sum of another length came round the ring"))
+            return
         if action.to == self._endpoint.peer_id:
             self._feed(lambda: self._voter.sum_closed(self._endpoint.host.now(), *place))
-            return
-        start, stop = plan.slices[action.index].range
-        before = self._came(plan, action.index, take=True)
-        if before is not None and len(before) != stop - start:
-            self._feed(lambda: self._voter.sum_refused(*place[:2], "a sum of another length came round the ring"))
             return
         total = self._buffers.room(stop - start) if before is None else before
         await self._passes.run(stop - start, add, before, own[start:stop], self._factor(plan, plan.members), total)
@@ -127,7 +127,7 @@ class Relay:
         work = []
         for index in action.indices:
             start, stop = plan.slices[index].range
-            total = self._came(plan, index, take=False)
+            total = self._came(plan, index)
             assert total is not None  # or it would not be said to be held
             work.append((total, own[start:stop], result[start:stop]))
 
@@ -143,16 +143,12 @@ class Relay:
         plan = self._voter.plan
         return plan if plan is not None and plan.ring and (plan.attempt, plan.epoch) == (attempt, epoch) else None
 
-    def _came(self, plan: Plan, index: int, *, take: bool) -> Tensor | None:
+    def _came(self, plan: Plan, index: int) -> Tensor | None:
         """The sum of slice ``index`` that the member before us has passed on; None where we begin with it."""
         before = source(plan, index, self._endpoint.peer_id)
         if before is None or before == plan.slices[index].owner:
             return None
-        place = before, plan.attempt, plan.epoch, index
-        total = self._sums.get(place)
-        if take:
-            self._sums[place] = None
-        return total
+        return self._sums.get((before, plan.attempt, plan.epoch, index))
 
     def _factor(self, plan: Plan, members: Sequence[PeerId]) -> float:
         """Our part in the mean: sums of parts stay as small as what they are made of."""

@@ -27,6 +27,11 @@ def part(vector: torch.Tensor, codec: Codec = FP32) -> Part:
     return Part(codec, memoryview(data))
 
 
+def take_early(buffers: Buffers, slices: tuple[Slice, ...], codec: str) -> None:
+    """Where owners themselves send what they combined."""
+    buffers.take_early(slices, codec, lambda index: slices[index].owner)
+
+
 def test_combining_gives_the_weighted_mean_in_the_order_of_the_members() -> None:
     buffers = Buffers(8)
     buffers.own = torch.arange(8, dtype=torch.float32) / 3
@@ -87,10 +92,10 @@ def test_an_early_slice_lands_once_its_generation_opens() -> None:
     buffers = Buffers(4)
     buffers.keep_early(0, 1, 1, Slice(2, 4, B), part(filled([8, 9])))
     buffers.open((0, 0), 4)
-    buffers.take_early((Slice(0, 2, A), Slice(2, 4, B)), "fp32")
+    take_early(buffers, (Slice(0, 2, A), Slice(2, 4, B)), "fp32")
     assert not buffers.filled
     buffers.open((0, 1), 4)
-    buffers.take_early((Slice(0, 2, A), Slice(2, 4, B)), "fp32")
+    take_early(buffers, (Slice(0, 2, A), Slice(2, 4, B)), "fp32")
     assert buffers.filled == {1: None}
     assert buffers.result is not None
     assert torch.equal(buffers.result[2:], filled([8, 9]))
@@ -101,7 +106,7 @@ def test_an_early_slice_from_somebody_else_than_its_owner_never_lands() -> None:
     buffers.keep_early(0, 0, 0, Slice(0, 4, C), part(filled([6, 6, 6, 6])))
     buffers.keep_early(0, 0, 0, Slice(0, 4, B), part(filled([1, 2, 3, 4])))
     buffers.open((0, 0), 4)
-    buffers.take_early((Slice(0, 4, B),), "fp32")
+    take_early(buffers, (Slice(0, 4, B),), "fp32")
     assert buffers.result is not None
     assert torch.equal(buffers.result, filled([1, 2, 3, 4]))
 
@@ -113,7 +118,7 @@ def test_a_slice_that_is_there_already_is_not_overwritten() -> None:
     buffers.result[:] = filled([1, 2, 3, 4])
     buffers.filled[0] = None
     buffers.keep_early(0, 0, 0, Slice(0, 4, B), part(filled([6, 6, 6, 6])))
-    buffers.take_early((Slice(0, 4, B),), "fp32")
+    take_early(buffers, (Slice(0, 4, B),), "fp32")
     assert torch.equal(buffers.result, filled([1, 2, 3, 4]))
 
 
@@ -121,9 +126,9 @@ def test_slices_of_an_older_generation_are_given_up() -> None:
     buffers = Buffers(4)
     buffers.keep_early(0, 0, 0, Slice(0, 4, B), part(filled([1, 2, 3, 4])))
     buffers.open((1, 0), 4)
-    buffers.take_early((Slice(0, 4, B),), "fp32")
+    take_early(buffers, (Slice(0, 4, B),), "fp32")
     buffers.open((0, 0), 4)
-    buffers.take_early((Slice(0, 4, B),), "fp32")
+    take_early(buffers, (Slice(0, 4, B),), "fp32")
     assert not buffers.filled
 
 
@@ -160,5 +165,5 @@ def test_an_early_slice_of_another_codec_than_the_plans_never_lands() -> None:
     buffers = Buffers(4)
     buffers.keep_early(0, 0, 0, Slice(0, 4, B), part(filled([1, 2, 3, 4]), INT8))
     buffers.open((0, 0), 4)
-    buffers.take_early((Slice(0, 4, B),), "fp32")
+    take_early(buffers, (Slice(0, 4, B),), "fp32")
     assert not buffers.filled

@@ -338,6 +338,23 @@ async def test_a_sum_of_somebody_else_that_comes_before_the_plan_counts_for_noth
 
 
 @pytest.mark.usefixtures("rings")
+@pytest.mark.parametrize("size", [1, 64, ELEMENTS])
+@pytest.mark.parametrize("index", [0, 2])
+async def test_a_sum_of_another_length_that_comes_before_the_plan_costs_the_ring_and_ends_nobody(
+    index: int, size: int
+) -> None:
+    """From the member before: for a slice of whom it is sent to, and for one that is to be passed on."""
+    async with reduce_group(4, ELEMENTS) as group:
+
+        async def lie() -> None:
+            assert await say_sum(group.members[1], group.members[0], index, size=size) == "taken"
+
+        assert await with_something_before_the_plan(group, lie) < 1.0
+        check(group, group.members)
+        assert not ringed(group)
+
+
+@pytest.mark.usefixtures("rings")
 async def test_early_sums_by_the_hundred_keep_nobody_elses_away() -> None:
     async with reduce_group(4, ELEMENTS) as group:
         liar, victim = group.members[0], group.members[1]
