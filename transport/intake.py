@@ -96,18 +96,21 @@ class TakesRecords:
     def _receive_run(self, pipe: Pipe) -> int | None:
         """:meth:`_receive` of what is there; None: nothing is, or not any more."""
         channel, stream = pipe.channel, pipe.stream
-        total = 0
+        inbox = self._session.into[Priority.BULK]
+        total, expected = 0, inbox.expected
         while total < stream.run:
+            if inbox.expected != expected and self._mux.lane() is None:
+                break  # whom this is for may want what comes next in a place of its own, once it has had its turn
+            expected = inbox.expected
             opener = channel.opener
-            room = None if opener is None else opener.room()
             size: int | None
             if self._mux.goodbye_sent:
                 size = stream.receive_now(pool.scratch())  # nobody looks at it
-            elif opener is None or room is None:
+            elif opener is not None and opener.at_lane and (found := self._lane()) is not None:
+                size = self._land(pipe, opener, *found, stream.run - total)
+            elif opener is None or (room := opener.room()) is None:
                 if size := stream.receive_now(scratch := pool.scratch()):
                     self._came(pipe, size, (channel.receive if opener is None else opener.feed)(scratch[:size]))
-            elif opener.at_lane and (found := self._lane()) is not None:
-                size = self._land(pipe, opener, *found, stream.run - total)
             elif size := stream.receive_now(room):
                 self._came(pipe, size, opener.fill(size))
             if size is None:
@@ -136,7 +139,7 @@ class TakesRecords:
         if run.records:
             try:
                 self._session.landed(run)
-                for event in self._mux.landed(stream, run.size):
+                for event in self._mux.landed(stream, run.size, run.credits):
                     self._handle(event)
             except RemoteProtocolError as error:
                 self._end(type(error)(error.message, peer=self.peer.short))

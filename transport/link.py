@@ -36,6 +36,7 @@ from .intake import TakesRecords
 from .linkcalls import CarriesCalls
 from .linkstreams import OpensStreams
 from .mux import Mux
+from .network import remaining
 from .pipe import Pipe
 from .pipehello import TOO_MANY, PipeRefused, SessionSecrets
 from .pipeset import PipeSet, SeenThroughPipes
@@ -288,8 +289,9 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
     async def _write(self, pipe: Pipe) -> None:
         host, stream = self._host, pipe.stream
         while True:
-            wires = self._compose_run(pipe)
-            if not wires:
+            began = host.now()
+            wires, size = self._compose_run(pipe)
+            if not size:
                 if self._mux.goodbye_sent and pipe is self._pipes.best:
                     await stream.send_eof()
                     return  # the reader goes on until the peer has hung up, so that no reset overtakes the goodbye
@@ -301,33 +303,67 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
                     pipe.scope.cancel()
                 await pipe.work.wait()
                 continue
-            began = host.now()
-            pipe.writing = True
-            await stream.send_run(wires)
-            pipe.writing = False
+            turned = False
+            if wires:
+                pipe.writing = True
+                turned = await stream.send_run(wires)
+                pipe.writing = False
             now = host.now()
-            size = sum(map(len, wires))
             self._sent(pipe, size, now - began, now)
             if pipe.sent_bulk and self.on_width is not None:
                 more, have = self._mux.has(Priority.BULK), len(self.bulk_pipes)
                 if self.width.note(now, size, more=more, rtt=self._pipes.best.nearest, have=have):
                     self.on_width()
+            if not self._may_write(pipe):
+                await pipe.work.wait()
+            elif not turned:
+                await trio.lowlevel.checkpoint()
 
-    def _compose_run(self, pipe: Pipe) -> Sequence[bytearray | memoryview]:
-        """The next records of ``pipe`` for the wire: as many as should go out in one turn."""
+    def _may_write(self, pipe: Pipe) -> bool:
+        """False where there is surely nothing that the writer of ``pipe`` could do now."""
+        mux, session = self._mux, self._session
+        return bool(
+            session.owes
+            or mux.has(Priority.CONTROL)
+            or (mux.has(Priority.BULK) and not session.out[Priority.BULK].full)
+            or pipe.has_frames
+            or pipe.unsent is not None
+            or pipe.retiring
+            or pipe.peer_retired
+            or mux.goodbye_sent
+            or session.must_repeat(Priority.CONTROL)
+            or session.must_repeat(Priority.BULK)
+        )
+
+    def _compose_run(self, pipe: Pipe) -> tuple[Sequence[bytearray | memoryview], int]:
+        """The next records of ``pipe``, as many as should go out in one turn: what is left to send, and bytes of all."""
         unsent = pipe.take_unsent()
         if unsent is not None:
-            return [unsent]
-        if self._only_bulk(pipe):
-            limit = min(pipe.record_limit, defaults.MAX_RECORD) - HEAD_BYTES
-            wires = self._session.compose_run(
-                pipe.index, pipe.channel.sealer, lambda: self._mux.next_piece(limit), pipe.run
-            )
-            if wires:
-                pipe.sent_bulk = True
-                return wires
-        composed = self._compose(pipe)
-        return [] if composed is None else [composed]
+            return [unsent], len(unsent)
+        wires, size = self._launch_bulk(pipe)
+        if size or (composed := self._compose(pipe)) is None:
+            return wires, size
+        size = len(composed)
+        if not pipe.sent_bulk or size >= defaults.DIRECT_BODY or not (sent := pipe.stream.send_now(composed)):
+            return [composed], size
+        if sent < size:
+            return remaining([composed], sent), size
+        wires, more = self._launch_bulk(pipe)  # which it leads
+        return wires, size + more
+
+    def _launch_bulk(self, pipe: Pipe) -> tuple[Sequence[bytearray | memoryview], int]:
+        """A run of records of bulk, where bulk is next and its pieces are plain: what is left to send, and bytes of all."""
+        if not self._only_bulk(pipe):
+            return [], 0
+        limit = min(pipe.record_limit, defaults.MAX_RECORD) - HEAD_BYTES
+        wires, sent = self._session.compose_run(
+            pipe.index, pipe.channel.sealer, lambda: self._mux.next_piece(limit), pipe.run, pipe.stream.launch
+        )
+        if not wires:
+            return [], 0
+        pipe.sent_bulk = True
+        self._wake_drained()
+        return remaining(wires, sent), sum(map(len, wires))
 
     def _only_bulk(self, pipe: Pipe) -> bool:
         """Whether bulk is next on ``pipe``, where its stream takes many records at once."""
@@ -371,12 +407,15 @@ class Link(SeenThroughPipes, TakesRecords, CarriesCalls, OpensStreams):
         wire = self._session.compose(
             channel, pipe.index, pipe.channel.sealer, lambda: self._mux.next_record(channel, limit)
         )
-        for drained in self._mux.take_drained():
-            if drained.owner is not None:
-                drained.owner._wake_sender()
+        self._wake_drained()
         self._slots_changed()
         self._calls_sent()
         return wire
+
+    def _wake_drained(self) -> None:
+        for drained in self._mux.take_drained():
+            if drained.owner is not None:
+                drained.owner._wake_sender()
 
     # Signs of life
 

@@ -52,6 +52,9 @@ from .muxinput import MuxInput
 
 __all__ = ["Mux", "Priority"]
 
+#: Grants of credit may go along with a piece of bulk, as many as the head of a split record surely has room for.
+_CREDITS, _MOST_CREDITS = frozenset(map(int, (Frame.CREDIT, Frame.LINK_CREDIT))), 32
+
 
 class Mux(MuxInput):
     """One end of a multiplexed link.
@@ -204,29 +207,49 @@ class Mux(MuxInput):
             room -= len(frame)
         del frames[: len(out)]
         if not frames:
-            if not self._frames[1 - channel]:
-                self._answers = 0
+            self._frames_sent(channel)
             if channel is Priority.CONTROL and self.calls.has_output:
                 room -= self.calls.take(out, room // 2 if self._ready[channel] else room)
             if self._ready[channel]:
                 self._fill(out, room, channel)
         return out or None
 
+    def _frames_sent(self, channel: Priority) -> None:
+        if not self._frames[1 - channel]:
+            self._answers = 0
+
     def next_piece(self, limit: int) -> tuple[bytes, memoryview] | None:
-        """A frame of BULK that fills a record of ``limit`` bytes, in two parts, and what is left of its stream's data
-        is more; None where :meth:`next_record` has to look."""
-        ready, n = self._ready[Priority.BULK], limit - HEADER_BYTES
-        if len(ready) != 1 or self._frames[Priority.BULK] or n < defaults.DIRECT_BODY:
+        """A frame of BULK in two parts, with its head the grants of credit that are due: one that fills a record of
+        ``limit`` bytes, or is the rest of its stream's data; None where :meth:`next_record` has to look."""
+        ready, frames = self._ready[Priority.BULK], self._frames[Priority.BULK]
+        if len(ready) != 1 or len(frames) > _MOST_CREDITS:
+            return None
+        n = limit - HEADER_BYTES * (len(frames) + 1)
+        if n < defaults.DIRECT_BODY or not all(frame[0] in _CREDITS for frame in frames):
             return None
         stream = ready[0]
         view = stream._queue[0]
-        if len(view) <= n or stream._credit <= n or self._credit[Priority.BULK] <= n:
+        n = min(n, len(view))
+        if n < defaults.DIRECT_BODY or (n == len(view) < stream.queued) or min(stream._credit, self._credit[1]) <= n:
             return None
-        stream._queue[0] = view[n:]
         stream.queued -= n
         stream._credit -= n
         self._credit[Priority.BULK] -= n
-        return HEADER.pack(Frame.DATA, stream.id, n), view[:n]
+        head = HEADER.pack(Frame.DATA, stream.id, n)
+        if frames:
+            head = b"".join((*frames, head))
+            frames.clear()
+            self._frames_sent(Priority.BULK)
+        if stream.queued:
+            stream._queue[0] = view[n:]
+            return head, view[:n]
+        ready.clear()
+        stream._ready = False
+        stream._queue.clear()
+        self._is_drained(stream)
+        if stream.sending is Sending.CLOSED:
+            frames.append(HEADER.pack(Frame.EOF, stream.id, 0))
+        return head, view
 
     def take_drained(self) -> list[MuxStream]:
         """The streams whose queue has become empty since the last call, in order."""
@@ -238,6 +261,8 @@ class Mux(MuxInput):
         while ready and self._credit[priority] > 0 and room > HEADER_BYTES:
             stream = ready.pop(0)
             n = min(stream.queued, stream._credit, self._credit[priority], room - HEADER_BYTES)
+            alone = self._leading(stream, n) if priority is Priority.BULK else 0
+            n = alone or n
             out.append(HEADER.pack(Frame.DATA, stream.id, n))
             room -= HEADER_BYTES + n
             stream.queued -= n
@@ -255,10 +280,11 @@ class Mux(MuxInput):
             stream._ready = False
             if stream.queued:
                 self._make_ready(stream)
+                if alone:
+                    break
                 continue
-            self._drained.append(stream)
-            if stream.sending is Sending.ENDING:
-                self._finish_sending(stream)
+            self._is_drained(stream)
+            if stream.sending is Sending.CLOSED:
                 eof = HEADER.pack(Frame.EOF, stream.id, 0)
                 # Behind a large piece of bulk it would cost a copy of it: only what ends a record is sealed where it
                 # lies.
@@ -267,3 +293,19 @@ class Mux(MuxInput):
                     room -= HEADER_BYTES
                 else:
                     self._frames[priority].append(eof)
+
+    def _is_drained(self, stream: MuxStream) -> None:
+        self._drained.append(stream)
+        if stream.sending is Sending.ENDING:
+            self._finish_sending(stream)
+
+    @staticmethod
+    def _leading(stream: MuxStream, n: int) -> int:
+        """Bytes of small data before a piece of bulk that is more than the rest of ``n``: they go ahead, in a record of
+        their own, as they may say what the bulk is, and only what comes after its reader waits is received in place."""
+        size = 0
+        for view in stream._queue:
+            if len(view) >= defaults.DIRECT_BODY:
+                return size if len(view) > n - size else 0
+            size += len(view)
+        return 0

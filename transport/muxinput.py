@@ -53,7 +53,7 @@ class MuxInput:
         self._unacknowledged = [0, 0]
         self._drained: list[MuxStream] = []
         self._answers = 0  # queued frames that the peer made us send; bounded
-        self._last: MuxStream | None = None  # whose the last data of bulk were
+        self._last: MuxStream | None = None  # whose data of bulk came last, or are expected
         self.calls = CallMux(self._broken)
 
     # Input
@@ -119,17 +119,28 @@ class MuxInput:
             raise self._broken(f"a split record whose body of {len(body)} bytes no frame announces")
         return events
 
+    def expect(self, stream: MuxStream) -> None:
+        """The reader of ``stream`` waits for data in its sink: they are what comes next, unless others have begun."""
+        if stream.priority and (self._last is None or self._last.sink is None):
+            self._last = stream
+
     def lane(self) -> tuple[MuxStream, memoryview] | None:
-        """The stream of the last bulk, if its reader waits, and where it wants what the stream may still bring."""
+        """The stream of the last or next bulk, if its reader waits, and where it wants what the stream may still bring."""
         stream = self._last
         if stream is None or stream.sink is None or stream._chunks or stream.receiving is not Receiving.OPEN:
             return None
         most = min(stream._allowance, self._allowance[Priority.BULK])
         return stream, stream.sink[:most]
 
-    def landed(self, stream: MuxStream, size: int) -> list[DataReceived]:
-        """``size`` bytes came and stand at the beginning of what :meth:`lane` gave for ``stream``."""
+    def landed(self, stream: MuxStream, size: int, credits: bytes = b"") -> list[DataReceived]:
+        """``size`` bytes came and stand at the beginning of what :meth:`lane` gave for ``stream``; with them frames that
+        grant credit. Raises :class:`RemoteProtocolError`."""
         assert stream.sink is not None
+        for kind, id, value in HEADER.iter_unpack(credits):
+            if kind == Frame.CREDIT:
+                self._on_credit(id, value)
+            else:
+                self._on_link_credit(id, value)
         self._allowance[stream.priority] -= size
         stream._allowance -= size
         stream.unread += size

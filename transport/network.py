@@ -17,7 +17,7 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .pump import Lane, Run
-    from .records import Record, RecordOpener
+    from .records import Record, RecordOpener, RecordSealer
 
 
 class ByteStream(trio.abc.HalfCloseableStream):
@@ -50,10 +50,20 @@ class ByteStream(trio.abc.HalfCloseableStream):
         """
         return 0
 
-    async def send_run(self, wires: Sequence[bytes | bytearray | memoryview]) -> None:
-        """As ``send_all`` of one after the other."""
+    async def send_run(self, wires: Sequence[bytes | bytearray | memoryview]) -> bool:
+        """As ``send_all`` of one after the other. False where other tasks had no turn meanwhile; it is cancelled as any
+        checkpoint all the same."""
         for wire in wires:
             await self.send_all(wire)
+        return True
+
+    def launch(self, sealer: RecordSealer) -> int:
+        """Seal what is pending, and send of it what can go without waiting: how many bytes. Not during a ``send_all``.
+
+        Raises :class:`trio.BrokenResourceError`, :class:`trio.ClosedResourceError`; it is sealed all the same.
+        """
+        sealer.seal_now()
+        return 0
 
     def receive_now(self, buffer: memoryview) -> int | None:
         """As :meth:`receive_into` of what is there: None when nothing is. Only where :attr:`run` is not 0.
@@ -81,6 +91,17 @@ class ByteStream(trio.abc.HalfCloseableStream):
     def allow_unsent(self, size: int) -> None:
         """A hint: about ``size`` bytes may wait in the operating system. More is faster, but what comes later waits."""
         return  # what has no such buffer has nothing to do
+
+
+def remaining(
+    wires: Sequence[bytes | bytearray | memoryview], sent: int
+) -> Sequence[bytes | bytearray | memoryview]:
+    """What is left of ``wires`` without their first ``sent`` bytes."""
+    for place, wire in enumerate(wires):
+        if sent < len(wire):
+            return [memoryview(wire)[sent:], *wires[place + 1 :]]
+        sent -= len(wire)
+    return []
 
 
 def everybody(host: str) -> bool:

@@ -15,13 +15,17 @@
 #include <sys/socket.h>
 #include <sys/types.h>
 
-enum { REVISION = 1 };     /* of what the functions do; pump.py expects the same */
+enum { REVISION = 2 };     /* of what the functions do; pump.py expects the same */
 enum { HEADER = 4 };       /* the length before a record */
 enum { MOST_JOBS = 64 };   /* records sealed in one call */
 enum { MOST_NONCE = 32 };  /* bytes of the longest nonce of a suite */
 enum { MOST_TAG = 32 };
-enum { SPLIT_HEAD = 22 };  /* head of a split record of one DATA frame: that of the session (13), that of the mux (9) */
-enum { BULK = 1, DATA = 2 };
+enum { SESSION_HEAD = 13, FRAME_HEAD = 9 };
+enum { SPLIT_HEAD = SESSION_HEAD + FRAME_HEAD };  /* least head of a split record: the last frame in it is of DATA */
+enum { MOST_CREDITS = 2048 };                     /* bytes of frames before those, of all records of one run */
+enum { BULK = 1, DATA = 2, CREDIT = 6, LINK_CREDIT = 7 };
+enum { HEAD_BITS = 22, HEAD_MASK = 511 };         /* where what a record begins with says how long its head is */
+enum { LENGTH_MASK = (1 << HEAD_BITS) - 1 };
 
 typedef unsigned long long ull;
 typedef int (*encrypt_fn)(unsigned char *c, ull *clen, const unsigned char *m, ull mlen, const unsigned char *ad,
@@ -57,13 +61,20 @@ static uint32_t big(const unsigned char *at)
     return (uint32_t)at[0] << 24 | (uint32_t)at[1] << 16 | (uint32_t)at[2] << 8 | at[3];
 }
 
+/* A peer that has gone is an error here, no signal. */
+#ifndef MSG_NOSIGNAL
+#define MSG_NOSIGNAL 0
+#endif
+
 static PyObject *py_seal(PyObject *self, PyObject *args)
 {
     cipher suite;
     ull function, counter;
     PyObject *jobs;
-    if (!PyArg_ParseTuple(args, "Knnny#KO!", &function, &suite.nonce, &suite.counter_at, &suite.tag, &suite.key, &suite.key_size,
-                          &counter,                           &PyList_Type, &jobs))
+    int fd, error = 0;
+    Py_ssize_t sent = 0;
+    if (!PyArg_ParseTuple(args, "iKnnny#KO!", &fd, &function, &suite.nonce, &suite.counter_at, &suite.tag, &suite.key,
+                          &suite.key_size, &counter, &PyList_Type, &jobs))
         return NULL;
     suite.function = (uintptr_t)function;
     if (bad_cipher(&suite))
@@ -91,12 +102,26 @@ static PyObject *py_seal(PyObject *self, PyObject *args)
         unsigned char nonce[MOST_NONCE];
         encrypt_fn encrypt = (encrypt_fn)suite.function;
         const unsigned char *key = (const unsigned char *)suite.key;
+        int open = fd >= 0;
         for (Py_ssize_t i = 0; i < count; i++) {
             unsigned char *wire = wires[i].buf, *head = wire + HEADER, *body = head + heads[i] + suite.tag;
             set_nonce(nonce, &suite, counter++);
             encrypt(head, NULL, head, (ull)heads[i], wire, HEADER, NULL, nonce, key);
             set_nonce(nonce, &suite, counter++);
             encrypt(body, NULL, bodies[i].buf, (ull)bodies[i].len, wire, HEADER, NULL, nonce, key);
+            /* At once, while it is in the cache: sealed first, a run is read from memory again. */
+            for (Py_ssize_t at = 0; open && at < wires[i].len;) {
+                ssize_t size = send(fd, wire + at, (size_t)(wires[i].len - at), MSG_DONTWAIT | MSG_NOSIGNAL);
+                if (size < 0 && errno == EINTR)
+                    continue;
+                if (size < 0) {
+                    error = errno == EAGAIN || errno == EWOULDBLOCK ? 0 : errno;
+                    open = 0;
+                    break;
+                }
+                at += size;
+                sent += size;
+            }
         }
         Py_END_ALLOW_THREADS
     } else if (!PyErr_Occurred()) {
@@ -106,11 +131,33 @@ static PyObject *py_seal(PyObject *self, PyObject *args)
         PyBuffer_Release(&wires[i]);
         PyBuffer_Release(&bodies[i]);
     }
-    return done ? Py_NewRef(Py_None) : NULL;
+    return done ? Py_BuildValue("ni", sent, error) : NULL;
 }
 
 /* Why `receive` ended; pump.py has the same names. */
-enum { WAIT, ENDED, FAILED, FORGED, HEADED, LANDED };
+enum { WAIT, ENDED, FAILED, FORGED, HEADED, LANDED, OTHER };
+
+/* Whether what a record begins with says that it is split, with a head of frames that have no bytes of their own, and a
+ * body. */
+static int has_shape(uint32_t word, Py_ssize_t tag)
+{
+    Py_ssize_t head = (Py_ssize_t)(word >> HEAD_BITS & HEAD_MASK), length = (Py_ssize_t)(word & LENGTH_MASK);
+    return word >> 31 && head >= SPLIT_HEAD && (head - SPLIT_HEAD) % FRAME_HEAD == 0 && length > head + 2 * tag;
+}
+
+/* Whether a head, open now, is one of bulk of this number, whose frames are of credit but for the last, which announces
+ * the body as data of this stream. */
+static int expected(const unsigned char *head, Py_ssize_t size, Py_ssize_t body, uint32_t number, uint32_t stream)
+{
+    const unsigned char *last = head + size - FRAME_HEAD;
+    if (head[0] != BULK || big(head + 1) != number || last[0] != DATA || big(last + 1) != stream ||
+        big(last + 5) != (uint32_t)body)
+        return 0;
+    for (const unsigned char *at = head + SESSION_HEAD; at < last; at += FRAME_HEAD)
+        if (*at != CREDIT && *at != LINK_CREDIT)
+            return 0;
+    return 1;
+}
 
 static PyObject *py_receive(PyObject *self, PyObject *args)
 {
@@ -134,25 +181,25 @@ static PyObject *py_receive(PyObject *self, PyObject *args)
         PyBuffer_Release(&buffer);
         return NULL;
     }
-    const uint32_t shape = 1u << 31 | (uint32_t)SPLIT_HEAD << 22, mask = (1u << 22) - 1;
-    const Py_ssize_t stop = SPLIT_HEAD + suite.tag;
-    Py_ssize_t length = word & mask, records = 0, landed = 0, came = 0;
+    Py_ssize_t length = (Py_ssize_t)(word & LENGTH_MASK), records = 0, landed = 0, came = 0, other = 0, credited = 0;
     unsigned int control = 0, bulk = 0;
+    unsigned char header[HEADER], credits[MOST_CREDITS];
     int status = WAIT, drained = 0, error = 0;
-    if ((word & ~mask) != shape || length < stop + suite.tag + 1 || length + HEADER > buffer.len || filled < 0 ||
-        filled >= length || most < 1) {
+    if (most < 1 || filled < 0 ||
+        (word ? !has_shape(word, suite.tag) || length + HEADER > buffer.len || filled >= length : filled > 0)) {
         PyErr_SetString(PyExc_ValueError, "not what a run of records begins with");
         PyBuffer_Release(&buffer);
         PyBuffer_Release(&sink);
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
-    unsigned char nonce[MOST_NONCE], header[HEADER], *whole = buffer.buf;
+    unsigned char nonce[MOST_NONCE], *whole = buffer.buf;
     decrypt_fn decrypt = (decrypt_fn)suite.function;
     const unsigned char *key = (const unsigned char *)suite.key;
     for (;;) {
-        size_t asked = (size_t)(length + HEADER - filled);
-        ssize_t size = recv(fd, whole + filled, asked, MSG_DONTWAIT);
+        /* Between two records only the header is asked for: what follows may be anything, and belong anywhere. */
+        size_t asked = (size_t)(word ? length + HEADER - filled : HEADER);
+        ssize_t size = recv(fd, word ? whole + filled : header, asked, MSG_DONTWAIT);
         if (size < 0 && errno == EINTR)
             continue;
         if (size <= 0) {
@@ -161,23 +208,36 @@ static PyObject *py_receive(PyObject *self, PyObject *args)
             status = size == 0 ? ENDED : drained ? WAIT : FAILED;
             break;
         }
-        filled += size;
         came += size;
         drained = (size_t)size < asked;
+        if (!word) {
+            if (!drained) {
+                word = big(header);
+                length = (Py_ssize_t)(word & LENGTH_MASK);
+            }
+            if (has_shape(word, suite.tag) && length >= least && length <= largest && length + HEADER <= buffer.len)
+                continue;
+            word = 0;
+            other = size;
+            status = OTHER;
+            break;
+        }
+        filled += size;
         if (filled < length) {
             status = WAIT;
             break;
         }
         for (int i = 0; i < HEADER; i++)
             header[i] = (unsigned char)(word >> (24 - 8 * i));
+        Py_ssize_t head = (Py_ssize_t)(word >> HEAD_BITS & HEAD_MASK), stop = head + suite.tag;
+        Py_ssize_t body = length - stop - suite.tag, before = head - SPLIT_HEAD;
         set_nonce(nonce, &suite, counter);
         if (decrypt(whole, NULL, NULL, whole, (ull)stop, header, HEADER, nonce, key) != 0) {
             status = FORGED;
             break;
         }
-        Py_ssize_t body = length - stop - suite.tag;
-        if (whole[0] != BULK || big(whole + 1) != number || whole[13] != DATA || big(whole + 14) != stream ||
-            big(whole + 18) != (uint32_t)body || body > sink.len - landed) {
+        if (!expected(whole, head, body, number, stream) || body > sink.len - landed ||
+            before > MOST_CREDITS - credited) {
             status = HEADED;
             break;
         }
@@ -188,6 +248,8 @@ static PyObject *py_receive(PyObject *self, PyObject *args)
             status = FORGED;
             break;
         }
+        memcpy(credits + credited, whole + SESSION_HEAD, (size_t)before);
+        credited += before;
         control = big(whole + 5);
         bulk = big(whole + 9);
         counter += 2;
@@ -198,9 +260,8 @@ static PyObject *py_receive(PyObject *self, PyObject *args)
         if (filled < length + HEADER || records == most)
             break;
         uint32_t following = big(whole + length);
-        Py_ssize_t next = following & mask;
-        if ((following & ~mask) != shape || next < least || next > largest || next < stop + suite.tag + 1 ||
-            next + HEADER > buffer.len)
+        Py_ssize_t next = (Py_ssize_t)(following & LENGTH_MASK);
+        if (!has_shape(following, suite.tag) || next < least || next > largest || next + HEADER > buffer.len)
             break;
         word = following;
         length = next;
@@ -212,15 +273,16 @@ static PyObject *py_receive(PyObject *self, PyObject *args)
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&buffer);
     PyBuffer_Release(&sink);
-    return Py_BuildValue("innnInOIIKi", status, records, landed, came, word, filled, drained ? Py_True : Py_False,
-                         control, bulk, counter, error);
+    return Py_BuildValue("innnInOIIKiy#y#", status, records, landed, came, word, filled, drained ? Py_True : Py_False,
+                         control, bulk, counter, error, credits, credited, header, other);
 }
 
 static PyMethodDef methods[] = {
-    {"seal", py_seal, METH_VARARGS, "seal(encrypt, nonce, counter_at, tag, key, counter, jobs)"},
+    {"seal", py_seal, METH_VARARGS,
+     "seal(fd, encrypt, nonce, counter_at, tag, key, counter, jobs): also send them, where fd is none below 0"},
     {"receive", py_receive, METH_VARARGS,
      "receive(fd, decrypt, nonce, counter_at, tag, key, counter, buffer, word, filled, least, largest, number, stream, "
-     "sink, most)"},
+     "sink, most); word 0: between two records"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -18,13 +18,15 @@ import attrs
 from .aead import Aead
 
 #: Revision of the native helper that this module expects.
-REVISION = 1
-#: Records sealed in one call at most, and bytes of the head of a record that the helper receives.
-MOST_JOBS, SPLIT_HEAD = 64, 22
+REVISION = 2
+#: Records sealed in one call at most; bytes of the head of a record that the helper receives, without credit in it, and
+#: how many more each grant of credit takes.
+MOST_JOBS, SPLIT_HEAD, FRAME_HEAD = 64, 22, 9
 
 #: Why a run of received records ended: nothing more is there, the connection has ended, or failed; a tag is wrong; the
-#: head of the next one, which is open now, is another one than expected; a whole record is the last one.
-WAIT, ENDED, FAILED, FORGED, HEADED, LANDED = range(6)
+#: head of the next one, which is open now, is another one than expected; a whole record is the last one; another record
+#: begins than the helper takes.
+WAIT, ENDED, FAILED, FORGED, HEADED, LANDED, OTHER = range(7)
 
 #: The wire, the bytes of the head that stands in it in clear, the body that is sealed behind it.
 Job = tuple[memoryview, int, "bytes | bytearray | memoryview"]
@@ -44,7 +46,7 @@ class Lane:
 class Run:
     """What came of a :class:`Lane`: ``records`` whose data fill ``size`` bytes of the sink's beginning, all verified.
 
-    ``came``: bytes received. ``drained``: there were no more. ``control``, ``bulk``: what the last head acknowledges.
+    ``credits``: the frames that granted credit in their heads. ``came``: bytes received. ``drained``: there were no more. ``control``, ``bulk``: what the last head acknowledges.
     ``error``: of the socket, a number of :mod:`errno`.
     """
 
@@ -55,6 +57,7 @@ class Run:
     control: int
     bulk: int
     error: int
+    credits: bytes = b""
 
 
 @attrs.frozen
@@ -90,14 +93,21 @@ def which() -> Which:
     return _which
 
 
-def seal(aead: Aead, counter: int, jobs: Sequence[Job]) -> None:
-    """Seal split records under one key, each with two counters of its own from ``counter`` on."""
+def seal(aead: Aead, counter: int, jobs: Sequence[Job], descriptor: int = -1) -> tuple[int, int]:
+    """Seal split records under one key, each with two counters of its own from ``counter`` on.
+
+    ``descriptor``: of a socket that takes each as soon as it is sealed. Returns how many of their bytes it took (the
+    first ones; 0 is always right), and its error, a number of :mod:`errno`, or 0. All are sealed in any case.
+    """
     suite = aead.suite
-    if active is not None and len(jobs) > 1:
-        active.seal(suite.addresses[0], suite.nonce, suite.counter_at, suite.tag, aead.key, counter, list(jobs))
-        return
+    if active is not None and (len(jobs) > 1 or descriptor >= 0):
+        taken: tuple[int, int] = active.seal(
+            descriptor, suite.addresses[0], suite.nonce, suite.counter_at, suite.tag, aead.key, counter, list(jobs)
+        )
+        return taken
     for wire, head, body in jobs:
         header, at = bytes(wire[:4]), 4 + head
         aead.seal(wire, 4, at, counter, header)
         aead.seal_from(body, wire, at + suite.tag, counter + 1, header)
         counter += 2
+    return 0, 0

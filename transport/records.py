@@ -37,7 +37,6 @@ HEADER = _HEADER.size
 MAX_HEAD = 511
 _SPLIT = 1 << 31
 _LENGTH_BITS = 22
-_LANE_SHAPE = 1 << 9 | pump.SPLIT_HEAD
 _LENGTH = (1 << _LENGTH_BITS) - 1
 assert defaults.MAX_RECORD + 64 <= _LENGTH
 
@@ -185,12 +184,18 @@ class RecordSealer:
         keys.skip(2)
         return sealed
 
-    def seal_now(self, upto: int | None = None) -> None:
-        """Seal what :meth:`seal_later` was given."""
+    @property
+    def pending(self) -> int:
+        """Records that :meth:`seal_later` was given and that are not sealed yet."""
+        return len(self._jobs)
+
+    def seal_now(self, upto: int | None = None, descriptor: int = -1) -> tuple[int, int]:
+        """Seal what :meth:`seal_later` was given, and send it; arguments and result as of :func:`pump.seal`."""
         jobs, self._jobs = self._jobs, []
-        if jobs:
-            keys = self._keys
-            pump.seal(keys.aead, (keys.counter if upto is None else upto) - 2 * len(jobs), jobs)
+        if not jobs:
+            return 0, 0
+        keys = self._keys
+        return pump.seal(keys.aead, (keys.counter if upto is None else upto) - 2 * len(jobs), jobs, descriptor)
 
     def _seal_split(self, head: bytes, body: Buffer) -> Sealed:
         keys, tag = self._keys, len(self._tail)
@@ -310,11 +315,17 @@ class RecordOpener:
 
     @property
     def at_lane(self) -> bool:
-        """True when what comes next may be for :meth:`land`: a large split record of one frame is under way."""
-        header = self._header
-        if self._filled < 0 or self._failure is not None or self._filled >= len(self._body) - HEADER:
+        """True when what comes next may be for :meth:`land`: a large split record with a head of frames without bytes of
+        their own is under way, or large ones have come and the next record has not begun."""
+        if self._failure is not None or self._keys.left() < 2:
             return False
-        return _HEADER.unpack(header)[0] >> _LENGTH_BITS == _LANE_SHAPE and self._keys.left() >= 2
+        if not self._header:
+            return self._largest >= defaults.DIRECT_RECORD
+        if self._filled < 0 or self._filled >= len(self._body) - HEADER:
+            return False
+        word = _HEADER.unpack(self._header)[0]
+        more = (word >> _LENGTH_BITS & MAX_HEAD) - pump.SPLIT_HEAD
+        return bool(word & _SPLIT) and more >= 0 and more % pump.FRAME_HEAD == 0
 
     def land(self, descriptor: int, lane: pump.Lane, most: int) -> tuple[pump.Run, list[Record]]:
         """Receive from a socket what the native helper knows how to, about ``most`` bytes of it, where :attr:`at_lane`.
@@ -322,16 +333,22 @@ class RecordOpener:
         Also returns the records that it left: to be taken in after what the :class:`pump.Run` says, as those of
         :meth:`fill`. Raises :class:`RecordError`; then nothing of this run counts.
         """
-        keys, suite, length = self._keys, self._keys.suite, self._length
-        assert isinstance(self._body, memoryview)
-        status, records, size, came, word, filled, drained, control, bulk, counter, error = pump.active.receive(
+        keys, suite = self._keys, self._keys.suite
+        if self._header:
+            assert isinstance(self._body, memoryview)
+            whole, word, filled, length = memoryview(self._body.obj), _HEADER.unpack(self._header)[0], self._filled, self._length
+        else:
+            whole, word, filled, length = pool.take(), 0, 0, self._largest
+        status, records, size, came, word, filled, drained, control, bulk, counter, error, credits, other = pump.active.receive(
             descriptor, suite.addresses[1], suite.nonce, suite.counter_at, suite.tag, keys.aead.key,
-            keys.counter, self._body.obj, _HEADER.unpack(self._header)[0], self._filled, defaults.DIRECT_RECORD,
+            keys.counter, whole.obj, word, filled, defaults.DIRECT_RECORD,
             self._largest, lane.number, lane.stream, lane.sink, min(keys.left() // 2, most // length + 1),
         )  # fmt: skip
-        run = pump.Run(records, size, came, drained, control, bulk, error)
-        whole, length = memoryview(self._body.obj), word & _LENGTH
+        run = pump.Run(records, size, came, drained, control, bulk, error, credits)
+        length = word & _LENGTH
         keys.skip(counter - keys.counter)
+        if not word:  # the next record has not begun, or is none for the helper
+            return run, self.feed(other)
         self._header = _HEADER.pack(word)
         try:
             if status == pump.FORGED:

@@ -240,15 +240,25 @@ class Session:
 
         Raises :class:`RemoteProtocolError`.
         """
-        self.note(run.size + run.records * SPLIT_HEAD)
+        heads = run.records * SPLIT_HEAD + len(run.credits)
+        self.note(run.size + heads)
         self.out[0].acknowledge(run.control)
         self.out[1].acknowledge(run.bulk)
-        self.into[BULK].landed(run.records, run.size + run.records * (SPLIT_HEAD - HEAD_BYTES))
+        self.into[BULK].landed(run.records, run.size + heads - run.records * HEAD_BYTES)
 
     def compose_run(
-        self, pipe: int, sealer: RecordSealer, piece: Callable[[], tuple[bytes, memoryview] | None], most: int
-    ) -> list[bytearray | memoryview]:
-        """New records of bulk for the wire, each of a ``piece``: a frame's head and data; about ``most`` bytes."""
+        self,
+        pipe: int,
+        sealer: RecordSealer,
+        piece: Callable[[], tuple[bytes, memoryview] | None],
+        most: int,
+        launch: Callable[[RecordSealer], int],
+    ) -> tuple[list[bytearray | memoryview], int]:
+        """New records of bulk for the wire, each of a ``piece``: a frame's head and data; about ``most`` bytes.
+
+        ``launch`` seals what is pending, and may send it: it returns how many bytes, as this does.
+        """
+        sent = 0
         outbox = self.out[BULK]
         wires: list[bytearray | memoryview] = []
         try:
@@ -258,9 +268,11 @@ class Session:
                 self.note(len(sealed.wire))
                 wires.append(sealed.wire)
                 most -= len(sealed.wire)
+            if sealer.pending == len(wires):  # else some are sealed, and not sent, which come first
+                sent = launch(sealer)
         finally:
             sealer.seal_now()  # what is kept can be opened again, whatever happens
-        return wires
+        return wires, sent
 
     def seal(self, sealer: RecordSealer, frames: bytes) -> bytearray | memoryview:
         """A record of :data:`PIPE` for the wire."""

@@ -260,6 +260,7 @@ class LinkStream(trio.abc.HalfCloseableStream):
     async def _wait_for(self, sink: memoryview) -> int:
         """Wait until there is something to read, or ``sink`` is full; returns the bytes that were written to it."""
         self._stream.sink = sink
+        self._mux.expect(self._stream)
         try:
             await self._wait_readable()
         finally:

@@ -19,11 +19,11 @@ from . import defaults
 from .address import Address, scope_of
 from .errors import ConfigError, PeerUnreachable
 from .interfaces import local_addresses
-from .network import ByteStream, Datagrams, Listener, Network
+from .network import ByteStream, Datagrams, Listener, Network, remaining
 
 if TYPE_CHECKING:
     from .pump import Lane, Run
-    from .records import Record, RecordOpener
+    from .records import Record, RecordOpener, RecordSealer
 
 log = logging.getLogger(__name__)
 
@@ -106,13 +106,12 @@ class TcpStream(ByteStream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._stream.send_all(data)
 
-    async def send_run(self, wires: Sequence[bytes | bytearray | memoryview]) -> None:
+    async def send_run(self, wires: Sequence[bytes | bytearray | memoryview]) -> bool:
         """Without a turn of the loop for each of them, and a layer of Python less."""
         if not _DIRECT:
-            await super().send_run(wires)
-            return
+            return await super().send_run(wires)
         await trio.lowlevel.checkpoint_if_cancelled()
-        left, connected = list(wires), self._stream.socket
+        left, connected = wires, self._stream.socket
         waited = False
         while left:
             try:
@@ -123,12 +122,8 @@ class TcpStream(ByteStream):
                 continue
             except OSError as error:
                 raise self._broken(error) from error
-            while left and sent >= len(left[0]):
-                sent -= len(left.pop(0))
-            if sent:
-                left[0] = memoryview(left[0])[sent:]
-        if not waited:
-            await trio.lowlevel.cancel_shielded_checkpoint()
+            left = remaining(left, sent)
+        return waited
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
@@ -166,6 +161,12 @@ class TcpStream(ByteStream):
             if error.errno in (errno.EBADF, errno.ENOTSOCK):
                 raise trio.ClosedResourceError("this stream was already closed") from None
             raise trio.BrokenResourceError(f"{self.remote}: {error.strerror}") from error
+
+    def launch(self, sealer: RecordSealer) -> int:
+        sent, error = sealer.seal_now(descriptor=self._stream.socket.fileno() if _DIRECT else -1)
+        if error:
+            self.failed(error)
+        return sent
 
     def receive_now(self, buffer: memoryview) -> int | None:
         if self._drained or not _DIRECT:
