@@ -108,6 +108,8 @@ class TakesRecords:
                 size = stream.receive_now(pool.scratch())  # nobody looks at it
             elif opener is not None and opener.at_lane and (found := self._lane()) is not None:
                 size = self._land(pipe, opener, *found, stream.run - total)
+                if size and 2 * size > stream.run:
+                    return total + size  # not once more for the little that is left of this turn
             elif opener is None or (room := opener.room()) is None:
                 if size := stream.receive_now(scratch := pool.scratch()):
                     self._came(pipe, size, (channel.receive if opener is None else opener.feed)(scratch[:size]))

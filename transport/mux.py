@@ -49,6 +49,7 @@ from .frames import (
     Sending,
 )
 from .muxinput import MuxInput
+from .pump import Stretch
 
 __all__ = ["Mux", "Priority"]
 
@@ -218,38 +219,45 @@ class Mux(MuxInput):
         if not self._frames[1 - channel]:
             self._answers = 0
 
-    def next_piece(self, limit: int) -> tuple[bytes, memoryview] | None:
-        """A frame of BULK in two parts, with its head the grants of credit that are due: one that fills a record of
-        ``limit`` bytes, or is the rest of its stream's data; None where :meth:`next_record` has to look."""
+    def next_stretch(self, limit: int, most: int, records: int) -> Stretch | None:
+        """Data of BULK for a run of at most ``records`` that take ``limit`` bytes each and ``most`` together (or one
+        more), each filled but for one that ends its stream's data, with the grants of credit that are due; None where
+        :meth:`next_record` has to look."""
         ready, frames = self._ready[Priority.BULK], self._frames[Priority.BULK]
         if len(ready) != 1 or len(frames) > _MOST_CREDITS:
             return None
-        n = limit - HEADER_BYTES * (len(frames) + 1)
-        if n < defaults.DIRECT_BODY or not all(frame[0] in _CREDITS for frame in frames):
+        piece, first = limit - HEADER_BYTES, limit - HEADER_BYTES * (len(frames) + 1)
+        records = min(records, -(-most // limit))
+        if first < defaults.DIRECT_BODY or records < 1 or not all(frame[0] in _CREDITS for frame in frames):
             return None
         stream = ready[0]
         view = stream._queue[0]
-        n = min(n, len(view))
-        if n < defaults.DIRECT_BODY or (n == len(view) < stream.queued) or min(stream._credit, self._credit[1]) <= n:
+        size = min(len(view), stream._credit, self._credit[Priority.BULK], first + piece * (records - 1))
+        rest = size if size < first else (size - first) % piece
+        if rest and (size < stream.queued or rest < defaults.DIRECT_BODY):
+            size -= rest
+        if not size:
             return None
-        stream.queued -= n
-        stream._credit -= n
-        self._credit[Priority.BULK] -= n
-        head = HEADER.pack(Frame.DATA, stream.id, n)
+        stream.queued -= size
+        stream._credit -= size
+        self._credit[Priority.BULK] -= size
+        credits = b"".join(frames)
         if frames:
-            head = b"".join((*frames, head))
             frames.clear()
             self._frames_sent(Priority.BULK)
-        if stream.queued:
-            stream._queue[0] = view[n:]
-            return head, view[:n]
-        ready.clear()
-        stream._ready = False
-        stream._queue.clear()
-        self._is_drained(stream)
-        if stream.sending is Sending.CLOSED:
-            frames.append(HEADER.pack(Frame.EOF, stream.id, 0))
-        return head, view
+        stretch = Stretch(stream.id, credits, view[:size], piece, 1 + -(-max(0, size - first) // piece))
+        if size < len(view):
+            stream._queue[0] = view[size:]
+        else:
+            stream._queue.popleft()
+        if not stream.queued or stream._credit <= 0:
+            ready.clear()
+            stream._ready = False
+        if not stream.queued:
+            self._is_drained(stream)
+            if stream.sending is Sending.CLOSED:
+                frames.append(HEADER.pack(Frame.EOF, stream.id, 0))
+        return stretch
 
     def take_drained(self) -> list[MuxStream]:
         """The streams whose queue has become empty since the last call, in order."""
@@ -308,4 +316,6 @@ class Mux(MuxInput):
             if len(view) >= defaults.DIRECT_BODY:
                 return size if len(view) > n - size else 0
             size += len(view)
+            if size >= n:
+                break
         return 0

@@ -125,7 +125,7 @@ class MuxInput:
             self._last = stream
 
     def lane(self) -> tuple[MuxStream, memoryview] | None:
-        """The stream of the last or next bulk, if its reader waits, and where it wants what the stream may still bring."""
+        """The stream of the last or next bulk, if its reader waits, and where it wants what may still come."""
         stream = self._last
         if stream is None or stream.sink is None or stream._chunks or stream.receiving is not Receiving.OPEN:
             return None
@@ -133,8 +133,8 @@ class MuxInput:
         return stream, stream.sink[:most]
 
     def landed(self, stream: MuxStream, size: int, credits: bytes = b"") -> list[DataReceived]:
-        """``size`` bytes came and stand at the beginning of what :meth:`lane` gave for ``stream``; with them frames that
-        grant credit. Raises :class:`RemoteProtocolError`."""
+        """``size`` bytes came and stand at the beginning of what :meth:`lane` gave for ``stream``, and ``credits`` with
+        them: frames that grant credit. Raises :class:`RemoteProtocolError`."""
         assert stream.sink is not None
         for kind, id, value in HEADER.iter_unpack(credits):
             if kind == Frame.CREDIT:

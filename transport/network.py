@@ -16,8 +16,8 @@ from .address import Address
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from .pump import Lane, Run
-    from .records import Record, RecordOpener, RecordSealer
+    from .pump import Lane, Run, Stretch
+    from .records import Record, RecordOpener, RecordSealer, SealedRun
 
 
 class ByteStream(trio.abc.HalfCloseableStream):
@@ -57,13 +57,10 @@ class ByteStream(trio.abc.HalfCloseableStream):
             await self.send_all(wire)
         return True
 
-    def launch(self, sealer: RecordSealer) -> int:
-        """Seal what is pending, and send of it what can go without waiting: how many bytes. Not during a ``send_all``.
-
-        Raises :class:`trio.BrokenResourceError`, :class:`trio.ClosedResourceError`; it is sealed all the same.
-        """
-        sealer.seal_now()
-        return 0
+    def launch(self, sealer: RecordSealer, head: tuple[int, int, int], stretch: Stretch) -> tuple[SealedRun, int, int]:
+        """:meth:`RecordSealer.launch` to here: what can go without waiting. Not during a ``send_all``. An error is for
+        :meth:`failed`."""
+        raise NotImplementedError
 
     def receive_now(self, buffer: memoryview) -> int | None:
         """As :meth:`receive_into` of what is there: None when nothing is. Only where :attr:`run` is not 0.
@@ -77,7 +74,7 @@ class ByteStream(trio.abc.HalfCloseableStream):
         raise NotImplementedError
 
     def failed(self, error: int) -> NoReturn:
-        """Raise what the ``error`` that :meth:`land` has met means here."""
+        """Raise what the ``error`` that :meth:`land` or :meth:`launch` has met means here."""
         raise NotImplementedError
 
     async def wait_receivable(self) -> None:
@@ -93,9 +90,7 @@ class ByteStream(trio.abc.HalfCloseableStream):
         return  # what has no such buffer has nothing to do
 
 
-def remaining(
-    wires: Sequence[bytes | bytearray | memoryview], sent: int
-) -> Sequence[bytes | bytearray | memoryview]:
+def remaining(wires: Sequence[bytes | bytearray | memoryview], sent: int) -> Sequence[bytes | bytearray | memoryview]:
     """What is left of ``wires`` without their first ``sent`` bytes."""
     for place, wire in enumerate(wires):
         if sent < len(wire):

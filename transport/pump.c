@@ -1,4 +1,4 @@
-/* Runs of large records in C: sealing many in one call, and receiving many straight to where their data belong.
+/* Runs of large records in C: made, sealed and sent in one call, and received straight to where their data belong.
  * pump.py says what each function does; records.py does the same in Python, with the same bytes on the wire.
  *
  * The GIL is released; buffers stay locked by their Py_buffer, and every length is checked against them first. Nothing
@@ -17,7 +17,7 @@
 
 enum { REVISION = 2 };     /* of what the functions do; pump.py expects the same */
 enum { HEADER = 4 };       /* the length before a record */
-enum { MOST_JOBS = 64 };   /* records sealed in one call */
+enum { MOST_RUN = 64 };    /* records sealed in one call */
 enum { MOST_NONCE = 32 };  /* bytes of the longest nonce of a suite */
 enum { MOST_TAG = 32 };
 enum { SESSION_HEAD = 13, FRAME_HEAD = 9 };
@@ -66,52 +66,71 @@ static uint32_t big(const unsigned char *at)
 #define MSG_NOSIGNAL 0
 #endif
 
-static PyObject *py_seal(PyObject *self, PyObject *args)
+static void put(unsigned char *at, uint32_t value)
+{
+    for (int i = 0; i < 4; i++)
+        at[i] = (unsigned char)(value >> (24 - 8 * i));
+}
+
+static PyObject *py_launch(PyObject *self, PyObject *args)
 {
     cipher suite;
     ull function, counter;
-    PyObject *jobs;
+    PyObject *buffers;
+    Py_buffer wires[MOST_RUN], body;
+    const char *credits;
+    unsigned int number, control, bulk, stream;
     int fd, error = 0;
-    Py_ssize_t sent = 0;
-    if (!PyArg_ParseTuple(args, "iKnnny#KO!", &fd, &function, &suite.nonce, &suite.counter_at, &suite.tag, &suite.key,
-                          &suite.key_size, &counter, &PyList_Type, &jobs))
+    Py_ssize_t sizes[MOST_RUN], credited, piece, held = 0, sent = 0;
+    if (!PyArg_ParseTuple(args, "iKnnny#KO!IIIIy#y*n", &fd, &function, &suite.nonce, &suite.counter_at, &suite.tag,
+                          &suite.key, &suite.key_size, &counter, &PyList_Type, &buffers, &number, &control, &bulk, &stream,
+                          &credits, &credited, &body, &piece))
         return NULL;
     suite.function = (uintptr_t)function;
-    if (bad_cipher(&suite))
+    if (bad_cipher(&suite)) {
+        PyBuffer_Release(&body);
         return NULL;
-    Py_ssize_t count = PyList_Size(jobs), held = 0;
-    Py_buffer wires[MOST_JOBS], bodies[MOST_JOBS];
-    Py_ssize_t heads[MOST_JOBS];
-    int wrong = count > MOST_JOBS;
-    for (; held < count && !wrong; held++) {
-        PyObject *job = PyList_GetItem(jobs, held), *wire, *body;
-        if (!PyTuple_Check(job) || !PyArg_ParseTuple(job, "OnO", &wire, &heads[held], &body))
-            break;
-        if (PyObject_GetBuffer(wire, &wires[held], PyBUF_WRITABLE) < 0)
-            break;
-        if (PyObject_GetBuffer(body, &bodies[held], PyBUF_SIMPLE) < 0) {
-            PyBuffer_Release(&wires[held]);
-            break;
-        }
-        wrong = heads[held] < 0 || heads[held] > wires[held].len ||
-                wires[held].len != HEADER + heads[held] + bodies[held].len + 2 * suite.tag;
     }
-    int done = held == count && !wrong;
+    Py_ssize_t count = PyList_Size(buffers), left = body.len, frames = credited;
+    int fits = count > 0 && count <= MOST_RUN && credited % FRAME_HEAD == 0 && SPLIT_HEAD + credited <= HEAD_MASK &&
+               piece > credited && piece <= LENGTH_MASK - HEAD_MASK - 2 * MOST_TAG;
+    for (; fits && held < count; held++, frames = 0) {
+        if (PyObject_GetBuffer(PyList_GetItem(buffers, held), &wires[held], PyBUF_WRITABLE) < 0)
+            break;
+        sizes[held] = left < piece - frames ? left : piece - frames;
+        left -= sizes[held];
+        if (sizes[held] < 1 || HEADER + SPLIT_HEAD + frames + sizes[held] + 2 * suite.tag > wires[held].len)
+            fits = 0;
+    }
+    int done = fits && held == count && left == 0;
     if (done) {
         Py_BEGIN_ALLOW_THREADS
         unsigned char nonce[MOST_NONCE];
         encrypt_fn encrypt = (encrypt_fn)suite.function;
-        const unsigned char *key = (const unsigned char *)suite.key;
+        const unsigned char *key = (const unsigned char *)suite.key, *from = body.buf;
         int open = fd >= 0;
         for (Py_ssize_t i = 0; i < count; i++) {
-            unsigned char *wire = wires[i].buf, *head = wire + HEADER, *body = head + heads[i] + suite.tag;
+            Py_ssize_t before = i ? 0 : credited, head = SPLIT_HEAD + before;
+            Py_ssize_t whole = HEADER + head + sizes[i] + 2 * suite.tag;
+            unsigned char *wire = wires[i].buf, *at = wire + HEADER;
+            put(wire, 1u << 31 | (uint32_t)head << HEAD_BITS | (uint32_t)(whole - HEADER));
+            *at = BULK;
+            put(at + 1, number++);
+            put(at + 5, control);
+            put(at + 9, bulk);
+            memcpy(at + SESSION_HEAD, credits, (size_t)before);
+            at += SESSION_HEAD + before;
+            *at = DATA;
+            put(at + 1, stream);
+            put(at + 5, (uint32_t)sizes[i]);
             set_nonce(nonce, &suite, counter++);
-            encrypt(head, NULL, head, (ull)heads[i], wire, HEADER, NULL, nonce, key);
+            encrypt(wire + HEADER, NULL, wire + HEADER, (ull)head, wire, HEADER, NULL, nonce, key);
             set_nonce(nonce, &suite, counter++);
-            encrypt(body, NULL, bodies[i].buf, (ull)bodies[i].len, wire, HEADER, NULL, nonce, key);
+            encrypt(wire + HEADER + head + suite.tag, NULL, from, (ull)sizes[i], wire, HEADER, NULL, nonce, key);
+            from += sizes[i];
             /* At once, while it is in the cache: sealed first, a run is read from memory again. */
-            for (Py_ssize_t at = 0; open && at < wires[i].len;) {
-                ssize_t size = send(fd, wire + at, (size_t)(wires[i].len - at), MSG_DONTWAIT | MSG_NOSIGNAL);
+            for (Py_ssize_t gone = 0; open && gone < whole;) {
+                ssize_t size = send(fd, wire + gone, (size_t)(whole - gone), MSG_DONTWAIT | MSG_NOSIGNAL);
                 if (size < 0 && errno == EINTR)
                     continue;
                 if (size < 0) {
@@ -119,18 +138,17 @@ static PyObject *py_seal(PyObject *self, PyObject *args)
                     open = 0;
                     break;
                 }
-                at += size;
+                gone += size;
                 sent += size;
             }
         }
         Py_END_ALLOW_THREADS
     } else if (!PyErr_Occurred()) {
-        PyErr_SetString(PyExc_ValueError, "a record of another size than its parts, or too many of them");
+        PyErr_SetString(PyExc_ValueError, "not the buffers that such a run of records fills");
     }
-    for (Py_ssize_t i = 0; i < held; i++) {
+    for (Py_ssize_t i = 0; i < held; i++)
         PyBuffer_Release(&wires[i]);
-        PyBuffer_Release(&bodies[i]);
-    }
+    PyBuffer_Release(&body);
     return done ? Py_BuildValue("ni", sent, error) : NULL;
 }
 
@@ -278,8 +296,9 @@ static PyObject *py_receive(PyObject *self, PyObject *args)
 }
 
 static PyMethodDef methods[] = {
-    {"seal", py_seal, METH_VARARGS,
-     "seal(fd, encrypt, nonce, counter_at, tag, key, counter, jobs): also send them, where fd is none below 0"},
+    {"launch", py_launch, METH_VARARGS,
+     "launch(fd, encrypt, nonce, counter_at, tag, key, counter, wires, number, control, bulk, stream, credits, body, "
+     "piece)"},
     {"receive", py_receive, METH_VARARGS,
      "receive(fd, decrypt, nonce, counter_at, tag, key, counter, buffer, word, filled, least, largest, number, stream, "
      "sink, most); word 0: between two records"},

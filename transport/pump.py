@@ -1,16 +1,17 @@
-"""Runs of large records: sealed in one call, and received straight to where their data belong, without Python between.
+"""Runs of large records: sealed and sent in one call, and received straight to where their data belong, without Python
+between.
 
 The native helper (``pump.c``, built when there is a compiler) does it with the GIL released. Without it, with
 ``SHOAL_PURE=1`` or on Windows records are sealed and opened one by one (:mod:`records`): slower, the same bytes on the
-wire. For what it receives the helper takes only the plain case: whole records of bulk, in order, of one stream whose
-reader waits for more than they bring (:class:`Lane`). Everything else it leaves to the layers that know what it means.
+wire. The helper knows only the plain case: data of one stream in records of bulk, in order, with grants of credit
+beside them, and where it receives, a reader who waits for more than they bring (:class:`Lane`). Everything else it
+leaves to the layers that know what it means.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -19,17 +20,25 @@ from .aead import Aead
 
 #: Revision of the native helper that this module expects.
 REVISION = 2
-#: Records sealed in one call at most; bytes of the head of a record that the helper receives, without credit in it, and
-#: how many more each grant of credit takes.
-MOST_JOBS, SPLIT_HEAD, FRAME_HEAD = 64, 22, 9
+#: Records of one run at most; bytes of the head of a record in it, without credit, and how many more each grant takes.
+MOST_RUN, SPLIT_HEAD, FRAME_HEAD = 64, 22, 9
 
 #: Why a run of received records ended: nothing more is there, the connection has ended, or failed; a tag is wrong; the
 #: head of the next one, which is open now, is another one than expected; a whole record is the last one; another record
 #: begins than the helper takes.
 WAIT, ENDED, FAILED, FORGED, HEADED, LANDED, OTHER = range(7)
 
-#: The wire, the bytes of the head that stands in it in clear, the body that is sealed behind it.
-Job = tuple[memoryview, int, "bytes | bytearray | memoryview"]
+
+@attrs.frozen(eq=False)
+class Stretch:
+    """Data of the bulk ``stream`` that a run of ``records`` is to carry: ``piece`` bytes in each, but for the first,
+    which takes the frames ``credits`` instead of as many of them, and the last, which takes the rest."""
+
+    stream: int
+    credits: bytes
+    body: memoryview
+    piece: int
+    records: int
 
 
 @attrs.frozen(eq=False)
@@ -46,8 +55,8 @@ class Lane:
 class Run:
     """What came of a :class:`Lane`: ``records`` whose data fill ``size`` bytes of the sink's beginning, all verified.
 
-    ``credits``: the frames that granted credit in their heads. ``came``: bytes received. ``drained``: there were no more. ``control``, ``bulk``: what the last head acknowledges.
-    ``error``: of the socket, a number of :mod:`errno`.
+    ``credits``: the frames in their heads that grant credit. ``came``: bytes received. ``drained``: there were no more.
+    ``control``, ``bulk``: what the last head acknowledges. ``error``: of the socket, a number of :mod:`errno`.
     """
 
     records: int
@@ -93,21 +102,19 @@ def which() -> Which:
     return _which
 
 
-def seal(aead: Aead, counter: int, jobs: Sequence[Job], descriptor: int = -1) -> tuple[int, int]:
-    """Seal split records under one key, each with two counters of its own from ``counter`` on.
+def launch(
+    aead: Aead, counter: int, descriptor: int, wires: list[memoryview], head: tuple[int, int, int], stretch: Stretch
+) -> tuple[int, int]:
+    """Make the records of ``stretch``, seal them, each with two counters of its own from ``counter`` on, and send each
+    to the socket ``descriptor`` as soon as it is sealed (below 0: nothing is sent). Only where :data:`active`.
 
-    ``descriptor``: of a socket that takes each as soon as it is sealed. Returns how many of their bytes it took (the
-    first ones; 0 is always right), and its error, a number of :mod:`errno`, or 0. All are sealed in any case.
+    ``wires``: a buffer for each record, large enough. ``head``: the number of the first of them, and what each
+    acknowledges of control and of bulk. Returns how many of the first bytes were sent, and the socket's error, a number
+    of :mod:`errno`, or 0: all are sealed in any case.
     """
     suite = aead.suite
-    if active is not None and (len(jobs) > 1 or descriptor >= 0):
-        taken: tuple[int, int] = active.seal(
-            descriptor, suite.addresses[0], suite.nonce, suite.counter_at, suite.tag, aead.key, counter, list(jobs)
-        )
-        return taken
-    for wire, head, body in jobs:
-        header, at = bytes(wire[:4]), 4 + head
-        aead.seal(wire, 4, at, counter, header)
-        aead.seal_from(body, wire, at + suite.tag, counter + 1, header)
-        counter += 2
-    return 0, 0
+    taken: tuple[int, int] = active.launch(
+        descriptor, suite.addresses[0], suite.nonce, suite.counter_at, suite.tag, aead.key, counter, wires, *head,
+        stretch.stream, stretch.credits, stretch.body, stretch.piece,
+    )  # fmt: skip
+    return taken

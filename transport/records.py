@@ -123,11 +123,16 @@ class Sealed:
     """A record as it went out, which the one who sealed it can open again."""
 
     __slots__ = ("_body", "_head", "wire")
+    count = 1
 
     def __init__(
         self, wire: bytearray | memoryview, head: tuple[Aead, int], body: tuple[Aead, int] | None = None
     ) -> None:
         self.wire, self._head, self._body = wire, head, body
+
+    @property
+    def size(self) -> int:
+        return len(self.wire)
 
     def plain(self) -> memoryview:
         """The plaintext, in a new buffer."""
@@ -147,13 +152,39 @@ class Sealed:
         return memoryview(copy)
 
 
+class SealedRun:
+    """Records of one run as they went out: ``wires``, all under one key, with two counters each from ``counter`` on."""
+
+    __slots__ = ("_aead", "_counter", "size", "wires")
+
+    def __init__(self, wires: list[memoryview], aead: Aead, counter: int) -> None:
+        self.wires, self._aead, self._counter = wires, aead, counter
+        self.size = sum(map(len, wires))
+
+    @property
+    def count(self) -> int:
+        return len(self.wires)
+
+    def drop(self, count: int) -> int:
+        """Forget the first ``count`` records; returns their bytes."""
+        size = sum(map(len, self.wires[:count]))
+        del self.wires[:count]
+        self.size -= size
+        self._counter += 2 * count
+        return size
+
+    def singly(self) -> list[Sealed]:
+        """Each of them by itself."""
+        aead, first = self._aead, self._counter
+        return [Sealed(wire, (aead, first + 2 * n), (aead, first + 2 * n + 1)) for n, wire in enumerate(self.wires)]
+
+
 class RecordSealer:
     """The sending half: ``cipher`` names a suite of :mod:`aead`, ``secret`` is this direction's (32 bytes)."""
 
     def __init__(self, cipher: str, secret: bytes, *, rekey_after: int = defaults.REKEY_RECORDS) -> None:
         self._keys = _KeyChain(cipher, secret, rekey_after)
         self._tail = bytes(self._keys.suite.tag)
-        self._jobs: list[pump.Job] = []
         #: Bytes that a record is longer than its plaintext.
         self.overhead = HEADER + len(self._tail)
 
@@ -167,35 +198,27 @@ class RecordSealer:
         head = self._keys.aead, self._keys.counter
         return Sealed(self.seal(parts), head)
 
-    def seal_later(self, head: bytes, body: Buffer) -> Sealed:
-        """A split record that is sealed by :meth:`seal_now`, with all others since the last one: until then neither its
-        wire may be sent nor ``body`` change. ``head``: at most :data:`MAX_HEAD` bytes."""
-        keys = self._keys
-        if len(self._jobs) == pump.MOST_JOBS:
-            self.seal_now()
-        if keys.left() < 2:
-            self.seal_now()
-            return self._seal_split(head, body)
-        wire, _ = self._frame(head, body)
-        self._jobs.append((wire, len(head), body))
-        sealed = Sealed(wire, (keys.aead, keys.counter), (keys.aead, keys.counter + 1))
-        if keys.left() == 2:
-            self.seal_now(upto=keys.counter + 2)
-        keys.skip(2)
-        return sealed
-
     @property
-    def pending(self) -> int:
-        """Records that :meth:`seal_later` was given and that are not sealed yet."""
-        return len(self._jobs)
+    def room(self) -> int:
+        """Records of the next run at most, so that one key serves for all of them."""
+        return min(self._keys.left() // 2, pump.MOST_RUN)
 
-    def seal_now(self, upto: int | None = None, descriptor: int = -1) -> tuple[int, int]:
-        """Seal what :meth:`seal_later` was given, and send it; arguments and result as of :func:`pump.seal`."""
-        jobs, self._jobs = self._jobs, []
-        if not jobs:
-            return 0, 0
-        keys = self._keys
-        return pump.seal(keys.aead, (keys.counter if upto is None else upto) - 2 * len(jobs), jobs, descriptor)
+    def launch(self, descriptor: int, head: tuple[int, int, int], stretch: pump.Stretch) -> tuple[SealedRun, int, int]:
+        """The records of ``stretch``, at most :attr:`room`; arguments and what else comes back as of
+        :func:`pump.launch`. ``stretch.body`` is free for other use afterwards."""
+        keys, left = self._keys, len(stretch.body)
+        buffers = [pool.take() for _ in range(stretch.records)]
+        aead, counter = keys.aead, keys.counter
+        sent, error = pump.launch(aead, counter, descriptor, buffers, head, stretch)
+        keys.skip(2 * stretch.records)
+        around = HEADER + pump.SPLIT_HEAD + 2 * len(self._tail)
+        wires, before = [], len(stretch.credits)
+        for buffer in buffers:
+            size = min(stretch.piece - before, left)
+            wires.append(buffer[: around + before + size])
+            left -= size
+            before = 0
+        return SealedRun(wires, aead, counter), sent, error
 
     def _seal_split(self, head: bytes, body: Buffer) -> Sealed:
         keys, tag = self._keys, len(self._tail)
@@ -315,8 +338,8 @@ class RecordOpener:
 
     @property
     def at_lane(self) -> bool:
-        """True when what comes next may be for :meth:`land`: a large split record with a head of frames without bytes of
-        their own is under way, or large ones have come and the next record has not begun."""
+        """True when what comes next may be for :meth:`land`: a large split record is under way, with a head of frames
+        that have no bytes of their own, or large ones have come and the next record has not begun."""
         if self._failure is not None or self._keys.left() < 2:
             return False
         if not self._header:
@@ -336,10 +359,13 @@ class RecordOpener:
         keys, suite = self._keys, self._keys.suite
         if self._header:
             assert isinstance(self._body, memoryview)
-            whole, word, filled, length = memoryview(self._body.obj), _HEADER.unpack(self._header)[0], self._filled, self._length
+            whole, filled, length = memoryview(self._body.obj), self._filled, self._length
+            word = _HEADER.unpack(self._header)[0]
         else:
             whole, word, filled, length = pool.take(), 0, 0, self._largest
-        status, records, size, came, word, filled, drained, control, bulk, counter, error, credits, other = pump.active.receive(
+        (
+            status, records, size, came, word, filled, drained, control, bulk, counter, error, credits, other,
+        ) = pump.active.receive(
             descriptor, suite.addresses[1], suite.nonce, suite.counter_at, suite.tag, keys.aead.key,
             keys.counter, whole.obj, word, filled, defaults.DIRECT_RECORD,
             self._largest, lane.number, lane.stream, lane.sink, min(keys.left() // 2, most // length + 1),

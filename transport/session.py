@@ -19,8 +19,8 @@ import attrs
 
 from . import defaults
 from .errors import RemoteProtocolError
-from .pump import SPLIT_HEAD, Run
-from .records import Buffer, Record, RecordSealer, Sealed
+from .pump import SPLIT_HEAD, Run, Stretch
+from .records import Buffer, Record, RecordSealer, Sealed, SealedRun
 
 _HEAD = struct.Struct(">BIII")
 #: Bytes before the payload of every record.
@@ -35,11 +35,19 @@ _HALF = 1 << 31
 
 @attrs.define(slots=True)
 class Sent:
-    """A record on its way. ``sealed`` gives its whole plaintext back, head included."""
+    """A record on its way, or a run of them, the first with this ``number``. ``sealed`` gives the whole plaintext back,
+    head included."""
 
     number: int
     pipe: int
-    sealed: Sealed
+    sealed: Sealed | SealedRun
+
+    @property
+    def singly(self) -> list[Sent]:
+        """Each record by itself."""
+        if isinstance(self.sealed, Sealed):
+            return [self]
+        return [Sent(self.number + n, self.pipe, sealed) for n, sealed in enumerate(self.sealed.singly())]
 
 
 class Outbox:
@@ -65,15 +73,21 @@ class Outbox:
         """True while a new record could be further ahead of a missing one than the peer may hold (:class:`Inbox`)."""
         return self._next - self._acknowledged > defaults.MAX_EARLY_RECORDS or self.kept >= self._window
 
+    @property
+    def room(self) -> int:
+        """Bytes until it is :attr:`full`."""
+        return self._window - self.kept
+
     def bound(self, size: int) -> None:
         """The window is ``size`` bytes from here on, or that of the beginning if that is less."""
         self._window = min(size, self._most)
 
-    def keep(self, pipe: int, sealed: Sealed) -> None:
-        """The record :attr:`next` went out on ``pipe``. Raises :class:`RemoteProtocolError` when too much is kept."""
+    def keep(self, pipe: int, sealed: Sealed | SealedRun) -> None:
+        """The record :attr:`next` went out on ``pipe``, or a run of them from there on. Raises
+        :class:`RemoteProtocolError` when too much is kept."""
         self._sent.append(Sent(self._next, pipe, sealed))
-        self._next += 1
-        self.kept += len(sealed.wire)
+        self._next += sealed.count
+        self.kept += sealed.size
         if self.kept > defaults.MAX_UNACKNOWLEDGED:
             raise RemoteProtocolError("it takes our records and never acknowledges them")
 
@@ -89,9 +103,14 @@ class Outbox:
         self._acknowledged += step
         done = 0
         for sent in self._sent:
-            if sent.number >= self._acknowledged:
+            have = self._acknowledged - sent.number
+            if have <= 0:
                 break
-            self.kept -= len(sent.sealed.wire)
+            if isinstance(sent.sealed, SealedRun) and have < sent.sealed.count:
+                self.kept -= sent.sealed.drop(have)
+                sent.number = self._acknowledged
+                break
+            self.kept -= sent.sealed.size
             done += 1
         del self._sent[:done]
         while self._again and self._again[0].number < self._acknowledged:
@@ -101,6 +120,7 @@ class Outbox:
         """``pipe`` is dead: what went out on it and is not acknowledged must go out again."""
         if any(sent.pipe == pipe for sent in self._sent):
             waiting = {sent.number: None for sent in self._again}
+            self._sent = [single for sent in self._sent for single in (sent.singly if sent.pipe == pipe else [sent])]
             self._again = [sent for sent in self._sent if sent.pipe == pipe or sent.number in waiting]
 
     def repeat(self) -> Sent | None:
@@ -111,6 +131,7 @@ class Outbox:
         """``sent``, the head of what must be repeated, went out again on ``pipe``."""
         assert self._again[0] is sent
         self._again.pop(0)
+        self.kept += sealed.size - sent.sealed.size
         sent.pipe, sent.sealed = pipe, sealed
 
 
@@ -246,33 +267,29 @@ class Session:
         self.out[1].acknowledge(run.bulk)
         self.into[BULK].landed(run.records, run.size + heads - run.records * HEAD_BYTES)
 
-    def compose_run(
+    def launch(
         self,
         pipe: int,
         sealer: RecordSealer,
-        piece: Callable[[], tuple[bytes, memoryview] | None],
+        found: Callable[[int, int], Stretch | None],
         most: int,
-        launch: Callable[[RecordSealer], int],
-    ) -> tuple[list[bytearray | memoryview], int]:
-        """New records of bulk for the wire, each of a ``piece``: a frame's head and data; about ``most`` bytes.
+        send: Callable[[RecordSealer, tuple[int, int, int], Stretch], tuple[SealedRun, int, int]],
+    ) -> tuple[Sequence[memoryview], int, int]:
+        """New records of bulk for the wire, of about ``most`` bytes, made and sent by ``send``, which is as
+        :meth:`RecordSealer.launch`; how many bytes it sent of them, and the error it met.
 
-        ``launch`` seals what is pending, and may send it: it returns how many bytes, as this does.
+        ``found``: gives what they carry, by how many bytes there should be and how many records there may be.
         """
-        sent = 0
         outbox = self.out[BULK]
-        wires: list[bytearray | memoryview] = []
-        try:
-            while most > 0 and not outbox.full and outbox.repeat() is None and (found := piece()) is not None:
-                sealed = sealer.seal_later(self._head(BULK, outbox.next) + found[0], found[1])
-                outbox.keep(pipe, sealed)
-                self.note(len(sealed.wire))
-                wires.append(sealed.wire)
-                most -= len(sealed.wire)
-            if sealer.pending == len(wires):  # else some are sealed, and not sent, which come first
-                sent = launch(sealer)
-        finally:
-            sealer.seal_now()  # what is kept can be opened again, whatever happens
-        return wires, sent
+        if outbox.full or outbox.repeat() is not None:
+            return (), 0, 0
+        stretch = found(min(most, outbox.room), sealer.room)
+        if stretch is None:
+            return (), 0, 0
+        run, sent, error = send(sealer, self._tell(outbox.next), stretch)
+        self.note(run.size)
+        outbox.keep(pipe, run)
+        return run.wires, sent, error
 
     def seal(self, sealer: RecordSealer, frames: bytes) -> bytearray | memoryview:
         """A record of :data:`PIPE` for the wire."""
@@ -285,6 +302,7 @@ class Session:
         outbox = self.out[channel]
         sent = outbox.repeat()
         if sent is not None:
+            assert isinstance(sent.sealed, Sealed)  # runs are taken apart before anything of them is repeated
             sealed = sealer.seal_to_keep((self._head(channel, sent.number), sent.sealed.plain()[HEAD_BYTES:]))
             outbox.moved(sent, pipe, sealed)
             return sealed.wire
@@ -298,7 +316,11 @@ class Session:
         return sealed.wire
 
     def _head(self, kind: int, number: int) -> bytes:
+        return _HEAD.pack(kind, *self._tell(number))
+
+    def _tell(self, number: int) -> tuple[int, int, int]:
+        """What the head of the record ``number`` says, which is on its way to the peer."""
         control, bulk = self.into
         control.told()
         bulk.told()
-        return _HEAD.pack(kind, number & _MASK, control.expected, bulk.expected)
+        return number & _MASK, control.expected, bulk.expected

@@ -22,8 +22,8 @@ from .interfaces import local_addresses
 from .network import ByteStream, Datagrams, Listener, Network, remaining
 
 if TYPE_CHECKING:
-    from .pump import Lane, Run
-    from .records import Record, RecordOpener, RecordSealer
+    from .pump import Lane, Run, Stretch
+    from .records import Record, RecordOpener, RecordSealer, SealedRun
 
 log = logging.getLogger(__name__)
 
@@ -162,11 +162,8 @@ class TcpStream(ByteStream):
                 raise trio.ClosedResourceError("this stream was already closed") from None
             raise trio.BrokenResourceError(f"{self.remote}: {error.strerror}") from error
 
-    def launch(self, sealer: RecordSealer) -> int:
-        sent, error = sealer.seal_now(descriptor=self._stream.socket.fileno() if _DIRECT else -1)
-        if error:
-            self.failed(error)
-        return sent
+    def launch(self, sealer: RecordSealer, head: tuple[int, int, int], stretch: Stretch) -> tuple[SealedRun, int, int]:
+        return sealer.launch(self._stream.socket.fileno(), head, stretch)
 
     def receive_now(self, buffer: memoryview) -> int | None:
         if self._drained or not _DIRECT:

@@ -30,6 +30,7 @@ from shoal.transport.frames import (
     StreamWasReset,
 )
 from shoal.transport.mux import Mux
+from shoal.transport.pump import Stretch
 from shoal.transport.records import Record, RecordOpener, RecordSealer, SealedBody
 
 TINY = MuxLimits(stream_window=(64, 256), link_window=(128, 512), max_outgoing=8, max_incoming=8)
@@ -259,7 +260,7 @@ def test_credit_goes_along_with_data_and_alone_where_there_is_none() -> None:
         assert pair.b.has(Priority.CONTROL) is not both_ways
         record = pair.b.next_record(Priority.BULK if both_ways else Priority.CONTROL, defaults.MAX_RECORD)
         assert record is not None
-        assert record[0][0] == Frame.CREDIT
+        assert record[0][0] in (Frame.CREDIT, Frame.LINK_CREDIT)
         pair.a.receive(Record(memoryview(b"".join(record))), Priority.BULK if both_ways else Priority.CONTROL)
         assert asked._credit == defaults.BULK_WINDOW
 
@@ -610,3 +611,105 @@ def test_what_was_queued_when_the_link_said_goodbye_can_still_be_dropped() -> No
     mux.goodbye(GoodbyeCode.LEAVING, "")
     mux.drop_queue(stream)
     assert stream.queued == 0
+
+
+# Stretches
+
+
+def _as_records(stretch: Stretch) -> list[bytes]:
+    made, at, credits = [], 0, stretch.credits
+    for _ in range(stretch.records):
+        body = stretch.body[at : at + stretch.piece - len(credits)]
+        made.append(credits + frame(Frame.DATA, stretch.stream, len(body), bytes(body)))
+        at, credits = at + len(body), b""
+    assert at == len(stretch.body)
+    return made
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    limit=st.sampled_from([defaults.DIRECT_BODY + 9, 20_000, 65_536]),
+    most=st.integers(1, 400_000),
+    room=st.integers(0, 9),
+    sizes=st.lists(st.one_of(st.integers(1, 500), st.integers(1, 400_000)), min_size=1, max_size=5),
+    window=st.integers(60_000, 300_000),
+    reads=st.booleans(),
+    others=st.integers(0, 2),
+)
+def test_stretches_carry_what_records_would_within_the_same_credit(
+    limit: int, most: int, room: int, sizes: list[int], window: int, reads: bool, others: int
+) -> None:
+    """Whoever asks for stretches first, and for records where there is none, sends all in order, with its end."""
+    pair = Pair(MuxLimits(stream_window=(window, window), link_window=(2 * window, 2 * window)), record=limit)
+    ours, theirs = pair.open(Priority.BULK)
+    more = [pair.open(Priority.BULK) for _ in range(others)]
+    data = [bytes([n + 1]) * size for n, size in enumerate(sizes)]
+    got, back = b"", b""
+    for each in data:
+        pair.a.send(ours, each)
+    for stream, _ in more:
+        pair.a.send(stream, bytes(1000))
+    pair.a.end(ours)
+    sent = 0
+    for _ in range(10_000):
+        stretch = pair.a.next_stretch(limit, most, room)
+        if stretch is not None:
+            assert 1 <= stretch.records <= min(room, -(-most // limit))
+            records = _as_records(stretch)
+            assert max(map(len, records)) <= limit
+            assert all(len(record) == limit for record in records[:-1])
+            sent += len(stretch.body)
+            for record in records:
+                pair.b.receive(Record(memoryview(record)), Priority.BULK)  # raises where the credit does not suffice
+        elif pair.move(pair.a) is None and pair.move(pair.b) is None:
+            break
+        pair.a.take_drained()
+        if reads:
+            got += drain(pair.b, theirs)
+            if ours.receiving is Receiving.OPEN and len(back) < 5000 and theirs.sending is Sending.OPEN:
+                pair.b.send(theirs, b"back")
+                back += b"back"
+    if not reads:
+        assert len(got) <= window
+        got = drain(pair.b, theirs)
+        assert got == b"".join(data)[: len(got)]
+        assert len(got) == min(window, sum(sizes)) or len(got) > window - limit - 9 or others
+    else:
+        assert got == b"".join(data)
+        assert theirs.receiving is Receiving.CLOSED and ours.sending is Sending.CLOSED
+        assert not ours.queued
+
+
+def test_small_data_before_bulk_go_ahead_in_a_record_of_their_own() -> None:
+    pair = Pair()
+    stream = pair.a.open("x", Priority.BULK)
+    pair.a.send(stream, b"head")
+    pair.a.send(stream, b"more")
+    pair.a.send(stream, bytes(2 << 20))
+    record = pair.a.next_record(Priority.BULK, defaults.MAX_RECORD)
+    assert record is not None
+    assert b"".join(record) == frame(Frame.OPEN, stream.id, 1, b"x") + frame(Frame.DATA, stream.id, 8, b"headmore")
+    stretch = pair.a.next_stretch(defaults.MAX_RECORD, 2 << 20, 64)
+    assert stretch is not None and stretch.records == 4 and not stretch.credits
+    # What fits into one record with them does not wait.
+    other = pair.a.open("x", Priority.CONTROL)
+    pair.a.send(other, b"head")
+    pair.a.send(other, bytes(100_000))
+    record = pair.a.next_record(Priority.CONTROL, defaults.MAX_RECORD)
+    assert record is not None and len(b"".join(record)) > 100_000
+
+
+def test_a_grant_goes_along_with_a_stretch() -> None:
+    pair = Pair()
+    ours, theirs = pair.open(Priority.BULK)
+    size = defaults.BULK_WINDOW // 4
+    pair.b.send(theirs, bytes(size))
+    pair.a.send(ours, bytes(4 << 20))
+    while pair.move(pair.b) is not None:
+        pass
+    drain(pair.a, ours)
+    stretch = pair.a.next_stretch(defaults.MAX_RECORD, 2 << 20, 64)
+    assert stretch is not None
+    assert stretch.credits == frame(Frame.CREDIT, ours.id, size)
+    assert not pair.a.has(Priority.CONTROL)
+    assert pair.a.next_stretch(defaults.MAX_RECORD, 2 << 20, 64).credits == b""  # type: ignore[union-attr]

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.transport import defaults
+from shoal.transport import defaults, pump
 from shoal.transport.aead import NOMINAL_CIPHERS
 from shoal.transport.errors import RemoteProtocolError
 from shoal.transport.records import Record, RecordOpener, RecordSealer
-from shoal.transport.session import HEAD_BYTES, PIPE, Inbox, Outbox, Session
+from shoal.transport.session import BULK, HEAD_BYTES, PIPE, Inbox, Outbox, Session
 
 CIPHER = NOMINAL_CIPHERS[-1].name
 
@@ -189,3 +189,72 @@ def test_nothing_is_acknowledged_for_its_own_sake_before_it_is_worth_it() -> Non
 def test_a_head_that_makes_no_sense_breaks_the_protocol(record: bytes, words: str) -> None:
     with pytest.raises(RemoteProtocolError, match=words):
         Session((10, 10)).receive(Record(memoryview(record)))
+
+
+# Runs of records
+
+
+@pytest.mark.skipif(pump.active is None, reason=f"no native helper: {pump.which()}")
+@settings(max_examples=200, deadline=None)
+@given(
+    runs=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    arrived=st.integers(0, 12),
+    acknowledged=st.integers(0, 12),
+    singles=st.integers(0, 2),
+    died=st.booleans(),
+)
+def test_a_run_is_acknowledged_in_part_and_what_is_left_of_it_goes_out_again_record_by_record(
+    runs: list[int], arrived: int, acknowledged: int, singles: int, died: bool
+) -> None:
+    sender, receiver = Session((1 << 20, 1 << 22)), Session((1 << 20, 1 << 22))
+    first, second = Wire(0), Wire(1)
+    piece, sent, wires = 20_000, [], []
+    got: list[bytes] = []
+
+    def deliver(pipe: Wire, wire: bytes) -> None:
+        for plain in pipe.opener.feed(wire):
+            kind, payloads = receiver.receive(plain)
+            assert kind == BULK
+            got.extend(bytes(payload) for payload in payloads)
+
+    def tell() -> None:
+        back = RecordSealer(CIPHER, b"b" * 32)
+        for plain in RecordOpener(CIPHER, b"b" * 32).feed(receiver.seal(back, b"")):
+            sender.receive(plain)
+
+    for count in runs:
+        body = bytes([len(sent) + 1]) * (piece * (count - 1) + 16_500)
+        it = pump.Stretch(6, b"", memoryview(body), piece, count)
+        made, gone, error = sender.launch(
+            first.index,
+            first.sealer,
+            lambda most, room, it=it: it,  # type: ignore[misc]
+            1 << 20,
+            lambda sealer, head, it: sealer.launch(-1, head, it),
+        )
+        assert (gone, error) == (0, 0)
+        wires += [bytes(wire) for wire in made]
+        for n in range(count):
+            data = body[n * piece : (n + 1) * piece]
+            sent.append(struct.pack(">BII", 2, 6, len(data)) + data)
+    for n in range(singles):
+        wire = sender.compose(BULK, first.index, first.sealer, lambda n=n: (b"single %d" % n,))  # type: ignore[misc]
+        assert wire is not None
+        wires.append(bytes(wire))
+        sent.append(b"single %d" % n)
+    assert sender.out[BULK].kept == sum(map(len, wires))
+    for n, wire in enumerate(wires[:arrived]):
+        deliver(first, wire)
+        if n + 1 == acknowledged:
+            tell()
+            assert sender.out[BULK].kept == sum(map(len, wires[n + 1 :]))
+    if not died:
+        for wire in wires[arrived:]:
+            deliver(first, wire)
+    else:
+        sender.lost(first.index)
+        while (again := sender.compose(BULK, second.index, second.sealer, lambda: None)) is not None:
+            deliver(second, bytes(again))
+    tell()
+    assert got == sent
+    assert sender.out[BULK].kept == 0
