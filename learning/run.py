@@ -104,7 +104,7 @@ class Run:
         self._keeper = Keeper(self.host, store, self.run_id, keeping or Keeping(), self.emit)
         self.ledger, self.restored = Ledger(), dict[str, Tensor]()
         self.owned: dict[str, Tensor] = {}
-        self.reports: list[RoundReport] = []
+        self.reports, self.reported = list[RoundReport](), 0  # the latest of them, and how many there were
         self.finished = trio.Event()
         self.round = self.round_now = 0
         self.phase, self.reason = "join", "starting"
@@ -226,7 +226,7 @@ class Run:
             await snapshot.ready.wait()
             metric, digest = self._metric if due else None, snapshot.digest.hex()
             report, self._pending_report = attrs.evolve(self._pending_report, metric=metric, digest=digest), None
-            self.reports = [*self.reports[-999:], report]
+            self.reports, self.reported = [*self.reports[-999:], report], self.reported + 1
             self.emit("commit", "done", detail=report.reason)
         if self.host.now() - self._saved_at > defaults.SAVE_EVERY:
             self._saved_at = self.host.now()

@@ -188,7 +188,7 @@ class Daemon:
             links=len(self.node.endpoint.links()),
             bytes_sent=sent,
             bytes_received=received,
-            rounds=len(self.node.run_here.reports) if self.node.run_here is not None else 0,
+            rounds=self.node.run_here.reported if self.node.run_here is not None else 0,
             run=run,
             private=self.node.psk is not None,
             notes=() if self.node.staged is None else self.node.staged.notes(),

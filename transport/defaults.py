@@ -89,6 +89,9 @@ WIDE_GAIN = 1.15
 #: Seconds after which a settled width is tried again: lines change.
 WIDE_RETRY = 60.0
 
+#: Seconds for which an address of a peer that led to no further pipe is left out, and how many are remembered.
+DEAD_PATH, MAX_DEAD_PATHS = 600.0, 1024
+
 #: Seconds between tries to dial a peer whose machine took a connection and dropped it: a process that was killed is
 #: gone within milliseconds, one with much memory within a second.
 KNOCK_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0)

@@ -104,8 +104,8 @@ class Endpoint:
             greet=self._say_hello,
             count=self._count,
         )
-        self._widening = Widening(host, self._connector.direct.dial)
-        self._table.on_width = self._widening.wanted
+        self._widening = Widening(host, self._connector.direct.dial, self._known_addresses, self.own_addresses)
+        self._table.on_width, self._table.paths = self._widening.wanted, self._widening.paths
         self._listeners: list[Listener] = []
         self._server = RpcServer(host)
         self._credentials = Credentials(identity, host.entropy)
@@ -166,8 +166,9 @@ class Endpoint:
                         self._table.nursery = None
                         links.cancel_scope.cancel()
         finally:
-            for listener in listeners:
-                await trio.aclose_forcefully(listener)
+            with trio.CancelScope(shield=True):  # cancelled at the first one, it would leave the others open
+                for listener in listeners:
+                    await trio.aclose_forcefully(listener)
             self._listeners = []
 
     async def _establish(
@@ -291,6 +292,10 @@ class Endpoint:
         """The newest record of ``peer`` that has not expired."""
         known = self._contacts.get(peer, self.host.wall())
         return None if known is None else known[0]
+
+    def _known_addresses(self, peer: PeerId) -> tuple[Address, ...]:
+        known = self._contacts.get(peer, self.host.wall())
+        return () if known is None else known[1].addresses
 
     def contacts_offering(self, service: Service) -> list[PeerRecord]:
         """Records of known peers that offer ``service``, most recently used first."""

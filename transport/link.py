@@ -93,6 +93,8 @@ class Link(SeenThroughPipes, TakesRecords, SendsRecords, CarriesCalls, OpensStre
         self.on_pipes: Callable[[], None] | None = None
         #: Called when :attr:`width` wants another number of pipes for bulk. Must not wait.
         self.on_width: Callable[[], None] | None = None
+        #: How many paths seem to lead to the peer. Asked rarely.
+        self.paths: Callable[[], int] = lambda: 1
         self.width = Width()
         #: Pipes lost so far, those that were retired for better ones not counted.
         self.pipes_lost = 0

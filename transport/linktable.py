@@ -42,6 +42,8 @@ class LinkTable:
         self.on_trouble: Callable[[Link], None] | None = None
         #: Called when a link wants another number of pipes for bulk. Must not wait.
         self.on_width: Callable[[Link], None] | None = None
+        #: How many paths seem to lead to the peer of a link.
+        self.paths: Callable[[Link], int] = lambda link: 1
         #: What the line of this machine carries, over all links.
         self.line = LineMeter()
         self.nursery: trio.Nursery | None = None
@@ -87,7 +89,7 @@ class LinkTable:
         if self.on_trouble is not None:
             link.on_trouble = partial(self.on_trouble, link)
         if self.on_width is not None:
-            link.on_width = partial(self.on_width, link)
+            link.on_width, link.paths = partial(self.on_width, link), partial(self.paths, link)
         link.line = self.line
         link.on_stream = self.on_stream
         link.on_call = self.on_call

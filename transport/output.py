@@ -31,6 +31,7 @@ class SendsRecords:
     """A link, to those who receive from it."""
 
     on_width: Callable[[], None] | None
+    paths: Callable[[], int]
     width: Width
     _host: Host
     _mux: Mux
@@ -72,8 +73,10 @@ class SendsRecords:
             now = host.now()
             self._sent(pipe, size, now - began, now)
             if pipe.sent_bulk and self.on_width is not None:
-                more, have = self._mux.has(Priority.BULK), len(self.bulk_pipes)
-                if self.width.note(now, size, more=more, rtt=self._pipes.best.nearest, have=have):
+                held = turned or self._session.out[Priority.BULK].full
+                more, have = held and self._mux.has(Priority.BULK), len(self.bulk_pipes)
+                nearest = self._pipes.best.nearest
+                if self.width.note(now, size, more=more, rtt=nearest, have=have, paths=self.paths):
                     self.on_width()
             if not self._may_write(pipe):
                 await pipe.work.wait()
@@ -115,11 +118,11 @@ class SendsRecords:
 
     def _launch_bulk(self, pipe: Pipe) -> tuple[Sequence[Buffer], int]:
         """A run of records of bulk, where bulk is next and plain: what is left to send, and how many bytes in all."""
-        if pump.active is None or not self._only_bulk(pipe):
+        if pump.active is None or not self._only_bulk(pipe) or (most := min(pipe.run, self._allowance(pipe))) <= 0:
             return (), 0
         limit = min(pipe.record_limit, defaults.MAX_RECORD) - HEAD_BYTES
         wires, sent, error = self._session.launch(
-            pipe.index, pipe.channel.sealer, partial(self._mux.next_stretch, limit), pipe.run, pipe.stream.launch
+            pipe.index, pipe.channel.sealer, partial(self._mux.next_stretch, limit), most, pipe.stream.launch
         )
         if not wires:
             return (), 0
@@ -135,6 +138,12 @@ class SendsRecords:
             return False
         return not (self._mux.has(Priority.CONTROL) or self._session.must_repeat(Priority.CONTROL))
 
+    def _allowance(self, pipe: Pipe) -> int:
+        """Bytes of new bulk that ``pipe`` may take until it has its share, as measured; one record in any case."""
+        outbox = self._session.out[Priority.BULK]
+        share = max(pipe.record_limit, int(self._pipes.share(pipe) * outbox.window))
+        return share - outbox.kept_on.get(pipe.index, 0)
+
     def _compose(self, pipe: Pipe) -> bytearray | memoryview | None:
         """The next record of ``pipe`` for the wire."""
         pipe.sent_bulk = False
@@ -147,7 +156,8 @@ class SendsRecords:
             wire = self._compose_channel(pipe, Priority.CONTROL)
             if wire is not None:
                 return wire
-        if self._pipes.carries_bulk(pipe):
+        repeats = self._session.must_repeat(Priority.BULK)
+        if self._pipes.carries_bulk(pipe) and (repeats or self._allowance(pipe) > 0):
             wire = self._compose_channel(pipe, Priority.BULK)
             if wire is not None:
                 pipe.sent_bulk = True

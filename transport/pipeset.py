@@ -61,6 +61,16 @@ class PipeSet:
             return pipe.bulk_only and pipe.usable and not pipe.suspect
         return pipe is self.best and pipe.usable
 
+    def share(self, pipe: Pipe) -> float:
+        """Which part of the bulk under way may be on ``pipe``, 0 to 1: all of them get rid of theirs in the same time.
+
+        What a slow one has taken all others would wait for: data are wanted in order, and by an end.
+        """
+        if len(self.all) < 3:  # one that carries control, and one for bulk
+            return 1.0
+        total = self.bandwidth
+        return (pipe.bandwidth or 0.0) / total if total else 1.0
+
     def remove(self, pipe: Pipe) -> None:
         self.all.remove(pipe)
         self._past_sent += pipe.bytes_sent

@@ -57,6 +57,8 @@ class Outbox:
         self._window = self._most = window
         #: Bytes sent and not acknowledged.
         self.kept = 0
+        #: The same, by pipe; of those that have some.
+        self.kept_on: dict[int, int] = {}
         self._next = 0
         self._acknowledged = 0  # all before this number
         # In order of numbers; those to be sent again are in both. Lists: an empty deque takes 760 bytes.
@@ -74,9 +76,22 @@ class Outbox:
         return self._next - self._acknowledged > defaults.MAX_EARLY_RECORDS or self.kept >= self._window
 
     @property
+    def window(self) -> int:
+        return self._window
+
+    @property
     def room(self) -> int:
         """Bytes until it is :attr:`full`."""
         return self._window - self.kept
+
+    def _count(self, pipe: int, size: int) -> None:
+        """``size`` bytes more on ``pipe``, or less."""
+        self.kept += size
+        on = self.kept_on.get(pipe, 0) + size
+        if on:
+            self.kept_on[pipe] = on
+        else:
+            self.kept_on.pop(pipe, None)
 
     def bound(self, size: int) -> None:
         """The window is ``size`` bytes from here on, or that of the beginning if that is less."""
@@ -87,7 +102,7 @@ class Outbox:
         :class:`RemoteProtocolError` when too much is kept."""
         self._sent.append(Sent(self._next, pipe, sealed))
         self._next += sealed.count
-        self.kept += sealed.size
+        self._count(pipe, sealed.size)
         if self.kept > defaults.MAX_UNACKNOWLEDGED:
             raise RemoteProtocolError("it takes our records and never acknowledges them")
 
@@ -107,10 +122,10 @@ class Outbox:
             if have <= 0:
                 break
             if isinstance(sent.sealed, SealedRun) and have < sent.sealed.count:
-                self.kept -= sent.sealed.drop(have)
+                self._count(sent.pipe, -sent.sealed.drop(have))
                 sent.number = self._acknowledged
                 break
-            self.kept -= sent.sealed.size
+            self._count(sent.pipe, -sent.sealed.size)
             done += 1
         del self._sent[:done]
         while self._again and self._again[0].number < self._acknowledged:
@@ -131,7 +146,8 @@ class Outbox:
         """``sent``, the head of what must be repeated, went out again on ``pipe``."""
         assert self._again[0] is sent
         self._again.pop(0)
-        self.kept += sealed.size - sent.sealed.size
+        self._count(sent.pipe, -sent.sealed.size)
+        self._count(pipe, sealed.size)
         sent.pipe, sent.sealed = pipe, sealed
 
 

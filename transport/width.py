@@ -1,11 +1,14 @@
-"""How many connections a path needs for bulk, found by trying: a pure climb with a reason for each step.
+"""How many connections a link needs for bulk, found by trying: a pure climb with a reason for each step.
 
 One TCP connection carries at most a window per round trip, and on a path that loses packets much less (Mathis et al.
-1997); several carry several times that, until the path itself is full. Nobody can tell beforehand, so: while bulk waits
-all the time, measure what leaves; open more connections; keep them if that made it faster, else go back.
+1997); several carry several times that, until the path itself is full. And a peer may be reached by several paths. What
+helps nobody can tell beforehand, so: while bulk waits all the time, measure what leaves; open more connections; keep
+them if that made it faster, else go back.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from . import defaults
 
@@ -22,39 +25,55 @@ class Width:
         self._step = 0
         self._before: float | None = None  # the rate one step below
         self._settled_until = float("-inf")
-        self._begin: float | None = None
+        self._busy = 0.0  # seconds in which the line was what held bulk back, and what left in them
         self._bytes = 0
-        self._last = 0.0
+        self._last, self._pressed = 0.0, False
+        self._fresh = False  # connections have just been opened: slow start must be over
 
     def reset(self) -> None:
         """Nothing was sent for a while: begin anew."""
-        self.wanted = self._step = 0
-        self._before = self._begin = None
+        self.wanted = self._step = self._bytes = 0
+        self._before, self._busy = None, 0.0
         self._settled_until = float("-inf")
 
-    def note(self, now: float, size: int, *, more: bool, rtt: float, have: int) -> bool:
-        """``size`` bytes of bulk were taken by the network; ``more``: others wait. True when :attr:`wanted` changed.
+    def note(
+        self, now: float, size: int, *, more: bool, rtt: float, have: int, paths: Callable[[], int] = lambda: 1
+    ) -> bool:
+        """``size`` bytes of bulk were taken by the network; ``more``: others wait for the line or the peer, as much is
+        under way as may be. True when :attr:`wanted` changed.
 
-        ``rtt``: of the path; ``have``: connections for bulk that are open now.
+        ``rtt``: of the path; ``have``: connections for bulk that are open now; ``paths``: that seem to lead to the
+        peer, asked rarely. Where the round trip is short, more connections than those are not tried.
         """
-        if rtt < defaults.WIDE_RTT:
-            self.reason = f"one connection: a round trip of {1e3 * rtt:.1f} ms needs no more"
+        last, self._last = self._last, now
+        pressed, self._pressed = self._pressed, more
+        if self.opening or now < self._settled_until:
+            self._busy, self._bytes = 0.0, 0
+            self._fresh |= self.opening
             return False
-        gap = now - self._last > max(2 * rtt, defaults.WIDE_GAP)
-        self._last = now
-        if self._begin is None or gap or not more or self.opening:
-            # Not the line was what held it back.
-            self._begin, self._bytes = now, 0
-            return False
+        if not pressed or now - last > max(2 * rtt, defaults.WIDE_GAP):
+            return False  # not the line was what held it back: that time does not count
         self._bytes += size
-        span = now - self._begin
-        if now < self._settled_until or span < min(max(8 * rtt, defaults.WIDE_WINDOW), defaults.WIDE_WINDOW_MAX):
+        self._busy += now - last
+        if self._busy < min(max(8 * rtt, defaults.WIDE_WINDOW), defaults.WIDE_WINDOW_MAX):
             return False
-        rate = self._bytes / span
-        self._begin, self._bytes = now, 0
-        return self._judge(now, rate, have)
+        rate = self._bytes / self._busy
+        self._busy, self._bytes = 0.0, 0
+        if self._fresh:
+            self._fresh = False
+            return False
+        most = defaults.WIDE_STEPS[-1]
+        if rtt < defaults.WIDE_RTT:
+            most = paths()
+            if most < 2:
+                changed = self.wanted > 0
+                self.wanted = self._step = 0
+                self._before = None
+                self.reason = f"one connection: a round trip of {1e3 * rtt:.1f} ms needs no more"
+                return changed
+        return self._judge(now, rate, have, most)
 
-    def _judge(self, now: float, rate: float, have: int) -> bool:
+    def _judge(self, now: float, rate: float, have: int, most: int) -> bool:
         before, self._before = self._before, rate
         steps = defaults.WIDE_STEPS
         if have < self.wanted:
@@ -72,9 +91,10 @@ class Width:
                 f"instead of {_mb(before)}"
             )
             return True
-        if self._step + 1 == len(steps):
+        if steps[self._step] >= most:
             self._settled_until = now + defaults.WIDE_RETRY
-            self.reason = f"{self.wanted} connections for bulk, the most allowed, move {_mb(rate)}"
+            why = "the most allowed" if self._step + 1 == len(steps) else "one for each path or more"
+            self.reason = f"{self.wanted} connections for bulk, {why}, move {_mb(rate)}"
             return False
         self._step += 1
         self.wanted = steps[self._step]

@@ -1,7 +1,9 @@
-"""Real nodes in network namespaces whose kernel makes single paths slow: rounds begin to go round a ring."""
+"""Real nodes in network namespaces whose kernel makes paths slow: rounds begin to go round a ring, and a peer that is
+reached by several paths gets its bulk over all of them."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -23,10 +25,17 @@ SLOW = ((0, 2), (1, 0), (2, 0), (3, 1))
 ROUNDS = 6
 
 
+def shape(host: LabHost, *rules: str) -> None:
+    """Have the kernel of ``host`` shape what it sends."""
+    for rule in rules:
+        done = subprocess.run(["tc", "-n", host.namespace, *rule.split()], capture_output=True, text=True, timeout=10)
+        if done.returncode:
+            pytest.skip(f"tc cannot shape here: {done.stderr.strip()}")
+
+
 def limit(hosts: list[LabHost]) -> None:
     """What hosts send is shaped by their own kernel: all of it, and what goes to some other ones."""
     for number, host in enumerate(hosts):
-        tc = ["tc", "-n", host.namespace]
         rules = [
             "qdisc add dev eth0 root handle 1: htb default 10",
             f"class add dev eth0 parent 1: classid 1:1 htb rate {LINE}mbit ceil {LINE}mbit",
@@ -38,10 +47,7 @@ def limit(hosts: list[LabHost]) -> None:
             for one, to in SLOW
             if one == number
         ]
-        for rule in rules:
-            done = subprocess.run([*tc, *rule.split()], capture_output=True, text=True, timeout=10)
-            if done.returncode:
-                pytest.skip(f"tc cannot shape here: {done.stderr.strip()}")
+        shape(host, *rules)
 
 
 @needs_lab
@@ -87,3 +93,47 @@ def wait_for(file: Path, pattern: str, patience: float) -> str:
             return found[1]
         time.sleep(0.2)
     raise AssertionError(f"no {pattern!r} within {patience:g} s: {file.read_text()[-2000:]}")
+
+
+@needs_lab
+@needs_tc
+@pytest.mark.netns
+@pytest.mark.parametrize("rates", [(40, 10), pytest.param((40, 40), marks=pytest.mark.slow)], ids=["unlike", "alike"])
+def test_bulk_goes_over_all_paths_to_a_peer_and_each_carries_its_share(rates: tuple[int, int]) -> None:
+    """Mbit/s of two paths, to the two addresses of one host: far from the short round trip at which one connection is
+    enough on one path."""
+    with NetLab("share") as lab, ExitStack() as stack:
+        here, there = lab.add("here", "public4"), lab.add("there", "public4")
+        assert there.four is not None
+        second = there.four.rpartition(".")[0] + ".250"
+        subprocess.run(["ip", "-n", there.namespace, *f"addr add {second}/24 dev eth0".split()], check=True, timeout=10)
+        rules = [
+            "qdisc add dev eth0 root handle 1: htb default 30",
+            "class add dev eth0 parent 1: classid 1:30 htb rate 1gbit",
+        ]
+        for place, (address, rate) in enumerate(zip((there.four, second), rates, strict=True), 1):
+            rules += [
+                f"class add dev eth0 parent 1: classid 1:{place}0 htb rate {rate}mbit ceil {rate}mbit",
+                f"qdisc add dev eth0 parent 1:{place}0 pfifo limit 100",
+                f"filter add dev eth0 parent 1: protocol ip u32 match ip dst {address}/32 flowid 1:{place}0",
+            ]
+        shape(here, *rules)
+
+        def child(host: LabHost, *arguments: str) -> subprocess.Popen[str]:
+            command = lab.command(host, sys.executable, "-m", "tests.sim.paths_child", *arguments)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        serving = child(there, "serve", there.four, second)
+        assert serving.stdout is not None
+        peer, address = serving.stdout.readline().split()
+        found = json.loads(child(here, "send", peer, address, "16", "14").communicate(timeout=90)[0])
+    print(f"\n{rates}: {[f'{8 * rate / 1e6:.1f}' for rate in found['rates']]} Mbit/s, {found}")
+    carried = found["carried"]
+    assert set(carried) == {there.four, second}, found["reason"]
+    last = found["rates"][len(found["rates"]) // 2 :]
+    assert max(last) * 8 > 0.85e6 * sum(rates)  # of what both can carry; one alone does 38
+    share = carried[there.four] / sum(carried.values())
+    assert abs(share - rates[0] / sum(rates)) < 0.15

@@ -582,6 +582,18 @@ async def main():
 trio.run(main)
 """
 
+
+@pytest.mark.real(timeout=30)
+async def test_a_node_that_is_cancelled_closes_all_its_listeners() -> None:
+    async with nodes(Real()) as n, trio.open_nursery() as nursery:
+        node = n.make("a")
+        await nursery.start(node.run, [Address("tcp", "127.0.0.1", 0) for _ in range(3)])
+        listeners = list(node._listeners)
+        nursery.cancel_scope.cancel()
+    assert len(listeners) == 3
+    assert all(listener._socket.fileno() < 0 for listener in listeners)  # type: ignore[attr-defined]
+
+
 METHODS = """
 import attrs
 from shoal.transport.rpc import Method

@@ -567,7 +567,7 @@ async def test_a_busy_peer_nearby_is_no_long_path_that_needs_more_connections() 
     async with lab(Real()) as bench:
         link, told = bench.pair.a, []
 
-        def note(now: float, size: int, *, more: bool, rtt: float, have: int) -> bool:
+        def note(now: float, size: int, *, more: bool, rtt: float, have: int, paths: object) -> bool:
             told.append(rtt)
             return False
 

@@ -106,6 +106,7 @@ def test_whatever_dies_every_record_arrives_once_and_in_order(ops: list[Op]) -> 
     answer()
     assert got == sent
     assert sender.out[0].kept == sender.out[1].kept == 0
+    assert not sender.out[0].kept_on and not sender.out[1].kept_on
 
 
 def keep(outbox: Outbox, pipe: int = 0) -> None:
@@ -248,6 +249,7 @@ def test_a_run_is_acknowledged_in_part_and_what_is_left_of_it_goes_out_again_rec
         if n + 1 == acknowledged:
             tell()
             assert sender.out[BULK].kept == sum(map(len, wires[n + 1 :]))
+    assert sum(sender.out[BULK].kept_on.values()) == sender.out[BULK].kept
     if not died:
         for wire in wires[arrived:]:
             deliver(first, wire)
@@ -257,4 +259,4 @@ def test_a_run_is_acknowledged_in_part_and_what_is_left_of_it_goes_out_again_rec
             deliver(second, bytes(again))
     tell()
     assert got == sent
-    assert sender.out[BULK].kept == 0
+    assert sender.out[BULK].kept == 0 and not sender.out[BULK].kept_on

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import pytest
 import trio
 
 from shoal.transport import defaults
+from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.memory import Route
+from shoal.transport.pipe import Pipe
+from shoal.transport.pipeset import PipeSet
 from shoal.transport.width import Width
 
-from .harness import Virtual, nodes
+from .harness import Real, Virtual, nodes
 from .sinks import SINK, Size, sink
 
 
 def climb(
-    width: Width, rate_of: dict[int, float], *, rtt: float = 0.05, seconds: float = 30.0, most: int = 99
+    width: Width,
+    rate_of: dict[int, float],
+    *,
+    rtt: float = 0.05,
+    seconds: float = 30.0,
+    most: int = 99,
+    paths: int = 1,
+    now: float = 0.0,
 ) -> list[int]:
     """Feeds records as a line would that moves ``rate_of[connections]``; returns what was wanted, step by step."""
-    now, size, seen = 0.0, 100_000, [0]
-    while now < seconds:
+    size, seen, ends = 100_000, [width.wanted], now + seconds
+    while now < ends:
         have = min(width.wanted, most)
         now += size / rate_of[have]
-        if width.note(now, size, more=True, rtt=rtt, have=have):
+        if width.note(now, size, more=True, rtt=rtt, have=have, paths=lambda: paths):
             seen.append(width.wanted)
     return seen
 
@@ -57,7 +70,39 @@ def test_without_delay_one_connection_is_enough() -> None:
 def test_a_sender_that_has_nothing_more_to_send_proves_nothing() -> None:
     width = Width()
     for i in range(10_000):
-        assert not width.note(i * 0.01, 100_000, more=i % 10 > 0, rtt=0.05, have=0)
+        assert not width.note(i * 0.01, 100_000, more=False, rtt=0.05, have=0)
+    for i in range(10_000):
+        assert not width.note(1000.0 + i * 0.3, 100_000, more=True, rtt=0.05, have=0)
+
+
+def test_bulk_in_short_bursts_is_measured_over_many_of_them() -> None:
+    """Each is too short to be measured by itself once there are more connections: only slow ones would count."""
+    for gain, expected in ((2.0, [2, 4]), (1.0, [2, 0])):
+        width, now, seen = Width(), 0.0, []
+        while now < 30.0 and len(seen) < 2:
+            rate = 10e6 * (gain if width.wanted else 1.0)
+            for i in range(40):
+                now += 100_000 / rate
+                if width.note(now, 100_000, more=i < 39, rtt=0.05, have=width.wanted):
+                    seen.append(width.wanted)
+            now += 0.2
+        assert seen == expected
+
+
+def test_where_the_round_trip_is_short_there_is_one_connection_for_each_path() -> None:
+    width = Width()
+    assert climb(width, {0: 10e6, 2: 20e6, 4: 99e6}, rtt=0.0005, paths=2) == [0, 2]
+    assert "one for each path" in width.reason
+    width = Width()
+    assert climb(width, {0: 10e6, 2: 20e6, 4: 40e6, 8: 99e6}, rtt=0.0005, paths=3) == [0, 2, 4]
+    width = Width()
+    assert climb(width, {0: 10e6, 2: 10e6}, rtt=0.0005, paths=2) == [0, 2, 0]
+    assert "instead of" in width.reason
+    # The other path is gone: no second connection is of use on the one that is left.
+    width = Width()
+    assert climb(width, {0: 10e6, 2: 20e6}, rtt=0.0005, paths=2) == [0, 2]
+    assert climb(width, {0: 10e6, 2: 20e6}, rtt=0.0005, paths=1, now=100.0) == [2, 0]
+    assert "needs no more" in width.reason
 
 
 def test_connections_that_could_not_be_opened_end_the_climb() -> None:
@@ -116,3 +161,63 @@ async def test_a_peer_that_takes_no_more_connections_gets_its_bulk_through_the_m
         assert link is not None
         assert not link.bulk_pipes
         assert link.alive
+
+
+@pytest.mark.real(timeout=60)
+@pytest.mark.skipif(sys.platform != "linux", reason="what has more than one loopback address")
+async def test_pipes_are_dealt_out_to_all_addresses_of_the_peer_and_those_that_lead_nowhere_are_left_out() -> None:
+    async with nodes(Real()) as n, trio.open_nursery() as nursery:
+        a, b = await n.add("a"), n.make("b")
+        here = [Address("tcp", host, 0) for host in ("127.0.0.1", "127.0.0.2")]
+        await nursery.start(b.run, here)
+        link = await a.connect(b.peer_id, b.addresses()[:1])
+
+        async def until(done: Callable[[], bool]) -> None:
+            with trio.fail_after(20):
+                while not done():
+                    await trio.sleep(0.01)
+
+        await until(lambda: a.contact(b.peer_id) is not None and b.link(a.peer_id) is not None)
+        back = b.link(a.peer_id)
+        assert back is not None
+        assert link.paths() == back.paths() == 2
+
+        def carrying() -> list[str]:
+            return sorted(pipe.remote.host for pipe in link.bulk_pipes)
+
+        for end, on in ((link, a), (back, b)):
+            for wanted, expected in ((2, [1, 2]), (4, [1, 1, 2, 2])):
+                end.width.wanted = wanted
+                on._widening.wanted(end)
+                await until(lambda expected=expected: carrying() == [f"127.0.0.{n}" for n in expected])  # type: ignore[misc]
+                await until(lambda: not a._widening._busy and not b._widening._busy)
+            link.narrow()
+            await until(lambda: len(link.pipes) == len(back.pipes) == 1)
+        # Another address, where nobody listens: what is near by needs no second pipe on one path instead.
+        more = (*b.addresses(), Address("tcp", "127.0.0.3", 9), Address("tcp", "10.77.0.1", 9))
+        wall = a.host.wall()
+        a.learn(SignedPeerRecord.sign(b.identity, more, seq=int(wall * 1000) + 10_000, expires=wall + 600))
+        assert link.paths() == 3  # the private one is none that leads to where the loopback does
+        link.best.nearest, link.width.wanted = 0.0001, 3
+        a._widening.wanted(link)
+        await until(lambda: not link.width.opening and carrying() == ["127.0.0.1", "127.0.0.2"])
+        assert link.paths() == 2
+        nursery.cancel_scope.cancel()
+
+
+def test_each_pipe_has_its_part_of_what_is_under_way() -> None:
+    def pipe(index: int, bandwidth: float | None, *, bulk_only: bool) -> Pipe:
+        stream = type("S", (), {"remote": None, "local": None, "run": 0})()
+        made = Pipe(stream, None, index=index, bulk_only=bulk_only, now=0.0)  # type: ignore[arg-type]
+        made.confirmed, made.bandwidth = True, bandwidth
+        return made
+
+    pipes = PipeSet(pipe(0, 9e6, bulk_only=False), "x", lambda: None)
+    assert pipes.share(pipes.best) == 1.0
+    fast, slow, new = (pipe(1, 4e6, bulk_only=True), pipe(3, 1e6, bulk_only=True), pipe(5, None, bulk_only=True))
+    pipes.all.append(fast)
+    assert pipes.share(fast) == 1.0
+    pipes.all += [slow, new]
+    assert [pipes.share(each) for each in (fast, slow, new)] == [0.8, 0.2, 0.0]
+    fast.bandwidth = slow.bandwidth = None
+    assert pipes.share(fast) == 1.0  # nothing is measured yet
