@@ -471,12 +471,20 @@ class Watcher:
     @classmethod
     async def open(cls, data: DataDir) -> Watcher:
         """Raises :class:`ConfigError` when no node is running there."""
+        import trio
+
         client = ControlClient(data)
         try:
             stream = await local_socket.open_stream(client.locator())
         except OSError:
             raise client.not_running() from None
-        await stream.send_all(encode(Watch()))
+        try:
+            await stream.send_all(encode(Watch()))
+        except BaseException as error:
+            await trio.aclose_forcefully(stream)
+            if isinstance(error, trio.BrokenResourceError):  # it was killed just now
+                raise client.not_running() from None
+            raise
         return cls(stream)
 
     async def receive(self) -> EventFrame | RoundFrame | Ended | None:

@@ -207,17 +207,18 @@ class RecordSealer:
         """The records of ``stretch``, at most :attr:`room`; arguments and what else comes back as of
         :func:`pump.launch`. ``stretch.body`` is free for other use afterwards."""
         keys, left = self._keys, len(stretch.body)
-        buffers = [pool.take() for _ in range(stretch.records)]
-        aead, counter = keys.aead, keys.counter
-        sent, error = pump.launch(aead, counter, descriptor, buffers, head, stretch)
-        keys.skip(2 * stretch.records)
-        around = HEADER + pump.SPLIT_HEAD + 2 * len(self._tail)
-        wires, before = [], len(stretch.credits)
-        for buffer in buffers:
-            size = min(stretch.piece - before, left)
-            wires.append(buffer[: around + before + size])
-            left -= size
+        around, before = HEADER + pump.SPLIT_HEAD + 2 * len(self._tail), len(stretch.credits)
+        wires = []
+        for _ in range(stretch.records):
+            body = min(stretch.piece - before, left)
+            size = around + before + body
+            # Those of the pool are for the largest records: a small one would keep ten times of what it needs.
+            wires.append(pool.take()[:size] if size >= defaults.DIRECT_RECORD else memoryview(bytearray(size)))
+            left -= body
             before = 0
+        aead, counter = keys.aead, keys.counter
+        sent, error = pump.launch(aead, counter, descriptor, wires, head, stretch)
+        keys.skip(2 * stretch.records)
         return SealedRun(wires, aead, counter), sent, error
 
     def _seal_split(self, head: bytes, body: Buffer) -> Sealed:
