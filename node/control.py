@@ -471,21 +471,11 @@ class Watcher:
     @classmethod
     async def open(cls, data: DataDir) -> Watcher:
         """Raises :class:`ConfigError` when no node is running there."""
-        import trio
-
         client = ControlClient(data)
         try:
-            stream = await local_socket.open_stream(client.locator())
+            return cls(await local_socket.open_stream(client.locator(), encode(Watch())))
         except OSError:
             raise client.not_running() from None
-        try:
-            await stream.send_all(encode(Watch()))
-        except BaseException as error:
-            await trio.aclose_forcefully(stream)
-            if isinstance(error, trio.BrokenResourceError):  # it was killed just now
-                raise client.not_running() from None
-            raise
-        return cls(stream)
 
     async def receive(self) -> EventFrame | RoundFrame | Ended | None:
         """The next frame; None when the node ended, or was killed, without :class:`Ended`."""

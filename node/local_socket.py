@@ -76,11 +76,20 @@ def connect(locator: str, timeout: float) -> socket.socket:
     return raw
 
 
-async def open_stream(locator: str) -> trio.SocketStream:
-    """The same for trio. Raises OSError when nobody is there."""
+async def open_stream(locator: str, first: bytes = b"") -> trio.SocketStream:
+    """The same for trio, and ``first`` is sent. Raises OSError when nobody is there, or not any more."""
     import trio
 
-    return await trio.open_unix_socket(_path(locator))
+    stream = await trio.open_unix_socket(_path(locator))
+    try:
+        await stream.send_all(first)
+    except trio.BrokenResourceError as error:
+        await trio.aclose_forcefully(stream)
+        raise ConnectionError("the node hung up") from error
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    return stream
 
 
 def remove(locator: str) -> None:

@@ -239,6 +239,10 @@ UNSENT = ((0.0, 16 << 10), (50e6, 512 << 10), (200e6, 2 << 20))
 #: may be: control waits behind it, and every turn of the loop costs as much as Python does for several records.
 RUN_BYTES, RUN_TIME = 2 << 20, 0.01
 
+#: Turns of the loop in which a link takes in one record of bulk instead of a run, while nobody waits for its data:
+#: whoever serves a call needs so many to say where they belong. Who reads as it comes does not say it at all.
+READER_TURNS = 4
+
 #: Seconds after which the operating system is asked again for the round trip that it sees.
 ASK_SYSTEM = 1.0
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 class TakesRecords:
     """A link, to those who send to it."""
 
+    #: Turns that ended early in a row because nobody waited for bulk.
+    _unready = 0
     peer: PeerId
     _host: Host
     _mux: Mux
@@ -99,9 +101,14 @@ class TakesRecords:
         inbox = self._session.into[Priority.BULK]
         total, expected = 0, inbox.expected
         while total < stream.run:
-            if inbox.expected != expected and self._mux.lane() is None:
-                break  # whom this is for may want what comes next in a place of its own, once it has had its turn
-            expected = inbox.expected
+            if inbox.expected != expected:
+                if self._mux.lane() is not None:
+                    self._unready = 0
+                elif self._unready < defaults.READER_TURNS:
+                    # Whom this is for may want what comes next in a place of its own, once it has had a turn or two.
+                    self._unready += 1
+                    break
+                expected = inbox.expected
             opener = channel.opener
             size: int | None
             if self._mux.goodbye_sent:

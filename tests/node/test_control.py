@@ -166,6 +166,24 @@ async def test_a_late_watcher_sees_everything_from_the_start_and_the_end(tmp_pat
 
 
 @pytest.mark.real
+@pytest.mark.parametrize("how", [trio.BrokenResourceError, KeyboardInterrupt])
+async def test_a_watcher_of_a_node_that_is_killed_just_then_leaves_no_socket(
+    how: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    async def broken(self: trio.SocketStream, data: bytes) -> None:
+        opened.append(self.socket)
+        raise how
+
+    async with serving(tmp_path) as data:
+        monkeypatch.setattr(trio.SocketStream, "send_all", broken)
+        with pytest.raises(ConfigError if how is trio.BrokenResourceError else how):
+            await Watcher.open(data)
+    assert [socket.fileno() for socket in opened] == [-1]
+
+
+@pytest.mark.real
 async def test_garbage_ends_that_connection_only(tmp_path: Path) -> None:
     async with serving(tmp_path) as data:
         for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\xff\xff\xff\xff", encode(Done())):
