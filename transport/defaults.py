@@ -113,8 +113,8 @@ SUSPECT_FLOOR = 1.5
 #: Bytes in flight and unread on one control stream: the largest message fits without waiting for credit.
 CONTROL_WINDOW = 1 << 20
 
-#: Bytes in flight and unread on one bulk stream: 160 MB/s at 100 ms round trip.
-BULK_WINDOW = 16 << 20
+#: Bytes in flight and unread on one bulk stream: 80 MB/s at 100 ms round trip.
+BULK_WINDOW = 8 << 20
 
 #: Bytes unread over all control streams of a link. What one peer can make us hold, with LINK_BULK_WINDOW.
 LINK_CONTROL_WINDOW = 8 << 20

@@ -127,7 +127,7 @@ class MuxInput:
     def lane(self) -> tuple[MuxStream, memoryview] | None:
         """The stream of the last or next bulk, if its reader waits, and where it wants what may still come."""
         stream = self._last
-        if stream is None or stream.sink is None or stream._chunks or stream.receiving is not Receiving.OPEN:
+        if stream is None or not stream.sink or stream._chunks or stream.receiving is not Receiving.OPEN:
             return None
         most = min(stream._allowance, self._allowance[Priority.BULK])
         return stream, stream.sink[:most]

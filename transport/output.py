@@ -72,6 +72,10 @@ class SendsRecords:
                 pipe.writing = False
             now = host.now()
             self._sent(pipe, size, now - began, now)
+            for other in self._pipes.all:
+                if other.refused:  # what was just measured may be in its favour, and nothing else would wake it
+                    other.refused = False
+                    other.work.wake()
             if pipe.sent_bulk and self.on_width is not None:
                 held = turned or self._session.out[Priority.BULK].full
                 more, have = held and self._mux.has(Priority.BULK), len(self.bulk_pipes)
@@ -136,13 +140,17 @@ class SendsRecords:
         """Whether bulk is next on ``pipe``, where its stream takes many records at once."""
         if not pipe.stream.run or pipe.retired or pipe.has_frames or not self._pipes.carries_bulk(pipe):
             return False
+        if pipe is not self._pipes.best:
+            return True  # it does not carry control
         return not (self._mux.has(Priority.CONTROL) or self._session.must_repeat(Priority.CONTROL))
 
     def _allowance(self, pipe: Pipe) -> int:
         """Bytes of new bulk that ``pipe`` may take until it has its share, as measured; one record in any case."""
         outbox = self._session.out[Priority.BULK]
         share = max(pipe.record_limit, int(self._pipes.share(pipe) * outbox.window))
-        return share - outbox.kept_on.get(pipe.index, 0)
+        allowance = share - outbox.kept_on.get(pipe.index, 0)
+        pipe.refused = allowance <= 0
+        return allowance
 
     def _compose(self, pipe: Pipe) -> bytearray | memoryview | None:
         """The next record of ``pipe`` for the wire."""
@@ -172,10 +180,10 @@ class SendsRecords:
             channel, pipe.index, pipe.channel.sealer, lambda: self._mux.next_record(channel, limit)
         )
         self._wake_drained()
-        self._composed()
         return wire
 
     def _wake_drained(self) -> None:
         for drained in self._mux.take_drained():
             if drained.owner is not None:
                 drained.owner._wake_sender()
+        self._composed()

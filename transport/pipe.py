@@ -73,6 +73,7 @@ class Pipe:
         "reason",
         "record_limit",
         "records",
+        "refused",
         "remote",
         "retired",
         "retiring",
@@ -130,6 +131,8 @@ class Pipe:
         self.writing = False
         #: The rest of a record that went out in part, past the writer: it goes before everything else.
         self.unsent: memoryview | None = None
+        #: Others have what there may be under way: it is woken when that has changed.
+        self.refused = False
         #: Its last record was of bulk.
         self.sent_bulk = False
         self.heard = self._whole = now

@@ -69,6 +69,10 @@ class Run:
     credits: bytes = b""
 
 
+#: Of a socket that is known to have nothing.
+NOTHING = Run(0, 0, 0, True, 0, 0, 0)
+
+
 @attrs.frozen
 class Which:
     """The implementation in use: ``native``, or not, with the ``reason``."""

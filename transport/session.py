@@ -84,6 +84,11 @@ class Outbox:
         """Bytes until it is :attr:`full`."""
         return self._window - self.kept
 
+    @property
+    def records(self) -> int:
+        """Records until it is :attr:`full`, by their number."""
+        return defaults.MAX_EARLY_RECORDS + 1 - (self._next - self._acknowledged)
+
     def _count(self, pipe: int, size: int) -> None:
         """``size`` bytes more on ``pipe``, or less."""
         self.kept += size
@@ -299,7 +304,7 @@ class Session:
         outbox = self.out[BULK]
         if outbox.full or outbox.repeat() is not None:
             return (), 0, 0
-        stretch = found(min(most, outbox.room), sealer.room)
+        stretch = found(min(most, outbox.room), min(sealer.room, outbox.records))
         if stretch is None:
             return (), 0, 0
         run, sent, error = send(sealer, self._tell(outbox.next), stretch)

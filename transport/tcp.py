@@ -20,6 +20,7 @@ from .address import Address, scope_of
 from .errors import ConfigError, PeerUnreachable
 from .interfaces import local_addresses
 from .network import ByteStream, Datagrams, Listener, Network, remaining
+from .pump import NOTHING
 
 if TYPE_CHECKING:
     from .pump import Lane, Run, Stretch
@@ -179,6 +180,8 @@ class TcpStream(ByteStream):
         return size
 
     def land(self, opener: RecordOpener, lane: Lane, most: int) -> tuple[Run, list[Record]]:
+        if self._drained:
+            return NOTHING, []
         run, records = opener.land(self._stream.socket.fileno(), lane, most)
         self._drained = run.drained
         return run, records

@@ -64,7 +64,7 @@ class Width:
             return False
         most = defaults.WIDE_STEPS[-1]
         if rtt < defaults.WIDE_RTT:
-            most = paths()
+            most = min(paths(), most)
             if most < 2:
                 changed = self.wanted > 0
                 self.wanted = self._step = 0

@@ -260,3 +260,30 @@ def test_a_run_is_acknowledged_in_part_and_what_is_left_of_it_goes_out_again_rec
     tell()
     assert got == sent
     assert sender.out[BULK].kept == 0 and not sender.out[BULK].kept_on
+
+
+@pytest.mark.skipif(pump.active is None, reason=f"no native helper: {pump.which()}")
+def test_a_run_ends_where_the_peer_could_not_hold_more_early_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defaults, "MAX_EARLY_RECORDS", 10)
+    sender, receiver = Session((1 << 20, 1 << 22)), Session((1 << 20, 1 << 22))
+    stalled, other = Wire(0), Wire(1)
+    assert sender.compose(BULK, stalled.index, stalled.sealer, lambda: (b"never arrives",)) is not None
+    for _ in range(7):
+        wire = sender.compose(BULK, other.index, other.sealer, lambda: (b"small",))
+        assert wire is not None
+        for record in other.opener.feed(wire):
+            receiver.receive(record)
+    allowed = []
+
+    def found(most: int, records: int) -> pump.Stretch | None:
+        allowed.append(records)
+        return None if records < 1 else pump.Stretch(6, b"", memoryview(bytes(20_000 * records)), 20_000, records)
+
+    wires, _, _ = sender.launch(
+        other.index, other.sealer, found, 1 << 20, lambda sealer, head, it: sealer.launch(-1, head, it)
+    )
+    assert len(wires) == allowed[0] == 3 and sender.out[BULK].full
+    for wire in wires:
+        for record in other.opener.feed(bytes(wire)):
+            receiver.receive(record)  # raises where one is too far ahead
+    assert sender.launch(other.index, other.sealer, found, 1 << 20, lambda *_: pytest.fail("full"))[0] == ()

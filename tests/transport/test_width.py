@@ -8,11 +8,16 @@ from collections.abc import Callable
 import pytest
 import trio
 
-from shoal.transport import defaults
+from shoal.transport import deadlines, defaults, pump
 from shoal.transport.address import Address, SignedPeerRecord
+from shoal.transport.frames import Priority
 from shoal.transport.memory import Route
+from shoal.transport.mux import Mux
+from shoal.transport.output import SendsRecords
 from shoal.transport.pipe import Pipe
 from shoal.transport.pipeset import PipeSet
+from shoal.transport.records import RecordSealer, SealedRun
+from shoal.transport.session import Session
 from shoal.transport.width import Width
 
 from .harness import Real, Virtual, nodes
@@ -98,6 +103,9 @@ def test_where_the_round_trip_is_short_there_is_one_connection_for_each_path() -
     width = Width()
     assert climb(width, {0: 10e6, 2: 10e6}, rtt=0.0005, paths=2) == [0, 2, 0]
     assert "instead of" in width.reason
+    # However many there are said to be.
+    width = Width()
+    assert climb(width, {n: 10e6 * max(1, n) for n in defaults.WIDE_STEPS}, rtt=0.0005, paths=40) == [0, 2, 4, 8, 15]
     # The other path is gone: no second connection is of use on the one that is left.
     width = Width()
     assert climb(width, {0: 10e6, 2: 20e6}, rtt=0.0005, paths=2) == [0, 2]
@@ -221,3 +229,75 @@ def test_each_pipe_has_its_part_of_what_is_under_way() -> None:
     assert [pipes.share(each) for each in (fast, slow, new)] == [0.8, 0.2, 0.0]
     fast.bandwidth = slow.bandwidth = None
     assert pipes.share(fast) == 1.0  # nothing is measured yet
+
+
+class _Slow:
+    """A byte stream that takes whole runs, each within ``seconds``."""
+
+    run = defaults.RUN_BYTES
+    remote = local = Address("tcp", "127.0.0.1", 1)
+
+    def __init__(self) -> None:
+        self.seconds = 0.25
+
+    def round_trip(self) -> float:
+        return 0.001
+
+    def allow_unsent(self, size: int) -> None: ...
+
+    def launch(
+        self, sealer: RecordSealer, head: tuple[int, int, int], stretch: pump.Stretch
+    ) -> tuple[SealedRun, int, int]:
+        return sealer.launch(-1, head, stretch)
+
+    async def send_run(self, wires: object) -> bool:
+        await trio.sleep(self.seconds)
+        return True
+
+
+class _Writers(SendsRecords):
+    """The writing side of a link, without the rest of it."""
+
+    on_width = None
+
+    def __init__(self, pipes: PipeSet) -> None:
+        self._mux, self._pipes = Mux(initiator=True), pipes
+        self._session = Session((8 << 20, 32 << 20))
+        self._host = Virtual().host("a")
+
+    bulk_pipes = property(lambda self: [])  # type: ignore[assignment]
+
+    def _composed(self) -> None: ...
+
+    def _sent(self, pipe: Pipe, size: int, seconds: float, now: float) -> None:
+        pipe.note_sent(size, seconds, now)
+        self._session.bound_bulk(deadlines.under_way(self._pipes.bandwidth, pipe.nearest, 8))
+
+
+@pytest.mark.skipif(pump.active is None, reason=f"no native helper: {pump.which()}")
+async def test_a_pipe_whose_share_has_grown_takes_it_though_nothing_is_acknowledged() -> None:
+    """Else the peer, which acknowledges every 1 MiB, may wait for more while each writer waits for its peer."""
+
+    def pipe(index: int, bandwidth: float) -> Pipe:
+        channel = type("C", (), {"sealer": RecordSealer("chacha20-poly1305", bytes([index]) * 32), "opener": None})()
+        made = Pipe(_Slow(), channel, index=index, bulk_only=index > 0, now=0.0)  # type: ignore[arg-type]
+        made.confirmed, made.nearest = True, 0.001
+        made._pace, made.bandwidth = 1.0 / bandwidth, bandwidth
+        made.record_limit = deadlines.record_size(bandwidth, 1 << 20)
+        return made
+
+    fast, slow = pipe(1, 5e6), pipe(3, 0.4e6)
+    pipes = PipeSet(pipe(0, 5e6), "x", lambda: None)
+    pipes.all += [fast, slow]
+    link = _Writers(pipes)
+    link._session.bound_bulk(deadlines.under_way(pipes.bandwidth, 0.001, 8))
+    link._mux.send(link._mux.open("x", Priority.BULK), bytes(7 << 20))
+    fast.stream.seconds = 3.0  # type: ignore[attr-defined]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link._write, slow)
+        nursery.start_soon(link._write, fast)
+        await trio.sleep(60.0)
+        nursery.cancel_scope.cancel()
+    bulk = link._session.out[Priority.BULK]
+    assert link._mux.has(Priority.BULK) and bulk.full
+    assert set(bulk.kept_on) == {1, 3}
