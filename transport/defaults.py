@@ -89,6 +89,9 @@ WIDE_GAIN = 1.15
 #: Seconds after which a settled width is tried again: lines change.
 WIDE_RETRY = 60.0
 
+#: Paths to one peer that are made use of.
+MAX_PATHS = 4
+
 #: Seconds for which an address of a peer that led to no further pipe is left out, and how many are remembered.
 DEAD_PATH, MAX_DEAD_PATHS = 600.0, 1024
 

@@ -69,11 +69,13 @@ class Widening:
         return len({here.host} | {own.host for own in self._own() if _alike(own, here)})
 
     def _addresses(self, link: Link) -> list[Address]:
-        """One for each path, that of the best pipe first."""
+        """One for each path, that of the best pipe first. What leads nowhere counts among the most that a peer may
+        have: else it could have us dial whatever it writes into its records."""
         best, now = link.best.remote, self._host.now()
+        dead = [host for (peer, host), until in self._dead.items() if peer == link.peer and until > now]
         hosts = {best.host: best}
         for address in self._known(link.peer):
-            if _alike(address, best) and self._dead.get((link.peer, address.host), now) <= now:
+            if len(hosts) + len(dead) < defaults.MAX_PATHS and _alike(address, best) and address.host not in dead:
                 hosts.setdefault(address.host, address)
         return list(hosts.values())
 
@@ -136,7 +138,7 @@ class Widening:
                     raise
                 log.info("no path to %s by %s: %s", link.peer.short, address, error)
                 if len(self._dead) >= defaults.MAX_DEAD_PATHS:
-                    self._dead.clear()
+                    del self._dead[next(iter(self._dead))]
                 self._dead[link.peer, address.host] = self._host.now() + defaults.DEAD_PATH
                 if link.nearest >= defaults.WIDE_RTT:  # else a second one on the same path is of no use
                     await open_pipe(self._host, link, await self._dial(main), link.way, bulk_only=True)

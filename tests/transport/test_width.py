@@ -13,6 +13,7 @@ from shoal.transport.address import Address, SignedPeerRecord
 from shoal.transport.frames import Priority
 from shoal.transport.memory import Route
 from shoal.transport.mux import Mux
+from shoal.transport.network import ByteStream
 from shoal.transport.output import SendsRecords
 from shoal.transport.pipe import Pipe
 from shoal.transport.pipeset import PipeSet
@@ -210,6 +211,23 @@ async def test_pipes_are_dealt_out_to_all_addresses_of_the_peer_and_those_that_l
         a._widening.wanted(link)
         await until(lambda: not link.width.opening and carrying() == ["127.0.0.1", "127.0.0.2"])
         assert link.paths() == 2
+        # However often it says something else, it has us dial few addresses that lead nowhere.
+        dialled: list[str] = []
+        real = a._widening._dial
+
+        async def counted(address: Address) -> ByteStream:
+            dialled.append(address.host)
+            return await real(address)
+
+        a._widening._dial = counted
+        for turn in range(3):
+            liar = tuple(Address("tcp", f"127.0.{turn + 1}.{n + 1}", 9) for n in range(12))
+            a.learn(SignedPeerRecord.sign(b.identity, liar, seq=int(wall * 1000) + 20_000 + turn, expires=wall + 600))
+            link.width.wanted = 15
+            a._widening.wanted(link)
+            await until(lambda: not a._widening._busy)
+        assert len(set(dialled) - {"127.0.0.1", "127.0.0.2"}) == 2  # one was known before
+        assert link.paths() == 1
         nursery.cancel_scope.cancel()
 
 
